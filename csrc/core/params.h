@@ -1,0 +1,70 @@
+// One plain struct per op: what a kernel is told. Filled by the bindings or by the engine, copied to the device as it is.
+// Strides are in elements, sizes in tokens or heads, never in bytes unless the name says so.
+#pragma once
+
+#include <type_traits>
+
+#include "core/types.h"
+
+namespace zigzag {
+
+// Attention of `q_len` new tokens per row over the cache and over themselves, then append of those tokens to the cache.
+//
+// Row b holds seq_lens[b] tokens before the call. Of its q_len chunk columns the first pad[b] are padding: they are
+// neither attended nor appended, their output is 0 and their log-sum-exp -inf. Column i >= pad[b] sits at position
+// seq_lens[b] + i - pad[b]. The kernel does not change seq_lens: all layers of a model share it.
+//
+// window == 0 marks a full cache (retrieval layer): slot = position, every earlier position is visible.
+// window >= 1 marks a ring (streaming layer): see kv/ring.h for slots and for which positions are visible.
+struct AttentionParams {
+  const void* q;            // [batch, num_q_heads, q_len, head_dim]
+  const void* k_new;        // [batch, num_kv_heads, q_len, head_dim]
+  const void* v_new;        // [batch, num_kv_heads, q_len, head_dim]
+  void* k_cache;            // [batch, num_kv_heads, slots, head_dim]
+  void* v_cache;            // [batch, num_kv_heads, slots, head_dim]
+  void* out;                // [batch, num_q_heads, q_len, head_dim], dtype of q
+  float* lse;               // [batch, num_q_heads, q_len] contiguous, natural logarithm
+  const int32_t* seq_lens;  // [batch] tokens in the cache before this call
+  const int32_t* pad;       // [batch] leading padding columns of this chunk; nullptr means none
+  void* workspace;          // zero before its first use ever; kernels leave it reusable. Unused on the CPU
+  int64_t workspace_bytes;  // at least attention_workspace_bytes(...) of kernels/attention.h
+  Strides q_stride, k_new_stride, v_new_stride, k_cache_stride, v_cache_stride, out_stride;
+  int batch, num_q_heads, num_kv_heads, q_len, head_dim;
+  int slots;   // capacity of a full cache; sink + window of a ring; 0: nothing is cached
+  int sink;    // first tokens that a ring keeps for ever; ignored when window == 0
+  int window;  // last tokens that a ring keeps, the newest one included; 0 marks a full cache
+  float scale;  // factor on q . k before the softmax
+  DType dtype;  // of q, k, v, the caches and out
+};
+
+// Append of q_len tokens per row without attention; the fields mean what they mean in AttentionParams.
+struct AppendParams {
+  const void* k_new;        // [batch, num_kv_heads, q_len, head_dim]
+  const void* v_new;        // [batch, num_kv_heads, q_len, head_dim]
+  void* k_cache;            // [batch, num_kv_heads, slots, head_dim]
+  void* v_cache;            // [batch, num_kv_heads, slots, head_dim]
+  const int32_t* seq_lens;  // [batch]
+  const int32_t* pad;       // [batch] or nullptr
+  Strides k_new_stride, v_new_stride, k_cache_stride, v_cache_stride;
+  int batch, num_kv_heads, q_len, head_dim, slots, sink, window;
+  DType dtype;
+};
+
+// Merge of two partial attention states over disjoint key sets into the state over their union.
+struct MergeParams {
+  const void* out_a;   // [rows, head_dim] contiguous
+  const float* lse_a;  // [rows] natural logarithm; -inf marks an empty state
+  const void* out_b;
+  const float* lse_b;
+  void* out;
+  float* lse;
+  int64_t rows;  // batch * num_q_heads * q_len
+  int head_dim;
+  DType dtype;
+};
+
+static_assert(std::is_trivially_copyable_v<AttentionParams>);
+static_assert(std::is_trivially_copyable_v<AppendParams>);
+static_assert(std::is_trivially_copyable_v<MergeParams>);
+
+}  // namespace zigzag

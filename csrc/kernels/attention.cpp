@@ -1,0 +1,126 @@
+// Parameter checks shared by the CPU and CUDA entries, and the choice of kernel.
+#include "kernels/attention.h"
+
+#include <algorithm>
+#include <iterator>
+#include <string>
+
+#include "core/error.h"
+#include "kernels/append/append.h"
+#include "kernels/decode_full/decode_full.h"
+#include "kernels/decode_stream/decode_stream.h"
+#include "kernels/merge/merge.h"
+#include "kernels/prefill/prefill.h"
+
+namespace zigzag {
+namespace {
+
+std::string supported_head_dims() {
+  std::string list;
+  for (int head_dim : kHeadDims) list += (list.empty() ? "" : ", ") + std::to_string(head_dim);
+  return list;
+}
+
+void check_head_dim(int head_dim) {
+  ZZ_CHECK(std::find(std::begin(kHeadDims), std::end(kHeadDims), head_dim) != std::end(kHeadDims), "head_dim ", head_dim,
+           " is not supported; supported: ", supported_head_dims());
+}
+
+void check_layout(int slots, int sink, int window) {
+  ZZ_CHECK(sink >= 0 && window >= 0, "sink and window must be >= 0 (window 0 marks a full cache), got sink ", sink,
+           " and window ", window);
+  ZZ_CHECK(window == 0 || slots == 0 || slots == sink + window, "a ring needs sink + window = ", sink + window,
+           " slots, the cache has ", slots);
+}
+
+}  // namespace
+
+void check_params(const AttentionParams& p) {
+  check_head_dim(p.head_dim);
+  check_layout(p.slots, p.sink, p.window);
+  ZZ_CHECK(p.num_kv_heads > 0 && p.num_q_heads % p.num_kv_heads == 0 && p.num_q_heads / p.num_kv_heads <= kMaxGroupSize,
+           "num_q_heads must be a multiple of num_kv_heads, at most ", kMaxGroupSize, " times as large; got ", p.num_q_heads,
+           " query heads and ", p.num_kv_heads, " KV heads");
+}
+
+void check_params(const AppendParams& p) {
+  check_head_dim(p.head_dim);
+  check_layout(p.slots, p.sink, p.window);
+}
+
+void check_params(const MergeParams& p) { check_head_dim(p.head_dim); }
+
+int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, int head_dim) {
+  return decode_full_workspace_bytes(batch, num_q_heads, num_kv_heads, head_dim);
+}
+
+void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
+  check_params(p);
+  if (p.batch == 0 || p.q_len == 0) return;
+  switch (select_attention_kernel(p.window, p.q_len)) {
+    case AttentionKernel::kDecodeFull: return decode_full_cpu(p, parallel);
+    case AttentionKernel::kDecodeStream: return decode_stream_cpu(p, parallel);
+    case AttentionKernel::kPrefill: return prefill_cpu(p, parallel);
+  }
+}
+
+void append_cpu(const AppendParams& p, const ParallelFor& parallel) {
+  check_params(p);
+  if (p.batch == 0 || p.q_len == 0) return;
+  append_kernel_cpu(p, parallel);
+}
+
+void merge_states_cpu(const MergeParams& p, const ParallelFor& parallel) {
+  check_params(p);
+  if (p.rows == 0) return;
+  merge_kernel_cpu(p, parallel);
+}
+
+#if ZIGZAG_WITH_CUDA
+namespace {
+
+void check_cuda_dtype(DType dtype) {
+  ZZ_CHECK(dtype != DType::kFloat32, "dtype float32 is not supported on CUDA; supported: float16, bfloat16 (float32 on the CPU)");
+}
+
+}  // namespace
+
+void attention_cuda(const AttentionParams& p, void* stream) {
+  check_params(p);
+  check_cuda_dtype(p.dtype);
+  if (p.batch == 0 || p.q_len == 0) return;
+  switch (select_attention_kernel(p.window, p.q_len)) {
+    case AttentionKernel::kDecodeFull: return decode_full_cuda(p, stream);
+    case AttentionKernel::kDecodeStream: return decode_stream_cuda(p, stream);
+    case AttentionKernel::kPrefill: return prefill_cuda(p, stream);
+  }
+}
+
+void append_cuda(const AppendParams& p, void* stream) {
+  check_params(p);
+  check_cuda_dtype(p.dtype);
+  if (p.batch == 0 || p.q_len == 0) return;
+  append_kernel_cuda(p, stream);
+}
+
+void merge_states_cuda(const MergeParams& p, void* stream) {
+  check_params(p);
+  check_cuda_dtype(p.dtype);
+  if (p.rows == 0) return;
+  merge_kernel_cuda(p, stream);
+}
+#else
+namespace {
+
+[[noreturn]] void no_cuda() {
+  throw Error("this build of zigzag_ext has no CUDA kernels; rebuild with nvcc on the PATH or ZIGZAG_CUDA=on");
+}
+
+}  // namespace
+
+void attention_cuda(const AttentionParams&, void*) { no_cuda(); }
+void append_cuda(const AppendParams&, void*) { no_cuda(); }
+void merge_states_cuda(const MergeParams&, void*) { no_cuda(); }
+#endif
+
+}  // namespace zigzag
