@@ -1,0 +1,168 @@
+// The torch ops: check arguments, fill params, call the core. Fake kernels are registered in zigzag_ext/ops.py.
+// Errors surface in Python as RuntimeError, before anything is written.
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+
+#include "bindings/ops/device.h"
+#include "bindings/ops/tensor_checks.h"
+#include "kernels/attention.h"
+
+namespace zigzag::bindings {
+namespace {
+
+template <class Params>
+void run(const Tensor& tensor, const Params& params, void (*cuda)(const Params&, void*), void (*cpu)(const Params&, const ParallelFor&)) {
+  if (tensor.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+    cuda(params, current_cuda_stream(tensor));
+  } else {
+    cpu(params, torch_parallel_for());
+  }
+}
+
+const int32_t* pad_pointer(const std::optional<Tensor>& pad, int64_t batch, const Tensor& like) {
+  return pad ? check_lengths("pad", *pad, batch, like) : nullptr;
+}
+
+void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+             const std::optional<Tensor>& pad, int64_t sink, int64_t window) {
+  ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
+  ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
+  const int64_t batch = k_new.size(0), heads = k_new.size(1), q_len = k_new.size(2), head_dim = k_new.size(3);
+  const int64_t slots = k_cache.size(2);
+  AppendParams p = {};
+  p.k_new_stride = check_heads("k_new", k_new, {batch, heads, q_len, head_dim}, k_new);
+  p.v_new_stride = check_heads("v_new", v_new, {batch, heads, q_len, head_dim}, k_new);
+  p.k_cache_stride = check_cache("k_cache", k_cache, {batch, heads, slots, head_dim}, k_new);
+  p.v_cache_stride = check_cache("v_cache", v_cache, {batch, heads, slots, head_dim}, k_new);
+  p.seq_lens = check_lengths("seq_lens", seq_lens, batch, k_new);
+  p.pad = pad_pointer(pad, batch, k_new);
+  p.k_new = k_new.const_data_ptr();
+  p.v_new = v_new.const_data_ptr();
+  p.k_cache = k_cache.mutable_data_ptr();
+  p.v_cache = v_cache.mutable_data_ptr();
+  p.batch = to_int("batch", batch);
+  p.num_kv_heads = to_int("num_kv_heads", heads);
+  p.q_len = to_int("q_len", q_len);
+  p.head_dim = to_int("head_dim", head_dim);
+  p.slots = to_int("slots", slots);
+  p.sink = to_int("sink", sink);
+  p.window = to_int("window", window);
+  p.dtype = to_dtype(k_new.scalar_type());
+  run(k_new, p, append_cuda, append_cpu);
+}
+
+std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
+                                      const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
+                                      const Tensor& workspace, int64_t sink, int64_t window, double scale) {
+  ZZ_CHECK(q.dim() == 4, "q must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(q));
+  ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
+  ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
+  const int64_t batch = q.size(0), q_heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
+  const int64_t kv_heads = k_new.size(1), slots = k_cache.size(2);
+  AttentionParams p = {};
+  p.q_stride = check_heads("q", q, {batch, q_heads, q_len, head_dim}, q);
+  p.k_new_stride = check_heads("k_new", k_new, {batch, kv_heads, q_len, head_dim}, q);
+  p.v_new_stride = check_heads("v_new", v_new, {batch, kv_heads, q_len, head_dim}, q);
+  p.k_cache_stride = check_cache("k_cache", k_cache, {batch, kv_heads, slots, head_dim}, q);
+  p.v_cache_stride = check_cache("v_cache", v_cache, {batch, kv_heads, slots, head_dim}, q);
+  p.seq_lens = check_lengths("seq_lens", seq_lens, batch, q);
+  p.pad = pad_pointer(pad, batch, q);
+  p.batch = to_int("batch", batch);
+  p.num_q_heads = to_int("num_q_heads", q_heads);
+  p.num_kv_heads = to_int("num_kv_heads", kv_heads);
+  p.q_len = to_int("q_len", q_len);
+  p.head_dim = to_int("head_dim", head_dim);
+  p.slots = to_int("slots", slots);
+  p.sink = to_int("sink", sink);
+  p.window = to_int("window", window);
+  p.scale = static_cast<float>(scale);
+  p.dtype = to_dtype(q.scalar_type());
+  check_params(p);
+  if (q.is_cuda()) {
+    const int64_t needed = attention_workspace_bytes(p.batch, p.num_q_heads, p.num_kv_heads, p.head_dim);
+    ZZ_CHECK(workspace.is_cuda() && workspace.get_device_index() == q.get_device_index() &&
+                 workspace.scalar_type() == ScalarType::Byte && workspace.is_contiguous() && workspace.numel() >= needed,
+             "workspace must be a contiguous uint8 tensor of at least ", needed, " zeroed bytes on the device of q; make it with ",
+             "zigzag_ext.ops.new_workspace");
+    p.workspace = workspace.mutable_data_ptr();
+    p.workspace_bytes = workspace.numel();
+  }
+  // Memory order [batch, q_len, num_q_heads, head_dim]: what the output projection reads, without a copy.
+  Tensor out = torch::stable::transpose(torch::stable::new_empty(q, {batch, q_len, q_heads, head_dim}), 1, 2);
+  Tensor lse = torch::stable::new_empty(q, {batch, q_heads, q_len}, ScalarType::Float);
+  p.q = q.const_data_ptr();
+  p.k_new = k_new.const_data_ptr();
+  p.v_new = v_new.const_data_ptr();
+  p.k_cache = k_cache.mutable_data_ptr();
+  p.v_cache = v_cache.mutable_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  run(q, p, attention_cuda, attention_cpu);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
+  ZZ_CHECK(out_a.dim() == 4, "out_a must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(out_a));
+  const int64_t batch = out_a.size(0), heads = out_a.size(1), q_len = out_a.size(2), head_dim = out_a.size(3);
+  check_shape("out_b", out_b, {batch, heads, q_len, head_dim});
+  check_shape("lse_a", lse_a, {batch, heads, q_len});
+  check_shape("lse_b", lse_b, {batch, heads, q_len});
+  check_same("out_b", out_b, "out_a", out_a);
+  check_same("lse_b", lse_b, "lse_a", lse_a);
+  ZZ_CHECK(lse_a.scalar_type() == ScalarType::Float, "lse_a and lse_b must be float32");
+  ZZ_CHECK(lse_a.is_cuda() == out_a.is_cuda() && lse_a.get_device_index() == out_a.get_device_index(),
+           "lse_a must be on the device of out_a");
+  const Tensor a = torch::stable::contiguous(out_a), b = torch::stable::contiguous(out_b);
+  const Tensor la = torch::stable::contiguous(lse_a), lb = torch::stable::contiguous(lse_b);
+  Tensor out = torch::stable::new_empty(a, {batch, heads, q_len, head_dim});
+  Tensor lse = torch::stable::new_empty(la, {batch, heads, q_len});
+  MergeParams p = {};
+  p.out_a = a.const_data_ptr();
+  p.lse_a = static_cast<const float*>(la.const_data_ptr());
+  p.out_b = b.const_data_ptr();
+  p.lse_b = static_cast<const float*>(lb.const_data_ptr());
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.rows = batch * heads * q_len;
+  p.head_dim = to_int("head_dim", head_dim);
+  p.dtype = to_dtype(out_a.scalar_type());
+  run(a, p, merge_states_cuda, merge_states_cpu);
+  return {out, lse};
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("append_", TORCH_BOX(&append_));
+  m.impl("attention_", TORCH_BOX(&attention_));
+  m.impl("merge_states", TORCH_BOX(&merge_states));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(zigzag, m) {
+  m.def(
+      "append_(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? pad, "
+      "int sink, int window) -> ()");
+  m.def(
+      "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? pad, "
+      "Tensor(c!) workspace, int sink, int window, float scale) -> (Tensor, Tensor)");
+  m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(zigzag, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(zigzag, CUDA, m) { implement(m); }
+
+}  // namespace zigzag::bindings
+
+// Importing the module runs the registrations above; it has no contents of its own.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__ops() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_ops", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

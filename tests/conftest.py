@@ -1,0 +1,17 @@
+import pytest
+import torch
+
+DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.bfloat16, torch.float16]}
+
+
+def pytest_generate_tests(metafunc):
+    """`device` and `dtype` arguments run over what the machine has: float32 only on the CPU."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    if {"device", "dtype"} <= set(metafunc.fixturenames):
+        pairs = [pytest.param(d, t, id=f"{d}-{str(t)[6:]}") for d in devices for t in DTYPES[d]]
+        metafunc.parametrize("device,dtype", pairs)
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -1,0 +1,116 @@
+"""Inputs for the op tests, and the comparison with the specification in float64."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from zigzag_ext import ops, reference
+
+TENSORS = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")
+# Added to twice the error of torch's own attention in the same dtype: relative size of one rounding of the output.
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `ops.attention`; `seq_lens` fixes the batch. Slots that hold no token yet are NaN."""
+
+    seq_lens: tuple[int, ...]
+    q_len: int = 1
+    group: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    sink: int = 0
+    window: int = 0
+    pad: tuple[int, ...] | None = None
+    spare_slots: int = 3  # free slots of a full cache after the call
+    strided: bool = False  # caches and q are views into larger, differently ordered memory
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    tensors: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def slots(self) -> int:
+        return self.sink + self.window if self.window else max(self.seq_lens) + self.q_len + self.spare_slots
+
+    def build(self, seed: int = 0) -> dict[str, torch.Tensor | None]:
+        """q, k_new, v_new, k_cache, v_cache, seq_lens and pad by name."""
+        rng = torch.Generator().manual_seed(seed)
+        batch, num_q_heads = len(self.seq_lens), self.num_kv_heads * self.group
+
+        def random(heads, tokens):
+            if self.strided:  # tokens before heads in memory, with unused columns beyond head_dim
+                base = torch.randn(batch, tokens, heads, self.head_dim + 16, generator=rng).to(self.dtype).to(self.device)
+                return base[..., : self.head_dim].transpose(1, 2)
+            return torch.randn(batch, heads, tokens, self.head_dim, generator=rng).to(self.dtype).to(self.device)
+
+        built = {"q": random(num_q_heads, self.q_len) * 2.5}
+        if self.strided:
+            built["q"] = random(num_q_heads, self.q_len)
+        for name in ("k", "v"):
+            built[f"{name}_new"] = random(self.num_kv_heads, self.q_len)
+            cache = random(self.num_kv_heads, self.slots)
+            for b, length in enumerate(self.seq_lens):
+                held = reference.position_of(self.slots, length, self.sink, self.window)
+                cache[b][:, held < 0] = torch.nan
+            built[f"{name}_cache"] = cache
+        built["seq_lens"] = torch.tensor(self.seq_lens, dtype=torch.int32, device=self.device)
+        built["pad"] = None if self.pad is None else torch.tensor(self.pad, dtype=torch.int32, device=self.device)
+        return built
+
+    def on(self, device: str, dtype: torch.dtype) -> "Case":
+        return replace(self, device=device, dtype=dtype)
+
+
+def call(op_inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.attention(**op_inputs, sink=case.sink, window=case.window, scale=case.head_dim**-0.5)
+
+
+def specification(inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, lse, k_cache, v_cache of `reference.attention_` in float64 on the CPU."""
+    wide = {n: None if t is None else t.cpu() if t.dtype == torch.int32 else t.cpu().double() for n, t in inputs.items()}
+    out, lse = reference.attention_(*(wide[n] for n in TENSORS), case.sink, case.window, case.head_dim**-0.5)
+    return out, lse, wide["k_cache"], wide["v_cache"]
+
+
+def torch_error(inputs: dict, case: Case, expected: torch.Tensor) -> float:
+    """Relative error of torch's masked attention in the case's dtype, the yardstick for ours."""
+    import torch.nn.functional as F
+
+    worst = 0.0
+    for b, length in enumerate(case.seq_lens):
+        first = case.pad[b] if case.pad else 0
+        if first == case.q_len:
+            continue
+        held = reference.position_of(case.slots, length, case.sink, case.window, case.device)
+        query = length + torch.arange(case.q_len - first, device=case.device)
+        key = torch.cat([held[held >= 0], query])
+        k, v = (torch.cat([inputs[f"{n}_cache"][b][:, held >= 0], inputs[f"{n}_new"][b, :, first:]], 1) for n in "kv")
+        mask = reference.visible(key, query[:, None], case.sink, case.window)
+        k, v = (t.repeat_interleave(case.group, 0)[None] for t in (k, v))
+        out = F.scaled_dot_product_attention(inputs["q"][b : b + 1, :, first:], k, v, mask, scale=case.head_dim**-0.5)
+        worst = max(worst, relative_error(out[0].cpu().double(), expected[b, :, first:]))
+    return worst
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest ||actual - expected|| / ||expected|| over rows of head_dim; NaN counts as infinite."""
+    error = (actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+    return float(torch.nan_to_num(error, nan=torch.inf).max()) if error.numel() else 0.0
+
+
+def check(case: Case, seed: int = 0) -> None:
+    """Runs the op and compares output, lse and cache content with the specification."""
+    inputs = case.build(seed)
+    expected_out, expected_lse, expected_k, expected_v = specification(inputs, case)
+    allowed = 2 * torch_error(inputs, case, expected_out) + FLOOR[case.dtype]
+    out, lse = call(inputs, case)
+    out, lse = out.cpu(), lse.cpu()
+    padding = torch.isneginf(expected_lse)
+    assert torch.equal(torch.isneginf(lse), padding), "padding columns must have lse -inf, all others a finite one"
+    assert (out[padding] == 0).all(), "padding columns must be zero"
+    error = relative_error(out[~padding], expected_out[~padding])
+    assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
+    torch.testing.assert_close(lse[~padding].double(), expected_lse[~padding].double(), atol=2e-3, rtol=1e-4)
+    for name, expected in (("k_cache", expected_k), ("v_cache", expected_v)):
+        torch.testing.assert_close(inputs[name].cpu().double(), expected, rtol=0, atol=0, equal_nan=True, msg=f"{name} differs")

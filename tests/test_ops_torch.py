@@ -1,0 +1,141 @@
+"""The ops as torch operators: schema, fake kernels, compilation, graph capture, error messages."""
+
+import pytest
+import torch
+from conftest import needs_cuda
+from op_cases import Case, call, specification
+
+from zigzag_ext import ops
+
+
+def arguments(case):
+    inputs = case.build()
+    workspace = ops.new_workspace(len(case.seq_lens), case.group * case.num_kv_heads, case.num_kv_heads, case.head_dim, case.device)
+    names = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")
+    return (*(inputs[n] for n in names), workspace, case.sink, case.window, 0.125)
+
+
+def clean(case):
+    """Arguments without NaN in unused slots, which opcheck's comparisons do not expect."""
+    return tuple(torch.nan_to_num(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments(case))
+
+
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("q_len", [1, 30])
+def test_opcheck_attention(device, dtype, q_len, window):
+    torch.library.opcheck(torch.ops.zigzag.attention_, clean(Case((5, 20), q_len, sink=2, window=window).on(device, dtype)))
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_opcheck_append(device, dtype, window):
+    args = clean(Case((5, 20), 3, sink=2, window=window, pad=(1, 0)).on(device, dtype))
+    torch.library.opcheck(torch.ops.zigzag.append_, (*args[1:7], 2, window))
+
+
+def test_opcheck_merge_states(device, dtype):
+    out, lse = torch.randn(2, 4, 3, 64, dtype=dtype, device=device), torch.randn(2, 4, 3, device=device)
+    torch.library.opcheck(torch.ops.zigzag.merge_states, (out, lse, out + 1, lse - 1))
+
+
+def test_autograd_is_refused(device, dtype):
+    case = Case((5,), 1).on(device, dtype)
+    inputs = case.build()
+    inputs["q"].requires_grad_()
+    with pytest.raises(RuntimeError, match="no backward"):
+        call(inputs, case)
+    with torch.no_grad():
+        call(inputs, case)
+
+
+BAD = {
+    "head_dim": (lambda i: i.update({n: i[n][..., :48].contiguous() for n in ("q", "k_new", "v_new", "k_cache", "v_cache")}), "head_dim 48"),
+    "q not 4-D": (lambda i: i.update(q=i["q"][0]), "q must be"),
+    "batch of k_new": (lambda i: i.update(k_new=i["k_new"][:1]), "k_new must have shape"),
+    "v_cache slots": (lambda i: i.update(v_cache=i["v_cache"][:, :, 1:]), "v_cache must have shape"),
+    "ring slots": (lambda i: i.update(k_cache=i["k_cache"][:, :, 1:], v_cache=i["v_cache"][:, :, 1:]), "slots"),
+    "heads not a multiple": (lambda i: i.update(q=i["q"][:, :7]), "multiple"),
+    "dtype of v_new": (lambda i: i.update(v_new=i["v_new"].double()), "v_new must have the dtype"),
+    "float64": (lambda i: i.update({n: i[n].double() for n in ("q", "k_new", "v_new", "k_cache", "v_cache")}), "supported: float16"),
+    "seq_lens int64": (lambda i: i.update(seq_lens=i["seq_lens"].long()), "seq_lens must be int32"),
+    "seq_lens shape": (lambda i: i.update(seq_lens=i["seq_lens"][:1]), "seq_lens must have shape"),
+    "pad dtype": (lambda i: i.update(pad=torch.zeros(2)), "pad must be"),
+    "strided head_dim": (lambda i: i.update(q=i["q"].repeat_interleave(2, -1)[..., ::2]), "contiguous in head_dim"),
+    "expanded cache": (lambda i: i.update(k_cache=i["k_cache"][:1].expand(2, -1, -1, -1)), "expanded"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_raise_and_write_nothing(device, name):
+    case = Case((5, 20), 2, sink=2, window=8).on(device, torch.bfloat16)
+    inputs = case.build()
+    before = {n: inputs[n].clone() for n in ("k_cache", "v_cache")}
+    caches = {n: inputs[n] for n in before}
+    spoil, message = BAD[name]
+    spoil(inputs)
+    if inputs["pad"] is not None:
+        inputs["pad"] = inputs["pad"].to(device)
+    with pytest.raises(RuntimeError, match=message):
+        call(inputs, case)
+    for n, cache in caches.items():
+        assert torch.equal(torch.nan_to_num(cache), torch.nan_to_num(before[n]))
+
+
+@pytest.mark.parametrize("sink,window", [(-1, 8), (2, -1)])
+def test_negative_sink_or_window(device, sink, window):
+    inputs = Case((5,), 1).on(device, torch.bfloat16).build()
+    with pytest.raises(RuntimeError, match=r"\[0, 2\^31\)"):
+        ops.attention(**inputs, sink=sink, window=window)
+
+
+@needs_cuda
+def test_mixed_devices_and_float32_on_cuda():
+    case = Case((5, 20), 1).on("cuda", torch.bfloat16)
+    with pytest.raises(RuntimeError, match="on the device of"):
+        inputs = case.build()
+        call(inputs | {"k_cache": inputs["k_cache"].cpu()}, case)
+    with pytest.raises(RuntimeError, match="float32 is not supported on CUDA"):
+        call(Case((5, 20), 1).on("cuda", torch.float32).build(), case)
+
+
+@needs_cuda
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("q_len", [1, 4])
+def test_one_captured_graph_serves_every_length(q_len, window):
+    case = Case((0, 7), q_len, sink=4, window=window, spare_slots=400).on("cuda", torch.bfloat16)
+    inputs = case.build()
+    workspace = ops.new_workspace(2, 8, 2, 64, "cuda")
+    run = lambda: ops.attention(**inputs, sink=4, window=window, scale=0.125, workspace=workspace)  # noqa: E731
+    stream = torch.cuda.Stream()
+    pristine = {n: inputs[n].clone() for n in ("k_cache", "v_cache")}
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = run()
+    for name, tensor in pristine.items():
+        inputs[name].copy_(tensor)
+    for step in range(60):
+        for name in ("q", "k_new", "v_new"):
+            inputs[name].copy_(torch.randn_like(inputs[name]))
+        expected, *_ = specification(inputs, case)
+        graph.replay()
+        torch.testing.assert_close(out.cpu().double(), expected, atol=2e-2, rtol=2e-2, msg=f"step {step}")
+        inputs["seq_lens"] += q_len
+
+
+@needs_cuda
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("q_len", [1, 16])
+def test_one_launch_per_decode_call(q_len, window):
+    case = Case((300, 7), q_len, sink=4, window=window).on("cuda", torch.bfloat16)
+    inputs = case.build()
+    workspace = ops.new_workspace(2, 8, 2, 64, "cuda")
+    run = lambda: ops.attention(**inputs, sink=4, window=window, scale=0.125, workspace=workspace)  # noqa: E731
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1 and "decode" in kernels[0], kernels

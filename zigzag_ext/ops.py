@@ -1,0 +1,130 @@
+"""The compiled ops as documented Python functions, and their fake kernels for `torch.compile`.
+
+What each op computes is written down in `reference.py`. All ops run on the current CUDA stream or on torch's CPU threads, never
+wait for the GPU, and can be captured in a CUDA graph: lengths are read on the device, so one captured graph serves every length.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _C, _ops  # noqa: F401  (importing _ops registers torch.ops.zigzag)
+
+HEAD_DIMS: tuple[int, ...] = tuple(_C.HEAD_DIMS)
+MAX_GROUP_SIZE: int = _C.MAX_GROUP_SIZE
+MAX_DECODE_QUERIES: int = _C.MAX_DECODE_QUERIES
+
+
+def new_workspace(batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Tensor:
+    """Scratch for `attention` on `device`: zeroed uint8 bytes that depend on the geometry only, empty on the CPU.
+
+    Make one per cache and reuse it for all its layers and steps. Two streams must not share one at the same time.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    num_bytes = 0 if on_cpu else _C.attention_workspace_bytes(batch, num_q_heads, num_kv_heads, head_dim)
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+
+def attention(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    pad: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    scale: float | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attends `q_len` new tokens to the cache and to themselves, then appends their keys and values to the cache, in place.
+
+    Args:
+        q: [batch, num_q_heads, q_len, head_dim], float16 or bfloat16 (or float32 on the CPU), after RoPE. Up to
+            `MAX_DECODE_QUERIES` query tokens take a decode kernel (one launch), more the prefill kernel.
+        k_new, v_new: [batch, num_kv_heads, q_len, head_dim], keys after RoPE. num_q_heads is 1 to 16 times num_kv_heads.
+        k_cache, v_cache: [batch, num_kv_heads, slots, head_dim], any strides with head_dim contiguous; written to.
+        seq_lens: [batch] int32, tokens in each row's cache before the call. Not changed: all layers of a model share it.
+        pad: [batch] int32, leading columns of this chunk to skip (left padding). Their output is 0, their lse -inf.
+        sink, window: `window=0` marks a full cache (retrieval layer). `window >= 1` marks a ring of sink + window slots
+            (streaming layer): the query at position p sees [0, sink) and (p - window, p].
+        scale: factor on q . k; default head_dim ** -0.5.
+        workspace: from `new_workspace`; a fresh one is made if None, which costs an allocation per call on CUDA.
+
+    Returns:
+        out: [batch, num_q_heads, q_len, head_dim] in the dtype of q (memory order: tokens before heads).
+        lse: [batch, num_q_heads, q_len] float32, natural log of the sum of exponentials of the scaled logits.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or range is not supported; the message names it. Nothing was written.
+            A full cache with too few slots left is not detected here (that would wait for the GPU): the kernel
+            drops what does not fit. `ZigzagCache` and `ZigzagAttention` check it on the host.
+
+    Based on FlashAttention-2 (https://arxiv.org/abs/2307.08691), Flash-Decoding and StreamingLLM
+    (https://arxiv.org/abs/2309.17453); deviation from StreamingLLM: keys keep their absolute RoPE positions.
+    """
+    _refuse_autograd(q, k_new, v_new)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if workspace is None:
+        workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
+    return torch.ops.zigzag.attention_(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, workspace, sink, window, scale)
+
+
+def append(
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    pad: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+) -> None:
+    """Appends keys and values to a full cache or a ring, in place, without attention. Arguments as in `attention`.
+
+    O(q_len): nothing already in the cache moves. Raises RuntimeError like `attention`.
+    """
+    _refuse_autograd(k_new, v_new)
+    torch.ops.zigzag.append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window)
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges attention over two disjoint sets of keys into attention over their union.
+
+    Args:
+        out_a, out_b: [batch, num_q_heads, q_len, head_dim] of one dtype.
+        lse_a, lse_b: [batch, num_q_heads, q_len] float32; -inf marks a state over no keys.
+
+    Returns:
+        out and lse of the union, contiguous, shaped like the inputs.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices differ or are not supported.
+    """
+    _refuse_autograd(out_a, out_b)
+    return torch.ops.zigzag.merge_states(out_a, lse_a, out_b, lse_b)
+
+
+def _refuse_autograd(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError("zigzag_ext attention has no backward pass: call it under torch.inference_mode() or torch.no_grad()")
+
+
+@torch.library.register_fake("zigzag::attention_")
+def _attention_fake(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, workspace, sink, window, scale):
+    batch, num_q_heads, q_len, head_dim = q.shape
+    out = q.new_empty(batch, q_len, num_q_heads, head_dim).transpose(1, 2)
+    return out, q.new_empty(batch, num_q_heads, q_len, dtype=torch.float32)
+
+
+@torch.library.register_fake("zigzag::append_")
+def _append_fake(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window):
+    return None
+
+
+@torch.library.register_fake("zigzag::merge_states")
+def _merge_states_fake(out_a, lse_a, out_b, lse_b):
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
