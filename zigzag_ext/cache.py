@@ -124,7 +124,7 @@ class ZigzagLayer(CacheLayerMixin):
         return key_states, value_states
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Attention of the chunk over this layer and over itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
+        """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
         rows = self.rows
         if k.shape[0] != rows.batch or k.shape[2] != rows.q_len:
             raise ValueError(
@@ -132,9 +132,7 @@ class ZigzagLayer(CacheLayerMixin):
                 f"{rows.batch} rows x {rows.q_len} tokens"
             )
         if self.index in rows.attended:
-            raise RuntimeError(
-                f"layer {self.index} attended twice in one forward: layers that share a KV cache are not supported"
-            )
+            raise RuntimeError(f"layer {self.index} attended twice in one forward: shared KV caches are not supported")
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         out, _ = ops.attention(
@@ -262,9 +260,7 @@ class ZigzagCache(Cache):
         """
         rows = self._rows
         if rows.q_len or rows.broken:
-            raise RuntimeError(
-                "the last forward with this ZigzagCache did not finish, so its contents are not whole: call reset()"
-            )
+            raise RuntimeError("the last forward with this ZigzagCache failed half-way, its contents are not whole: call reset()")
         if rows.batch != batch:
             if rows.columns:
                 raise ValueError(f"the cache holds {rows.batch} rows, the input has {batch}; use reset() or another cache")
@@ -285,8 +281,8 @@ class ZigzagCache(Cache):
         rows = self._rows
         if mask.dim() != 2 or tuple(mask.shape) != (rows.batch, rows.columns + q_len):
             raise ValueError(
-                f"attention_mask must be [batch, tokens seen + new tokens] = [{rows.batch}, {rows.columns + q_len}] of zeros (left "
-                f"padding), then ones; got {tuple(mask.shape)}"
+                f"attention_mask must be [batch, tokens seen + new tokens] = [{rows.batch}, {rows.columns + q_len}] of zeros "
+                f"(left padding), then ones; got {tuple(mask.shape)}"
             )
         if q_len == 1:
             return (mask[:, -1] == 0).int(), rows.longest + 1
@@ -297,9 +293,7 @@ class ZigzagCache(Cache):
         changed = (padding.clamp(max=rows.columns) != rows.columns - held).any()
         interior, changed, least, most = torch.stack([interior.long(), changed.long(), padding.min(), padding.max()]).tolist()
         if interior:
-            raise ValueError(
-                "attention_mask has zeros after ones: only left padding is supported (tokenizer.padding_side='left')"
-            )
+            raise ValueError("attention_mask has zeros after ones: only left padding is supported (padding_side='left')")
         if changed:
             raise ValueError("attention_mask masks other tokens than those the cache left out before: start from an empty cache")
         pad = (padding - rows.columns).clamp(0, q_len).int() if most > rows.columns else None
@@ -311,8 +305,8 @@ class ZigzagCache(Cache):
             return
         if rows.max_len is not None:
             raise RuntimeError(
-                f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); nothing "
-                "was written. Make the ZigzagCache with a larger max_len"
+                f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); "
+                "nothing was written. Make the ZigzagCache with a larger max_len"
             )
         rows.capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
         for layer in self.layers:
@@ -369,8 +363,8 @@ class ZigzagCache(Cache):
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError(
-            "a ZigzagCache cannot roll back, its rings overwrite old tokens: assisted, prompt-lookup and contrastive decoding are not "
-            "supported"
+            "a ZigzagCache cannot roll back, its rings overwrite old tokens: assisted, prompt-lookup and contrastive decoding "
+            "are not supported"
         )
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -59,8 +59,8 @@ def attention(
     name = type(module).__name__
     if zigzag_cache is None:
         raise RuntimeError(
-            f"{name} runs zigzag attention without a zigzag cache: call the model that was given to zigzag_ext.enable(model, plan), "
-            "not a part of it, and do not set attn_implementation='zigzag' by hand"
+            f"{name} runs zigzag attention without a zigzag cache: call the model that was given to zigzag_ext.enable(model, "
+            "plan), not a part of it, and do not set attn_implementation='zigzag' by hand"
         )
     if attention_mask is not None:
         given = attention_mask.name if isinstance(attention_mask, UnsupportedMask) else f"a {type(attention_mask).__name__}"

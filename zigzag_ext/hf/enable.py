@@ -116,9 +116,7 @@ class _Session:
         elif given in self.stand_ins:
             cache = self.stand_ins[given]
         elif given.get_seq_length():
-            raise ValueError(
-                f"the DynamicCache given holds {given.get_seq_length()} tokens of another attention; pass a ZigzagCache"
-            )
+            raise ValueError(f"the DynamicCache holds {given.get_seq_length()} tokens of another attention; pass a ZigzagCache")
         else:
             cache = self.stand_ins[given] = ZigzagCache(config, self.plan, self.max_len)
         kwargs["past_key_values"] = cache

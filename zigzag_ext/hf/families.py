@@ -25,8 +25,8 @@ def _layer_kinds(model, config):
         for index, kind in enumerate(getattr(config, field, None) or ()):
             if kind not in ("full_attention", "attention"):
                 return (
-                    f"layer {index} is '{kind}' in config.{field}; only full attention is served. Where the checkpoint was trained "
-                    f"with full attention too, set config.{field} to all 'full_attention' before loading"
+                    f"layer {index} is '{kind}' in config.{field}; only full attention is served. If the checkpoint works "
+                    f"without, set config.{field} to all 'full_attention' before loading"
                 )
 
 
@@ -34,8 +34,8 @@ def _sliding_window(model, config):
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "layer_types", None) is None and getattr(config, "use_sliding_window", True):
         return (
-            f"all layers use a native sliding window of {window} tokens. If you never run past it, or the checkpoint works without, "
-            "load the model with sliding_window=None"
+            f"all layers use a native sliding window of {window} tokens. If you never run past it, or the checkpoint works "
+            "without, load the model with sliding_window=None"
         )
 
 
@@ -53,9 +53,7 @@ def _learned_sinks(model, config):
 
 def _latent_attention(model, config):
     if getattr(config, "kv_lora_rank", None):
-        return (
-            f"it uses multi-head latent attention (config.kv_lora_rank = {config.kv_lora_rank}), keys and values differ in size"
-        )
+        return f"it uses multi-head latent attention (config.kv_lora_rank = {config.kv_lora_rank}): k and v differ in size"
 
 
 def _shared_caches(model, config):
