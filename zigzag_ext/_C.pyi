@@ -13,6 +13,7 @@ class BuildInfo(TypedDict):
     version: str
     cuda: bool
     cuda_archs: str
+    cpu_isa: str
     compiler: str
 
 def build_info() -> BuildInfo: ...

@@ -31,7 +31,10 @@ const char* kernel_name(const Scheduler& scheduler, int layer, int q_len) {
   return name(scheduler.layer(layer).kernel(q_len));
 }
 
-int64_t slots(const Scheduler& scheduler, int layer, int64_t max_len) { return scheduler.layer(layer).slots(max_len); }
+int64_t slots(const Scheduler& scheduler, int layer, int64_t max_len) {
+  ZZ_CHECK(max_len >= 0, "max_len must be >= 0, got ", max_len);
+  return scheduler.layer(layer).slots(max_len);
+}
 
 int64_t kv_bytes(const Scheduler& scheduler, int64_t batch, int64_t max_len, const std::optional<std::string>& kind) {
   const KvBytes bytes = scheduler.kv_bytes(batch, max_len);
