@@ -1,0 +1,69 @@
+// The keys that a block of queries can see, as at most five runs of consecutive rows with consecutive positions.
+//
+//   cache: [pinned: sink or whole full cache] [window, older part] [window, part after the wrap]     chunk: [pinned] [window]
+//
+// A pinned run is visible to every later query; any other run only to queries less than `window` positions away. Either way
+// one query sees one interval of a run, so a kernel masks by two bounds per query and never looks at a position per key.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kv/ring.h"
+
+namespace zigzag {
+
+struct KeyRun {
+  bool cached;   // rows of the cache (slots), else columns of the new chunk
+  bool pinned;
+  int row;       // first slot or column
+  int position;  // position of that row
+  int count;
+};
+
+struct KeyRuns {
+  KeyRun runs[5];
+  int num_runs = 0;
+  int64_t num_keys = 0;
+};
+
+// First and one past the last key of run[offset, offset + count) that the query at `position` sees, relative to `offset`.
+struct KeyInterval {
+  int begin, end;
+};
+
+constexpr KeyInterval visible_interval(const RingLayout& layout, const KeyRun& run, int offset, int count, int position) {
+  const int first = run.position + offset;
+  const int end = std::clamp(position + 1 - first, 0, count);
+  const int begin = run.pinned ? 0 : std::clamp(position - layout.window + 1 - first, 0, count);
+  return {std::min(begin, end), end};
+}
+
+// Keys seen by any query at positions [first_query, last_query]. The row holds `length` tokens, its cache has `slots` slots
+// (0: none), and the chunk's column `pad` sits at position `length`.
+constexpr KeyRuns visible_runs(const RingLayout& layout, int slots, int length, int pad, int first_query, int last_query) {
+  KeyRuns keys{};
+  const auto add = [&](bool cached, bool pinned, int row, int position, int count) {
+    const int skip = pinned ? 0 : std::max(0, first_query - layout.window + 1 - position);
+    const int kept = std::min(count, last_query + 1 - position) - skip;
+    if (kept <= 0) return;
+    keys.runs[keys.num_runs++] = {cached, pinned, row + skip, position + skip, kept};
+    keys.num_keys += kept;
+  };
+  const int sink = layout.is_full() ? std::max(length, last_query + 1) : layout.sink;
+  if (slots > 0) {
+    add(true, true, 0, 0, std::min({sink, length, slots}));
+    if (length > sink) {
+      const int oldest = std::max(sink, length - layout.window), slot = layout.slot(oldest);
+      const int before_wrap = std::min(length - oldest, slots - slot);
+      add(true, false, slot, oldest, before_wrap);
+      add(true, false, sink, oldest + before_wrap, length - oldest - before_wrap);
+    }
+  }
+  const int pinned = std::max(0, std::min(sink, last_query + 1) - length);
+  add(false, true, pad, length, pinned);
+  add(false, false, pad + pinned, length + pinned, last_query + 1 - length - pinned);
+  return keys;
+}
+
+}  // namespace zigzag
