@@ -72,7 +72,7 @@ bench: $(VENV)/built
 	$(ZIGZAG_BUILD_DIR)/bench_decode $(BENCH_ARGS)
 
 figures: $(VENV)/built
-	python benchmarks/figures.py
+	python benchmarks/report.py
 
 clean:
 	rm -rf build dist zigzag_ext.egg-info $(VENV) zigzag_ext/*.so
