@@ -42,7 +42,7 @@ class GraphClock:
         self.nodes = wanted // num_sets * num_sets if wanted >= num_sets else wanted
         sets = itertools.cycle(range(num_sets))
         self.graphs = [self._capture(run, sets) for _ in range(-(-num_sets // self.nodes))]
-        self.next = itertools.cycle(self.graphs)
+        self.positions = len(self.graphs)
         self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for graph in self.graphs:
             graph.replay()
@@ -54,10 +54,10 @@ class GraphClock:
                 run(next(sets))
         return graph
 
-    def sample(self) -> float:
+    def sample(self, position: int) -> float:
         torch.cuda._sleep(HOLD_CYCLES)
         self.start.record()
-        next(self.next).replay()
+        self.graphs[position].replay()
         self.stop.record()
         torch.cuda.synchronize()
         return self.start.elapsed_time(self.stop) * 1e3 / self.nodes
@@ -67,12 +67,12 @@ class CallClock:
     """One implementation on the CPU: every sample is one call."""
 
     def __init__(self, run: Run, num_sets: int, bytes_per_call: int):
-        self.run, self.sets = run, itertools.cycle(range(num_sets))
-        self.run(next(self.sets))
+        self.run, self.positions = run, num_sets
+        self.run(0)
 
-    def sample(self) -> float:
+    def sample(self, position: int) -> float:
         start = time.perf_counter_ns()
-        self.run(next(self.sets))
+        self.run(position)
         return (time.perf_counter_ns() - start) * 1e-3
 
 
@@ -81,7 +81,10 @@ def make_clock(device: str, run: Run, num_sets: int, bytes_per_call: int) -> Gra
 
 
 def measure(device: str, clocks: dict[str, GraphClock | CallClock], cpu_seconds: float = CPU_SECONDS) -> dict[str, Quantiles]:
-    """Samples every clock in turn, round after round, so that a drifting machine touches all of them alike."""
+    """Samples every clock in turn, round after round, so that a drifting machine touches all of them alike.
+
+    Clocks share their buffers, so each starts somewhere else in the rotation: none may find what its predecessor just read.
+    """
     samples: dict[str, list[float]] = {name: [] for name in clocks}
     begin = time.perf_counter()
     for rounds in itertools.count():
@@ -91,9 +94,15 @@ def measure(device: str, clocks: dict[str, GraphClock | CallClock], cpu_seconds:
             elapsed = time.perf_counter() - begin
             if rounds == CPU_MAX_SAMPLES or elapsed > cpu_seconds * max(1, len(clocks)):
                 break
-        for name, clock in clocks.items():
-            samples[name].append(clock.sample())
+        for index, (name, clock) in enumerate(clocks.items()):
+            samples[name].append(clock.sample(position(rounds, index, len(clocks), clock.positions)))
     return {name: quantiles(sample) for name, sample in samples.items()}
+
+
+def position(rounds: int, index: int, count: int, positions: int) -> int:
+    """Where clock `index` of `count` stands in a rotation over `positions`: evenly spread, at least not beside each other."""
+    offset = index * positions // count if positions >= count else index
+    return (rounds + offset) % positions
 
 
 def copy_bandwidth(device: str) -> float:

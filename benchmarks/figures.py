@@ -85,7 +85,9 @@ def draw_lengths(rows: list[Record], floor: list[Record]) -> plt.Figure | None:
     below.set_ylim(bottom=0)
     above.set_yscale("log")
     above.yaxis.set_major_locator(matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
-    above.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:g}"))
+    above.yaxis.set_major_formatter(
+        matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:g}")
+    )
     above.set_ylabel("time of one call, µs")
     above.set_title(f"Full-cache decode attention, batch 1, 32/8 heads, d128, bf16\n{rows[0].gpu}", fontsize=11, loc="left")
     above.legend(fontsize=9)
@@ -108,7 +110,9 @@ def draw_ring(rows: list[Record], floor: list[Record]) -> plt.Figure | None:
     if not windows:
         return None
     count = max(sum((row.sink, row.window) == window for row in rows) for window in windows)
-    figure, panels = plt.subplots(len(windows), 1, squeeze=False, figsize=(7.2, (0.34 * count + 1.0) * len(windows)), layout="constrained")
+    figure, panels = plt.subplots(
+        len(windows), 1, squeeze=False, figsize=(7.2, (0.34 * count + 1.0) * len(windows)), layout="constrained"
+    )
     for axes, window in zip(panels[:, 0], windows, strict=True):
         bars = sorted((row for row in rows if (row.sink, row.window) == window), key=lambda row: -row.p50_us)
         colors = [OURS if row.impl == "zigzag" else "#9AA5B1" for row in bars]

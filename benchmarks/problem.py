@@ -5,6 +5,7 @@ from functools import cached_property
 import torch
 from scenarios import Cell
 from torch import Tensor
+
 from zigzag_ext import reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -25,10 +26,10 @@ class Problem:
     k_cache, v_cache [batch, num_kv_heads, slots, head_dim]. seq_lens (before the call) and kv_lens are int32 [batch].
     """
 
-    def __init__(self, cell: Cell, device: str, cold_bytes: int = COLD_BYTES):
+    def __init__(self, cell: Cell, device: str):
         self.cell, self.device, self.dtype = cell, device, DTYPES[cell.kv_format]
         self.scale = cell.head_dim**-0.5
-        self.num_sets = max(2, -(-cold_bytes // cell.kv_bytes))
+        self.num_sets = max(2, -(-COLD_BYTES // cell.kv_bytes))
         self._generator = torch.Generator(device).manual_seed(2412)
         fresh = (cell.batch, cell.num_kv_heads, cell.q_len, cell.head_dim)
         cache = (cell.batch, cell.num_kv_heads, cell.slots, cell.head_dim)

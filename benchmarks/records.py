@@ -1,7 +1,8 @@
 """The CSV that every benchmark writes, C++ and Python alike: one row per measurement."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -48,28 +49,24 @@ COLUMNS = [field.name for field in fields(Record)]
 _TYPES = {field.name: field.type for field in fields(Record)}
 
 
-class Writer:
-    """Writes a CSV file anew and flushes every row, so that an interrupted run keeps what it measured."""
+@contextmanager
+def writer(path: Path | None) -> Iterator[Callable[[Record], None]]:
+    """Yields add(record), which writes a row of a new CSV file and flushes it: an interrupted run keeps what it measured.
 
-    def __init__(self, path: Path | None):
-        self._file = Path(path).open("w", newline="") if path else None
-        self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n") if self._file else None
-        if self._csv:
-            self._csv.writeheader()
+    Without a path nothing is written.
+    """
+    if path is None:
+        yield lambda record: None
+        return
+    with Path(path).open("w", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        rows.writeheader()
 
-    def add(self, record: Record) -> None:
-        if self._csv:
-            row = asdict(record)
-            row.update({name: round(row[name], 3) for name, kind in _TYPES.items() if kind is float})
-            self._csv.writerow(row)
-            self._file.flush()
+        def add(record: Record) -> None:
+            rows.writerow({name: round(value, 3) if _TYPES[name] is float else value for name, value in asdict(record).items()})
+            file.flush()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._file:
-            self._file.close()
+        yield add
 
 
 def read(path: Path) -> list[Record]:
@@ -83,6 +80,6 @@ def read(path: Path) -> list[Record]:
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
-    with Writer(path) as writer:
+    with writer(path) as add:
         for record in records:
-            writer.add(record)
+            add(record)

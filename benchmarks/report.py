@@ -57,7 +57,9 @@ def summary_table(cells: Cells) -> str:
     """Ours against the best peer of the same run, or against a pure read of the same bytes where no peer ran."""
     ours = {shape: impls for shape, impls in cells.items() if "zigzag" in impls}
     has_peers = any(best_peer(impls) for impls in ours.values())
-    header = ["cell", "zigzag, us", "best peer, us", "speed-up"] if has_peers else ["cell", "zigzag, us", "pure read, us", "of read"]
+    header = (
+        ["cell", "zigzag, us", "best peer, us", "speed-up"] if has_peers else ["cell", "zigzag, us", "pure read, us", "of read"]
+    )
     lines = []
     for impls in ours.values():
         mine = impls["zigzag"]

@@ -15,7 +15,7 @@ import machine
 import peers
 import torch
 from problem import TOLERANCE, Problem, Unsupported
-from records import Record, Writer
+from records import Record, writer
 from scenarios import BY_DEVICE, Cell
 
 
@@ -64,17 +64,18 @@ def record(cell: Cell, impl: str, time: clock.Quantiles, copy_gbps: float, origi
     )
 
 
-def run_cell(cell: Cell, device: str, modules: dict, origin: dict[str, str], copy_gbps: float, writer: Writer) -> dict[str, str]:
-    """Checks, times, prints and writes one cell. Returns the peers that were not timed, with the reason."""
+def run_cell(cell: Cell, device: str, modules: dict, origin: dict[str, str], copy_gbps: float, add) -> dict[str, str]:
+    """Checks, times, prints and writes (add(record)) one cell. Returns the peers that were not timed, with the reason."""
     problem = Problem(cell, device)
     clocks, errors, reasons = prepare_all(problem, modules)
     times = clock.measure(device, clocks)
     print(f"{cell.scenario}: {cell.kv_bytes / 1e6:.1f} MB, {problem.num_sets} sets of buffers")
     for impl, time in sorted(times.items(), key=lambda item: item[1].p50):
         row = record(cell, impl, time, copy_gbps, origin)
-        writer.add(row)
+        add(row)
+        rates = f"{row.gbps:8.1f} GB/s {row.pct_copy:6.1f}% of copy"
         spread = f"[{row.p20_us:.2f}, {row.p80_us:.2f}]"
-        print(f"  {impl:18} {row.p50_us:10.2f} us {spread:24} {row.gbps:8.1f} GB/s {row.pct_copy:6.1f}% of copy  error {errors[impl]:.1e}")
+        print(f"  {impl:18} {row.p50_us:10.2f} us {spread:24} {rates}  error {errors[impl]:.1e}")
     for impl, reason in reasons.items():
         print(f"  {impl:18} {reason}")
     sys.stdout.flush()
@@ -89,7 +90,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", help="names of files in peers/, separated by commas; default: all")
     parser.add_argument("--csv", type=Path, help="file for the results, written anew")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--commit", default=machine.commit(), help="name of the measured source; default from ZIGZAG_COMMIT or git")
+    parser.add_argument(
+        "--commit", default=machine.commit(), help="name of the measured source; default from ZIGZAG_COMMIT or git"
+    )
     return parser.parse_args(argv)
 
 
@@ -113,11 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     copy_gbps = clock.copy_bandwidth(args.device)
     print(f"{gpu}, driver {driver}, torch {torch.__version__}: copy {copy_gbps:.1f} GB/s (read + write)")
     not_timed: dict[str, dict[str, str]] = {}
-    with torch.inference_mode(), Writer(args.csv) as writer:
+    with torch.inference_mode(), writer(args.csv) as add:
         for cell in cells.values():
             if args.quick and not cell.quick:
                 continue
-            not_timed[cell.scenario] = run_cell(cell, args.device, modules, origin, copy_gbps, writer)
+            not_timed[cell.scenario] = run_cell(cell, args.device, modules, origin, copy_gbps, add)
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from types import ModuleType
 
 def for_device(device: str) -> dict[str, ModuleType]:
     """Peer modules that run on "cuda" or "cpu", by name; ours first."""
-    names = sorted((info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")))
+    names = sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
     names.sort(key=lambda name: name != "zigzag")
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
     return {name: module for name, module in modules.items() if device in module.DEVICES}

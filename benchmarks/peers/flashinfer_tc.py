@@ -16,7 +16,9 @@ def prepare(problem):
     used = [-(-length // PAGE_SIZE) for length in cell.kv_lens]
     indptr = torch.tensor([0, *used], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     indices = torch.cat([row[:n] for row, n in zip(table, used, strict=True)])
-    last_page = torch.tensor([length - (n - 1) * PAGE_SIZE for length, n in zip(cell.kv_lens, used, strict=True)], dtype=torch.int32)
+    last_page = torch.tensor(
+        [length - (n - 1) * PAGE_SIZE for length, n in zip(cell.kv_lens, used, strict=True)], dtype=torch.int32
+    )
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=p.device)
     wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     wrapper.plan(
