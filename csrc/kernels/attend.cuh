@@ -16,7 +16,7 @@ namespace zigzag::attend {
 
 // ---- queries ----
 
-// Starts the copy of the segment's query rows to shared memory, 16 bytes a thread; absent rows become zeros.
+// Starts the copy of the segment's query rows to shared memory, 16 bytes a thread; rows past the last become zeros.
 template <class S>
 __device__ __forceinline__ void stage_queries(const AttentionParams& p, const Segment& segment, uint32_t buffer) {
   const int group = p.num_q_heads / p.num_kv_heads;
@@ -24,7 +24,7 @@ __device__ __forceinline__ void stage_queries(const AttentionParams& p, const Se
     const int row = i / S::kChunks, chunk = i % S::kChunks;
     const int packed = segment.row_block * S::kRows + row;
     const int column = packed / group, head = segment.keys.kv_head * group + packed % group;
-    const bool valid = column < p.q_len && column >= segment.keys.first;
+    const bool valid = column < p.q_len;
     const char* source = static_cast<const char*>(p.q);
     if (valid) {
       source +=
@@ -184,6 +184,7 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
   const float scale_log2 = p.scale * kLog2e;
   uint32_t query_buffer = base;
 
+  NewToken<S> new_token;
   // Query rows first: behind the key loads they would arrive last. They form one cp.async group, every tile another
   // one.
   const auto fill = [&] {
@@ -191,6 +192,7 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
       device::grid_dependency_wait();
       stage_queries<S>(p, segment, query_buffer);
       device::cp_async_commit();
+      if (kRing && replaces_slot(p)) new_token.load(p, segment.keys);
     };
     if (!keys_first) fill_queries();
 #pragma unroll
@@ -238,13 +240,15 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
       const bool masked = (item + 1) * kTileKeys > segment.keys.unmasked;
       int position[2] = {-1, -1};
       if (masked) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (key + 8 * i < segment.keys.total) position[i] = key_position<kRing>(p, segment.keys, key + 8 * i);
-        }
+        position[0] = key_position<kRing>(p, segment.keys, key);
+        position[1] = key_position<kRing>(p, segment.keys, key + 8);
       }
       device::cp_async_wait<S::kStages - 1>();
       __syncwarp();
+      if constexpr (kRing) {
+        repair_tile<S>(p, segment.keys, item, shared_memory + (stage - base), new_token);
+        __syncwarp();
+      }
       attend_tile<S>(state, queries, stage, scale_log2, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
         const RingLayout ring_or_full = {p.sink, kRing ? p.window : 0};

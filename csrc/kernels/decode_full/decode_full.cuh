@@ -71,7 +71,7 @@ struct Job {
       const int head = group / p.row_blocks;
       segment.row_block = group % p.row_blocks;
       segment.keys = find_keys<false>(a, head / a.num_kv_heads, head % a.num_kv_heads);
-      const int64_t items = count_items(segment.keys);
+      const int64_t items = count_items<false>(a, segment.keys);
       segment.begin = static_cast<int>(items * rank / p.cluster);
       segment.end = static_cast<int>(items * (rank + 1) / p.cluster);
       return true;
@@ -79,7 +79,7 @@ struct Job {
     const int lane = threadIdx.x % 32;
     const unsigned groups_per_row = a.num_kv_heads * p.row_blocks;
     const auto tiles = [&](int b) {
-      return b < a.batch ? count_items(find_keys<false>(a, b, 0)) * groups_per_row : 0u;
+      return b < a.batch ? count_items<false>(a, find_keys<false>(a, b, 0)) * groups_per_row : 0u;
     };
     unsigned total = 0;
     for (int b = lane; b < a.batch; b += 32) total += tiles(b);
@@ -114,7 +114,8 @@ struct Job {
     segment.keys = find_keys<false>(p.attention, batch, kv_head);
     segment.row_block = row_block;
     segment.begin = static_cast<int>(begin);
-    segment.end = static_cast<int>(min(static_cast<unsigned>(count_items(segment.keys)), begin + (stop - at)));
+    segment.end = static_cast<int>(
+        min(static_cast<unsigned>(count_items<false>(p.attention, segment.keys)), begin + (stop - at)));
   }
 
   __device__ __forceinline__ bool next(Segment& segment) {
@@ -131,13 +132,15 @@ struct Job {
   // No block reads a slot at or past the length, so the block with the last tile may append at any time. Here the wait
   // for the new tokens hides behind the key loads.
   __device__ __forceinline__ void loaded(const Segment& segment) const {
-    if (segment.row_block != 0 || segment.end != count_items(segment.keys) || segment.begin == segment.end) return;
+    if (segment.row_block != 0 || segment.end != count_items<false>(p.attention, segment.keys) ||
+        segment.begin == segment.end)
+      return;
     append_new_tokens<S>(p.attention, segment.keys, threadIdx.x, blockDim.x);
   }
 
   __device__ __forceinline__ void finish(const Segment& segment, bool more) const {
     if (p.cluster > 1) return finish_in_cluster<S>(p.attention, p.layout, segment, p.cluster, more);
-    const unsigned items = count_items(segment.keys);
+    const unsigned items = count_items<false>(p.attention, segment.keys);
     if (segment.begin == 0 && segment.end == static_cast<int>(items))
       return finish_in_block<S>(p.attention, p.layout, segment);
     const unsigned group_begin = at - segment.end;  // next() has moved `at` past this segment

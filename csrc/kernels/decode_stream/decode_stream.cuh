@@ -33,7 +33,7 @@ struct Job {
     Segment segment;
     segment.keys = find_keys<true>(p.attention, head / p.attention.num_kv_heads, head % p.attention.num_kv_heads);
     segment.row_block = 0;
-    const int64_t items = count_items(segment.keys);
+    const int64_t items = count_items<true>(p.attention, segment.keys);
     segment.begin = static_cast<int>(items * rank / p.cluster);
     segment.end = static_cast<int>(items * (rank + 1) / p.cluster);
     return segment;
@@ -41,9 +41,10 @@ struct Job {
 
   __device__ __forceinline__ bool next(Segment& segment) const { return ++segment.row_block < p.row_blocks; }
 
-  // A single new token replaces a key that no row attends, so nobody reads its slot.
+  // A single new token replaces a key that no row attends: whether a block reads the old or the new bytes of that slot,
+  // it repairs them from k_new and v_new.
   __device__ __forceinline__ void loaded(const Segment& segment) const {
-    if (segment.keys.fresh > 1 || segment.row_block > 0 || rank != p.cluster - 1) return;
+    if (!replaces_slot(p.attention) || segment.row_block > 0 || rank != p.cluster - 1) return;
     append_new_tokens<S>(p.attention, segment.keys, threadIdx.x, blockDim.x);
   }
 
@@ -53,7 +54,7 @@ struct Job {
     } else {
       finish_in_block<S>(p.attention, p.layout, segment);
     }
-    if (more || segment.keys.fresh <= 1) return;
+    if (more || replaces_slot(p.attention)) return;
     append_new_tokens<S>(p.attention, segment.keys, rank * blockDim.x + threadIdx.x, p.cluster * blockDim.x);
   }
 };
