@@ -21,6 +21,8 @@ struct PrefillShape {
   // ldmatrix reads 8 rows at once; they hit 8 different bank groups because chunks are permuted by an XOR with the row,
   // or, where a row is not a multiple of 128 bytes, because rows are padded by 16 bytes.
   static constexpr bool kSwizzle = kHeadDim % 64 == 0;
+  // Threads that load one row together: a power of two that divides kChunks, at most a 128-byte line.
+  static constexpr int kThreadsPerRow = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
   static constexpr int kRowBytes = kHeadDim * 2 + (kSwizzle ? 0 : 16);
   static constexpr int kKeyBytes = kKeys * kRowBytes;                     // one K or V buffer
   static constexpr int kSharedBytes = kRows * kRowBytes + 4 * kKeyBytes;  // Q, then two stages of K and V
