@@ -55,10 +55,11 @@ struct KeyRange {
     return key.first <= query && query - seen.window < key.last;
   }
 
-  // Whether every query of the tile sees all of the `size` keys from `number` on, so that no mask is needed.
+  // Whether every query of the tile sees all of the `size` keys from `number` on, so that no mask is needed. Numbers past the
+  // end fail, as their positions follow last_query.
   ZZ_HOST_DEVICE constexpr bool all_visible(int number, int size) const {
     const int last = number + size - 1;
-    if (last >= count || position(last) > first_query) return false;
+    if (position(last) > first_query) return false;
     return last < num_sink || last_query - position(larger(number, num_sink)) < seen.window;
   }
 

@@ -263,7 +263,7 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
 
 // Grid: one block per (tile of rows, batch, KV head); a warp owns 16 * kRowTiles rows and walks all keys of the tile.
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, 2)
+__global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, PrefillShape<kHeadDim>::kBlocksPerSm)
     prefill_kernel(const __grid_constant__ AttentionParams p) {
   using Shape = PrefillShape<kHeadDim>;
   extern __shared__ __align__(128) unsigned char shared[];

@@ -15,6 +15,7 @@ struct PrefillShape {
       kWide ? 1 : 2;  // 16-row tensor core tiles per warp: two halve the shared memory reads
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlocksPerSm = kHeadDim <= 64 ? 3 : 2;  // as many as the registers hold without spilling
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr int kKeys = kWide ? 32 : 64;  // keys per step; 32 keeps head_dim 256 within 99 KB (sm_86, sm_89)
   static constexpr int kChunks = kHeadDim / 8;   // 16-byte chunks per row
