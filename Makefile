@@ -30,8 +30,9 @@ demo: $(VENV)/built $(VENV)/model
 
 test: cpptest pytest
 
+# Passive waiting: the workers' thread pools would otherwise spin against each other.
 pytest: $(VENV)/built $(VENV)/model
-	python -m pytest -n $(PYTEST_JOBS) $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive python -m pytest -n $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 # The C++ tests link the libzigzag_core.so that the Python package uses: one build of the kernels serves both.
 cpptest: $(VENV)/built
@@ -72,7 +73,7 @@ bench: $(VENV)/built
 	$(ZIGZAG_BUILD_DIR)/bench_decode $(BENCH_ARGS)
 
 figures: $(VENV)/built
-	python benchmarks/figures.py
+	python benchmarks/report.py
 
 clean:
 	rm -rf build dist zigzag_ext.egg-info $(VENV) zigzag_ext/*.so

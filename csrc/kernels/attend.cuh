@@ -1,10 +1,12 @@
 // The math core of both decode kernels: flash attention of a few query rows over a long key list, on tensor cores.
 //
-// Operands are swapped: S^T = K Q^T and O^T = V^T P^T with mma.m16n8k16, so that a warp step takes 16 keys and the 8 columns of
-// the mma hold query rows: nothing is padded to 16 or 64 rows. Every warp streams its own tiles through its own ring of shared
-// memory stages (cp.async) and keeps its own softmax state; warps meet only when a segment ends. Logits are in base 2.
+// Operands are swapped: S^T = K Q^T and O^T = V^T P^T with mma.m16n8k16, so that a warp step takes 16 keys and the 8
+// columns of the mma hold query rows: nothing is padded to 16 or 64 rows. Every warp streams its own tiles through its
+// own ring of shared memory stages (cp.async) and keeps its own softmax state; warps meet only when a segment ends.
+// Logits are in base 2.
 //
-// Fragments, lane = 4 * g + t: a lane holds of S^T and P^T keys g, g + 8 x rows 2t, 2t + 1, and of O^T dims g, g + 8 x rows 2t, 2t + 1.
+// Fragments, lane = 4 * g + t: a lane holds of S^T and P^T keys g, g + 8 x rows 2t, 2t + 1, and of O^T dims g, g + 8 x
+// rows 2t, 2t + 1.
 #pragma once
 
 #include "kernels/attend_keys.cuh"
@@ -25,7 +27,8 @@ __device__ __forceinline__ void stage_queries(const AttentionParams& p, const Se
     const bool valid = column < p.q_len && column >= segment.keys.first;
     const char* source = static_cast<const char*>(p.q);
     if (valid) {
-      source += 2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head + column * p.q_stride.token) + chunk * 16;
+      source +=
+          2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head + column * p.q_stride.token) + chunk * 16;
     }
     device::cp_async_16(buffer + row * S::kRowBytes + chunk * 16, source, valid);
   }
@@ -116,8 +119,8 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
 
 // Adds the 16 keys of a stage to the state. mask(s) sets the logits of keys a row must not see to -inf.
 template <class S, class Mask>
-__device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& queries, uint32_t stage, float scale_log2,
-                                            const Mask& mask) {
+__device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& queries, uint32_t stage,
+                                            float scale_log2, const Mask& mask) {
   using Element = typename S::Element;
   const int lane = threadIdx.x % 32;
   const uint32_t k_address = stage + lane % 16 * S::kRowBytes + lane / 16 * 16;
@@ -156,7 +159,8 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
     uint32_t v[4];
     device::ldmatrix_x4_trans(v, v_address + step * 32);
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) device::mma_m16n8k16<Element>(state.out[step][n], v, weights[n][0], weights[n][1]);
+    for (int n = 0; n < S::kRowTiles; ++n)
+      device::mma_m16n8k16<Element>(state.out[step][n], v, weights[n][0], weights[n][1]);
   }
 }
 
@@ -168,8 +172,8 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
 //   void finish(const Segment&, bool more) called when every warp's partial state of the segment is in shared memory
 // The first loads of the next segment are under way before the previous one is finished.
 //
-// `keys_first` is for programmatic dependent launch: the first tiles are loaded before the wait for the kernel in front, which
-// therefore must not be the one that writes the cache or the lengths.
+// `keys_first` is for programmatic dependent launch: the first tiles are loaded before the wait for the kernel in
+// front, which therefore must not be the one that writes the cache or the lengths.
 template <class S, bool kRing, class Job>
 __device__ __forceinline__ void run_segments(const AttentionParams& p, const SharedLayout& layout, Segment segment,
                                              bool keys_first, Job& job) {
@@ -180,7 +184,8 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
   const float scale_log2 = p.scale * kLog2e;
   uint32_t query_buffer = base;
 
-  // Query rows first: behind the key loads they would arrive last. They form one cp.async group, every tile another one.
+  // Query rows first: behind the key loads they would arrive last. They form one cp.async group, every tile another
+  // one.
   const auto fill = [&] {
     const auto fill_queries = [&] {
       device::grid_dependency_wait();
@@ -240,7 +245,7 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
       }
       device::cp_async_wait<S::kStages - 1>();
       __syncwarp();
-      attend_tile<S>(state, queries, stage, scale_log2, [&](float(&s)[S::kRowTiles][4]) {
+      attend_tile<S>(state, queries, stage, scale_log2, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
         const RingLayout ring_or_full = {p.sink, kRing ? p.window : 0};
 #pragma unroll

@@ -1,10 +1,12 @@
-// What a decode kernel reads and writes of one (batch, KV head): which keys a row attends, loading them, appending the new ones.
+// What a decode kernel reads and writes of one (batch, KV head): which keys a row attends, loading them, appending the
+// new ones.
 //
 // The keys form one virtual list: the cache slots in use and the new tokens. A new token is read from k_new / v_new and
 // never from the cache, so appending it needs no ordering against the reads of its own slot.
 //
 //   full cache, or several new tokens    [0, cached) slots ++ new tokens
-//   ring, one new token                  the slots as they will be after the append, the new token in its own slot's place
+//   ring, one new token                  the slots as they will be after the append, the new token in its own slot's
+//   place
 //
 // The second form keeps a full ring at exactly sink + window keys: no extra step of the inner loop for one more token.
 #pragma once
@@ -17,27 +19,30 @@ namespace zigzag::attend {
 
 inline constexpr int kTileKeys = 16;  // keys of one warp step: M of mma.m16n8k16
 
-// Compile-time geometry. Rows are (query column, head of the group) pairs, packed column-major: row = column * group + head.
+// Compile-time geometry. Rows are (query column, head of the group) pairs, packed column-major: row = column * group +
+// head.
 template <class Element_, int kHeadDim_, int kRowTiles_>
 struct Shape {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr int kRows = 8 * kRowTiles;        // rows of a block: N of the mma, times kRowTiles
-  static constexpr int kSteps = kHeadDim / 16;       // mma steps along head_dim
-  static constexpr int kChunks = kHeadDim / 8;       // 16-byte pieces of a row
-  static constexpr int kQuads = kHeadDim / 4;        // float4 pieces of an output row
-  static constexpr int kRowBytes = 2 * kHeadDim + 16;  // in shared memory; an odd multiple of 16: ldmatrix has no bank conflict
+  static constexpr int kRows = 8 * kRowTiles;   // rows of a block: N of the mma, times kRowTiles
+  static constexpr int kSteps = kHeadDim / 16;  // mma steps along head_dim
+  static constexpr int kChunks = kHeadDim / 8;  // 16-byte pieces of a row
+  static constexpr int kQuads = kHeadDim / 4;   // float4 pieces of an output row
+  static constexpr int kRowBytes =
+      2 * kHeadDim + 16;  // in shared memory; an odd multiple of 16: ldmatrix has no bank conflict
   static constexpr int kTileBytes = kTileKeys * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // K and V
-  // Ring depth per warp: one stage in use, the rest in flight. 64 to 100 KB in flight per SM saturate the memory of an H100.
+  // Ring depth per warp: one stage in use, the rest in flight. 64 to 100 KB in flight per SM saturate the memory of an
+  // H100.
   static constexpr int kStages = kHeadDim >= 128 ? 2 : kHeadDim > 64 ? 3 : 4;
   static_assert(kHeadDim % 16 == 0);
 };
 
 struct Keys {
   int batch, kv_head;
-  const char* k;    // slot 0 of this head
+  const char* k;  // slot 0 of this head
   const char* v;
   int length;       // tokens before this call
   int first;        // leading padding columns of the chunk
@@ -80,7 +85,9 @@ __device__ __forceinline__ Keys find_keys(const AttentionParams& p, int batch, i
 }
 
 // Warp steps over the list. At least one, so that an empty list still writes its outputs.
-__device__ __forceinline__ int count_items(const Keys& keys) { return max(1, (keys.total + kTileKeys - 1) / kTileKeys); }
+__device__ __forceinline__ int count_items(const Keys& keys) {
+  return max(1, (keys.total + kTileKeys - 1) / kTileKeys);
+}
 
 // Position of a key of the list.
 template <bool kRing>
@@ -89,8 +96,8 @@ __device__ __forceinline__ int key_position(const AttentionParams& p, const Keys
   return kRing ? ring_layout(p).position(key, keys.length) : key;
 }
 
-// How the lanes of a warp share a tile: kWide lanes along a row, so that they read whole 32 to 512 byte pieces, the others
-// along the rows.
+// How the lanes of a warp share a tile: kWide lanes along a row, so that they read whole 32 to 512 byte pieces, the
+// others along the rows.
 template <class S>
 struct TileLanes {
   static constexpr int kWide = S::kChunks & -S::kChunks;  // largest power of two that divides kChunks
@@ -103,8 +110,8 @@ __device__ __forceinline__ const char* new_tokens(const void* tensor, const Stri
   return static_cast<const char*>(tensor) + 2 * (keys.batch * stride.batch + keys.kv_head * stride.head);
 }
 
-// Starts the copy of tile `item` of the list into a stage of the calling warp's ring. Keys that are neither cached nor new
-// become zeros: a slot that was never written may hold NaN.
+// Starts the copy of tile `item` of the list into a stage of the calling warp's ring. Keys that are neither cached nor
+// new become zeros: a slot that was never written may hold NaN.
 template <class S>
 __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& keys, int item, uint32_t stage) {
   using Lanes = TileLanes<S>;
@@ -156,8 +163,8 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
   }
 }
 
-// Writes the new tokens to their slots, shared among `count` threads of which the caller is number `thread`. Skips what a
-// ring would overwrite within this chunk and what lies past the capacity.
+// Writes the new tokens to their slots, shared among `count` threads of which the caller is number `thread`. Skips what
+// a ring would overwrite within this chunk and what lies past the capacity.
 template <class S>
 __device__ __forceinline__ void append_new_tokens(const AttentionParams& p, const Keys& keys, int thread, int count) {
   const RingLayout layout = ring_layout(p);

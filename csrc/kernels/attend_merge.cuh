@@ -9,7 +9,8 @@ namespace zigzag::attend {
 inline constexpr int kMaxWarps = 8;
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
-inline constexpr float kEmptyMax = -3.4028234e38f;  // maximum of an empty state: finite, so that differences are never NaN
+inline constexpr float kEmptyMax =
+    -3.4028234e38f;  // maximum of an empty state: finite, so that differences are never NaN
 
 // Byte offsets in dynamic shared memory; the staged queries are at 0.
 struct SharedLayout {
@@ -96,7 +97,8 @@ __device__ __forceinline__ Partial merge_partials(int count, const At& at, const
 
 extern __shared__ __align__(128) char shared_memory[];
 
-// Writes the calling warp's state to shared memory. The row stride of kHeadDim + 4 floats keeps the 32 lanes on 32 banks.
+// Writes the calling warp's state to shared memory. The row stride of kHeadDim + 4 floats keeps the 32 lanes on 32
+// banks.
 template <class S>
 __device__ __forceinline__ void store_partial(const SharedLayout& layout, const State<S>& state, int rows) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -157,7 +159,8 @@ __device__ __forceinline__ void write_result(const AttentionParams& p, const Seg
   const bool empty = result.norm.y == 0.f || column < segment.keys.first;
   const float factor = empty ? 0.f : 1.f / result.norm.y;
   const float4 out = empty ? make_float4(0.f, 0.f, 0.f, 0.f) : result.out;
-  const int64_t offset = segment.keys.batch * p.out_stride.batch + head * p.out_stride.head + column * p.out_stride.token;
+  const int64_t offset =
+      segment.keys.batch * p.out_stride.batch + head * p.out_stride.head + column * p.out_stride.token;
   *reinterpret_cast<uint2*>(static_cast<char*>(p.out) + 2 * (offset + quad * 4)) = make_uint2(
       device::pack2<Element>(out.x * factor, out.y * factor), device::pack2<Element>(out.z * factor, out.w * factor));
   if (quad != 0) return;
@@ -167,7 +170,8 @@ __device__ __forceinline__ void write_result(const AttentionParams& p, const Seg
 
 // The block holds the whole result.
 template <class S>
-__device__ __forceinline__ void finish_in_block(const AttentionParams& p, const SharedLayout& layout, const Segment& segment) {
+__device__ __forceinline__ void finish_in_block(const AttentionParams& p, const SharedLayout& layout,
+                                                const Segment& segment) {
   const int rows = rows_of<S>(p, segment);
   for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
     const int row = i / S::kQuads, quad = i % S::kQuads;
@@ -175,11 +179,11 @@ __device__ __forceinline__ void finish_in_block(const AttentionParams& p, const 
   }
 }
 
-// Every block of the cluster holds a part of the result. Block r collects the r-th share of the output from the inboxes that
-// all blocks fill through distributed shared memory. The caller has arrived at the cluster barrier once before.
+// Every block of the cluster holds a part of the result. Block r collects the r-th share of the output from the inboxes
+// that all blocks fill through distributed shared memory. The caller has arrived at the cluster barrier once before.
 template <class S>
-__device__ __forceinline__ void finish_in_cluster(const AttentionParams& p, const SharedLayout& layout, const Segment& segment,
-                                                  int cluster, bool more) {
+__device__ __forceinline__ void finish_in_cluster(const AttentionParams& p, const SharedLayout& layout,
+                                                  const Segment& segment, int cluster, bool more) {
   const int rows = rows_of<S>(p, segment);
   const int rank = device::cluster_rank();
   const int items = rows * S::kQuads;

@@ -45,6 +45,16 @@ double decode16(uint16_t bits, DType dtype) {
   return bits & 0x8000 ? -x : x;
 }
 
+const double* decode_table(DType dtype) {
+  const auto fill = [](DType dtype) {
+    std::vector<double> table(1 << 16);
+    for (int i = 0; i < 1 << 16; ++i) table[i] = decode16(static_cast<uint16_t>(i), dtype);
+    return table;
+  };
+  static const std::vector<double> kFloat16 = fill(DType::kFloat16), kBFloat16 = fill(DType::kBFloat16);
+  return dtype == DType::kFloat16 ? kFloat16.data() : kBFloat16.data();
+}
+
 // [batch, heads, tokens, head_dim] in a dtype; with `by_token` stored as [batch, tokens, heads, head_dim] plus a gap per token.
 class Tensor {
  public:
@@ -66,7 +76,7 @@ class Tensor {
   int64_t at(int b, int h, int t, int x) const { return b * stride.batch + h * stride.head + t * stride.token + x; }
   double read(int64_t i) const {
     if (dtype_ == DType::kFloat32) return reinterpret_cast<const float*>(bytes_.data())[i];
-    return decode16(reinterpret_cast<const uint16_t*>(bytes_.data())[i], dtype_);
+    return decode_table(dtype_)[reinterpret_cast<const uint16_t*>(bytes_.data())[i]];
   }
   void write(int64_t i, double value) {
     if (dtype_ == DType::kFloat32) {
@@ -194,58 +204,73 @@ struct Case {
   std::vector<float> lse;
 };
 
-void check_attention(const Shape& shape, DType dtype, const ParallelFor& parallel) {
-  Case actual(shape, dtype), expected(shape, dtype);
-  attention_cpu(actual.params(), parallel);
-  std::vector<double> row;
-  double log_sum, worst_out = 0.0, worst_lse = 0.0;
-  bool finite = true;
-  for (int b = 0; b < actual.batch; ++b) {
-    for (int h = 0; h < shape.num_q_heads; ++h) {
-      for (int t = 0; t < shape.q_len; ++t) {
-        expected.attend_reference(b, h, t, row, log_sum);
-        const double lse = actual.lse[(static_cast<std::size_t>(b) * shape.num_q_heads + h) * shape.q_len + t];
-        const bool empty = log_sum == -kInf;
-        if (!empty) worst_lse = std::max(worst_lse, std::abs(lse - log_sum));
-        finite = finite && (empty ? lse == -kInf : std::isfinite(lse));
-        for (int x = 0; x < shape.head_dim; ++x) {
-          const double y = actual.out.get(b, h, t, x);
-          finite = finite && std::isfinite(y) && (!empty || y == 0.0);
-          worst_out = std::max(worst_out, std::abs(y - row[x]) / (1.0 + std::abs(row[x])));
-        }
-      }
-    }
+// f(dtype) for every dtype.
+template <class F>
+void for_dtypes(F&& f) {
+  for (DType dtype : kDTypes) {
+    INFO(name(dtype));
+    f(dtype);
   }
-  CHECK(finite);
-  CHECK(worst_out < epsilon(dtype) + 3e-6);  // one rounding of the result, float arithmetic before it
-  CHECK(worst_lse < 5e-6);
-  expected.append_reference();
-  CHECK(actual.k_cache.same_bytes(expected.k_cache));
-  CHECK(actual.v_cache.same_bytes(expected.v_cache));
 }
 
-// f(dtype, parallel) for every dtype, instruction set of this processor, and 1 and 3 threads.
+// f(parallel) for every instruction set of this processor, with 1 and 3 threads.
 template <class F>
-void for_all_builds(F&& f) {
+void for_builds(F&& f) {
   static const ParallelFor kPools[] = {ParallelFor{}, make_thread_pool(3)};
   for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
     if (!cpu_supports(isa)) continue;
     setenv("ZIGZAG_CPU_ISA", name(isa), 1);
-    for (DType dtype : kDTypes) {
-      for (const ParallelFor& pool : kPools) {
-        INFO(name(isa), " ", name(dtype), " threads ", pool.num_threads);
-        f(dtype, pool);
-      }
+    for (const ParallelFor& pool : kPools) {
+      INFO(name(isa), " threads ", pool.num_threads);
+      f(pool);
     }
   }
   unsetenv("ZIGZAG_CPU_ISA");
+}
+
+void check_attention(const Shape& shape, DType dtype) {
+  const Case input(shape, dtype);
+  Case expected = input;
+  std::vector<std::vector<double>> rows(input.lse.size());
+  std::vector<double> log_sums(input.lse.size());
+  const auto row_index = [&](int b, int h, int t) { return (b * shape.num_q_heads + h) * shape.q_len + t; };
+  const auto for_rows = [&](auto&& f) {
+    for (int b = 0; b < input.batch; ++b) {
+      for (int h = 0; h < shape.num_q_heads; ++h) {
+        for (int t = 0; t < shape.q_len; ++t) f(b, h, t, row_index(b, h, t));
+      }
+    }
+  };
+  for_rows([&](int b, int h, int t, int i) { input.attend_reference(b, h, t, rows[i], log_sums[i]); });
+  expected.append_reference();
+  for_builds([&](const ParallelFor& parallel) {
+    Case actual = input;
+    attention_cpu(actual.params(), parallel);
+    double worst_out = 0.0, worst_lse = 0.0;
+    bool finite = true;
+    for_rows([&](int b, int h, int t, int i) {
+      const bool empty = log_sums[i] == -kInf;
+      finite = finite && (empty ? actual.lse[i] == -kInf : std::isfinite(actual.lse[i]));
+      if (!empty) worst_lse = std::max(worst_lse, std::abs(actual.lse[i] - log_sums[i]));
+      for (int x = 0; x < shape.head_dim; ++x) {
+        const double y = actual.out.get(b, h, t, x);
+        finite = finite && std::isfinite(y) && (!empty || y == 0.0);
+        worst_out = std::max(worst_out, std::abs(y - rows[i][x]) / (1.0 + std::abs(rows[i][x])));
+      }
+    });
+    CHECK(finite);
+    CHECK(worst_out < epsilon(dtype) + 3e-6);  // one rounding of the result, float arithmetic before it
+    CHECK(worst_lse < 5e-6);
+    CHECK(actual.k_cache.same_bytes(expected.k_cache));
+    CHECK(actual.v_cache.same_bytes(expected.v_cache));
+  });
 }
 
 void check_all(const std::vector<Shape>& shapes) {
   for (const Shape& s : shapes) {
     INFO("heads ", s.num_q_heads, "/", s.num_kv_heads, " head_dim ", s.head_dim, " q_len ", s.q_len, " slots ", s.slots);
     INFO("sink ", s.sink, " window ", s.window, " seq_len ", s.seq_lens[0]);
-    for_all_builds([&](DType dtype, const ParallelFor& parallel) { check_attention(s, dtype, parallel); });
+    for_dtypes([&](DType dtype) { check_attention(s, dtype); });
   }
 }
 
@@ -298,14 +323,18 @@ TEST_CASE("prefill") {
 }
 
 TEST_CASE("append writes the same bytes as attention and nothing else") {
-  for_all_builds([](DType dtype, const ParallelFor& parallel) {
+  for_dtypes([](DType dtype) {
     for (const Shape& shape : {Shape{2, 2, 64, 5, 9, 0, 0, {2, 7}, {1, 0}}, Shape{2, 2, 64, 20, 7, 2, 5, {0, 31}, {}, true},
                                Shape{2, 1, 80, 3, 7, 2, 5, {6, 1}, {3, 1}}, Shape{2, 1, 80, 3, 0, 2, 5, {6}, {}}}) {
-      Case actual(shape, dtype), expected(shape, dtype);
-      append_cpu(actual.append_params(), parallel);
+      const Case input(shape, dtype);
+      Case expected = input;
       expected.append_reference();
-      CHECK(actual.k_cache.same_bytes(expected.k_cache));
-      CHECK(actual.v_cache.same_bytes(expected.v_cache));
+      for_builds([&](const ParallelFor& parallel) {
+        Case actual = input;
+        append_cpu(actual.append_params(), parallel);
+        CHECK(actual.k_cache.same_bytes(expected.k_cache));
+        CHECK(actual.v_cache.same_bytes(expected.v_cache));
+      });
     }
   });
 }
@@ -314,27 +343,29 @@ TEST_CASE("merge of two states is the state over both key sets; an empty state c
   constexpr int kRows = 5, kHeadDim = 80;
   const float inf = std::numeric_limits<float>::infinity();
   const std::vector<float> lse_a = {1.5f, -inf, 300.0f, -inf, -2.0f}, lse_b = {0.5f, 2.0f, -300.0f, -inf, 30.0f};
-  for_all_builds([&](DType dtype, const ParallelFor& parallel) {
+  for_dtypes([&](DType dtype) {
     Tensor a(dtype, 1, 1, kRows, kHeadDim, false), b(a), out(a);
-    std::vector<float> lse(kRows, -7.0f);
     for (int r = 0; r < kRows; ++r) {
       for (int x = 0; x < kHeadDim; ++x) {
         if (lse_a[r] != -inf) a.set(0, 0, r, x, std::sin(r + 3.0 * x));  // out of an empty state stays NaN
         if (lse_b[r] != -inf) b.set(0, 0, r, x, std::cos(r - 2.0 * x));
       }
     }
-    merge_states_cpu({a.data(), lse_a.data(), b.data(), lse_b.data(), out.data(), lse.data(), kRows, kHeadDim, dtype}, parallel);
-    for (int r = 0; r < kRows; ++r) {
-      const double high = std::max(lse_a[r], lse_b[r]);
-      const double sum = high == -kInf ? 0.0 : std::exp(lse_a[r] - high) + std::exp(lse_b[r] - high);
-      CHECK((sum == 0.0 ? lse[r] == -inf : std::abs(lse[r] - high - std::log(sum)) < 1e-6 * (1.0 + std::abs(high))));
-      for (int x = 0; x < kHeadDim; ++x) {
-        double y = 0.0;
-        if (lse_a[r] != -inf) y += std::exp(lse_a[r] - high) / sum * a.get(0, 0, r, x);
-        if (lse_b[r] != -inf) y += std::exp(lse_b[r] - high) / sum * b.get(0, 0, r, x);
-        CHECK(std::abs(out.get(0, 0, r, x) - y) < epsilon(dtype) + 1e-6);
+    for_builds([&](const ParallelFor& parallel) {
+      std::vector<float> lse(kRows, -7.0f);
+      merge_states_cpu({a.data(), lse_a.data(), b.data(), lse_b.data(), out.data(), lse.data(), kRows, kHeadDim, dtype}, parallel);
+      for (int r = 0; r < kRows; ++r) {
+        const double high = std::max(lse_a[r], lse_b[r]);
+        const double sum = high == -kInf ? 0.0 : std::exp(lse_a[r] - high) + std::exp(lse_b[r] - high);
+        CHECK((sum == 0.0 ? lse[r] == -inf : std::abs(lse[r] - high - std::log(sum)) < 1e-6 * (1.0 + std::abs(high))));
+        for (int x = 0; x < kHeadDim; ++x) {
+          double y = 0.0;
+          if (lse_a[r] != -inf) y += std::exp(lse_a[r] - high) / sum * a.get(0, 0, r, x);
+          if (lse_b[r] != -inf) y += std::exp(lse_b[r] - high) / sum * b.get(0, 0, r, x);
+          CHECK(std::abs(out.get(0, 0, r, x) - y) < epsilon(dtype) + 1e-6);
+        }
       }
-    }
+    });
   });
 }
 
@@ -352,24 +383,28 @@ TEST_CASE("results are the same bits for any number of threads") {
 }
 
 TEST_CASE("large logits neither overflow nor vanish") {
-  for_all_builds([](DType dtype, const ParallelFor& parallel) {
-    Case c({4, 1, 64, 1, 200, 0, 0, {150}, {}}, dtype);
-    AttentionParams p = c.params();
-    p.scale = 400.0f;  // logits of several thousands: one key takes all the weight
-    attention_cpu(p, parallel);
-    for (int h = 0; h < 4; ++h) {
-      double best = -kInf, second = -kInf;
-      int argmax = -1;
-      for (int t = 0; t <= 150; ++t) {
-        double logit = 0.0;
-        for (int x = 0; x < 64; ++x) logit += 400.0 * c.q.get(0, h, 0, x) * c.k_cache.get(0, 0, t, x);
-        second = std::max(second, std::min(best, logit));
-        if (logit > best) best = logit, argmax = t;
+  constexpr int kLength = 150, kHeads = 4, kHeadDim = 64;
+  for_dtypes([](DType dtype) {
+    const Case input({kHeads, 1, kHeadDim, 1, 200, 0, 0, {kLength}, {}}, dtype);
+    for_builds([&](const ParallelFor& parallel) {
+      Case c = input;
+      AttentionParams p = c.params();
+      p.scale = 400.0f;  // logits of several thousands: one key takes all the weight
+      attention_cpu(p, parallel);
+      for (int h = 0; h < kHeads; ++h) {
+        double best = -kInf, second = -kInf;
+        int argmax = -1;
+        for (int t = 0; t <= kLength; ++t) {  // the call has appended the new token
+          double logit = 0.0;
+          for (int x = 0; x < kHeadDim; ++x) logit += 400.0 * c.q.get(0, h, 0, x) * c.k_cache.get(0, 0, t, x);
+          second = std::max(second, std::min(best, logit));
+          if (logit > best) best = logit, argmax = t;
+        }
+        REQUIRE(best - second > 30.0);
+        CHECK(c.lse[h] == doctest::Approx(best).epsilon(1e-5));
+        CHECK(c.out.get(0, h, 0, 5) == doctest::Approx(c.v_cache.get(0, 0, argmax, 5)).epsilon(1e-5));
       }
-      REQUIRE(best - second > 30.0);
-      CHECK(c.lse[h] == doctest::Approx(best).epsilon(1e-5));
-      CHECK(c.out.get(0, h, 0, 5) == doctest::Approx(c.v_cache.get(0, 0, argmax, 5)).epsilon(1e-5));
-    }
+    });
   });
 }
 

@@ -1,14 +1,17 @@
 """The attention and mask functions registered with transformers under the name "zigzag".
 
-The attention function finds its cache in the keyword argument `zigzag_cache`, which the hook of `enable` adds to every forward
-and which models hand down to their attention layers with the rest of their keyword arguments.
+The hooks of `enable` note the cache of the forward pass under way in `current`, one per thread, and the attention function finds
+it there: a keyword argument would not do, since some families (Nemotron, StableLM) do not hand theirs down to the attention.
 """
+
+import threading
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 NAME = "zigzag"
+current = threading.local()  # .cache: ZigzagCache of this thread's forward pass, None or absent outside one
 
 # Arguments that reach an attention function and change nothing about what it has to compute. Any other one that is not None
 # or False raises: it may stand for softcap, learned sinks, packed sequences, position biases, sparse indices ...
@@ -48,7 +51,6 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    zigzag_cache=None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """One launch: attention over the layer's cache and the new tokens, and the append of the new tokens.
@@ -57,7 +59,8 @@ def attention(
     Returns [batch, q_len, num_q_heads, head_dim] and no weights.
     """
     name = type(module).__name__
-    if zigzag_cache is None:
+    cache = getattr(current, "cache", None)
+    if cache is None:
         raise RuntimeError(
             f"{name} runs zigzag attention without a zigzag cache: call the model that was given to zigzag_ext.enable(model, "
             "plan), not a part of it, and do not set attn_implementation='zigzag' by hand"
@@ -72,7 +75,7 @@ def attention(
     unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
     if unknown:
         raise ValueError(f"{name} needs {', '.join(unknown)}, which zigzag attention does not compute")
-    return zigzag_cache.layers[module.layer_idx].attend(query, key, value, scaling).transpose(1, 2), None
+    return cache.layers[module.layer_idx].attend(query, key, value, scaling).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, attention)

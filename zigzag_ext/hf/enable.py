@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..cache import ZigzagCache
-from .attention import NAME
+from .attention import NAME, current
 from .families import check_family
 
 _sessions: "WeakKeyDictionary[nn.Module, _Session]" = WeakKeyDictionary()
@@ -92,11 +92,13 @@ class _Session:
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         cache = self.cache_for(model.config, kwargs)
         cache.begin(*tokens.shape[:2], kwargs.get("attention_mask"))
-        return (), kwargs | {"zigzag_cache": cache}
+        current.cache = cache
+        return (), kwargs
 
     def close(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        cache = kwargs.get("zigzag_cache")  # absent if `open` raised
+        cache = getattr(current, "cache", None)  # None if `open` raised
         if cache is not None:
+            current.cache = None
             cache.end(failed=output is None)
 
     def cache_for(self, config, kwargs: dict) -> ZigzagCache:

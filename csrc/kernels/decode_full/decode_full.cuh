@@ -1,10 +1,12 @@
-// Split-KV decode over a full cache in one launch. Two ways to spread a (batch, KV head, row block) -- a row group -- over blocks:
+// Split-KV decode over a full cache in one launch. Two ways to spread a (batch, KV head, row block) -- a row group --
+// over blocks:
 //
-//   cluster   8 blocks per row group, merged through distributed shared memory: fastest where the row groups times 8 fill
+//   cluster   8 blocks per row group, merged through distributed shared memory: fastest where the row groups times 8
+//   fill
 //             the GPU without a second wave
 //   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
-//             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks share is
-//             merged by the block that comes last, in block order
+//             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks
+//             share is merged by the block that comes last, in block order
 //
 // The grid depends on the geometry and the GPU, the cut on the lengths, which only the device knows.
 #pragma once
@@ -23,8 +25,8 @@ using namespace attend;
 struct Params {
   AttentionParams attention;
   SharedLayout layout;
-  int row_blocks;  // row blocks per KV head
-  int cluster;     // blocks per row group, merged as a cluster; 1: split
+  int row_blocks;   // row blocks per KV head
+  int cluster;      // blocks per row group, merged as a cluster; 1: split
   bool keys_first;  // load keys before waiting for the kernel in front: see run_segments
 };
 
@@ -43,7 +45,8 @@ struct Split {
   }
 };
 
-// Uses fewer blocks where a run would not give every warp a tile; whole multiples of the row groups keep the cut aligned.
+// Uses fewer blocks where a run would not give every warp a tile; whole multiples of the row groups keep the cut
+// aligned.
 __device__ __forceinline__ Split make_split(unsigned total, unsigned groups) {
   unsigned blocks = gridDim.x;
   const unsigned warps = blockDim.x / 32;
@@ -75,7 +78,9 @@ struct Job {
     }
     const int lane = threadIdx.x % 32;
     const unsigned groups_per_row = a.num_kv_heads * p.row_blocks;
-    const auto tiles = [&](int b) { return b < a.batch ? count_items(find_keys<false>(a, b, 0)) * groups_per_row : 0u; };
+    const auto tiles = [&](int b) {
+      return b < a.batch ? count_items(find_keys<false>(a, b, 0)) * groups_per_row : 0u;
+    };
     unsigned total = 0;
     for (int b = lane; b < a.batch; b += 32) total += tiles(b);
     total = __reduce_add_sync(0xffffffffu, total);
@@ -123,8 +128,8 @@ struct Job {
     return true;
   }
 
-  // No block reads a slot at or past the length, so the block with the last tile may append at any time. Here the wait for
-  // the new tokens hides behind the key loads.
+  // No block reads a slot at or past the length, so the block with the last tile may append at any time. Here the wait
+  // for the new tokens hides behind the key loads.
   __device__ __forceinline__ void loaded(const Segment& segment) const {
     if (segment.row_block != 0 || segment.end != count_items(segment.keys) || segment.begin == segment.end) return;
     append_new_tokens<S>(p.attention, segment.keys, threadIdx.x, blockDim.x);
@@ -133,12 +138,14 @@ struct Job {
   __device__ __forceinline__ void finish(const Segment& segment, bool more) const {
     if (p.cluster > 1) return finish_in_cluster<S>(p.attention, p.layout, segment, p.cluster, more);
     const unsigned items = count_items(segment.keys);
-    if (segment.begin == 0 && segment.end == static_cast<int>(items)) return finish_in_block<S>(p.attention, p.layout, segment);
+    if (segment.begin == 0 && segment.end == static_cast<int>(items))
+      return finish_in_block<S>(p.attention, p.layout, segment);
     const unsigned group_begin = at - segment.end;  // next() has moved `at` past this segment
     finish_split(segment, split.owner(group_begin), split.owner(group_begin + items - 1));
   }
 
-  // Partial result of run `block` of a row group that ends in run `last`: a run's last row group goes on in the next run.
+  // Partial result of run `block` of a row group that ends in run `last`: a run's last row group goes on in the next
+  // run.
   __device__ __forceinline__ char* partial(int block, int last) const {
     const int64_t index = 2 * block + (block == last ? 0 : 1);
     return static_cast<char*>(p.attention.workspace) + kCounterBytes + index * partial_bytes(S::kRows, S::kHeadDim);
@@ -167,16 +174,17 @@ struct Job {
     for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
       const int row = i / S::kQuads;
       const auto part = [&](int k) { return reinterpret_cast<const float4*>(partial(from + k, last)); };
-      write_result<S>(p.attention, segment, row, i % S::kQuads,
-                      merge_partials(
-                          last - from + 1, [&](int k) { return __ldcg(part(k) + i); },
-                          [&](int k) { return __ldcg(reinterpret_cast<const float2*>(part(k) + S::kRows * S::kQuads) + row); }));
+      write_result<S>(
+          p.attention, segment, row, i % S::kQuads,
+          merge_partials(
+              last - from + 1, [&](int k) { return __ldcg(part(k) + i); },
+              [&](int k) { return __ldcg(reinterpret_cast<const float2*>(part(k) + S::kRows * S::kQuads) + row); }));
     }
   }
 };
 
 template <class S>
-__global__ void __launch_bounds__(kMaxWarps * 32) decode_full_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __grid_constant__ Params p) {
   if (device::kHasClusters && p.cluster > 1) device::cluster_arrive_relaxed();
   if (!p.keys_first) device::grid_dependency_wait();
   Segment segment;
@@ -209,8 +217,8 @@ void launch_shape(const AttentionParams& a, void* stream) {
   // 8 blocks per row group on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.
   constexpr int kCluster = 8;
   configure(1);
-  if (device.arch >= 90 && !options.force_plain && options.cluster != 1 && groups * kCluster * 9 / 4 >= device.sm_count &&
-      groups * kCluster <= device.sm_count) {
+  if (device.arch >= 90 && !options.force_plain && options.cluster != 1 &&
+      groups * kCluster * 9 / 4 >= device.sm_count && groups * kCluster <= device.sm_count) {
     configure(kCluster);
     if (groups > device::max_active_clusters(decode_full_kernel<S>, config)) configure(1);
   }
@@ -220,8 +228,8 @@ void launch_shape(const AttentionParams& a, void* stream) {
 
 template <class Element>
 void launch_decode_full(const AttentionParams& a, void* stream) {
-  ZZ_CHECK(a.workspace_bytes >= workspace_bytes(a.head_dim), "workspace of ", a.workspace_bytes, " bytes is too small; needed: ",
-           workspace_bytes(a.head_dim));
+  ZZ_CHECK(a.workspace_bytes >= workspace_bytes(a.head_dim), "workspace of ", a.workspace_bytes,
+           " bytes is too small; needed: ", workspace_bytes(a.head_dim));
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
     dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
       launch_shape<Shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>>(a, stream);

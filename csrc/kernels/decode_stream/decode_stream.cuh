@@ -1,8 +1,8 @@
-// Decode over a sink + window ring in one launch, append included. The blocks of a cluster share one (batch, KV head) and
-// merge through distributed shared memory; without clusters one block takes it all.
+// Decode over a sink + window ring in one launch, append included. The blocks of a cluster share one (batch, KV head)
+// and merge through distributed shared memory; without clusters one block takes it all.
 //
-// A chunk of several tokens overwrites slots that its own first queries still attend. So one cluster reads everything of its
-// (batch, KV head), row block after row block, and appends after the barrier of the last merge.
+// A chunk of several tokens overwrites slots that its own first queries still attend. So one cluster reads everything
+// of its (batch, KV head), row block after row block, and appends after the barrier of the last merge.
 #pragma once
 
 #include <algorithm>
@@ -59,15 +59,15 @@ struct Job {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kMaxWarps * 32) decode_stream_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_kernel(const __grid_constant__ Params p) {
   if (device::kHasClusters && p.cluster > 1) device::cluster_arrive_relaxed();
   if (!p.keys_first) device::grid_dependency_wait();
   Job<S> job = {p, p.cluster > 1 ? device::cluster_rank() : 0};
   run_segments<S, true>(p.attention, p.layout, job.start(), p.keys_first, job);
 }
 
-// Blocks per KV head: a short ring is all latency, so half of the GPU is enough and leaves a second block per SM; a long one
-// needs every SM. At least two tiles per block.
+// Blocks per KV head: a short ring is all latency, so half of the GPU is enough and leaves a second block per SM; a
+// long one needs every SM. At least two tiles per block.
 inline int choose_cluster(int tiles, int heads, int sm_count) {
   const int target = tiles > 64 ? sm_count / heads : sm_count / (2 * heads);
   int cluster = 1;
