@@ -21,10 +21,10 @@ def zigzag(*arguments, stdin=None):
 
 
 def failure(*arguments, stdin=None) -> str:
-    """The one line that a failing command prints."""
+    """The one line that a failing command prints, after what it said it was loading."""
     result = zigzag(*arguments, stdin=stdin)
     assert result.exit_code == 1, result.output
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("loading ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.output
     return lines[0]
 

@@ -80,11 +80,9 @@ def demo(
         model, tokenizer = demo_task.load(device)
         prompts = demo_task.passkey_prompts(tokenizer, tokens, depth or [0.25], seed or [0])
         outcomes = demo_task.run(prompts, model, tokenizer, status.update if console.is_terminal else console.print)
-    console.print(
-        f"\nSmolLM2-135M-Instruct on {model.device}, {str(model.dtype).removeprefix('torch.')}. The prompt: {prompts[0].tokens} tokens of "
-        f'filler that hide "The pass key is {prompts[0].key}", then "What is the pass key?"\n',
-        highlight=False,
-    )
+    first, dtype = prompts[0], str(model.dtype).removeprefix("torch.")
+    console.print(f"\nSmolLM2-135M-Instruct on {model.device}, {dtype}", highlight=False)
+    console.print(f'Prompt: {first.tokens} tokens of filler that hide "The pass key is {first.key}"\n', highlight=False)
     console.print(_demo_table(outcomes))
     console.print("full: every layer keeps every token, through the same kernels.", style="dim", highlight=False)
     verdict, holds = _verdict(outcomes)
