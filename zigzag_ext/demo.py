@@ -53,7 +53,7 @@ class Outcome:
 def demo_plans() -> dict[str, Plan]:
     """Full attention and the two plans that ship with the package, by the name that the demo prints."""
     plans = {name: Plan.load(str(files("zigzag_ext") / "plans" / file)) for name, file in BUNDLED_PLANS.items()}
-    return {"full attention": full_plan(plans["good plan"].num_layers)} | plans
+    return {"full": full_plan(plans["good plan"].num_layers)} | plans
 
 
 def model_folder() -> Path:
@@ -71,7 +71,7 @@ def model_folder() -> Path:
 def run(prompts: list[PasskeyPrompt], model, tokenizer, advance: Callable[[str], None] = lambda step: None) -> list[Outcome]:
     """Answers every prompt with every plan of `demo_plans`; calls `advance` with a line of text before each answer."""
     plans = demo_plans()
-    generate(model, tokenizer, prompts[0].text[:400], plans["full attention"], 2)  # warm-up: threads, memory, kernels
+    generate(model, tokenizer, prompts[0].text[:400], plans["full"], 2)  # warm-up: threads, memory, kernels
     outcomes = []
     for name, plan in plans.items():
         answers = []
