@@ -88,6 +88,12 @@ inline void allow_shared_memory(const void* kernel, int bytes) {
   limit = bytes;
 }
 
+constexpr int floor_log2(int x) {
+  int log2 = 0;
+  while (x >> (log2 + 1) > 0) ++log2;
+  return log2;
+}
+
 struct LaunchConfig {
   dim3 grid;
   dim3 block;
