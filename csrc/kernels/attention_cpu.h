@@ -89,7 +89,7 @@ struct Worker {
   Worker(int max_rows, int head_dim) {
     const int64_t tile = max_rows > kDirectRows ? static_cast<int64_t>(kTileKeys) * head_dim : 0;
     const int64_t matrix = static_cast<int64_t>(max_rows) * head_dim;
-    const int64_t scores = static_cast<int64_t>(max_rows) * kTileKeys;
+    const int64_t scores = static_cast<int64_t>(max_rows) * kScorePitch;
     floats = allocate<float>(2 * tile + 2 * matrix + scores + 3 * max_rows);
     intervals = allocate<TileInterval>(max_rows);
     k_tile = floats.get();
@@ -223,10 +223,12 @@ class CpuAttention {
     const Strides& v_stride = run.cached ? p_.v_cache_stride : p_.v_new_stride;
     const T* k = static_cast<const T*>(run.cached ? p_.k_cache : p_.k_new) + offset(k_stride, t.b, t.head, row);
     const T* v = static_cast<const T*>(run.cached ? p_.v_cache : p_.v_new) + offset(v_stride, t.b, t.head, row);
-    if (worker.block.rows <= kDirectRows) return attend_tile(worker.block, k, k_stride.token, v, v_stride.token);
+    if (worker.block.rows <= kDirectRows) {
+      return attend_tile(worker.block, k, k_stride.token, v, v_stride.token, k + kTileKeys * k_stride.token);
+    }
     widen_rows(k, k_stride.token, count, p_.head_dim, worker.k_tile);
     widen_rows(v, v_stride.token, count, p_.head_dim, worker.v_tile);
-    attend_tile(worker.block, worker.k_tile, p_.head_dim, worker.v_tile, p_.head_dim);
+    attend_tile<float>(worker.block, worker.k_tile, p_.head_dim, worker.v_tile, p_.head_dim, nullptr);
   }
 
   void merge_splits(const Task& t, Worker& worker) const {
