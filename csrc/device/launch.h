@@ -3,52 +3,154 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
 #include "core/error.h"
 
 // Runs a CUDA runtime call and throws zigzag::Error with its text and the driver's reason on failure.
-#define ZZ_CUDA(call)                                                                                          \
-  do {                                                                                                         \
-    const cudaError_t zz_status = (call);                                                                      \
-    ZZ_CHECK(zz_status == cudaSuccess, "CUDA error in ", #call, ": ", cudaGetErrorString(zz_status));           \
+#define ZZ_CUDA(call)                                                                                 \
+  do {                                                                                                \
+    const cudaError_t zz_status = (call);                                                             \
+    ZZ_CHECK(zz_status == cudaSuccess, "CUDA error in ", #call, ": ", cudaGetErrorString(zz_status)); \
   } while (false)
 
 namespace zigzag::device {
 
+struct DeviceInfo {
+  int sm_count;
+  int arch;          // 10 * major + minor: 90 for sm_90
+  int shared_bytes;  // dynamic shared memory a block may ask for, less 1 KB for what the kernel declares itself
+};
+
+// Properties of the current device. Asked for once per process, so that a launch costs no property query.
+inline const DeviceInfo& device_info() {
+  static const std::vector<DeviceInfo> devices = [] {
+    int count = 0;
+    ZZ_CUDA(cudaGetDeviceCount(&count));
+    const auto attribute = [](cudaDeviceAttr name, int device) {
+      int value = 0;
+      ZZ_CUDA(cudaDeviceGetAttribute(&value, name, device));
+      return value;
+    };
+    std::vector<DeviceInfo> all;
+    for (int i = 0; i < count; ++i) {
+      all.push_back(
+          {attribute(cudaDevAttrMultiProcessorCount, i),
+           10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i),
+           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i) - 1024});
+    }
+    return all;
+  }();
+  int device = 0;
+  ZZ_CUDA(cudaGetDevice(&device));
+  return devices[static_cast<size_t>(device)];
+}
+
+// Overrides of the launch heuristics, read once from the environment: for tests of the paths that this GPU would not
+// take and for tuning. 0 means "as the heuristics say".
+struct LaunchOptions {
+  bool force_plain;       // ZIGZAG_FORCE_PLAIN=1: nothing above sm_80 (no clusters, no programmatic dependent launch)
+  bool dependent_launch;  // ZIGZAG_DEPENDENT_LAUNCH=1: programmatic dependent launch where the kernel supports it
+  int cluster;            // ZIGZAG_CLUSTER: blocks per cluster
+  int warps;              // ZIGZAG_WARPS: warps per block
+  int blocks;             // ZIGZAG_BLOCKS: blocks of the split kernel
+};
+
+inline const LaunchOptions& launch_options() {
+  static const LaunchOptions options = [] {
+    const auto read = [](const char* name) {
+      const char* value = std::getenv(name);
+      return value == nullptr ? 0 : std::atoi(value);
+    };
+    return LaunchOptions{read("ZIGZAG_FORCE_PLAIN") != 0, read("ZIGZAG_DEPENDENT_LAUNCH") != 0, read("ZIGZAG_CLUSTER"),
+                         read("ZIGZAG_WARPS"), read("ZIGZAG_BLOCKS")};
+  }();
+  return options;
+}
+
+// Lets `kernel` use `bytes` of dynamic shared memory on the current device. Remembers the limit it set: the driver is
+// asked only when a launch needs more than any before it.
+inline void allow_shared_memory(const void* kernel, int bytes) {
+  if (bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int>, int> limits;
+  int device = 0;
+  ZZ_CUDA(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& limit = limits[{kernel, device}];
+  if (bytes <= limit) return;
+  ZZ_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  limit = bytes;
+}
+
 struct LaunchConfig {
   dim3 grid;
   dim3 block;
-  int shared_bytes = 0;         // dynamic shared memory
-  int cluster = 1;              // blocks per cluster along x; > 1 needs sm_90
-  bool dependent_launch = false;  // programmatic dependent launch: the kernel must call grid_dependency_wait(); needs sm_90
+  int shared_bytes = 0;  // dynamic shared memory
+  int cluster = 1;       // blocks per cluster along x; > 1 needs sm_90
+  bool dependent_launch =
+      false;  // programmatic dependent launch: the kernel must call grid_dependency_wait(); needs sm_90
 };
 
-// Launches `kernel(params)` on `stream`. Raises the kernel's dynamic shared memory limit where the default 48 KB is too small.
+// The runtime's form of a LaunchConfig, which points into this object.
+struct LaunchAttributes {
+  cudaLaunchAttribute attributes[2];
+
+  cudaLaunchConfig_t fill(const LaunchConfig& config, void* stream) {
+    int num_attributes = 0;
+    if (config.cluster > 1) {
+      attributes[num_attributes].id = cudaLaunchAttributeClusterDimension;
+      attributes[num_attributes].val.clusterDim.x = static_cast<unsigned>(config.cluster);
+      attributes[num_attributes].val.clusterDim.y = 1;
+      attributes[num_attributes].val.clusterDim.z = 1;
+      ++num_attributes;
+    }
+    if (config.dependent_launch) {
+      attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[num_attributes].val.programmaticStreamSerializationAllowed = 1;
+      ++num_attributes;
+    }
+    cudaLaunchConfig_t launch_config = {};
+    launch_config.gridDim = config.grid;
+    launch_config.blockDim = config.block;
+    launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
+    launch_config.stream = static_cast<cudaStream_t>(stream);
+    launch_config.attrs = attributes;
+    launch_config.numAttrs = static_cast<unsigned>(num_attributes);
+    return launch_config;
+  }
+};
+
+// How many clusters of `config` run on the current device at once. Asked for once per kernel and shared memory size.
+template <class Params>
+int max_active_clusters(void (*kernel)(Params), const LaunchConfig& config) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int>, int> known;
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), config.shared_bytes);
+  int device = 0;
+  ZZ_CUDA(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] =
+      known.try_emplace({reinterpret_cast<const void*>(kernel), device, config.shared_bytes}, 0);
+  if (is_new) {
+    LaunchAttributes attributes;
+    const cudaLaunchConfig_t launch_config = attributes.fill(config, nullptr);
+    ZZ_CUDA(cudaOccupancyMaxActiveClusters(&entry->second, kernel, &launch_config));
+  }
+  return entry->second;
+}
+
+// Launches `kernel(params)` on `stream`. Raises the kernel's dynamic shared memory limit where the default 48 KB is too
+// small.
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params, void* stream) {
-  if (config.shared_bytes > 48 * 1024) {
-    ZZ_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes));
-  }
-  cudaLaunchAttribute attributes[2];
-  int num_attributes = 0;
-  if (config.cluster > 1) {
-    attributes[num_attributes].id = cudaLaunchAttributeClusterDimension;
-    attributes[num_attributes].val.clusterDim.x = static_cast<unsigned>(config.cluster);
-    attributes[num_attributes].val.clusterDim.y = 1;
-    attributes[num_attributes].val.clusterDim.z = 1;
-    ++num_attributes;
-  }
-  if (config.dependent_launch) {
-    attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[num_attributes].val.programmaticStreamSerializationAllowed = 1;
-    ++num_attributes;
-  }
-  cudaLaunchConfig_t launch_config = {};
-  launch_config.gridDim = config.grid;
-  launch_config.blockDim = config.block;
-  launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
-  launch_config.stream = static_cast<cudaStream_t>(stream);
-  launch_config.attrs = attributes;
-  launch_config.numAttrs = static_cast<unsigned>(num_attributes);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), config.shared_bytes);
+  LaunchAttributes attributes;
+  const cudaLaunchConfig_t launch_config = attributes.fill(config, stream);
   ZZ_CUDA(cudaLaunchKernelEx(&launch_config, kernel, params));
 }
 

@@ -35,12 +35,16 @@ void check_layout(int slots, int sink, int window) {
 
 }  // namespace
 
+void check_geometry(int num_q_heads, int num_kv_heads, int head_dim) {
+  check_head_dim(head_dim);
+  ZZ_CHECK(num_kv_heads > 0 && num_q_heads > 0 && num_q_heads % num_kv_heads == 0 && num_q_heads / num_kv_heads <= kMaxGroupSize,
+           "num_q_heads must be a multiple of num_kv_heads, at most ", kMaxGroupSize, " times as large; got ", num_q_heads,
+           " query heads and ", num_kv_heads, " KV heads");
+}
+
 void check_params(const AttentionParams& p) {
-  check_head_dim(p.head_dim);
+  check_geometry(p.num_q_heads, p.num_kv_heads, p.head_dim);
   check_layout(p.slots, p.sink, p.window);
-  ZZ_CHECK(p.num_kv_heads > 0 && p.num_q_heads % p.num_kv_heads == 0 && p.num_q_heads / p.num_kv_heads <= kMaxGroupSize,
-           "num_q_heads must be a multiple of num_kv_heads, at most ", kMaxGroupSize, " times as large; got ", p.num_q_heads,
-           " query heads and ", p.num_kv_heads, " KV heads");
 }
 
 void check_params(const AppendParams& p) {
@@ -51,6 +55,8 @@ void check_params(const AppendParams& p) {
 void check_params(const MergeParams& p) { check_head_dim(p.head_dim); }
 
 int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, int head_dim) {
+  check_geometry(num_q_heads, num_kv_heads, head_dim);
+  ZZ_CHECK(batch >= 0, "batch must be >= 0, got ", batch);
   return decode_full_workspace_bytes(batch, num_q_heads, num_kv_heads, head_dim);
 }
 

@@ -1,0 +1,34 @@
+"""CI checks: `build` (CUDA is compiled wherever nvcc is), `skips FILE` (junit XML: tests skipped for want of a GPU only)."""
+
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+
+ALLOWED_SKIPS = ("needs a CUDA GPU", "needs two CUDA GPUs")
+
+
+def check_build() -> str | None:
+    import zigzag_ext
+
+    info = zigzag_ext.build_info()
+    print(info)
+    if shutil.which("nvcc") and not info["cuda"]:
+        return "nvcc is on the PATH, but the build has no CUDA kernels"
+    return None
+
+
+def check_skips(path: str) -> str | None:
+    """Every skipped test must need a GPU: whatever a CPU can run has to run here."""
+    cases = list(ElementTree.parse(path).iter("testcase"))
+    skips = [(case, skip.get("message", "")) for case in cases for skip in case.iter("skipped")]
+    wrong = [
+        f"{case.get('classname')}::{case.get('name')}: {reason}" for case, reason in skips if not reason.startswith(ALLOWED_SKIPS)
+    ]
+    print(f"{len(cases)} tests, {len(skips)} skipped for want of a GPU, {len(wrong)} skipped for another reason")
+    if wrong:
+        return "skipped although a CPU could run them:\n" + "\n".join(wrong)
+    return None if cases else "no test ran"
+
+
+if __name__ == "__main__":
+    sys.exit({"build": check_build, "skips": check_skips}[sys.argv[1]](*sys.argv[2:]))

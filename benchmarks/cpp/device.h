@@ -1,0 +1,57 @@
+// What a benchmark needs from the machine that runs the kernels. Two implementations: device_cpu.cpp, device_cuda.cu.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/params.h"
+
+namespace zigzag::bench {
+
+struct Quantiles {
+  double p20, p50, p80;
+};
+
+// Quantiles of a non-empty sample, linearly interpolated.
+Quantiles quantiles(std::vector<double> sample);
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual std::string name() const = 0;    // the GPU, or the CPU model and the number of threads
+  virtual std::string driver() const = 0;  // "-" on a CPU
+
+  virtual std::shared_ptr<void> allocate(int64_t bytes) = 0;  // zeroed
+  virtual void upload(void* to, const void* from, int64_t bytes) = 0;
+  virtual void download(void* to, const void* from, int64_t bytes) = 0;  // after all queued work
+  // Fills with normal deviates of standard deviation `sigma` (random.h).
+  virtual void fill_normal(void* data, int64_t count, DType dtype, float sigma, uint64_t seed) = 0;
+
+  // The three things that are timed. On CUDA they are enqueued, never waited for.
+  virtual void attention(const AttentionParams& params) = 0;
+  virtual void read(const void* a, const void* b, int64_t bytes_each) = 0;  // reads both, keeps nothing
+  virtual void copy(void* to, const void* from, int64_t bytes) = 0;
+
+  // Microseconds per call of each of `calls`, in turns, so that a drifting machine touches all alike. call(set) works
+  // on one set of buffers; sets rotate, and the calls run through them far apart from each other, so that each finds
+  // its buffers evicted from the caches. `bytes_per_call` sizes the work between two clock readings.
+  using Call = std::function<void(int set)>;
+  virtual std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t bytes_per_call) = 0;
+};
+
+// `kind` is "cpu" or "cuda"; `threads` counts CPU threads, 0 means all cores. Throws on any other kind, and on "cuda"
+// in a build without CUDA.
+std::unique_ptr<Device> open_device(const std::string& kind, int threads);
+
+std::unique_ptr<Device> open_cpu(int threads);
+std::unique_ptr<Device> open_cuda();
+
+// Bytes that the rotated buffers of one cell span at least: eight times the L2 of an H100, and past any last-level
+// cache that the CPU benchmarks have met.
+inline constexpr int64_t kColdBytes = 400'000'000;
+
+}  // namespace zigzag::bench

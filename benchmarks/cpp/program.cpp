@@ -1,0 +1,77 @@
+#include "program.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "core/error.h"
+
+namespace zigzag::bench {
+namespace {
+
+DType parse_dtype(const std::string& text) {
+  if (text == "bf16") return DType::kBFloat16;
+  if (text == "fp16") return DType::kFloat16;
+  ZZ_CHECK(text == "fp32", "--dtype takes bf16, fp16 or (on the CPU) fp32; got '", text, "'");
+  return DType::kFloat32;
+}
+
+std::vector<Option> with_common(const std::vector<Option>& options) {
+  const char* commit = std::getenv("ZIGZAG_COMMIT");
+  std::vector<Option> all = {
+      {"device", ZIGZAG_WITH_CUDA ? "cuda" : "cpu", "cpu or cuda"},
+      {"threads", "0", "CPU threads; 0: all cores"},
+      {"num-q-heads", "32", "list: query heads"},
+      {"num-kv-heads", "8", "list: key/value heads; combinations that do not divide are left out"},
+      {"head-dim", "128", "list: 64, 80, 96, 128, 256"},
+      {"dtype", "bf16", "list: bf16, fp16, fp32 (CPU only)"},
+      {"q-len", "1", "list: new tokens per call, 1 to 16"},
+      {"csv", "", "file for the results, written anew"},
+      {"commit", commit ? commit : "unknown", "name of the measured source; default from ZIGZAG_COMMIT"},
+  };
+  all.insert(all.begin() + 2, options.begin(), options.end());
+  return all;
+}
+
+}  // namespace
+
+std::vector<Cell> shape_axes(const Arguments& arguments) {
+  std::vector<Cell> cells;
+  for (const std::string& dtype : arguments.list("dtype")) {
+    for (int num_q_heads : arguments.integers("num-q-heads")) {
+      for (int num_kv_heads : arguments.integers("num-kv-heads")) {
+        if (num_kv_heads == 0 || num_q_heads % num_kv_heads != 0) continue;
+        for (int head_dim : arguments.integers("head-dim")) {
+          for (int q_len : arguments.integers("q-len")) {
+            ZZ_CHECK(q_len >= 1 && q_len <= kMaxDecodeQueries, "--q-len takes 1 to ", kMaxDecodeQueries, "; got ",
+                     q_len);
+            cells.push_back({"", parse_dtype(dtype), num_q_heads, num_kv_heads, head_dim, q_len, 0, 0, {}, {}});
+          }
+        }
+      }
+    }
+  }
+  ZZ_CHECK(!cells.empty(), "no combination of --num-q-heads and --num-kv-heads divides");
+  return cells;
+}
+
+int run_program(int argc, const char* const* argv, const std::string& summary, const std::vector<Option>& options,
+                const std::function<std::vector<Cell>(const Arguments&)>& make_cells) {
+  try {
+    Arguments arguments(summary, with_common(options));
+    if (!arguments.parse(argc, argv)) return 0;
+    const std::vector<Cell> cells = make_cells(arguments);
+    const std::unique_ptr<Device> device = open_device(arguments.text("device"), arguments.integer("threads"));
+    const Bandwidth bandwidth = measure_bandwidth(*device);
+    std::printf("%s, driver %s: copy %.1f GB/s (read + write), pure read %.1f GB/s; buffers rotated over >= %d MB\n",
+                device->name().c_str(), device->driver().c_str(), bandwidth.copy, bandwidth.read,
+                static_cast<int>(kColdBytes / 1'000'000));
+    Table table(*device, arguments.text("commit"), arguments.text("csv"));
+    for (const Cell& cell : cells) run_cell(*device, cell, bandwidth, table);
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return 1;
+  }
+}
+
+}  // namespace zigzag::bench

@@ -1,0 +1,22 @@
+// The shapes that have a kernel, so that Python never repeats the lists of core/types.h.
+#include <iterator>
+
+#include "bindings/c/bindings.h"
+#include "kernels/attention.h"
+
+namespace py = pybind11;
+
+namespace zigzag::bindings {
+
+void bind_limits(py::module_& module) {
+  py::tuple head_dims(std::size(kHeadDims));
+  for (std::size_t i = 0; i < std::size(kHeadDims); ++i) head_dims[i] = kHeadDims[i];
+  module.attr("HEAD_DIMS") = head_dims;
+  module.attr("MAX_GROUP_SIZE") = kMaxGroupSize;
+  module.attr("MAX_DECODE_QUERIES") = kMaxDecodeQueries;
+  module.def("attention_workspace_bytes", &attention_workspace_bytes, py::arg("batch"), py::arg("num_q_heads"),
+             py::arg("num_kv_heads"), py::arg("head_dim"),
+             "Bytes of scratch that attention on CUDA needs, for any number of queries, length and capacity.");
+}
+
+}  // namespace zigzag::bindings

@@ -1,0 +1,20 @@
+// Entry of zigzag_ext._C. Every zigzag::Error reaches Python as a ValueError with the same text.
+#include "bindings/c/bindings.h"
+#include "core/error.h"
+
+PYBIND11_MODULE(_C, module) {
+  namespace bindings = zigzag::bindings;
+  module.doc() = "Plans, the layer solver and the scheduler of zigzag_ext, without torch.";
+  pybind11::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const zigzag::Error& error) {
+      pybind11::set_error(PyExc_ValueError, error.what());
+    }
+  });
+  bindings::bind_build_info(module);
+  bindings::bind_limits(module);
+  bindings::bind_plan(module);
+  bindings::bind_scheduler(module);
+  bindings::bind_solver(module);
+}

@@ -1,0 +1,22 @@
+#include <pybind11/stl.h>
+
+#include "bindings/c/bindings.h"
+#include "engine/layer_plan.h"
+
+namespace py = pybind11;
+
+namespace zigzag::bindings {
+namespace {
+
+void check_plan(const std::vector<std::string>& kinds, int64_t sink, int64_t window) {
+  LayerPlan(parse_layer_kinds(kinds), sink, window);
+}
+
+}  // namespace
+
+void bind_plan(py::module_& module) {
+  module.def("check_plan", &check_plan, py::arg("kinds"), py::arg("sink"), py::arg("window"),
+             "Raises ValueError unless kinds, sink and window make a valid plan.");
+}
+
+}  // namespace zigzag::bindings

@@ -1,0 +1,257 @@
+// The plan's checks, the scheduler's tables and accounting, and steps through real kernels against attention over the
+// whole history.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine/scheduler.h"
+#include "kv/ring.h"
+
+namespace {
+
+using namespace zigzag;
+
+constexpr LayerKind R = LayerKind::kRetrieval;
+constexpr LayerKind S = LayerKind::kStreaming;
+
+template <class F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+Strides contiguous(int heads, int tokens, int head_dim) {
+  return {int64_t{heads} * tokens * head_dim, int64_t{tokens} * head_dim, head_dim};
+}
+
+std::vector<float> random_values(std::mt19937& random, std::size_t size) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(size);
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+// Per-layer state of a model that decodes on the CPU in float32, and everything its layers ever saw.
+struct Layer {
+  std::vector<float> k_cache, v_cache;   // [batch, num_kv_heads, slots, head_dim]
+  std::vector<float> k_new, v_new;       // [batch, num_kv_heads, q_len, head_dim]
+  std::vector<float> out, lse;           // [batch, num_q_heads, q_len(, head_dim)]
+  std::vector<std::vector<float>> k, v;  // [position] -> [batch, num_kv_heads, head_dim]
+};
+
+struct Model {
+  static constexpr int kBatch = 2, kCapacity = 64;
+  static constexpr float kScale = 0.2f;
+  ModelGeometry geometry{4, 2, 64, DType::kFloat32};
+  LayerPlan plan{{S, R, S}, 2, 5};
+  Scheduler scheduler{plan, geometry};
+  std::vector<Layer> layers{3};
+  std::vector<int32_t> seq_lens = std::vector<int32_t>(kBatch, 0);
+  std::vector<float> q;  // of layer 0; a later layer takes the output of the layer before as its queries
+  std::vector<int> visited;
+
+  Model() {
+    for (int l = 0; l < scheduler.num_layers(); ++l) {
+      const std::size_t size = kBatch * geometry.num_kv_heads * scheduler.layer(l).slots(kCapacity) * geometry.head_dim;
+      // Slots that were never written must not matter.
+      layers[l].k_cache.assign(size, std::numeric_limits<float>::quiet_NaN());
+      layers[l].v_cache = layers[l].k_cache;
+    }
+  }
+
+  const std::vector<float>& queries(int l) const { return l == 0 ? q : layers[l - 1].out; }
+
+  AttentionParams tensors(int l, int q_len) {
+    Layer& layer = layers[l];
+    visited.push_back(l);
+    AttentionParams p{};
+    p.q = queries(l).data();
+    p.k_new = layer.k_new.data();
+    p.v_new = layer.v_new.data();
+    p.k_cache = layer.k_cache.data();
+    p.v_cache = layer.v_cache.data();
+    p.out = layer.out.data();
+    p.lse = layer.lse.data();
+    p.seq_lens = seq_lens.data();
+    p.q_stride = p.out_stride = contiguous(geometry.num_q_heads, q_len, geometry.head_dim);
+    p.k_new_stride = p.v_new_stride = contiguous(geometry.num_kv_heads, q_len, geometry.head_dim);
+    p.k_cache_stride = p.v_cache_stride =
+        contiguous(geometry.num_kv_heads, static_cast<int>(scheduler.layer(l).slots(kCapacity)), geometry.head_dim);
+    p.batch = kBatch;
+    p.q_len = q_len;
+    p.slots = kCapacity;
+    p.scale = kScale;
+    return p;
+  }
+
+  void step(std::mt19937& random, int q_len) {
+    const std::size_t tokens = static_cast<std::size_t>(kBatch) * q_len, head_dim = geometry.head_dim;
+    q = random_values(random, tokens * geometry.num_q_heads * head_dim);
+    for (Layer& layer : layers) {
+      layer.k_new = random_values(random, tokens * geometry.num_kv_heads * head_dim);
+      layer.v_new = random_values(random, tokens * geometry.num_kv_heads * head_dim);
+      layer.out.assign(tokens * geometry.num_q_heads * head_dim, -1.0f);
+      layer.lse.assign(tokens * geometry.num_q_heads, -1.0f);
+      remember(layer.k, layer.k_new, q_len);
+      remember(layer.v, layer.v_new, q_len);
+    }
+    visited.clear();
+    scheduler.step_cpu([&](int l) { return tensors(l, q_len); }, ParallelFor{});
+  }
+
+  void remember(std::vector<std::vector<float>>& history, const std::vector<float>& chunk, int q_len) const {
+    const int rows = kBatch * geometry.num_kv_heads, head_dim = geometry.head_dim;
+    for (int i = 0; i < q_len; ++i) {
+      std::vector<float> token(static_cast<std::size_t>(rows) * head_dim);
+      for (int row = 0; row < rows; ++row) {
+        for (int d = 0; d < head_dim; ++d) token[row * head_dim + d] = chunk[(row * q_len + i) * head_dim + d];
+      }
+      history.push_back(token);
+    }
+  }
+
+  // Largest error of a layer's output and log-sum-exp against float64 attention over every token the layer ever saw.
+  double error(int l, int q_len) const {
+    const Layer& layer = layers[l];
+    const LayerSpec& spec = scheduler.layer(l);
+    const RingLayout ring{spec.sink, spec.window};
+    const int heads = geometry.num_q_heads, group = heads / geometry.num_kv_heads, head_dim = geometry.head_dim;
+    double worst = 0;
+    for (int row = 0; row < kBatch * heads; ++row) {
+      for (int i = 0; i < q_len; ++i) {
+        const int query = seq_lens[0] + i;
+        const std::size_t kv =
+            static_cast<std::size_t>(row / heads * geometry.num_kv_heads + row % heads / group) * head_dim;
+        const float* q_row = queries(l).data() + (static_cast<std::size_t>(row) * q_len + i) * head_dim;
+        std::vector<double> expected(head_dim, 0.0);
+        double sum = 0;
+        for (int key = 0; key <= query; ++key) {
+          if (!ring.visible(key, query)) continue;
+          double logit = 0;
+          for (int d = 0; d < head_dim; ++d) logit += double{q_row[d]} * layer.k[key][kv + d] * kScale;
+          sum += std::exp(logit);
+          for (int d = 0; d < head_dim; ++d) expected[d] += std::exp(logit) * layer.v[key][kv + d];
+        }
+        const std::size_t at = static_cast<std::size_t>(row) * q_len + i;
+        worst = std::fmax(worst, std::isnan(layer.lse[at]) ? INFINITY : std::abs(layer.lse[at] - std::log(sum)));
+        for (int d = 0; d < head_dim; ++d) {
+          const float got = layer.out[at * head_dim + d];
+          worst = std::fmax(worst, std::isnan(got) ? INFINITY : std::abs(got - expected[d] / sum));
+        }
+      }
+    }
+    return worst;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("LayerPlan: valid by construction") {
+  const LayerPlan plan({R, S}, 0, 1);
+  CHECK(plan.num_layers() == 2);
+  CHECK(plan.sink() == 0);
+  CHECK(plan.window() == 1);
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  CHECK_NOTHROW(LayerPlan({S}, most - 1, 1));
+  CHECK(error_of([] { LayerPlan({}, 4, 8); }) == "a plan needs at least one layer, got none");
+  CHECK(error_of([] { LayerPlan({R}, -1, 8); }).find("sink must be >= 0 tokens, got -1") != std::string::npos);
+  CHECK(error_of([] { LayerPlan({R}, 4, 0); }).find("window must be >= 1") != std::string::npos);
+  CHECK(error_of([&] { LayerPlan({S}, most, 1); }).find("at most 2147483647 tokens") != std::string::npos);
+  CHECK(error_of([] { LayerPlan({S}, int64_t{1} << 62, int64_t{1} << 62); }).find("sink + window") !=
+        std::string::npos);
+}
+
+TEST_CASE("parse_layer_kinds: the names of the kinds, and nothing else") {
+  CHECK(parse_layer_kinds({name(S), name(R)}) == std::vector<LayerKind>{S, R});
+  CHECK(error_of([] { parse_layer_kinds({"retrieval", "full"}); }) ==
+        "layer 1 has the kind \"full\"; supported: retrieval, streaming");
+}
+
+TEST_CASE("Scheduler: a layer's kernel and slots follow its kind") {
+  const Scheduler scheduler(LayerPlan({R, S}, 64, 256), {32, 8, 128, DType::kBFloat16});
+  CHECK(scheduler.num_layers() == 2);
+  CHECK(scheduler.launches_per_step() == 2);
+  CHECK(scheduler.layer(0).kernel(1) == AttentionKernel::kDecodeFull);
+  CHECK(scheduler.layer(1).kernel(1) == AttentionKernel::kDecodeStream);
+  CHECK(scheduler.layer(0).kernel(1000) == AttentionKernel::kPrefill);
+  CHECK(scheduler.layer(1).kernel(1000) == AttentionKernel::kPrefill);
+  CHECK(scheduler.layer(0).slots(100) == 100);
+  CHECK(scheduler.layer(1).slots(100) == 320);
+  CHECK(scheduler.layer(1).slots(int64_t{1} << 40) == 320);
+  CHECK(error_of([&] { scheduler.layer(2); }) == "layer 2 does not exist; the plan has layers 0 to 1");
+  CHECK(error_of([&] { scheduler.layer(-1); }).find("layer -1") != std::string::npos);
+}
+
+TEST_CASE("Scheduler: memory accounting") {
+  std::vector<LayerKind> kinds(32, R);
+  std::fill(kinds.begin(), kinds.begin() + 16, S);
+  const Scheduler scheduler(LayerPlan(kinds, 128, 256), {32, 8, 128, DType::kBFloat16});
+  const int64_t gib = int64_t{1} << 30;
+  // Llama-3-8B in bf16: 128 KiB per token over 32 layers.
+  CHECK(scheduler.all_retrieval_kv_bytes(1, 131072) == 16 * gib);
+  CHECK(scheduler.kv_bytes(1, 131072).retrieval == 8 * gib);
+  CHECK(scheduler.kv_bytes(1, 131072).streaming == int64_t{16} * 384 * 4096);
+  CHECK(scheduler.kv_bytes(3, 131072).total() == 3 * scheduler.kv_bytes(1, 131072).total());
+  CHECK(scheduler.kv_bytes(1, 1 << 22).streaming == scheduler.kv_bytes(1, 1000).streaming);
+  CHECK(scheduler.kv_bytes(0, 100).total() == 0);
+  CHECK(scheduler.workspace_bytes(4) == attention_workspace_bytes(4, 32, 8, 128));
+  const Scheduler in_float32(LayerPlan(kinds, 128, 256), {32, 8, 128, DType::kFloat32});
+  CHECK(in_float32.kv_bytes(1, 1000).total() == 2 * scheduler.kv_bytes(1, 1000).total());
+  CHECK(error_of([&] { scheduler.kv_bytes(-1, 5); }).find("got batch -1") != std::string::npos);
+  CHECK(error_of([&] { scheduler.kv_bytes(1, -5); }).find("max_len -5") != std::string::npos);
+  CHECK(error_of([&] { scheduler.kv_bytes(1 << 30, int64_t{1} << 40); }).find("more than 2^63") != std::string::npos);
+}
+
+TEST_CASE("Scheduler: refuses a geometry without kernels") {
+  const LayerPlan plan({R, S}, 4, 8);
+  CHECK(error_of([&] { Scheduler(plan, {32, 8, 100, DType::kFloat16}); }).find("head_dim 100") != std::string::npos);
+  CHECK(error_of([&] { Scheduler(plan, {32, 5, 128, DType::kFloat16}); }).find("5 KV heads") != std::string::npos);
+  CHECK(error_of([&] { Scheduler(plan, {34, 2, 128, DType::kFloat16}); }).find("at most 16") != std::string::npos);
+  CHECK(error_of([&] { Scheduler(plan, {0, 2, 128, DType::kFloat16}); }).find("0 query heads") != std::string::npos);
+}
+
+TEST_CASE(
+    "Scheduler: layer_params fills in geometry, sink, window and a ring's slots over whatever the caller left there") {
+  const Scheduler scheduler(LayerPlan({R, S}, 4, 8), {6, 2, 80, DType::kFloat16});
+  AttentionParams tensors{};
+  tensors.slots = 1000;
+  tensors.sink = tensors.window = tensors.num_q_heads = tensors.num_kv_heads = tensors.head_dim = 7;
+  const AttentionParams full = scheduler.layer_params(0, tensors), ring = scheduler.layer_params(1, tensors);
+  CHECK(full.window == 0);
+  CHECK(full.slots == 1000);
+  CHECK(ring.sink == 4);
+  CHECK(ring.window == 8);
+  CHECK(ring.slots == 12);
+  for (const AttentionParams& params : {full, ring}) {
+    CHECK(params.num_q_heads == 6);
+    CHECK(params.num_kv_heads == 2);
+    CHECK(params.head_dim == 80);
+    CHECK(params.dtype == DType::kFloat16);
+    CHECK_NOTHROW(check_params(params));
+  }
+}
+
+TEST_CASE("Scheduler: steps of any size equal attention over the whole history, one call per layer in order") {
+  std::mt19937 random(11);
+  Model model;
+  // Decode before and past the window, a chunk longer than the ring (prefill kernel), and decode again after it.
+  for (int q_len : {1, 3, 1, 1, 1, 1, 2, 1, 1, 20, 1, 1, 16, 1, 4}) {
+    CAPTURE(q_len);
+    CAPTURE(model.seq_lens[0]);
+    model.step(random, q_len);
+    CHECK(model.visited == std::vector<int>{0, 1, 2});
+    for (int l = 0; l < 3; ++l) {
+      CAPTURE(l);
+      CHECK(model.error(l, q_len) < 1e-4);
+    }
+    for (int32_t& length : model.seq_lens) length += q_len;
+  }
+}

@@ -1,0 +1,42 @@
+"""What a plan means, computed without a line of zigzag_ext: stock DynamicCache, stock eager attention, dense [N x N] masks.
+
+`with dense_oracle(model, kinds, sink, window): model.generate(...)` keeps every token and masks the ones that a streaming
+layer must not see. Positions count real tokens only, so the sink of a left-padded row is its first real tokens.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+_active = {}
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    kind, sink, window = _active["kinds"][module.layer_idx], _active["sink"], _active["window"]
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    seen = attention_mask == 0  # [batch, 1, q_len, kv_len]: causal and not padding
+    if kind == "streaming":
+        position = seen[:, 0, -1].cumsum(-1) - 1  # the last query sees every real token of its row
+        position_q, position_k = position[:, -query.shape[2] :, None], position[:, None, :]
+        seen = seen & ((position_k < sink) | (position_q - position_k < window))[:, None]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, torch.finfo(query.dtype).min)
+    return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("dense_oracle", _attention)
+AttentionMaskInterface.register("dense_oracle", eager_mask)
+
+
+@contextmanager
+def dense_oracle(model, kinds, sink: int, window: int):
+    before = model.config._attn_implementation
+    _active.update(kinds=kinds, sink=sink, window=window)
+    model.set_attn_implementation("dense_oracle")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,106 @@
+"""Tiny random-weight models of every family that zigzag attention is tested on, with no download.
+
+One line per family. Four layers, two KV heads, head_dim 64, float32: small enough that a test of 100 tokens takes a second.
+"""
+
+import functools
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+NUM_LAYERS, VOCAB = 4, 199
+FULL = ["full_attention"] * NUM_LAYERS
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,  # wide enough that no two logits of an argmax are within rounding of each other
+    "tie_word_embeddings": False,  # tied random weights repeat the last token for ever
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "gemma": {},
+    "apertus": {},
+    "arcee": {},
+    "cohere": {},
+    "cohere2": {"layer_types": FULL},
+    "ernie4_5": {},
+    "exaone4": {"layer_types": FULL, "sliding_window": None},
+    "gemma3_text": {"layer_types": FULL},
+    "glm": {},
+    "glm4": {},
+    "gpt2": {"n_embd": 256, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 4096},
+    "gpt_neox": {},
+    "granite": {},
+    "granitemoe": _EXPERTS,
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "ministral": {"layer_types": FULL},
+    "mixtral": {"sliding_window": None, **_EXPERTS},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"layer_types": FULL},
+    "olmoe": _EXPERTS,
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 256},
+    "phi": {},
+    "phimoe": {"sliding_window": None, **_EXPERTS},
+    "qwen2_moe": {"shared_expert_intermediate_size": 64, **_EXPERTS},
+    "qwen3_moe": _EXPERTS,
+    "seed_oss": {},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
+}
+
+
+@functools.lru_cache(maxsize=4)
+def tiny_model(family: str = "llama"):
+    """The family's causal LM with the same random weights every time, in eval mode. Tests share it, so they must restore it."""
+    return new_model(family)
+
+
+def new_model(family: str, **overrides):
+    """A model of its own, with some options of its config changed."""
+    options = _COMMON | FAMILIES.get(family, {}) | overrides
+    if family in ("gpt2", "opt"):
+        options = {name: value for name, value in options.items() if name not in ("head_dim", "num_key_value_heads")}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**options), dtype=torch.float32).eval()
+
+
+def prompt(length: int, batch: int = 1, seed: int = 1) -> torch.Tensor:
+    """Random token ids [batch, length] without the special ones."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded_prompt(lengths: list[int], seed: int = 1) -> dict[str, torch.Tensor]:
+    """Left-padded prompts of the given lengths: input_ids and attention_mask, [len(lengths), max(lengths)]."""
+    width = max(lengths)
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    return {"input_ids": prompt(width, len(lengths), seed) * mask, "attention_mask": mask}
+
+
+def generate(model, new_tokens: int, input_ids, **options) -> torch.Tensor:
+    """Greedy unless told otherwise; the new tokens [batch, new_tokens]."""
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
+    if "attention_mask" not in options:
+        options["attention_mask"] = torch.ones_like(input_ids)
+    output = model.generate(input_ids, max_new_tokens=new_tokens, **options)
+    return output[:, input_ids.shape[1] :]

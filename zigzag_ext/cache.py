@@ -1,0 +1,372 @@
+"""ZigzagCache: full buffers for retrieval layers, rings for streaming layers, one set of per-row lengths for all of them.
+
+`update` copies nothing: it hands the new keys and values on, and the attention function that `zigzag_ext.enable` installs
+attends and appends in one launch per layer through `ZigzagLayer.attend`. A forward pass is bracketed by `begin`, which makes
+every check on the host before anything is written, and `end`, which advances the lengths by one in-place device add.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from . import ops
+
+_GROWTH_STEP = 256  # tokens; the smallest capacity of a cache that may grow
+
+
+def _in_normal_mode(function):
+    """Tensors made under `torch.inference_mode` cannot be written outside it; a cache outlives the mode it was made in."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+class _Rows:
+    """What all layers share: how many tokens each row holds, on the device, with a host mirror that never waits for it."""
+
+    def __init__(self, max_len: int | None, stores: bool):
+        self.max_len, self.stores = max_len, stores
+        self.capacity = max_len or 0  # slots of a retrieval layer
+        self.attended: set[int] = set()  # layers that the forward pass under way has written
+        self.start(None)
+
+    def start(self, batch: int | None) -> None:
+        self.batch = batch
+        self.seq_lens: dict[torch.device, Tensor] = {}  # [batch] int32; one copy per device that holds layers
+        self.pad: dict[torch.device, Tensor] = {}  # [batch] int32, of this chunk; empty without padding
+        self.workspaces: dict[tuple, Tensor] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        self.columns = 0  # tokens seen per row, padding included
+        self.longest = 0  # tokens held by the longest row, an upper bound
+        self.q_len = 0  # columns of the forward pass under way, 0 outside one
+        self.broken = False
+        for lengths in self.seq_lens.values():
+            lengths.zero_()
+
+    def lengths_on(self, device: torch.device) -> Tensor:
+        if device not in self.seq_lens:
+            self._copy_to(device)
+        return self.seq_lens[device]
+
+    def pad_on(self, device: torch.device) -> Tensor | None:
+        if self.pad and device not in self.pad:
+            self.pad[device] = next(iter(self.pad.values())).to(device)
+        return self.pad.get(device)
+
+    @_in_normal_mode
+    def _copy_to(self, device: torch.device) -> None:
+        known = next(iter(self.seq_lens.values()), None)
+        self.seq_lens[device] = torch.zeros(self.batch, dtype=torch.int32, device=device) if known is None else known.to(device)
+
+    def workspace(self, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
+        key = (num_q_heads, num_kv_heads, head_dim, device)
+        if key not in self.workspaces:
+            with torch.inference_mode(False):
+                self.workspaces[key] = ops.new_workspace(self.batch, num_q_heads, num_kv_heads, head_dim, device)
+        return self.workspaces[key]
+
+    def advance(self, q_len: int) -> None:
+        for device, lengths in self.seq_lens.items():
+            lengths.add_(q_len)
+            if self.pad:
+                lengths.sub_(self.pad_on(device))
+        self.columns += q_len
+
+
+class ZigzagLayer(CacheLayerMixin):
+    """The cache of one layer: keys and values [batch, num_kv_heads, slots, head_dim], allocated at first use from the keys."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False  # mask sizes are the same for every layer: masks are never built
+
+    def __init__(self, rows: _Rows, index: int, sink: int, window: int):
+        super().__init__()
+        self.rows, self.index, self.sink, self.window = rows, index, sink, window
+
+    def __repr__(self) -> str:
+        return f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
+
+    @property
+    def slots(self) -> int:
+        if not self.rows.stores:
+            return 0
+        return self.sink + self.window if self.window else self.rows.capacity
+
+    @_in_normal_mode
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Device, dtype and the local number of heads come from the keys, so it works under device_map and tensor parallelism."""
+        if key_states.shape != value_states.shape:
+            raise ValueError(
+                f"layer {self.index}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} must have one shape"
+            )
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        if self.rows.batch is None:
+            self.rows.start(batch)
+        shape = (batch, num_kv_heads, self.slots, head_dim)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Returns the new keys and values as they are; `attend` appends them. Raises outside an enabled model's forward."""
+        if not self.rows.q_len:
+            raise RuntimeError("a ZigzagCache works only with zigzag attention: call zigzag_ext.enable(model, plan) first")
+        return key_states, value_states
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
+        rows = self.rows
+        if k.shape[0] != rows.batch or k.shape[2] != rows.q_len:
+            raise ValueError(
+                f"layer {self.index} was given keys of {k.shape[0]} rows x {k.shape[2]} tokens in a forward of "
+                f"{rows.batch} rows x {rows.q_len} tokens"
+            )
+        if self.index in rows.attended:
+            raise RuntimeError(f"layer {self.index} attended twice in one forward: shared KV caches are not supported")
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        out, _ = ops.attention(
+            q,
+            k,
+            v,
+            self.keys,
+            self.values,
+            rows.lengths_on(q.device),
+            pad=rows.pad_on(q.device),
+            sink=self.sink,
+            window=self.window,
+            scale=scale,
+            workspace=rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
+        )
+        rows.attended.add(self.index)
+        return out
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.rows.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.rows.columns
+
+    def get_max_length(self) -> int:
+        """Most tokens a row can hold: `max_len` for a retrieval layer, -1 (no limit) for a ring or a growing cache."""
+        return -1 if self.window or self.rows.max_len is None else self.rows.max_len
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.rows.forget()
+
+    def drop(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    @_in_normal_mode
+    def grow(self) -> None:
+        """Moves what is held to a buffer of the new capacity. Only a retrieval layer of a cache without `max_len` ever does."""
+        held = self.rows.longest
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], self.slots, old.shape[3])
+            new[:, :, :held] = old[:, :, :held]
+            setattr(self, name, new)
+
+    @_in_normal_mode
+    def select_rows(self, index: Tensor) -> None:
+        """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
+        held = self.slots if self.window else min(self.rows.longest, self.slots)
+        index = index.to(self.keys.device)
+        for name in ("keys", "values"):
+            buffer = getattr(self, name)
+            chosen = buffer[:, :, :held].index_select(0, index)
+            if len(index) != buffer.shape[0]:
+                buffer = buffer.new_empty(len(index), *buffer.shape[1:])
+                setattr(self, name, buffer)
+            buffer[:, :, :held] = chosen
+
+
+class ZigzagCache(Cache):
+    """KV cache of a plan, for `model.generate(..., past_key_values=cache)` on a model prepared by `zigzag_ext.enable`.
+
+    Args:
+        config: the model's config; a retrieval or streaming layer is made for each of its `num_hidden_layers`.
+        plan: `zigzag_ext.Plan`. The plan of the cache wins over the plan given to `enable`.
+        max_len: most tokens a row may hold (padding does not count), allocated once, at the first forward. None: retrieval
+            layers start at the prompt's size and double when full, which copies them; at most twice the needed bytes.
+
+    Rings always take sink + window tokens. Buffers are [batch, num_kv_heads, slots, head_dim] and live where the keys live.
+    Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
+    with a longer prompt it goes on where it stopped; `reset()` empties it and keeps the memory. Rolling back (`crop`, needed by
+    assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
+
+    Raises:
+        ValueError: layer counts differ, layers share KV caches, or `max_len` < 1.
+        RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
+
+    Example:
+        >>> zz.enable(model, plan)
+        >>> cache = zz.ZigzagCache(model.config, plan, max_len=8192)
+        >>> model.generate(**inputs, past_key_values=cache)
+        >>> cache.memory_bytes()
+    """
+
+    def __init__(self, config, plan, max_len: int | None = None):
+        if max_len is not None and max_len < 1:
+            raise ValueError(f"max_len must be at least 1 token, or None for a cache that grows; got {max_len}")
+        self._build(config, plan, max_len, stores=True)
+
+    @classmethod
+    def without_memory(cls, config, plan) -> "ZigzagCache":
+        """A cache that keeps nothing, for forwards with `use_cache=False`: the chunk attends to itself under the plan's masks."""
+        cache = cls.__new__(cls)
+        cache._build(config, plan, None, stores=False)
+        return cache
+
+    def _build(self, config, plan, max_len: int | None, stores: bool) -> None:
+        config = config.get_text_config(decoder=True)
+        if len(plan.kinds) != config.num_hidden_layers:
+            raise ValueError(f"the plan has {len(plan.kinds)} layers, the model has {config.num_hidden_layers}")
+        if getattr(config, "num_kv_shared_layers", None):
+            raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
+        self._rows = _Rows(max_len, stores)
+        windows = [(plan.sink, plan.window) if kind == "streaming" else (0, 0) for kind in plan.kinds]
+        super().__init__(layers=[ZigzagLayer(self._rows, i, *window) for i, window in enumerate(windows)])
+
+    @property
+    def seq_lens(self) -> Tensor | None:
+        """[batch] int32 on the device: tokens held per row, padding not counted. None before the first forward."""
+        first = self.layers[0]
+        return self._rows.lengths_on(first.keys.device) if first.is_initialized else None
+
+    def memory_bytes(self) -> int:
+        """Bytes of all key and value buffers as allocated now."""
+        buffers = [b for layer in self.layers if layer.is_initialized for b in (layer.keys, layer.values)]
+        return sum(buffer.untyped_storage().nbytes() for buffer in buffers)
+
+    def begin(self, batch: int, q_len: int, attention_mask: Tensor | None = None) -> None:
+        """Opens a forward pass of `q_len` new columns: checks, grows the buffers, and notes the padding. Writes no token.
+
+        attention_mask: [batch, seen + q_len], zeros then ones per row; waits for the device once, but never if q_len is 1,
+        where a zero means that the row skips this token.
+        """
+        rows = self._rows
+        if rows.q_len or rows.broken:
+            raise RuntimeError("the last forward with this ZigzagCache failed half-way, its contents are not whole: call reset()")
+        if rows.batch != batch:
+            if rows.columns:
+                raise ValueError(f"the cache holds {rows.batch} rows, the input has {batch}; use reset() or another cache")
+            for layer in self.layers:
+                layer.drop()
+            rows.start(batch)
+        pad, longest = None, rows.longest + q_len
+        if attention_mask is not None:
+            pad, longest = self._read_mask(attention_mask, q_len)
+        self._ensure_capacity(longest)
+        rows.pad = {} if pad is None else {pad.device: pad}
+        rows.q_len, rows.longest = q_len, longest
+        rows.attended.clear()
+
+    @_in_normal_mode
+    def _read_mask(self, mask: Tensor, q_len: int) -> tuple[Tensor | None, int]:
+        """Padding columns of this chunk per row, or None if there are none, and the tokens of the longest row after it."""
+        rows = self._rows
+        if mask.dim() != 2 or tuple(mask.shape) != (rows.batch, rows.columns + q_len):
+            raise ValueError(
+                f"attention_mask must be [batch, tokens seen + new tokens] = [{rows.batch}, {rows.columns + q_len}] of zeros "
+                f"(left padding), then ones; got {tuple(mask.shape)}"
+            )
+        if q_len == 1:
+            return (mask[:, -1] == 0).int(), rows.longest + 1
+        mask = mask.bool()
+        padding = (~mask).sum(1)
+        held = rows.lengths_on(mask.device)
+        interior = (mask[:, :-1] & ~mask[:, 1:]).any()
+        changed = (padding.clamp(max=rows.columns) != rows.columns - held).any()
+        interior, changed, least, most = torch.stack([interior.long(), changed.long(), padding.min(), padding.max()]).tolist()
+        if interior:
+            raise ValueError("attention_mask has zeros after ones: only left padding is supported (padding_side='left')")
+        if changed:
+            raise ValueError("attention_mask masks other tokens than those the cache left out before: start from an empty cache")
+        pad = (padding - rows.columns).clamp(0, q_len).int() if most > rows.columns else None
+        return pad, max(0, rows.columns + q_len - least)
+
+    def _ensure_capacity(self, needed: int) -> None:
+        rows = self._rows
+        if not rows.stores or needed <= rows.capacity or all(layer.window for layer in self.layers):
+            return
+        if rows.max_len is not None:
+            raise RuntimeError(
+                f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); "
+                "nothing was written. Make the ZigzagCache with a larger max_len"
+            )
+        rows.capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
+        for layer in self.layers:
+            if layer.is_initialized and not layer.window:
+                layer.grow()
+
+    def end(self, failed: bool = False) -> None:
+        """Closes the forward pass: advances the lengths, or marks the cache as unusable if a failure left some layers written."""
+        rows = self._rows
+        missed = [layer.index for layer in self.layers if layer.index not in rows.attended]
+        q_len, rows.q_len, rows.broken = rows.q_len, 0, bool(rows.attended and (failed or missed))
+        if missed and not failed:
+            raise RuntimeError(f"layers {missed} never called zigzag attention: this model's layers are not all plain attention")
+        if not failed:
+            rows.advance(q_len)
+
+    def reset(self) -> None:
+        """Empties the cache and keeps its memory."""
+        self._rows.forget()
+
+    def _select_rows(self, index: Tensor) -> None:
+        rows = self._rows
+        if not rows.columns:
+            return
+        for layer in self.layers:
+            layer.select_rows(index)
+        for device, lengths in rows.seq_lens.items():
+            chosen = lengths.index_select(0, index.to(device))
+            rows.seq_lens[device] = lengths.copy_(chosen) if len(index) == rows.batch else chosen
+        if len(index) != rows.batch:
+            rows.batch, rows.workspaces = len(index), {}
+
+    @_in_normal_mode
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select_rows(beam_idx)
+
+    @_in_normal_mode
+    def batch_select_indices(self, indices: Tensor) -> None:
+        indices = torch.as_tensor(indices)
+        self._select_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices.flatten())
+
+    @_in_normal_mode
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._rows.batch is not None:
+            self._select_rows(torch.arange(self._rows.batch).repeat_interleave(repeats))
+
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
+        return self.get_max_length(layer_idx)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Most tokens a row can hold: `max_len`, or -1 (no limit) for a growing cache or a plan of streaming layers only."""
+        lengths = [layer.get_max_length() for layer in self.layers]
+        return max(lengths) if layer_idx is None else lengths[layer_idx]
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError(
+            "a ZigzagCache cannot roll back, its rings overwrite old tokens: assisted, prompt-lookup and contrastive decoding "
+            "are not supported"
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            self.activate_past_recording()

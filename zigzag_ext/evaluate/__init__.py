@@ -1,0 +1,1 @@
+"""Offline, seeded evaluation tasks, one per file, and a timed generate()."""

@@ -1,0 +1,82 @@
+"""The attention and mask functions registered with transformers under the name "zigzag".
+
+The hooks of `enable` note the cache of the forward pass under way in `current`, one per thread, and the attention function finds
+it there: a keyword argument would not do, since some families (Nemotron, StableLM) do not hand theirs down to the attention.
+"""
+
+import threading
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+NAME = "zigzag"
+current = threading.local()  # .cache: ZigzagCache of this thread's forward pass, None or absent outside one
+
+# Arguments that reach an attention function and change nothing about what it has to compute. Any other one that is not None
+# or False raises: it may stand for softcap, learned sinks, packed sequences, position biases, sparse indices ...
+_HARMLESS = {
+    "cache_position",
+    "layer_idx",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "token_type_ids",
+    "use_cache",
+}
+
+
+class UnsupportedMask:
+    """Stands in for a mask that is not plainly causal. Some models make such masks and use none, so only its use raises."""
+
+    def __init__(self, mask_function):
+        self.name = getattr(mask_function, "__qualname__", repr(mask_function))
+
+
+def mask(*args, mask_function=causal_mask_function, **kwargs) -> UnsupportedMask | None:
+    """Builds nothing: causality and windows are in the kernels, padding is read from the 2-D mask by the hook of `enable`."""
+    return None if mask_function is causal_mask_function else UnsupportedMask(mask_function)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """One launch: attention over the layer's cache and the new tokens, and the append of the new tokens.
+
+    query [batch, num_q_heads, q_len, head_dim]; key, value [batch, num_kv_heads, q_len, head_dim], the new tokens only.
+    Returns [batch, q_len, num_q_heads, head_dim] and no weights.
+    """
+    name = type(module).__name__
+    cache = getattr(current, "cache", None)
+    if cache is None:
+        raise RuntimeError(
+            f"{name} runs zigzag attention without a zigzag cache: call the model that was given to zigzag_ext.enable(model, "
+            "plan), not a part of it, and do not set attn_implementation='zigzag' by hand"
+        )
+    if attention_mask is not None:
+        given = attention_mask.name if isinstance(attention_mask, UnsupportedMask) else f"a {type(attention_mask).__name__}"
+        raise ValueError(f"{name} needs the attention mask {given}; zigzag attention serves causal masks with left padding only")
+    if dropout:
+        raise ValueError(f"{name} asks for attention dropout {dropout}; zigzag attention is for inference: call model.eval()")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ValueError(f"{name} is not causal; zigzag attention serves decoder self-attention only")
+    unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
+    if unknown:
+        raise ValueError(f"{name} needs {', '.join(unknown)}, which zigzag attention does not compute")
+    return cache.layers[module.layer_idx].attend(query, key, value, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

@@ -1,0 +1,125 @@
+"""enable(model, plan): zigzag attention and a ZigzagCache behind every forward of a Hugging Face causal language model.
+
+Nothing is patched. A forward pre-hook gives the forward its cache (replacing the empty DynamicCache that generate() makes) and
+opens it, a forward hook closes it; the attention and mask functions are registered through transformers' public interfaces.
+"""
+
+import inspect
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from ..cache import ZigzagCache
+from .attention import NAME, current
+from .families import check_family
+
+_sessions: "WeakKeyDictionary[nn.Module, _Session]" = WeakKeyDictionary()
+
+
+def enable(model: nn.Module, plan, max_len: int | None = None) -> nn.Module:
+    """Makes `model` run the plan: after this `model.generate(...)` keeps full caches for retrieval layers, rings for the others.
+
+    Args:
+        model: a transformers decoder-only language model (`AutoModelForCausalLM`). Served exactly or refused: see Raises.
+        plan: `zigzag_ext.Plan` with one kind per layer.
+        max_len: tokens per row of the caches made for calls without `past_key_values`; None lets them grow.
+
+    Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
+    `past_key_values=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. Inference only.
+
+    Returns:
+        The model, for chaining. `disable(model)` undoes it.
+
+    Raises:
+        ValueError: layer counts differ, or the family cannot be computed exactly (soft-capped logits, learned sink logits, native
+            sliding windows, latent or linear attention, shared KV caches, encoder-decoder, unsupported head_dim or group size).
+        RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface.
+
+    Source: ZigzagAttention (https://arxiv.org/abs/2508.12407).
+    """
+    if model in _sessions:
+        raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
+    check_family(model)
+    ZigzagCache(model.config, plan, max_len)
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
+    _sessions[model] = _Session(model, plan, max_len, previous)
+    return model
+
+
+def disable(model: nn.Module) -> nn.Module:
+    """Gives `model` its former attention back. Raises RuntimeError if `enable` was not called on it. Returns the model."""
+    if model not in _sessions:
+        raise RuntimeError("zigzag attention is not enabled on this model")
+    session = _sessions.pop(model)
+    for hook in session.hooks:
+        hook.remove()
+    model.set_attn_implementation(session.previous)
+    return model
+
+
+@contextmanager
+def zigzag(model: nn.Module, plan, max_len: int | None = None):
+    """`with zigzag(model, plan): model.generate(...)`: `enable` at the start, `disable` at the end."""
+    enable(model, plan, max_len)
+    try:
+        yield model
+    finally:
+        disable(model)
+
+
+class _Session:
+    """The hooks of one enabled model."""
+
+    def __init__(self, model: nn.Module, plan, max_len: int | None, previous: str):
+        self.plan, self.max_len, self.previous = plan, max_len, previous
+        self.parameters = tuple(inspect.signature(model.forward).parameters)
+        self.stand_ins: WeakKeyDictionary[DynamicCache, ZigzagCache] = WeakKeyDictionary()
+        self.hooks = (
+            model.register_forward_pre_hook(self.open, with_kwargs=True),
+            model.register_forward_hook(self.close, with_kwargs=True, always_call=True),
+        )
+
+    def open(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = kwargs | dict(zip(self.parameters, args, strict=False))
+        if kwargs.get("output_attentions"):
+            raise ValueError("zigzag attention has no attention weights to return: output_attentions must be off")
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        cache = self.cache_for(model.config, kwargs)
+        cache.begin(*tokens.shape[:2], kwargs.get("attention_mask"))
+        current.cache = cache
+        return (), kwargs
+
+    def close(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        cache = getattr(current, "cache", None)  # None if `open` raised
+        if cache is not None:
+            current.cache = None
+            cache.end(failed=output is None)
+
+    def cache_for(self, config, kwargs: dict) -> ZigzagCache:
+        """The cache of this forward, also put in place of `past_key_values` unless the caller wants none."""
+        given = kwargs.get("past_key_values")
+        if isinstance(given, ZigzagCache):
+            if len(given.layers) != config.num_hidden_layers:
+                raise ValueError(f"the ZigzagCache has {len(given.layers)} layers, the model has {config.num_hidden_layers}")
+            return given
+        if given is None:
+            use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+            if not use_cache:
+                return ZigzagCache.without_memory(config, self.plan)
+            cache = ZigzagCache(config, self.plan, self.max_len)
+        elif type(given) is not DynamicCache:
+            raise TypeError(f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}")
+        elif given in self.stand_ins:
+            cache = self.stand_ins[given]
+        elif given.get_seq_length():
+            raise ValueError(f"the DynamicCache holds {given.get_seq_length()} tokens of another attention; pass a ZigzagCache")
+        else:
+            cache = self.stand_ins[given] = ZigzagCache(config, self.plan, self.max_len)
+        kwargs["past_key_values"] = cache
+        return cache

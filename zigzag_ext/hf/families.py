@@ -1,0 +1,74 @@
+"""Which model families zigzag attention serves exactly, decided from the config and the parameters. All others raise by name."""
+
+from torch import nn
+
+from ..ops import HEAD_DIMS, MAX_GROUP_SIZE
+
+
+def check_family(model: nn.Module) -> None:
+    """Raises ValueError naming the family, the reason, and the layer where there is one, if `model` cannot be served exactly."""
+    config = model.config
+    reason = next((why for check in _CHECKS if (why := check(model, config))), None)
+    if reason:
+        raise ValueError(f"{config.model_type} is not supported by zigzag attention: {reason}")
+
+
+def _composition(model, config):
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if config.get_text_config(decoder=True) is not config:
+        return "it is a composite (multimodal) model; only text decoders are served"
+
+
+def _layer_kinds(model, config):
+    for field in ("layer_types", "layers_block_type"):
+        for index, kind in enumerate(getattr(config, field, None) or ()):
+            if kind not in ("full_attention", "attention"):
+                return (
+                    f"layer {index} is '{kind}' in config.{field}; only full attention is served. If the checkpoint works "
+                    f"without, set config.{field} to all 'full_attention' before loading"
+                )
+
+
+def _sliding_window(model, config):
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "layer_types", None) is None and getattr(config, "use_sliding_window", True):
+        return (
+            f"all layers use a native sliding window of {window} tokens. If you never run past it, or the checkpoint works "
+            "without, load the model with sliding_window=None"
+        )
+
+
+def _softcap(model, config):
+    for field in ("attn_logit_softcapping", "attention_logit_cap"):
+        if getattr(config, field, None):
+            return f"its attention logits are soft-capped (config.{field} = {getattr(config, field)}) in all layers"
+
+
+def _learned_sinks(model, config):
+    for name, _ in model.named_parameters():
+        if name.endswith((".sinks", "attention_sink_bias")):
+            return f"it has learned sink logits ({name})"
+
+
+def _latent_attention(model, config):
+    if getattr(config, "kv_lora_rank", None):
+        return f"it uses multi-head latent attention (config.kv_lora_rank = {config.kv_lora_rank}): k and v differ in size"
+
+
+def _shared_caches(model, config):
+    if getattr(config, "num_kv_shared_layers", None):
+        return f"its last {config.num_kv_shared_layers} layers share the KV caches of others"
+
+
+def _geometry(model, config):
+    num_q_heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
+    num_kv_heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or num_q_heads
+    head_dim = head_dim or config.hidden_size // num_q_heads
+    if head_dim not in HEAD_DIMS:
+        return f"its head_dim is {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}"
+    if num_q_heads % num_kv_heads or num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
+        return f"{num_q_heads} query heads share {num_kv_heads} KV heads; supported: groups of 1 to {MAX_GROUP_SIZE}"
+
+
+_CHECKS = (_composition, _layer_kinds, _sliding_window, _softcap, _learned_sinks, _latent_attention, _shared_caches, _geometry)

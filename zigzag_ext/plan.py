@@ -1,0 +1,186 @@
+"""`Plan`: which layers retrieve and which stream, and the one file format that records it.
+
+A plan file is JSON: `{"format": "zigzag-plan", "version": 1, "kinds": [...], "sink": 64, "window": 256, "provenance": {...}}`.
+"""
+
+import json
+import operator
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import _C
+
+FORMAT = "zigzag-plan"
+VERSION = 1
+_REQUIRED = {"format", "version", "kinds", "sink", "window"}
+_KNOWN = _REQUIRED | {"provenance"}
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """The kind of every layer of a model, with the cache size of its streaming layers. Immutable and hashable.
+
+    Args:
+        kinds: "retrieval" (keeps every token) or "streaming" (keeps `sink` + `window` tokens) for each layer, in order.
+        sink: first tokens that streaming layers keep for ever, >= 0.
+        window: last tokens that streaming layers keep, the newest one included, >= 1.
+        provenance: where the plan comes from; any JSON object.
+
+    Raises:
+        TypeError: an argument has the wrong type. ValueError: it has a value that no plan can have.
+
+    Example:
+        >>> plan = Plan(["retrieval", "streaming", "streaming"], sink=64, window=256)
+        >>> plan.retrieval_layers, plan.streaming_layers
+        ((0,), (1, 2))
+    """
+
+    kinds: tuple[str, ...]
+    sink: int = field(kw_only=True)
+    window: int = field(kw_only=True)
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
+
+    def __post_init__(self):
+        kinds = _tuple_of_str(self.kinds)
+        sink, window = _integer("sink", self.sink), _integer("window", self.window)
+        _C.check_plan(kinds, sink, window)
+        values = {"kinds": kinds, "sink": sink, "window": window, "provenance": _json_object(self.provenance)}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def retrieval_layers(self) -> tuple[int, ...]:
+        """Indices of the retrieval layers, ascending."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == "retrieval")
+
+    @property
+    def streaming_layers(self) -> tuple[int, ...]:
+        """Indices of the streaming layers, ascending."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == "streaming")
+
+    @property
+    def retrieval_ratio(self) -> float:
+        """Share of the layers that are retrieval layers, 0 to 1."""
+        return len(self.retrieval_layers) / self.num_layers
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan file at `path`: whole or not at all, replacing an older one."""
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} to save a plan in")
+        content = {"format": FORMAT, "version": VERSION, "kinds": self.kinds, "sink": self.sink, "window": self.window}
+        content["provenance"] = self.provenance
+        lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
+        partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        try:
+            partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Reads a plan file written by `save`, or by hand.
+
+        Raises:
+            FileNotFoundError: there is no file at `path`.
+            ValueError: it is not a plan file, comes from a newer version, or holds no valid plan; the message says which.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no plan file at {path}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a plan file: it is not JSON ({error})") from error
+        try:
+            _check_header(content)
+            return cls(**{name: content[name] for name in content if name not in ("format", "version")})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a usable plan file: {error}") from error
+
+    def summary(self) -> str:
+        """A small table of text: the layers of each kind, sink, window, and what `solve` recorded."""
+        rows = [
+            ("layers", str(self.num_layers)),
+            ("retrieval", f"{len(self.retrieval_layers)} ({self.retrieval_ratio:.0%}): {_ranges(self.retrieval_layers)}"),
+            ("streaming", f"{len(self.streaming_layers)}: {_ranges(self.streaming_layers)}"),
+            ("sink", f"{self.sink} tokens"),
+            ("window", f"{self.window} tokens"),
+        ]
+        scalars = {key: value for key, value in self.provenance.items() if not isinstance(value, list | dict)}
+        rows += [
+            (key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in scalars.items()
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def __repr__(self) -> str:
+        pattern = "".join(kind[0].upper() for kind in self.kinds)
+        counts = f"{len(self.retrieval_layers)} retrieval, {len(self.streaming_layers)} streaming"
+        return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}>"
+
+
+def _tuple_of_str(kinds) -> tuple[str, ...]:
+    if isinstance(kinds, str) or not hasattr(kinds, "__iter__"):
+        raise TypeError(f"kinds must be a list of 'retrieval' and 'streaming', one per layer, got {kinds!r}")
+    kinds = tuple(kinds)
+    for layer, kind in enumerate(kinds):
+        if not isinstance(kind, str):
+            raise TypeError(f"kinds must hold strings, got {kind!r} for layer {layer}")
+    return kinds
+
+
+def _integer(name: str, value) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer number of tokens, got {value!r}") from None
+    if abs(value) >= 1 << 63:
+        raise ValueError(f"{name} does not fit 64 bits: {value}")
+    return value
+
+
+def _json_object(provenance) -> dict[str, Any]:
+    """A deep copy in JSON's own types, so that a plan equals itself after saving and loading."""
+    if not isinstance(provenance, dict):
+        raise TypeError(f"provenance must be a dict, got {provenance!r}")
+    try:
+        return json.loads(json.dumps(provenance, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"provenance must hold what JSON can hold: {error}") from error
+
+
+def _check_header(content) -> None:
+    """Raises ValueError unless `content` is an object of this format and version with the fields of a plan and no others."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f'it is not a JSON object with "format": "{FORMAT}"')
+    version = content.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"its version is {version!r}; supported: {VERSION}")
+    if version > VERSION:
+        raise ValueError(f"it has version {version}, from a newer zigzag_ext; this one supports version {VERSION}")
+    if missing := sorted(_REQUIRED - content.keys()):
+        raise ValueError(f"missing fields: {', '.join(missing)}")
+    if unknown := sorted(content.keys() - _KNOWN):
+        raise ValueError(f"unknown fields: {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}")
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Layer indices as text, runs shortened: (0, 1, 2, 5) -> '0-2 5'."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
