@@ -58,8 +58,8 @@ struct Ahead {
   void fetch(int row, int64_t byte) const { __builtin_prefetch(rows + row * stride + byte); }
 };
 
-// scores[r, key + n] = q[r] . k[key + n] for kRows rows and kKeys keys; keys past `last` repeat the last one. The operand
-// with fewer vectors stays in registers, so that 12 sums and the operands fit in 16.
+// scores[r, key + n] = q[r] . k[key + n] for kRows rows and kKeys keys; keys past `last` repeat the last one. The
+// operand with fewer vectors stays in registers, so that 12 sums and the operands fit in 16.
 template <int kRows, int kKeys, class T>
 inline void score_block(const float* q, int head_dim, const T* k, int64_t stride, int key, int last, float* scores) {
   constexpr int kSums = kRows * kKeys;
@@ -93,10 +93,11 @@ inline void score_block(const float* q, int head_dim, const T* k, int64_t stride
   });
 }
 
-// out[r, x...] = decay[r] * out[r, x...] + sum over keys of scores[r, key] * v[key, x...], for kRows rows and kVecs registers.
+// out[r, x...] = decay[r] * out[r, x...] + sum over keys of scores[r, key] * v[key, x...], for kRows rows and kVecs
+// registers.
 template <int kRows, int kVecs, class T>
-inline void value_block(const float* scores, const float* decay, const T* v, int64_t stride, TileInterval keys, float* out,
-                        int head_dim, Ahead ahead) {
+inline void value_block(const float* scores, const float* decay, const T* v, int64_t stride, TileInterval keys,
+                        float* out, int head_dim, Ahead ahead) {
   Vec acc[kRows * kVecs];
   const auto at = [&](int i) { return out + i / kVecs * head_dim + i % kVecs * Vec::kWidth; };
   unroll<kRows * kVecs>([&](auto i) { acc[i] = Vec::load(at(i)) * Vec::fill(decay[i / kVecs]); });
@@ -146,8 +147,8 @@ inline void value_rows(const RowBlock& block, int r, const T* v, int64_t stride,
   while (x < block.head_dim) strip(std::integral_constant<int, 1>{});
 }
 
-// f(count, r, keys) for the rows in groups of up to four, count a compile-time constant; keys are those that any row of the
-// group sees, their begin rounded down so that aligned registers and blocks of keys stay inside the tile.
+// f(count, r, keys) for the rows in groups of up to four, count a compile-time constant; keys are those that any row of
+// the group sees, their begin rounded down so that aligned registers and blocks of keys stay inside the tile.
 template <class F>
 inline void for_row_groups(const RowBlock& block, F&& f) {
   for (int r = 0; r < block.rows; r += 4) {
@@ -169,8 +170,8 @@ inline void for_row_groups(const RowBlock& block, F&& f) {
   }
 }
 
-// Turns the scores of the keys in [keys.begin, keys.end) into weights, 0 outside the row's own interval, and folds the tile
-// into the row's maximum and sum.
+// Turns the scores of the keys in [keys.begin, keys.end) into weights, 0 outside the row's own interval, and folds the
+// tile into the row's maximum and sum.
 inline void softmax_row(const RowBlock& block, int r, TileInterval keys) {
   const TileInterval seen = block.interval[r];
   float* scores = block.scores + r * kScorePitch;
@@ -197,10 +198,11 @@ inline void softmax_row(const RowBlock& block, int r, TileInterval keys) {
   block.max[r] = max;
 }
 
-// Attends all rows to the tile's keys that block.interval lets them see; k and v point at the tile's first key. `next_k` is
-// the next tile's first key where k and v come from memory in long runs, else nullptr.
+// Attends all rows to the tile's keys that block.interval lets them see; k and v point at the tile's first key.
+// `next_k` is the next tile's first key where k and v come from memory in long runs, else nullptr.
 template <class T>
-inline void attend_tile(const RowBlock& block, const T* k, int64_t k_stride, const T* v, int64_t v_stride, const T* next_k) {
+inline void attend_tile(const RowBlock& block, const T* k, int64_t k_stride, const T* v, int64_t v_stride,
+                        const T* next_k) {
   constexpr int64_t kSize = sizeof(T);
   const Ahead values = {next_k == nullptr ? nullptr : reinterpret_cast<const char*>(v), v_stride * kSize};
   const Ahead keys_ahead = {reinterpret_cast<const char*>(next_k), k_stride * kSize};

@@ -1,8 +1,9 @@
 // One register of floats per instruction set, all with the same interface, so that a CPU kernel is written once.
 //
-// The build defines ZIGZAG_CPU_ISA (the namespace: baseline, avx2 or avx512) and, for the latter two, ZIGZAG_CPU_VEC_BITS
-// (256 or 512). Everything here lives in that namespace: a function that two builds shared by name could be linked from the
-// wrong one and fault on an older processor. The baseline uses the vector extensions of GCC and Clang (SSE2, NEON, ...).
+// The build defines ZIGZAG_CPU_ISA (the namespace: baseline, avx2 or avx512) and, for the latter two,
+// ZIGZAG_CPU_VEC_BITS (256 or 512). Everything here lives in that namespace: a function that two builds shared by name
+// could be linked from the wrong one and fault on an older processor. The baseline uses the vector extensions of GCC
+// and Clang (SSE2, NEON, ...).
 #pragma once
 
 #include <cstdint>
@@ -60,7 +61,8 @@ struct Vec {
   void store(BFloat16* p) const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
     const __m512i nan = _mm512_set1_epi32(0x7fc0);
     const __m512i result = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan);
     store_half(p, _mm512_cvtepi32_epi16(result));
@@ -118,7 +120,8 @@ struct Vec {
   void store(BFloat16* p) const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
     store_half(p, _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1)));

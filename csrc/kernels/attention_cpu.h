@@ -1,10 +1,10 @@
 // The CPU attention behind all three ops; they differ only in how many tokens one block of query rows holds.
 //
-// A task is (row b, KV head, block of query tokens, split of the keys that the block sees). The block's rows are its tokens
-// times the query heads of the group, so each key is read once for all of them. Threads take tasks from a counter. A block
-// whose keys are not split writes its output at once; else the last task of (b, KV head) to finish merges the splits, in
-// their order. That task also appends, since nobody reads the cache any more. Splits depend on the shapes alone, so the
-// result does not depend on the number of threads; scratch is O(threads + splits).
+// A task is (row b, KV head, block of query tokens, split of the keys that the block sees). The block's rows are its
+// tokens times the query heads of the group, so each key is read once for all of them. Threads take tasks from a
+// counter. A block whose keys are not split writes its output at once; else the last task of (b, KV head) to finish
+// merges the splits, in their order. That task also appends, since nobody reads the cache any more. Splits depend on
+// the shapes alone, so the result does not depend on the number of threads; scratch is O(threads + splits).
 #pragma once
 
 #include <atomic>
@@ -214,7 +214,8 @@ class CpuAttention {
     for (int r = 0; r < block.rows; ++r) {
       const int column = t.block * plan_.block_tokens + r / plan_.group, head = t.head * plan_.group + r % plan_.group;
       const T* q = static_cast<const T*>(p_.q) + offset(p_.q_stride, t.b, head, column);
-      for (int x = 0; x < p_.head_dim; x += Vec::kWidth) (Vec::load(q + x) * factor).store(block.q + r * p_.head_dim + x);
+      for (int x = 0; x < p_.head_dim; x += Vec::kWidth)
+        (Vec::load(q + x) * factor).store(block.q + r * p_.head_dim + x);
     }
   }
 
