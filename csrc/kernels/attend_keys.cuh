@@ -51,6 +51,8 @@ struct Keys {
   int first;         // leading padding columns of the chunk
   int fresh;         // new tokens
   int slots_length;  // the length at which the slots of the list are to be understood
+  int used;          // slots in use at that length
+  int replaced;      // slot whose place in the list the new token takes, -1: none
   int unmasked;      // leading keys of the list that every row attends
 };
 
@@ -59,29 +61,38 @@ __device__ __forceinline__ RingLayout ring_layout(const AttentionParams& p) { re
 // Whether the one new token of a ring takes its slot's place in the list. Geometry only.
 __device__ __forceinline__ bool replaces_slot(const AttentionParams& p) { return p.q_len == 1 && p.slots > 0; }
 
-template <bool kRing>
-__device__ __forceinline__ Keys find_keys(const AttentionParams& p, int batch, int kv_head) {
-  Keys keys;
+// Everything but what needs the length and the padding: those are only asked for, so that loads can start behind them.
+__device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch, int kv_head) {
+  Keys keys = {};
+  keys.length = __ldg(p.seq_lens + batch);
+  if (p.pad != nullptr) keys.first = __ldg(p.pad + batch);
   keys.batch = batch;
   keys.kv_head = kv_head;
   keys.k = static_cast<const char*>(p.k_cache) + 2 * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
   keys.v = static_cast<const char*>(p.v_cache) + 2 * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
-  keys.length = __ldg(p.seq_lens + batch);
-  keys.first = p.pad == nullptr ? 0 : min(max(__ldg(p.pad + batch), 0), p.q_len);
+  keys.stored = p.slots;
+  return keys;
+}
+
+template <bool kRing>
+__device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys) {
+  keys.first = min(max(keys.first, 0), p.q_len);
   keys.fresh = p.q_len - keys.first;
   keys.slots_length = keys.length;
+  keys.replaced = -1;
   if constexpr (kRing) {
     const bool one_token = replaces_slot(p);
-    keys.stored = p.slots;
     keys.listed = one_token ? 0 : keys.fresh;
-    if (one_token) keys.slots_length += keys.fresh;
-    keys.unmasked = one_token ? ring_layout(p).used_slots(keys.slots_length) : 0;
+    if (one_token && keys.fresh == 1) {
+      keys.slots_length += 1;
+      keys.replaced = ring_layout(p).slot(keys.length);
+    }
+    keys.used = min(keys.slots_length, p.slots);
+    keys.unmasked = one_token ? keys.used : 0;
   } else {
-    keys.stored = min(keys.length, p.slots);
+    keys.stored = keys.used = keys.unmasked = min(keys.length, p.slots);
     keys.listed = keys.fresh;
-    keys.unmasked = keys.stored;
   }
-  return keys;
 }
 
 // Warp steps over the list. At least one, so that an empty list still writes its outputs. Of a ring independent of the
@@ -195,20 +206,16 @@ struct NewToken {
 // (Those may hold NaN, which a weight of zero would not silence; their keys do not matter, the mask overwrites the
 // logits.)
 template <class S>
-__device__ __forceinline__ void repair_tile(const AttentionParams& p, const Keys& keys, int item, char* stage,
-                                            const NewToken<S>& token) {
+__device__ __forceinline__ void repair_tile(const Keys& keys, int item, char* stage, const NewToken<S>& token) {
   const int tile = item * kTileKeys;
-  const int used = ring_layout(p).used_slots(keys.slots_length);
-  if (tile + kTileKeys > used && tile < keys.stored) {
-    const int from = max(used - tile, 0), until = min(keys.stored - tile, kTileKeys);
+  if (tile + kTileKeys > keys.used && tile < keys.stored) {
+    const int from = max(keys.used - tile, 0), until = min(keys.stored - tile, kTileKeys);
     for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
       char* target = stage + S::kTileBytes + i / S::kChunks * S::kRowBytes + i % S::kChunks * 16;
       *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
     }
   }
-  if (!replaces_slot(p) || keys.fresh == 0) return;
-  const int row = ring_layout(p).slot(keys.length) - tile;
-  if (row >= 0 && row < kTileKeys) token.store(stage, row);
+  if (keys.replaced >= tile && keys.replaced < tile + kTileKeys) token.store(stage, keys.replaced - tile);
 }
 
 // Writes the new tokens to their slots, shared among `count` threads of which the caller is number `thread`. Skips what

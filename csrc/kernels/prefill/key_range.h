@@ -55,8 +55,8 @@ struct KeyRange {
     return key.first <= query && query - seen.window < key.last;
   }
 
-  // Whether every query of the tile sees all of the `size` keys from `number` on, so that no mask is needed. Numbers past the
-  // end fail, as their positions follow last_query.
+  // Whether every query of the tile sees all of the `size` keys from `number` on, so that no mask is needed. Numbers
+  // past the end fail, as their positions follow last_query.
   ZZ_HOST_DEVICE constexpr bool all_visible(int number, int size) const {
     const int last = number + size - 1;
     if (position(last) > first_query) return false;

@@ -50,34 +50,27 @@ __device__ __forceinline__ void load_queries(const AttentionParams& p, const Que
 // Keys [number, number + kKeys) of the tile and their values. Rows past the last key become zeros, so that whatever
 // memory holds there, NaN included, cannot reach the output through a weight of 0. A thread owns a few rows, at fixed
 // distances, so that one address serves several 16-byte chunks.
-template <class T, int kHeadDim>
-__device__ __forceinline__ void load_keys(const AttentionParams& p, const QueryTile& tile, int number,
-                                          uint32_t k_tile) {
+template <int kHeadDim>
+__device__ __forceinline__ void load_keys(RingLayout layout, const QueryTile& tile, int number, uint32_t k_tile) {
   using Shape = PrefillShape<kHeadDim>;
   constexpr int kRowStep = Shape::kThreads / Shape::kThreadsPerRow;
-  const RingLayout layout{p.sink, p.window};
   const int first_row = threadIdx.x / Shape::kThreadsPerRow, first_chunk = threadIdx.x % Shape::kThreadsPerRow;
   const uint32_t first_destination = k_tile + Shape::offset(first_row, first_chunk);
-#pragma unroll
+#pragma unroll 2  // more would spill
   for (int i = 0; i < Shape::kKeys / kRowStep; ++i) {
     const int key = number + first_row + i * kRowStep;
     const bool valid = key < tile.keys.count;
     const int position = valid ? tile.keys.position(key) : tile.length;
     const bool cached = position < tile.length;
     const int token = cached ? layout.slot(position) : position - tile.length + tile.pad;
-    const auto row = [&](const void* cache, const Strides& cache_stride, const void* fresh,
-                         const Strides& fresh_stride) {
-      const Strides& stride = cached ? cache_stride : fresh_stride;
-      return static_cast<const T*>(cached ? cache : fresh) + tile.batch * stride.batch + tile.kv_head * stride.head +
-             token * stride.token + first_chunk * 8;
-    };
-    const T* k = row(p.k_cache, p.k_cache_stride, p.k_new, p.k_new_stride);
-    const T* v = row(p.v_cache, p.v_cache_stride, p.v_new, p.v_new_stride);
+    const KeySource& source = tile.source[cached];
+    const char* k = source.k + token * source.k_bytes + first_chunk * 16;
+    const char* v = source.v + token * source.v_bytes + first_chunk * 16;
 #pragma unroll
     for (int j = 0; j < Shape::kChunks / Shape::kThreadsPerRow; ++j) {
       const uint32_t destination = first_destination + i * kRowStep * Shape::kRowBytes + j * Shape::kThreadsPerRow * 16;
-      cp_async_16_reused(destination, k + j * Shape::kThreadsPerRow * 8, valid);
-      cp_async_16_reused(destination + Shape::kKeyBytes, v + j * Shape::kThreadsPerRow * 8, valid);
+      cp_async_16_reused(destination, k + j * Shape::kThreadsPerRow * 16, valid);
+      cp_async_16_reused(destination + Shape::kKeyBytes, v + j * Shape::kThreadsPerRow * 16, valid);
     }
   }
 }
@@ -273,6 +266,7 @@ __global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, PrefillShape
   __shared__ QueryTile tile;
   if (threadIdx.x == 0) tile = QueryTile::of_block(p, Shape::kRows);
   __syncthreads();
+  const RingLayout layout{p.sink, p.window};
   const float scale = p.scale * 1.44269504088896f;  // log2(e): the softmax works in base 2
 
   PrefillState<kHeadDim> state = {};
@@ -281,7 +275,7 @@ __global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, PrefillShape
 
   if (tile.keys.count > 0) {
     load_queries<T, kHeadDim>(p, tile, q_tile);
-    load_keys<T, kHeadDim>(p, tile, 0, stages);
+    load_keys<kHeadDim>(layout, tile, 0, stages);
     cp_async_commit();
   }
   uint32_t stage = 0;
@@ -293,7 +287,7 @@ __global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, PrefillShape
     __syncthreads();
     stage ^= 1;
     if (number + Shape::kKeys < tile.keys.count) {
-      load_keys<T, kHeadDim>(p, tile, number + Shape::kKeys, stages + stage * 2 * Shape::kKeyBytes);
+      load_keys<kHeadDim>(layout, tile, number + Shape::kKeys, stages + stage * 2 * Shape::kKeyBytes);
       cp_async_commit();
     }
     PrefillScores<kHeadDim> scores = {};
