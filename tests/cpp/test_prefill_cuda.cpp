@@ -3,6 +3,8 @@
 // afterwards. Without a GPU only the key numbering is tested. Made to run under compute-sanitizer: shapes are small.
 #include <doctest/doctest.h>
 
+#include <initializer_list>
+
 #include "kernels/prefill/key_range.h"
 
 #if ZIGZAG_WITH_CUDA
