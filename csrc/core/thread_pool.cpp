@@ -16,7 +16,8 @@ namespace {
 
 using Body = std::function<void(int64_t, int64_t)>;
 
-// Idle threads watch for work this many turns before they sleep: waking costs tens of microseconds, a decode layer not more.
+// Idle threads watch for work this many turns before they sleep: waking costs tens of microseconds, a decode layer not
+// more.
 constexpr int kSpinTurns = 20000;
 
 class ThreadPool {
@@ -99,7 +100,9 @@ ParallelFor make_thread_pool(int num_threads) {
   ZZ_CHECK(num_threads >= 1, "a thread pool needs at least 1 thread, got ", num_threads);
   ParallelFor parallel;
   parallel.num_threads = num_threads;
-  parallel.run = [pool = std::make_shared<ThreadPool>(num_threads)](int64_t count, const Body& body) { pool->run(count, body); };
+  parallel.run = [pool = std::make_shared<ThreadPool>(num_threads)](int64_t count, const Body& body) {
+    pool->run(count, body);
+  };
   return parallel;
 }
 

@@ -5,8 +5,8 @@
 
 namespace zigzag {
 
-// A parallel-for over `num_threads` threads, the caller included. Copies share the threads, which end with the last copy.
-// Calls from several threads run one after the other; a call from inside a body is not allowed.
+// A parallel-for over `num_threads` threads, the caller included. Copies share the threads, which end with the last
+// copy. Calls from several threads run one after the other; a call from inside a body is not allowed.
 ParallelFor make_thread_pool(int num_threads);
 
 }  // namespace zigzag

@@ -1,5 +1,5 @@
-// Which build of the CPU kernels runs. Every csrc/kernels/*/*_cpu.cpp is compiled once per entry below, each time in the
-// namespace of its name; kernels/cpu_dispatch.cpp calls the one that cpu_isa() returns.
+// Which build of the CPU kernels runs. Every csrc/kernels/*/*_cpu.cpp is compiled once per entry below, each time in
+// the namespace of its name; kernels/cpu_dispatch.cpp calls the one that cpu_isa() returns.
 #pragma once
 
 namespace zigzag {
@@ -18,8 +18,8 @@ constexpr const char* name(CpuIsa isa) {
 // Whether this build has kernels for `isa` and this processor runs them.
 bool cpu_supports(CpuIsa isa);
 
-// The widest supported set, or the one named by the environment variable ZIGZAG_CPU_ISA (baseline, avx2, avx512). Throws
-// zigzag::Error if that variable names anything else or a set that this processor lacks. Read on every call.
+// The widest supported set, or the one named by the environment variable ZIGZAG_CPU_ISA (baseline, avx2, avx512).
+// Throws zigzag::Error if that variable names anything else or a set that this processor lacks. Read on every call.
 CpuIsa cpu_isa();
 
 }  // namespace zigzag

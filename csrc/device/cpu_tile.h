@@ -6,12 +6,14 @@
 #include <cfloat>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "device/cpu_vec.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
 
-inline constexpr int kTileKeys = 64;
+inline constexpr int kTileKeys = 48;    // a multiple of 16, the widest register, and of 12, the sums of one score block
+inline constexpr int kScorePitch = 64;  // floats per row of scores: a block that starts late may write past the tile
 
 // Keys [begin, end) of a tile.
 struct TileInterval {
@@ -26,7 +28,7 @@ struct RowBlock {
   float* max;
   float* sum;  // sum of 2^(score - max)
   // Scratch of one tile.
-  float* scores;           // [rows, kTileKeys], then the weights 2^(score - max)
+  float* scores;           // [rows, kScorePitch], then the weights 2^(score - max)
   float* decay;            // [rows] what the tile's new maximum multiplies the earlier sums by
   TileInterval* interval;  // [rows] keys of the tile that the row sees
 };
@@ -37,79 +39,116 @@ inline void reset(const RowBlock& block) {
   std::fill_n(block.sum, block.rows, 0.0f);
 }
 
-// scores[r, key + n] = q[r] . k[key + n] for kRows rows and kKeys keys; keys past `last` repeat the last one.
+template <class F, int... kIndex>
+[[gnu::always_inline]] inline void unroll(F&& f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+
+// f(0) ... f(kCount - 1), unrolled by the language: only then does GCC keep an array of registers in registers.
+template <int kCount, class F>
+[[gnu::always_inline]] inline void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, kCount>{});
+}
+
+// Rows to fetch while others are computed on. The hardware follows neither from keys to values nor a column of values.
+struct Ahead {
+  const char* rows = nullptr;  // nullptr: nothing
+  int64_t stride = 0;          // bytes
+
+  void fetch(int row, int64_t byte) const { __builtin_prefetch(rows + row * stride + byte); }
+};
+
+// scores[r, key + n] = q[r] . k[key + n] for kRows rows and kKeys keys; keys past `last` repeat the last one. The
+// operand with fewer vectors stays in registers, so that 12 sums and the operands fit in 16.
 template <int kRows, int kKeys, class T>
 inline void score_block(const float* q, int head_dim, const T* k, int64_t stride, int key, int last, float* scores) {
-  Vec acc[kRows][kKeys];
+  constexpr int kSums = kRows * kKeys;
+  static_assert(kSums % 4 == 0);
+  Vec acc[kSums];  // [kRows, kKeys]
   const T* row[kKeys];
-  for (int n = 0; n < kKeys; ++n) {
-    row[n] = k + std::min(key + n, last) * stride;
-    for (int r = 0; r < kRows; ++r) acc[r][n] = Vec::fill(0.0f);
-  }
+  unroll<kKeys>([&](auto n) { row[n] = k + std::min(key + n, last) * stride; });
+  unroll<kSums>([&](auto i) { acc[i] = Vec::fill(0.0f); });
   for (int x = 0; x < head_dim; x += Vec::kWidth) {
-    Vec kx[kKeys];
-    for (int n = 0; n < kKeys; ++n) kx[n] = Vec::load(row[n] + x);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec qx = Vec::load(q + r * head_dim + x);
-      for (int n = 0; n < kKeys; ++n) acc[r][n] = Vec::fma(qx, kx[n], acc[r][n]);
+    const auto query = [&](int r) { return Vec::load(q + r * head_dim + x).pinned(); };
+    if constexpr (kKeys < kRows) {
+      Vec kx[kKeys];
+      unroll<kKeys>([&](auto n) { kx[n] = Vec::load(row[n] + x).pinned(); });
+      unroll<kRows>([&](auto r) {
+        const Vec qx = query(r);
+        unroll<kKeys>([&](auto n) { acc[r * kKeys + n] = Vec::fma(qx, kx[n], acc[r * kKeys + n]); });
+      });
+    } else {
+      Vec qx[kRows];
+      unroll<kRows>([&](auto r) { qx[r] = query(r); });
+      unroll<kKeys>([&](auto n) {
+        const Vec kx = Vec::load(row[n] + x).pinned();
+        unroll<kRows>([&](auto r) { acc[r * kKeys + n] = Vec::fma(qx[r], kx, acc[r * kKeys + n]); });
+      });
     }
   }
-  constexpr int kPairs = kRows * kKeys / 2, kPairsPerRow = kKeys / 2;
-  for (int pair = 0; pair < kPairs; pair += 2) {
-    const int other = std::min(pair + 1, kPairs - 1);
-    const int r = pair / kPairsPerRow, n = pair % kPairsPerRow * 2;
-    const int r2 = other / kPairsPerRow, n2 = other % kPairsPerRow * 2;
-    Vec::sum_pairs(acc[r][n], acc[r][n + 1], acc[r2][n2], acc[r2][n2 + 1], scores + r * kTileKeys + key + n,
-                   scores + r2 * kTileKeys + key + n2);
-  }
+  unroll<kSums / 4>([&](auto quarter) {
+    constexpr int i = quarter * 4;
+    const auto to = [&](int j) { return scores + j / kKeys * kScorePitch + key + j % kKeys; };
+    Vec::sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], to(i), to(i + 1), to(i + 2), to(i + 3));
+  });
 }
 
-// out[r, x...] = decay[r] * out[r, x...] + sum over keys of scores[r, key] * v[key, x...], for kRows rows and kVecs registers.
+// out[r, x...] = decay[r] * out[r, x...] + sum over keys of scores[r, key] * v[key, x...], for kRows rows and kVecs
+// registers.
 template <int kRows, int kVecs, class T>
-inline void value_block(const float* scores, const float* decay, const T* v, int64_t stride, TileInterval keys, float* out,
-                        int head_dim) {
-  Vec acc[kRows][kVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) acc[r][c] = Vec::load(out + r * head_dim + c * Vec::kWidth) * Vec::fill(decay[r]);
-  }
+inline void value_block(const float* scores, const float* decay, const T* v, int64_t stride, TileInterval keys,
+                        float* out, int head_dim, Ahead ahead) {
+  Vec acc[kRows * kVecs];
+  const auto at = [&](int i) { return out + i / kVecs * head_dim + i % kVecs * Vec::kWidth; };
+  unroll<kRows * kVecs>([&](auto i) { acc[i] = Vec::load(at(i)) * Vec::fill(decay[i / kVecs]); });
   for (int key = keys.begin; key < keys.end; ++key) {
     Vec vx[kVecs];
-    for (int c = 0; c < kVecs; ++c) vx[c] = Vec::load(v + key * stride + c * Vec::kWidth);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec weight = Vec::fill(scores[r * kTileKeys + key]);
-      for (int c = 0; c < kVecs; ++c) acc[r][c] = Vec::fma(weight, vx[c], acc[r][c]);
-    }
+    unroll<kVecs>([&](auto c) {
+      constexpr int kByte = c * Vec::kWidth * static_cast<int>(sizeof(T));
+      vx[c] = Vec::load(v + key * stride + c * Vec::kWidth);
+      if constexpr (kRows > 1) vx[c] = vx[c].pinned();
+      if constexpr (kByte % 64 == 0) {
+        if (ahead.rows != nullptr) ahead.fetch(key, kByte);
+      }
+    });
+    unroll<kRows>([&](auto r) {
+      const Vec weight = Vec::fill(scores[r * kScorePitch + key]);
+      unroll<kVecs>([&](auto c) { acc[r * kVecs + c] = Vec::fma(weight, vx[c], acc[r * kVecs + c]); });
+    });
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) acc[r][c].store(out + r * head_dim + c * Vec::kWidth);
-  }
+  unroll<kRows * kVecs>([&](auto i) { acc[i].store(at(i)); });
 }
 
 template <int kRows, class T>
-inline void score_rows(const RowBlock& block, int r, const T* k, int64_t stride, TileInterval keys) {
-  constexpr int kKeys = kRows >= 3 ? 2 : kRows == 2 ? 4 : 8;  // registers: kRows * kKeys sums, kKeys keys, one query
+inline void score_rows(const RowBlock& block, int r, const T* k, int64_t stride, TileInterval keys, Ahead ahead) {
+  constexpr int kKeys = 12 / kRows;
+  const int row_bytes = block.head_dim * static_cast<int>(sizeof(T));
   for (int key = keys.begin; key < keys.end; key += kKeys) {
+    for (int n = 0; ahead.rows != nullptr && n < kKeys; ++n) {
+      for (int byte = 0; byte < row_bytes; byte += 64) ahead.fetch(key + n, byte);
+    }
     score_block<kRows, kKeys>(block.q + static_cast<int64_t>(r) * block.head_dim, block.head_dim, k, stride, key,
-                              keys.end - 1, block.scores + r * kTileKeys);
+                              keys.end - 1, block.scores + r * kScorePitch);
   }
 }
 
 template <int kRows, class T>
-inline void value_rows(const RowBlock& block, int r, const T* v, int64_t stride, TileInterval keys) {
-  constexpr int kVecs = kRows >= 3 ? 2 : 4;
+inline void value_rows(const RowBlock& block, int r, const T* v, int64_t stride, TileInterval keys, Ahead ahead) {
+  constexpr int kVecs = kRows >= 3 ? 2 : kRows == 2 ? 4 : 8;
   float* out = block.out + static_cast<int64_t>(r) * block.head_dim;
-  const float* scores = block.scores + r * kTileKeys;
+  const float* scores = block.scores + r * kScorePitch;
   int x = 0;
-  for (; x + kVecs * Vec::kWidth <= block.head_dim; x += kVecs * Vec::kWidth) {
-    value_block<kRows, kVecs>(scores, block.decay + r, v + x, stride, keys, out + x, block.head_dim);
-  }
-  for (; x < block.head_dim; x += Vec::kWidth) {
-    value_block<kRows, 1>(scores, block.decay + r, v + x, stride, keys, out + x, block.head_dim);
-  }
+  const auto strip = [&](auto vecs) {
+    const Ahead columns = {ahead.rows == nullptr ? nullptr : ahead.rows + x * sizeof(T), ahead.stride};
+    value_block<kRows, vecs()>(scores, block.decay + r, v + x, stride, keys, out + x, block.head_dim, columns);
+    x += vecs() * Vec::kWidth;
+  };
+  while (x + kVecs * Vec::kWidth <= block.head_dim) strip(std::integral_constant<int, kVecs>{});
+  while (x < block.head_dim) strip(std::integral_constant<int, 1>{});
 }
 
-// f(count, r, keys) for the rows in groups of up to four, count a compile-time constant; keys are those that any row of the
-// group sees, their begin rounded down so that aligned registers and blocks of keys stay inside the tile.
+// f(count, r, keys) for the rows in groups of up to four, count a compile-time constant; keys are those that any row of
+// the group sees, their begin rounded down so that aligned registers and blocks of keys stay inside the tile.
 template <class F>
 inline void for_row_groups(const RowBlock& block, F&& f) {
   for (int r = 0; r < block.rows; r += 4) {
@@ -131,11 +170,11 @@ inline void for_row_groups(const RowBlock& block, F&& f) {
   }
 }
 
-// Turns the scores of the keys in [keys.begin, keys.end) into weights, 0 outside the row's own interval, and folds the tile
-// into the row's maximum and sum.
+// Turns the scores of the keys in [keys.begin, keys.end) into weights, 0 outside the row's own interval, and folds the
+// tile into the row's maximum and sum.
 inline void softmax_row(const RowBlock& block, int r, TileInterval keys) {
   const TileInterval seen = block.interval[r];
-  float* scores = block.scores + r * kTileKeys;
+  float* scores = block.scores + r * kScorePitch;
   block.decay[r] = 1.0f;
   if (seen.begin >= seen.end) {
     std::fill(scores + keys.begin, scores + keys.end, 0.0f);
@@ -160,13 +199,20 @@ inline void softmax_row(const RowBlock& block, int r, TileInterval keys) {
 }
 
 // Attends all rows to the tile's keys that block.interval lets them see; k and v point at the tile's first key.
+// `next_k` is the next tile's first key where k and v come from memory in long runs, else nullptr.
 template <class T>
-inline void attend_tile(const RowBlock& block, const T* k, int64_t k_stride, const T* v, int64_t v_stride) {
+inline void attend_tile(const RowBlock& block, const T* k, int64_t k_stride, const T* v, int64_t v_stride,
+                        const T* next_k) {
+  constexpr int64_t kSize = sizeof(T);
+  const Ahead values = {next_k == nullptr ? nullptr : reinterpret_cast<const char*>(v), v_stride * kSize};
+  const Ahead keys_ahead = {reinterpret_cast<const char*>(next_k), k_stride * kSize};
   for_row_groups(block, [&](auto rows, int r, TileInterval keys) {
-    score_rows<rows()>(block, r, k, k_stride, keys);
+    score_rows<rows()>(block, r, k, k_stride, keys, r == 0 ? values : Ahead{});
     for (int i = r; i < r + rows(); ++i) softmax_row(block, i, keys);
   });
-  for_row_groups(block, [&](auto rows, int r, TileInterval keys) { value_rows<rows()>(block, r, v, v_stride, keys); });
+  for_row_groups(block, [&](auto rows, int r, TileInterval keys) {
+    value_rows<rows()>(block, r, v, v_stride, keys, r == 0 ? keys_ahead : Ahead{});
+  });
 }
 
 }  // namespace zigzag::ZIGZAG_CPU_ISA

@@ -1,8 +1,9 @@
 // One register of floats per instruction set, all with the same interface, so that a CPU kernel is written once.
 //
-// The build defines ZIGZAG_CPU_ISA (the namespace: baseline, avx2 or avx512) and, for the latter two, ZIGZAG_CPU_VEC_BITS
-// (256 or 512). Everything here lives in that namespace: a function that two builds shared by name could be linked from the
-// wrong one and fault on an older processor. The baseline uses the vector extensions of GCC and Clang (SSE2, NEON, ...).
+// The build defines ZIGZAG_CPU_ISA (the namespace: baseline, avx2 or avx512) and, for the latter two,
+// ZIGZAG_CPU_VEC_BITS (256 or 512). Everything here lives in that namespace: a function that two builds shared by name
+// could be linked from the wrong one and fault on an older processor. The baseline uses the vector extensions of GCC
+// and Clang (SSE2, NEON, ...).
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,15 @@
 #endif
 
 namespace zigzag::ZIGZAG_CPU_ISA {
+
+#if ZIGZAG_CPU_VEC_BITS > 128
+inline void scatter(__m128 x, float* to_0, float* to_1, float* to_2, float* to_3) {
+  _mm_store_ss(to_0, x);
+  _mm_store_ss(to_1, _mm_movehdup_ps(x));
+  _mm_store_ss(to_2, _mm_movehl_ps(x, x));
+  _mm_store_ss(to_3, _mm_permute_ps(x, 3));
+}
+#endif
 
 struct BFloat16 {
   uint16_t bits;
@@ -51,7 +61,8 @@ struct Vec {
   void store(BFloat16* p) const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
     const __m512i nan = _mm512_set1_epi32(0x7fc0);
     const __m512i result = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan);
     store_half(p, _mm512_cvtepi32_epi16(result));
@@ -61,6 +72,12 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  // Keeps a loaded value in its register: GCC would rather load it again for each use, and loads are what runs out.
+  Vec pinned() const {
+    Vec copy = *this;
+    asm("" : "+v"(copy.v));
+    return copy;
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   // 2^n for n held in the low bits of the float `biased` (see exp2).
@@ -73,13 +90,12 @@ struct Vec {
   }
   float max() const { return _mm512_reduce_max_ps(v); }
   float sum() const { return _mm512_reduce_add_ps(v); }
-  // first[0], first[1] = sum of a, of b; second[0], second[1] = sum of c, of d.
-  static void sum_pairs(Vec a, Vec b, Vec c, Vec d, float* first, float* second) {
+  // *to_a = sum of a, ...
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float* to_a, float* to_b, float* to_c, float* to_d) {
     const __m256 ab = _mm256_hadd_ps(fold(a), fold(b)), cd = _mm256_hadd_ps(fold(c), fold(d));
     const __m256 abcd = _mm256_hadd_ps(ab, cd);
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
-    _mm_storel_pi(reinterpret_cast<__m64*>(first), sums);
-    _mm_storeh_pi(reinterpret_cast<__m64*>(second), sums);
+    scatter(sums, to_a, to_b, to_c, to_d);
   }
 
  private:
@@ -104,7 +120,8 @@ struct Vec {
   void store(BFloat16* p) const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
     store_half(p, _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1)));
@@ -114,6 +131,12 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  // Keeps a loaded value in its register: GCC would rather load it again for each use, and loads are what runs out.
+  Vec pinned() const {
+    Vec copy = *this;
+    asm("" : "+x"(copy.v));
+    return copy;
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   // 2^n for n held in the low bits of the float `biased` (see exp2).
@@ -134,12 +157,11 @@ struct Vec {
     const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
   }
-  // first[0], first[1] = sum of a, of b; second[0], second[1] = sum of c, of d.
-  static void sum_pairs(Vec a, Vec b, Vec c, Vec d, float* first, float* second) {
+  // *to_a = sum of a, ...
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float* to_a, float* to_b, float* to_c, float* to_d) {
     const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
-    _mm_storel_pi(reinterpret_cast<__m64*>(first), sums);
-    _mm_storeh_pi(reinterpret_cast<__m64*>(second), sums);
+    scatter(sums, to_a, to_b, to_c, to_d);
   }
 
  private:
@@ -186,6 +208,7 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  Vec pinned() const { return *this; }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   // 2^n for n held in the low bits of the float `biased` (see exp2).
@@ -198,9 +221,9 @@ struct Vec {
     return a > b ? a : b;
   }
   float sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
-  // first[0], first[1] = sum of a, of b; second[0], second[1] = sum of c, of d.
-  static void sum_pairs(Vec a, Vec b, Vec c, Vec d, float* first, float* second) {
-    first[0] = a.sum(), first[1] = b.sum(), second[0] = c.sum(), second[1] = d.sum();
+  // *to_a = sum of a, ...
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float* to_a, float* to_b, float* to_c, float* to_d) {
+    *to_a = a.sum(), *to_b = b.sum(), *to_c = c.sum(), *to_d = d.sum();
   }
 
  private:

@@ -1,10 +1,10 @@
 // The CPU attention behind all three ops; they differ only in how many tokens one block of query rows holds.
 //
-// A task is (row b, KV head, block of query tokens, split of the keys that the block sees). The block's rows are its tokens
-// times the query heads of the group, so each key is read once for all of them. Threads take tasks from a counter. A block
-// whose keys are not split writes its output at once; else the last task of (b, KV head) to finish merges the splits, in
-// their order. That task also appends, since nobody reads the cache any more. Splits depend on the shapes alone, so the
-// result does not depend on the number of threads; scratch is O(threads + splits).
+// A task is (row b, KV head, block of query tokens, split of the keys that the block sees). The block's rows are its
+// tokens times the query heads of the group, so each key is read once for all of them. Threads take tasks from a
+// counter. A block whose keys are not split writes its output at once; else the last task of (b, KV head) to finish
+// merges the splits, in their order. That task also appends, since nobody reads the cache any more. Splits depend on
+// the shapes alone, so the result does not depend on the number of threads; scratch is O(threads + splits).
 #pragma once
 
 #include <atomic>
@@ -89,7 +89,7 @@ struct Worker {
   Worker(int max_rows, int head_dim) {
     const int64_t tile = max_rows > kDirectRows ? static_cast<int64_t>(kTileKeys) * head_dim : 0;
     const int64_t matrix = static_cast<int64_t>(max_rows) * head_dim;
-    const int64_t scores = static_cast<int64_t>(max_rows) * kTileKeys;
+    const int64_t scores = static_cast<int64_t>(max_rows) * kScorePitch;
     floats = allocate<float>(2 * tile + 2 * matrix + scores + 3 * max_rows);
     intervals = allocate<TileInterval>(max_rows);
     k_tile = floats.get();
@@ -214,7 +214,8 @@ class CpuAttention {
     for (int r = 0; r < block.rows; ++r) {
       const int column = t.block * plan_.block_tokens + r / plan_.group, head = t.head * plan_.group + r % plan_.group;
       const T* q = static_cast<const T*>(p_.q) + offset(p_.q_stride, t.b, head, column);
-      for (int x = 0; x < p_.head_dim; x += Vec::kWidth) (Vec::load(q + x) * factor).store(block.q + r * p_.head_dim + x);
+      for (int x = 0; x < p_.head_dim; x += Vec::kWidth)
+        (Vec::load(q + x) * factor).store(block.q + r * p_.head_dim + x);
     }
   }
 
@@ -223,10 +224,12 @@ class CpuAttention {
     const Strides& v_stride = run.cached ? p_.v_cache_stride : p_.v_new_stride;
     const T* k = static_cast<const T*>(run.cached ? p_.k_cache : p_.k_new) + offset(k_stride, t.b, t.head, row);
     const T* v = static_cast<const T*>(run.cached ? p_.v_cache : p_.v_new) + offset(v_stride, t.b, t.head, row);
-    if (worker.block.rows <= kDirectRows) return attend_tile(worker.block, k, k_stride.token, v, v_stride.token);
+    if (worker.block.rows <= kDirectRows) {
+      return attend_tile(worker.block, k, k_stride.token, v, v_stride.token, k + kTileKeys * k_stride.token);
+    }
     widen_rows(k, k_stride.token, count, p_.head_dim, worker.k_tile);
     widen_rows(v, v_stride.token, count, p_.head_dim, worker.v_tile);
-    attend_tile(worker.block, worker.k_tile, p_.head_dim, worker.v_tile, p_.head_dim);
+    attend_tile<float>(worker.block, worker.k_tile, p_.head_dim, worker.v_tile, p_.head_dim, nullptr);
   }
 
   void merge_splits(const Task& t, Worker& worker) const {

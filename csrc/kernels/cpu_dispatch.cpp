@@ -7,31 +7,31 @@
 #include "kernels/prefill/prefill.h"
 
 #if defined(__x86_64__)
-#define ZZ_CPU_OP(op, Params)                                              \
-  namespace baseline {                                                     \
-  void op(const Params& params, const ParallelFor& parallel);              \
-  }                                                                        \
-  namespace avx2 {                                                         \
-  void op(const Params& params, const ParallelFor& parallel);              \
-  }                                                                        \
-  namespace avx512 {                                                       \
-  void op(const Params& params, const ParallelFor& parallel);              \
-  }                                                                        \
-  void op(const Params& params, const ParallelFor& parallel) {             \
-    switch (cpu_isa()) {                                                   \
-      case CpuIsa::kBaseline: return baseline::op(params, parallel);       \
-      case CpuIsa::kAvx2: return avx2::op(params, parallel);               \
-      case CpuIsa::kAvx512: return avx512::op(params, parallel);           \
-    }                                                                      \
+#define ZZ_CPU_OP(op, Params)                                        \
+  namespace baseline {                                               \
+  void op(const Params& params, const ParallelFor& parallel);        \
+  }                                                                  \
+  namespace avx2 {                                                   \
+  void op(const Params& params, const ParallelFor& parallel);        \
+  }                                                                  \
+  namespace avx512 {                                                 \
+  void op(const Params& params, const ParallelFor& parallel);        \
+  }                                                                  \
+  void op(const Params& params, const ParallelFor& parallel) {       \
+    switch (cpu_isa()) {                                             \
+      case CpuIsa::kBaseline: return baseline::op(params, parallel); \
+      case CpuIsa::kAvx2: return avx2::op(params, parallel);         \
+      case CpuIsa::kAvx512: return avx512::op(params, parallel);     \
+    }                                                                \
   }
 #else
-#define ZZ_CPU_OP(op, Params)                                                                           \
-  namespace baseline {                                                                                  \
-  void op(const Params& params, const ParallelFor& parallel);                                           \
-  }                                                                                                     \
-  void op(const Params& params, const ParallelFor& parallel) {                                          \
-    cpu_isa(); /* rejects a bad ZIGZAG_CPU_ISA */                                                       \
-    baseline::op(params, parallel);                                                                     \
+#define ZZ_CPU_OP(op, Params)                                  \
+  namespace baseline {                                         \
+  void op(const Params& params, const ParallelFor& parallel);  \
+  }                                                            \
+  void op(const Params& params, const ParallelFor& parallel) { \
+    cpu_isa(); /* rejects a bad ZIGZAG_CPU_ISA */              \
+    baseline::op(params, parallel);                            \
   }
 #endif
 

@@ -1,6 +1,5 @@
 #include "kv/key_runs.h"
 
-
 namespace zigzag {
 
 KeyRuns visible_runs(const RingLayout& layout, int slots, int length, int pad, int first_query, int last_query) {

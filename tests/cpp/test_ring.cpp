@@ -16,7 +16,8 @@ constexpr RingLayout kPicture{2, 4};
 static_assert(kPicture.slot(1) == 1 && kPicture.slot(5) == 5 && kPicture.slot(6) == 2 && kPicture.slot(8) == 4);
 static_assert(kPicture.position(2, 9) == 6 && kPicture.position(5, 9) == 5 && kPicture.position(1, 9) == 1);
 static_assert(kPicture.position(3, 3) == -1 && kPicture.used_slots(3) == 3 && kPicture.used_slots(9) == 6);
-static_assert(kPicture.visible(1, 100) && !kPicture.visible(96, 100) && kPicture.visible(97, 100) && !kPicture.visible(101, 100));
+static_assert(kPicture.visible(1, 100) && !kPicture.visible(96, 100) && kPicture.visible(97, 100) &&
+              !kPicture.visible(101, 100));
 static_assert(kPicture.survives(1, 100) && !kPicture.survives(95, 100) && kPicture.survives(96, 100));
 static_assert(RingLayout{7, 0}.is_full() && RingLayout{7, 0}.slot(123) == 123 && RingLayout{7, 0}.visible(0, 123));
 

@@ -1,4 +1,5 @@
-// The append of one (row, KV head), shared by the append op and by attention, which appends after it has read the cache.
+// The append of one (row, KV head), shared by the append op and by attention, which appends after it has read the
+// cache.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,8 @@ template <class Params>
 inline void append_head(const Params& p, int b, int head) {
   const RingLayout layout{p.sink, p.window};
   const int64_t size = static_cast<int64_t>(element_size(p.dtype)), row_bytes = p.head_dim * size;
-  const auto copy = [&](const void* from, const Strides& from_stride, int column, void* to, const Strides& to_stride, int slot) {
+  const auto copy = [&](const void* from, const Strides& from_stride, int column, void* to, const Strides& to_stride,
+                        int slot) {
     std::memcpy(static_cast<char*>(to) + offset(to_stride, b, head, slot) * size,
                 static_cast<const char*>(from) + offset(from_stride, b, head, column) * size, row_bytes);
   };
