@@ -11,8 +11,16 @@ PYTHON ?= python3
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_JOBS ?= auto
 VENV := .venv
+BUILT = $(VENV)/built-cuda-$(ZIGZAG_CUDA)
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-export MAX_JOBS
+# Here the CUDA kernels are built for the GPUs of this machine, and left out if it has none. `pip install .` decides by nvcc instead.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
+ZIGZAG_CUDA ?= $(if $(GPUS),auto,off)
+ZIGZAG_CUDA_ARCHS ?= $(shell echo $(GPUS) | sed -E 's/\b(90|100)\b/\1a/g; s/ +/;/g')
+ifneq ($(ZIGZAG_CUDA_ARCHS),)
+export ZIGZAG_CUDA_ARCHS
+endif
+export ZIGZAG_CUDA MAX_JOBS
 export ZIGZAG_BUILD_DIR := $(CURDIR)/build/dev
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -25,21 +33,22 @@ help:
 	@sed -n '2,4s/^# \{0,1\}//p' Makefile
 	@echo '  other targets: build pytest cpptest lint format sanitize bench figures clean'
 
-demo: $(VENV)/built $(VENV)/model
+demo: $(BUILT) $(VENV)/model
 	zigzag demo $(DEMO_ARGS)
 
 test: cpptest pytest
 
-pytest: $(VENV)/built $(VENV)/model
-	python -m pytest -n $(PYTEST_JOBS) $(PYTEST_ARGS)
+# Passive waiting: the workers' thread pools would otherwise spin against each other.
+pytest: $(BUILT) $(VENV)/model
+	OMP_WAIT_POLICY=passive python -m pytest -n $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 # The C++ tests link the libzigzag_core.so that the Python package uses: one build of the kernels serves both.
-cpptest: $(VENV)/built
+cpptest: $(BUILT)
 	cmake -S . -B $(ZIGZAG_BUILD_DIR) -DZIGZAG_BUILD_TESTS=ON > /dev/null
 	cmake --build $(ZIGZAG_BUILD_DIR) --parallel $(MAX_JOBS) --target zigzag_tests
 	ctest --test-dir $(ZIGZAG_BUILD_DIR) --output-on-failure
 
-build: $(VENV)/built
+build: $(BUILT)
 
 lint: $(VENV)/tools
 	ruff check .
@@ -54,7 +63,7 @@ format: $(VENV)/tools
 # On the CPU: the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer. With a GPU: small op tests under compute-sanitizer.
 SANITIZE_DIR := build/sanitize
 SANITIZE_TESTS ?= tests/test_ops.py -k "cuda and bfloat16 and (head_dims or padding or no_cache or past_the_capacity)"
-sanitize: $(VENV)/built
+sanitize: $(BUILT)
 	cmake -S . -B $(SANITIZE_DIR) -G Ninja -DZIGZAG_CUDA=off -DZIGZAG_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" > /dev/null
 	cmake --build $(SANITIZE_DIR) --parallel $(MAX_JOBS) --target zigzag_tests
@@ -66,13 +75,13 @@ sanitize: $(VENV)/built
 	  done; \
 	else echo "no GPU: compute-sanitizer not run"; fi
 
-bench: $(VENV)/built
+bench: $(BUILT)
 	cmake -S . -B $(ZIGZAG_BUILD_DIR) -DZIGZAG_BUILD_BENCHMARKS=ON > /dev/null
 	cmake --build $(ZIGZAG_BUILD_DIR) --parallel $(MAX_JOBS)
 	$(ZIGZAG_BUILD_DIR)/bench_decode $(BENCH_ARGS)
 
-figures: $(VENV)/built
-	python benchmarks/figures.py
+figures: $(BUILT)
+	python benchmarks/report.py
 
 clean:
 	rm -rf build dist zigzag_ext.egg-info $(VENV) zigzag_ext/*.so
@@ -92,8 +101,9 @@ $(VENV)/build-requirements: constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) torch setuptools wheel cmake ninja pybind11
 	@touch $@
 
-$(VENV)/built: $(VENV)/build-requirements $(NATIVE)
-	@echo "building zigzag_ext (CUDA: $${ZIGZAG_CUDA:-auto})"
+$(BUILT): $(VENV)/build-requirements $(NATIVE)
+	@echo "building zigzag_ext (ZIGZAG_CUDA=$(ZIGZAG_CUDA))"
+	@rm -f $(VENV)/built-cuda-*
 	$(PIP_INSTALL) --no-build-isolation -e '.[demo,plot,test]'
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""What CI checks beside the tests: `checks.py build` (was CUDA compiled wherever nvcc is?), `checks.py skips FILE` (junit XML)."""
+"""CI checks: `build` (CUDA is compiled wherever nvcc is), `skips FILE` (junit XML: tests skipped for want of a GPU only)."""
 
 import shutil
 import sys

@@ -1,9 +1,9 @@
 """zigzag_ext: attention kernels and caches for models whose layers are either retrieval (full KV) or streaming (sink + window).
 
-    import zigzag_ext as zz
-    plan = zz.solve(zz.load_scores("attn_patterns/model"), retrieval_ratio=0.5, sink=64, window=256)
-    zz.enable(model, plan)          # any supported Hugging Face causal LM
-    model.generate(**inputs)        # streaming layers now hold sink + window tokens, whatever the length
+import zigzag_ext as zz
+plan = zz.solve(zz.load_scores("attn_patterns/model"), retrieval_ratio=0.5, sink=64, window=256)
+zz.enable(model, plan)          # any supported Hugging Face causal LM
+model.generate(**inputs)        # streaming layers now hold sink + window tokens, whatever the length
 """
 
 from importlib import import_module
@@ -20,7 +20,19 @@ __version__: str = build_info()["version"]
 # Names that need transformers, imported at first use so that the kernels work without it.
 _HF_NAMES = {"ZigzagCache": "cache", "enable": "hf", "disable": "hf", "zigzag": "hf"}
 
-__all__ = ["Plan", "ZigzagAttention", "ZigzagCache", "build_info", "disable", "enable", "load_scores", "ops", "reference", "solve", "zigzag"]
+__all__ = [
+    "Plan",
+    "ZigzagAttention",
+    "ZigzagCache",
+    "build_info",
+    "disable",
+    "enable",
+    "load_scores",
+    "ops",
+    "reference",
+    "solve",
+    "zigzag",
+]
 
 
 def __getattr__(name: str):

@@ -78,22 +78,23 @@ Bandwidth measure_bandwidth(Device& device) {
   }
   const int64_t bytes = kBandwidthBytes / kBandwidthBuffers;
   const auto at = [&](int i) { return buffers[static_cast<std::size_t>(i)].get(); };
-  const Quantiles copy =
-      device.time([&](int set) { device.copy(at(2 * set), at(2 * set + 1), bytes); }, kBandwidthBuffers, 2 * bytes);
-  const Quantiles read =
-      device.time([&](int set) { device.read(at(2 * set), at(2 * set + 1), bytes); }, kBandwidthBuffers, 2 * bytes);
+  const std::vector<Quantiles> times = device.time({[&](int set) { device.copy(at(2 * set), at(2 * set + 1), bytes); },
+                                                    [&](int set) { device.read(at(2 * set), at(2 * set + 1), bytes); }},
+                                                   kBandwidthBuffers, 2 * bytes);
   const double gigabytes = 2e-9 * static_cast<double>(bytes);
-  return {gigabytes / (copy.p50 * 1e-6), gigabytes / (read.p50 * 1e-6)};
+  return {gigabytes / (times[0].p50 * 1e-6), gigabytes / (times[1].p50 * 1e-6)};
 }
 
 void run_cell(Device& device, const Cell& cell, const Bandwidth& bandwidth, Table& table) {
   Problem problem(device, cell);
   const double error = check(device, cell, problem.params(0));
-  const Quantiles ours =
-      device.time([&](int set) { device.attention(problem.params(set)); }, problem.num_sets(), cell.kv_bytes());
-  const Quantiles floor = device.time(
-      [&](int set) { device.read(problem.params(set).k_cache, problem.params(set).v_cache, cell.kv_bytes() / 2); },
-      problem.num_sets(), cell.kv_bytes());
+  const auto read = [&](int set) {
+    const AttentionParams& params = problem.params(set);
+    device.read(params.k_cache, params.v_cache, cell.kv_bytes() / 2);
+  };
+  const std::vector<Quantiles> times =
+      device.time({[&](int set) { device.attention(problem.params(set)); }, read}, problem.num_sets(), cell.kv_bytes());
+  const Quantiles ours = times[0], floor = times[1];
 
   Row row;
   row.op = cell.window > 0 ? "decode_stream" : "decode_full";

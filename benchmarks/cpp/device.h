@@ -36,9 +36,11 @@ class Device {
   virtual void read(const void* a, const void* b, int64_t bytes_each) = 0;  // reads both, keeps nothing
   virtual void copy(void* to, const void* from, int64_t bytes) = 0;
 
-  // Microseconds per call of call(set), where set runs through 0..num_sets-1 again and again, so that each call finds
+  // Microseconds per call of each of `calls`, in turns, so that a drifting machine touches all alike. call(set) works
+  // on one set of buffers; sets rotate, and the calls run through them far apart from each other, so that each finds
   // its buffers evicted from the caches. `bytes_per_call` sizes the work between two clock readings.
-  virtual Quantiles time(const std::function<void(int set)>& call, int num_sets, int64_t bytes_per_call) = 0;
+  using Call = std::function<void(int set)>;
+  virtual std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t bytes_per_call) = 0;
 };
 
 // `kind` is "cpu" or "cuda"; `threads` counts CPU threads, 0 means all cores. Throws on any other kind, and on "cuda"

@@ -18,8 +18,8 @@ namespace zigzag::bench {
 namespace {
 
 constexpr int kAlignment = 64;
-constexpr double kMinSeconds = 1.0;  // of samples per cell
-constexpr int kMinSamples = 15, kMaxSamples = 2000;
+constexpr double kSecondsPerCall = 1.0;
+constexpr int kMinRounds = 15, kMaxRounds = 2000;  // after one round of warm-up
 
 std::string cpu_model() {
   std::ifstream info("/proc/cpuinfo");
@@ -85,20 +85,25 @@ class Cpu final : public Device {
     });
   }
 
-  Quantiles time(const std::function<void(int)>& call, int num_sets, int64_t) override {
+  std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t) override {
     using Clock = std::chrono::steady_clock;
-    const auto seconds = [](Clock::duration d) { return std::chrono::duration<double>(d).count(); };
-    for (int set = 0; set < std::min(num_sets, 3); ++set) call(set);
-    std::vector<double> microseconds;
-    double total = 0;
-    for (int i = 0; i < kMaxSamples && (total < kMinSeconds || i < kMinSamples); ++i) {
-      const auto start = Clock::now();
-      call(i % num_sets);
-      const double elapsed = seconds(Clock::now() - start);
-      total += elapsed;
-      microseconds.push_back(elapsed * 1e6);
+    const int count = static_cast<int>(calls.size());
+    const auto elapsed = [](Clock::time_point since) {
+      return std::chrono::duration<double>(Clock::now() - since).count();
+    };
+    std::vector<std::vector<double>> microseconds(calls.size());
+    const auto begin = Clock::now();
+    for (int round = -1; round < kMaxRounds && (round < kMinRounds || elapsed(begin) < kSecondsPerCall * count);
+         ++round) {
+      for (int c = 0; c < count; ++c) {
+        const auto start = Clock::now();
+        calls[static_cast<std::size_t>(c)]((round + 1 + c * num_sets / count) % num_sets);
+        if (round >= 0) microseconds[static_cast<std::size_t>(c)].push_back(elapsed(start) * 1e6);
+      }
     }
-    return quantiles(microseconds);
+    std::vector<Quantiles> result;
+    for (const auto& sample : microseconds) result.push_back(quantiles(sample));
+    return result;
   }
 
  private:

@@ -165,39 +165,53 @@ class Gpu final : public Device {
     ZZ_CUDA(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice, stream_.handle));
   }
 
-  Quantiles time(const std::function<void(int)>& call, int num_sets, int64_t bytes_per_call) override {
+  std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t bytes_per_call) override {
     const int64_t wanted =
         std::clamp<int64_t>(kBytesPerReplay / std::max<int64_t>(bytes_per_call, 1), kMinNodes, kMaxNodes);
     // Whole rounds through the sets, so that every set is last touched num_sets calls earlier.
     const int nodes = static_cast<int>(wanted >= num_sets ? wanted / num_sets * num_sets : wanted);
     const int num_graphs = std::max(1, (num_sets + nodes - 1) / nodes);
-    std::vector<std::unique_ptr<Graph>> graphs;
-    for (int g = 0; g < num_graphs; ++g) {
-      graphs.push_back(std::make_unique<Graph>(stream_.handle, [&] {
-        for (int i = 0; i < nodes; ++i) call((g * nodes + i) % num_sets);
-      }));
+    std::vector<std::vector<std::unique_ptr<Graph>>> graphs(calls.size());
+    for (std::size_t c = 0; c < calls.size(); ++c) {
+      for (int g = 0; g < num_graphs; ++g) {
+        graphs[c].push_back(std::make_unique<Graph>(stream_.handle, [&] {
+          for (int i = 0; i < nodes; ++i) calls[c]((g * nodes + i) % num_sets);
+        }));
+        graphs[c].back()->launch(stream_.handle);
+      }
     }
-    for (const auto& graph : graphs) graph->launch(stream_.handle);
     synchronize();
-    Event start, stop;
-    std::vector<double> microseconds;
-    for (int i = 0; i < kReplays; ++i) {
-      hold_kernel<<<1, 1, 0, stream_.handle>>>(kHoldCycles);
-      ZZ_CUDA(cudaEventRecord(start.handle, stream_.handle));
-      graphs[static_cast<std::size_t>(i % num_graphs)]->launch(stream_.handle);
-      ZZ_CUDA(cudaEventRecord(stop.handle, stream_.handle));
-      synchronize();
-      float milliseconds = 0;
-      ZZ_CUDA(cudaEventElapsedTime(&milliseconds, start.handle, stop.handle));
-      microseconds.push_back(milliseconds * 1e3 / nodes);
+    std::vector<std::vector<double>> microseconds(calls.size());
+    for (int round = 0; round < kReplays; ++round) {
+      for (std::size_t c = 0; c < calls.size(); ++c) {
+        const std::size_t g =
+            (static_cast<std::size_t>(round) + c * graphs[c].size() / calls.size()) % graphs[c].size();
+        microseconds[c].push_back(replay(*graphs[c][g]) / nodes);
+      }
     }
-    return quantiles(microseconds);
+    std::vector<Quantiles> result;
+    for (const auto& sample : microseconds) result.push_back(quantiles(sample));
+    return result;
   }
 
  private:
+  // Microseconds from the first to the last node. The hold kernel keeps the queue busy until all three commands are in
+  // it.
+  double replay(const Graph& graph) {
+    hold_kernel<<<1, 1, 0, stream_.handle>>>(kHoldCycles);
+    ZZ_CUDA(cudaEventRecord(start_.handle, stream_.handle));
+    graph.launch(stream_.handle);
+    ZZ_CUDA(cudaEventRecord(stop_.handle, stream_.handle));
+    synchronize();
+    float milliseconds = 0;
+    ZZ_CUDA(cudaEventElapsedTime(&milliseconds, start_.handle, stop_.handle));
+    return milliseconds * 1e3;
+  }
+
   void synchronize() { ZZ_CUDA(cudaStreamSynchronize(stream_.handle)); }
 
   Stream stream_;
+  Event start_, stop_;
   cudaDeviceProp properties_{};
   std::shared_ptr<void> never_;
 };

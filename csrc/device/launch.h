@@ -12,10 +12,10 @@
 #include "core/error.h"
 
 // Runs a CUDA runtime call and throws zigzag::Error with its text and the driver's reason on failure.
-#define ZZ_CUDA(call)                                                                                          \
-  do {                                                                                                         \
-    const cudaError_t zz_status = (call);                                                                      \
-    ZZ_CHECK(zz_status == cudaSuccess, "CUDA error in ", #call, ": ", cudaGetErrorString(zz_status));           \
+#define ZZ_CUDA(call)                                                                                 \
+  do {                                                                                                \
+    const cudaError_t zz_status = (call);                                                             \
+    ZZ_CHECK(zz_status == cudaSuccess, "CUDA error in ", #call, ": ", cudaGetErrorString(zz_status)); \
   } while (false)
 
 namespace zigzag::device {
@@ -38,9 +38,10 @@ inline const DeviceInfo& device_info() {
     };
     std::vector<DeviceInfo> all;
     for (int i = 0; i < count; ++i) {
-      all.push_back({attribute(cudaDevAttrMultiProcessorCount, i),
-                     10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i),
-                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i) - 1024});
+      all.push_back(
+          {attribute(cudaDevAttrMultiProcessorCount, i),
+           10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i),
+           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i) - 1024});
     }
     return all;
   }();
@@ -49,14 +50,14 @@ inline const DeviceInfo& device_info() {
   return devices[static_cast<size_t>(device)];
 }
 
-// Overrides of the launch heuristics, read once from the environment: for tests of the paths that this GPU would not take
-// and for tuning. 0 means "as the heuristics say".
+// Overrides of the launch heuristics, read once from the environment: for tests of the paths that this GPU would not
+// take and for tuning. 0 means "as the heuristics say".
 struct LaunchOptions {
   bool force_plain;       // ZIGZAG_FORCE_PLAIN=1: nothing above sm_80 (no clusters, no programmatic dependent launch)
   bool dependent_launch;  // ZIGZAG_DEPENDENT_LAUNCH=1: programmatic dependent launch where the kernel supports it
-  int cluster;            // ZIGZAG_CLUSTER: blocks per cluster
-  int warps;              // ZIGZAG_WARPS: warps per block
-  int blocks;             // ZIGZAG_BLOCKS: blocks of the split kernel
+  int cluster;  // ZIGZAG_CLUSTER: blocks per cluster of decode_stream; 1 also keeps decode_full from using clusters
+  int warps;    // ZIGZAG_WARPS: warps per block
+  int blocks;   // ZIGZAG_BLOCKS: blocks of the split kernel
 };
 
 inline const LaunchOptions& launch_options() {
@@ -71,10 +72,10 @@ inline const LaunchOptions& launch_options() {
   return options;
 }
 
-// Lets `kernel` use `bytes` of dynamic shared memory on the current device. Remembers the limit it set: the driver is asked
-// only when a launch needs more than any before it.
+// Lets `kernel` use `bytes` of dynamic shared memory on the current device. Remembers the limit it set: the driver is
+// asked only when a launch needs more than any before it.
 inline void allow_shared_memory(const void* kernel, int bytes) {
-  if (bytes <= 48 * 1024) return;
+  if (bytes <= 47 * 1024) return;  // the default limit of 48 KB, less 1 KB for what the kernel declares itself
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int>, int> limits;
   int device = 0;
@@ -86,12 +87,19 @@ inline void allow_shared_memory(const void* kernel, int bytes) {
   limit = bytes;
 }
 
+constexpr int floor_log2(int x) {
+  int log2 = 0;
+  while (x >> (log2 + 1) > 0) ++log2;
+  return log2;
+}
+
 struct LaunchConfig {
   dim3 grid;
   dim3 block;
-  int shared_bytes = 0;         // dynamic shared memory
-  int cluster = 1;              // blocks per cluster along x; > 1 needs sm_90
-  bool dependent_launch = false;  // programmatic dependent launch: the kernel must call grid_dependency_wait(); needs sm_90
+  int shared_bytes = 0;  // dynamic shared memory
+  int cluster = 1;       // blocks per cluster along x; > 1 needs sm_90
+  bool dependent_launch =
+      false;  // programmatic dependent launch: the kernel must call grid_dependency_wait(); needs sm_90
 };
 
 // The runtime's form of a LaunchConfig, which points into this object.
@@ -132,7 +140,8 @@ int max_active_clusters(void (*kernel)(Params), const LaunchConfig& config) {
   int device = 0;
   ZZ_CUDA(cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), device, config.shared_bytes}, 0);
+  const auto [entry, is_new] =
+      known.try_emplace({reinterpret_cast<const void*>(kernel), device, config.shared_bytes}, 0);
   if (is_new) {
     LaunchAttributes attributes;
     const cudaLaunchConfig_t launch_config = attributes.fill(config, nullptr);
@@ -141,7 +150,8 @@ int max_active_clusters(void (*kernel)(Params), const LaunchConfig& config) {
   return entry->second;
 }
 
-// Launches `kernel(params)` on `stream`. Raises the kernel's dynamic shared memory limit where the default 48 KB is too small.
+// Launches `kernel(params)` on `stream`. Raises the kernel's dynamic shared memory limit where the default 48 KB is too
+// small.
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params, void* stream) {
   allow_shared_memory(reinterpret_cast<const void*>(kernel), config.shared_bytes);

@@ -1,10 +1,12 @@
 // The math core of both decode kernels: flash attention of a few query rows over a long key list, on tensor cores.
 //
-// Operands are swapped: S^T = K Q^T and O^T = V^T P^T with mma.m16n8k16, so that a warp step takes 16 keys and the 8 columns of
-// the mma hold query rows: nothing is padded to 16 or 64 rows. Every warp streams its own tiles through its own ring of shared
-// memory stages (cp.async) and keeps its own softmax state; warps meet only when a segment ends. Logits are in base 2.
+// Operands are swapped: S^T = K Q^T and O^T = V^T P^T with mma.m16n8k16, so that a warp step takes 16 keys and the 8
+// columns of the mma hold query rows: nothing is padded to 16 or 64 rows. Every warp streams its own tiles through its
+// own ring of shared memory stages (cp.async) and keeps its own softmax state; warps meet only when a segment ends.
+// Logits are in base 2.
 //
-// Fragments, lane = 4 * g + t: a lane holds of S^T and P^T keys g, g + 8 x rows 2t, 2t + 1, and of O^T dims g, g + 8 x rows 2t, 2t + 1.
+// Fragments, lane = 4 * g + t: a lane holds of S^T and P^T keys g, g + 8 x rows 2t, 2t + 1, and of O^T dims g, g + 8 x
+// rows 2t, 2t + 1.
 #pragma once
 
 #include "kernels/attend_keys.cuh"
@@ -14,20 +16,20 @@ namespace zigzag::attend {
 
 // ---- queries ----
 
-// Starts the copy of the segment's query rows to shared memory, 16 bytes a thread; absent rows become zeros.
+// Starts the copy of the segment's query rows to shared memory, 16 bytes a thread; rows past the last become zeros.
 template <class S>
-__device__ __forceinline__ void stage_queries(const AttentionParams& p, const Segment& segment, uint32_t buffer) {
-  const int group = p.num_q_heads / p.num_kv_heads;
+__device__ __forceinline__ void stage_queries(const Params& p, const Segment& segment, uint32_t buffer) {
   for (int i = threadIdx.x; i < S::kRows * S::kChunks; i += blockDim.x) {
     const int row = i / S::kChunks, chunk = i % S::kChunks;
-    const int packed = segment.row_block * S::kRows + row;
-    const int column = packed / group, head = segment.keys.kv_head * group + packed % group;
-    const bool valid = column < p.q_len && column >= segment.keys.first;
+    const auto [column, group_head] = unpack_row(p, segment.row_block * S::kRows + row);
+    const int head = segment.keys.kv_head * p.group + group_head;
+    const bool valid = column < p.q_len;
     const char* source = static_cast<const char*>(p.q);
     if (valid) {
-      source += 2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head + column * p.q_stride.token) + chunk * 16;
+      source +=
+          2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head + column * p.q_stride.token) + chunk * 16;
     }
-    device::cp_async_16(buffer + row * S::kRowBytes + chunk * 16, source, valid);
+    device::cp_async_16(buffer + swizzled(row, chunk, S::kRowBytes), source, valid);
   }
 }
 
@@ -44,17 +46,16 @@ struct Queries {
   __device__ __forceinline__ void attach(uint32_t buffer) {
     const int lane = threadIdx.x % 32;
     if constexpr (S::kRowTiles == 1) {  // one ldmatrix covers two steps
-      address = buffer + lane % 8 * S::kRowBytes + lane / 8 * 16;
+      address = buffer + swizzled(lane % 8, lane / 8, S::kRowBytes);
 #pragma unroll
       for (int step = 0; step < S::kSteps; step += 2) {
-        // Where the number of steps is odd, the last ldmatrix reads its one step twice.
-        uint32_t r[4];
-        device::ldmatrix_x4(r, step + 1 < S::kSteps ? address + step * 32 : address + step * 32 - lane / 16 * 32);
+        uint32_t r[4];  // where the number of steps is odd, the last half lies beyond head_dim and is not used
+        device::ldmatrix_x4(r, advance_chunks(address, 2 * step));
         fragment[step][0][0] = r[0], fragment[step][0][1] = r[1];
         if (step + 1 < S::kSteps) fragment[step + 1][0][0] = r[2], fragment[step + 1][0][1] = r[3];
       }
     } else {  // one ldmatrix covers both row tiles
-      address = buffer + (lane % 8 + lane / 16 * 8) * S::kRowBytes + lane / 8 % 2 * 16;
+      address = buffer + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2, S::kRowBytes);
       if constexpr (kInRegisters) {
 #pragma unroll
         for (int step = 0; step < S::kSteps; ++step) read(step, fragment[step]);
@@ -64,7 +65,7 @@ struct Queries {
 
   __device__ __forceinline__ void read(int step, uint32_t (&b)[S::kRowTiles][2]) const {
     uint32_t r[4];
-    device::ldmatrix_x4(r, address + step * 32);
+    device::ldmatrix_x4(r, advance_chunks(address, 2 * step));
     b[0][0] = r[0], b[0][1] = r[1];
     if constexpr (S::kRowTiles == 2) b[1][0] = r[2], b[1][1] = r[3];
   }
@@ -116,26 +117,33 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
 
 // Adds the 16 keys of a stage to the state. mask(s) sets the logits of keys a row must not see to -inf.
 template <class S, class Mask>
-__device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& queries, uint32_t stage, float scale_log2,
-                                            const Mask& mask) {
+__device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& queries, uint32_t stage,
+                                            float scale_log2, const Mask& mask) {
   using Element = typename S::Element;
   const int lane = threadIdx.x % 32;
-  const uint32_t k_address = stage + lane % 16 * S::kRowBytes + lane / 16 * 16;
-  const uint32_t v_address = stage + S::kTileBytes + (lane % 8 + lane / 16 * 8) * S::kRowBytes + lane / 8 % 2 * 16;
+  const uint32_t k_address = stage + swizzled(lane % 16, lane / 16, S::kRowBytes);
+  const uint32_t v_address =
+      stage + S::kTileBytes + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2, S::kRowBytes);
 
-  float s[S::kRowTiles][4] = {};
+  // One row tile is one chain of dependent mma: two accumulators halve its latency.
+  constexpr int kChains = S::kRowTiles == 1 ? 2 : 1;
+  float chain[kChains][S::kRowTiles][4] = {};
 #pragma unroll
   for (int step = 0; step < S::kSteps; ++step) {
     uint32_t k[4], b[S::kRowTiles][2];
-    device::ldmatrix_x4(k, k_address + step * 32);
+    device::ldmatrix_x4(k, advance_chunks(k_address, 2 * step));
     queries.get(step, b);
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) device::mma_m16n8k16<Element>(s[n], k, b[n][0], b[n][1]);
+    for (int n = 0; n < S::kRowTiles; ++n)
+      device::mma_m16n8k16<Element>(chain[step % kChains][n], k, b[n][0], b[n][1]);
   }
+  float s[S::kRowTiles][4];
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[n][i] *= scale_log2;
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] = scale_log2 * (kChains == 2 ? chain[0][n][i] + chain[kChains - 1][n][i] : chain[0][n][i]);
+    }
   }
   mask(s);
   raise_max(state, s);
@@ -154,9 +162,10 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
 #pragma unroll
   for (int step = 0; step < S::kSteps; ++step) {
     uint32_t v[4];
-    device::ldmatrix_x4_trans(v, v_address + step * 32);
+    device::ldmatrix_x4_trans(v, advance_chunks(v_address, 2 * step));
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) device::mma_m16n8k16<Element>(state.out[step][n], v, weights[n][0], weights[n][1]);
+    for (int n = 0; n < S::kRowTiles; ++n)
+      device::mma_m16n8k16<Element>(state.out[step][n], v, weights[n][0], weights[n][1]);
   }
 }
 
@@ -164,28 +173,30 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
 
 // Runs a job: a sequence of segments with a result each. Job:
 //   bool next(Segment&)                    moves to the segment after this one; false where there is none
-//   void loaded(const Segment&)            called once the first loads of a segment are under way
+//   void loaded(Segment&)                  called once the first loads of a segment are under way
 //   void finish(const Segment&, bool more) called when every warp's partial state of the segment is in shared memory
 // The first loads of the next segment are under way before the previous one is finished.
 //
-// `keys_first` is for programmatic dependent launch: the first tiles are loaded before the wait for the kernel in front, which
-// therefore must not be the one that writes the cache or the lengths.
+// `keys_first` is for programmatic dependent launch: the first tiles are loaded before the wait for the kernel in
+// front, which therefore must not be the one that writes the cache or the lengths.
 template <class S, bool kRing, class Job>
-__device__ __forceinline__ void run_segments(const AttentionParams& p, const SharedLayout& layout, Segment segment,
-                                             bool keys_first, Job& job) {
+__device__ __forceinline__ void run_segments(const Params& p, Segment segment, Job& job) {
+  bool keys_first = p.keys_first;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const uint32_t base = device::shared_address(shared_memory);
-  const uint32_t ring = base + layout.ring + warp * layout.stages * S::kStageBytes;
-  const int group = p.num_q_heads / p.num_kv_heads;
+  const uint32_t ring = base + p.layout.ring + warp * p.layout.stages * S::kStageBytes;
   const float scale_log2 = p.scale * kLog2e;
   uint32_t query_buffer = base;
 
-  // Query rows first: behind the key loads they would arrive last. They form one cp.async group, every tile another one.
+  NewToken<S> new_token;
+  // Query rows first: behind the key loads they would arrive last. They form one cp.async group, every tile another
+  // one.
   const auto fill = [&] {
     const auto fill_queries = [&] {
       device::grid_dependency_wait();
       stage_queries<S>(p, segment, query_buffer);
       device::cp_async_commit();
+      if (kRing && replaces_slot(p)) new_token.load(p, segment.keys);
     };
     if (!keys_first) fill_queries();
 #pragma unroll
@@ -217,7 +228,7 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
     for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = (segment.row_block * S::kRows + 8 * n + 2 * (lane % 4) + e) / group;
+        const int column = unpack_row(p, segment.row_block * S::kRows + 8 * n + 2 * (lane % 4) + e).column;
         query_position[n][e] = segment.keys.length + column - segment.keys.first;
       }
     }
@@ -233,14 +244,16 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
       const bool masked = (item + 1) * kTileKeys > segment.keys.unmasked;
       int position[2] = {-1, -1};
       if (masked) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (key + 8 * i < segment.keys.total) position[i] = key_position<kRing>(p, segment.keys, key + 8 * i);
-        }
+        position[0] = key_position<kRing>(p, segment.keys, key);
+        position[1] = key_position<kRing>(p, segment.keys, key + 8);
       }
       device::cp_async_wait<S::kStages - 1>();
       __syncwarp();
-      attend_tile<S>(state, queries, stage, scale_log2, [&](float(&s)[S::kRowTiles][4]) {
+      if constexpr (kRing) {
+        repair_tile<S>(segment.keys, item, shared_memory + (stage - base), new_token);
+        __syncwarp();
+      }
+      attend_tile<S>(state, queries, stage, scale_log2, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
         const RingLayout ring_or_full = {p.sink, kRing ? p.window : 0};
 #pragma unroll
@@ -262,7 +275,7 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
       query_buffer = query_buffer == base ? base + S::kRows * S::kRowBytes : base;
       fill();
     }
-    store_partial<S>(layout, state, rows_of<S>(p, done));
+    store_partial<S>(p.layout, state, rows_of<S>(p, done));
     __syncthreads();
     job.finish(done, more);
   }

@@ -1,12 +1,15 @@
-// What a decode kernel reads and writes of one (batch, KV head): which keys a row attends, loading them, appending the new ones.
+// What a decode kernel reads and writes of one (batch, KV head): which keys a row attends, loading them, appending the
+// new ones.
 //
-// The keys form one virtual list: the cache slots in use and the new tokens. A new token is read from k_new / v_new and
-// never from the cache, so appending it needs no ordering against the reads of its own slot.
+// The keys form one virtual list, cache slots first:
 //
-//   full cache, or several new tokens    [0, cached) slots ++ new tokens
-//   ring, one new token                  the slots as they will be after the append, the new token in its own slot's place
+//   full cache               the slots in use ++ new tokens
+//   ring, several new tokens  all slots ++ new tokens
+//   ring, one new token       all slots as they will be after the append
 //
-// The second form keeps a full ring at exactly sink + window keys: no extra step of the inner loop for one more token.
+// A new token is read from k_new / v_new and never from the cache, so appending it needs no ordering against the reads
+// of its own slot. The list of a ring depends on the geometry alone: its loads start before the length is known, and
+// what the length then shows to be unused or replaced is repaired in shared memory (repair_tile).
 #pragma once
 
 #include "core/params.h"
@@ -17,80 +20,111 @@ namespace zigzag::attend {
 
 inline constexpr int kTileKeys = 16;  // keys of one warp step: M of mma.m16n8k16
 
-// Compile-time geometry. Rows are (query column, head of the group) pairs, packed column-major: row = column * group + head.
+// Compile-time geometry. Rows are (query column, head of the group) pairs, packed column-major: row = column * group +
+// head.
 template <class Element_, int kHeadDim_, int kRowTiles_>
 struct Shape {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr int kRows = 8 * kRowTiles;        // rows of a block: N of the mma, times kRowTiles
-  static constexpr int kSteps = kHeadDim / 16;       // mma steps along head_dim
-  static constexpr int kChunks = kHeadDim / 8;       // 16-byte pieces of a row
-  static constexpr int kQuads = kHeadDim / 4;        // float4 pieces of an output row
-  static constexpr int kRowBytes = 2 * kHeadDim + 16;  // in shared memory; an odd multiple of 16: ldmatrix has no bank conflict
+  static constexpr int kRows = 8 * kRowTiles;   // rows of a block: N of the mma, times kRowTiles
+  static constexpr int kSteps = kHeadDim / 16;  // mma steps along head_dim
+  static constexpr int kChunks = kHeadDim / 8;  // 16-byte pieces of a row
+  static constexpr int kQuads = kHeadDim / 4;   // float4 pieces of an output row
+  // Pitch of a row in shared memory, a power of two: see swizzled().
+  static constexpr int kRowBytes = kHeadDim > 128 ? 512 : kHeadDim > 64 ? 256 : 128;
   static constexpr int kTileBytes = kTileKeys * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // K and V
-  // Ring depth per warp: one stage in use, the rest in flight. 64 to 100 KB in flight per SM saturate the memory of an H100.
-  static constexpr int kStages = kHeadDim >= 128 ? 2 : kHeadDim > 64 ? 3 : 4;
+  // Ring depth per warp: one stage in use, the rest in flight. 64 to 100 KB in flight per SM saturate the memory of an
+  // H100.
+  static constexpr int kStages = kHeadDim > 64 ? 2 : 4;
   static_assert(kHeadDim % 16 == 0);
 };
 
+// Rows of shared memory keep their 16-byte pieces swizzled: piece c of row r lies at place c ^ (r % 8). The 8 rows of an
+// ldmatrix then fall on different banks, and every 128 bytes that cp.async writes stay one aligned line. (Rows padded by
+// 16 bytes are free of bank conflicts too, but split those writes in two: a third more L2 reads, 7% less bandwidth on an
+// H100.)
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk, int row_bytes) {
+  return row * row_bytes + ((chunk ^ (row % 8)) << 4);
+}
+
+// From the address of piece c to that of piece c + `chunks` of the same row, where c and `chunks` share no bit.
+__device__ __forceinline__ uint32_t advance_chunks(uint32_t address, int chunks) {
+  return (address ^ ((chunks % 8) << 4)) + ((chunks / 8) << 7);
+}
+
 struct Keys {
   int batch, kv_head;
-  const char* k;    // slot 0 of this head
+  const char* k;  // slot 0 of this head
   const char* v;
-  int length;       // tokens before this call
-  int first;        // leading padding columns of the chunk
-  int cached;       // slots in use
-  int fresh;        // new tokens
-  int fresh_begin;  // place of the first new token in the list
-  int total;        // keys in the list
-  int unmasked;     // leading keys of the list that every row attends
-
-  __device__ __forceinline__ bool is_fresh(int key) const { return key >= fresh_begin && key < fresh_begin + fresh; }
+  int stored;        // cache slots in the list
+  int listed;        // new tokens in the list, after the slots
+  int length;        // tokens before this call
+  int first;         // leading padding columns of the chunk
+  int fresh;         // new tokens
+  int slots_length;  // the length at which the slots of the list are to be understood
+  int used;          // slots in use at that length
+  int replaced;      // slot whose place in the list the new token takes, -1: none
+  int unmasked;      // leading keys of the list that every row attends
 };
 
 __device__ __forceinline__ RingLayout ring_layout(const AttentionParams& p) { return {p.sink, p.window}; }
 
-template <bool kRing>
-__device__ __forceinline__ Keys find_keys(const AttentionParams& p, int batch, int kv_head) {
-  Keys keys;
+// Whether the one new token of a ring takes its slot's place in the list. Geometry only.
+__device__ __forceinline__ bool replaces_slot(const AttentionParams& p) { return p.q_len == 1 && p.slots > 0; }
+
+// Everything but what needs the length and the padding: those are only asked for, so that loads can start behind them.
+__device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch, int kv_head) {
+  Keys keys = {};
+  keys.length = __ldg(p.seq_lens + batch);
+  if (p.pad != nullptr) keys.first = __ldg(p.pad + batch);
   keys.batch = batch;
   keys.kv_head = kv_head;
   keys.k = static_cast<const char*>(p.k_cache) + 2 * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
   keys.v = static_cast<const char*>(p.v_cache) + 2 * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
-  keys.length = __ldg(p.seq_lens + batch);
-  keys.first = p.pad == nullptr ? 0 : min(max(__ldg(p.pad + batch), 0), p.q_len);
-  keys.cached = min(keys.length, p.slots);
-  keys.fresh = p.q_len - keys.first;
-  keys.fresh_begin = keys.cached;
-  keys.total = keys.cached + keys.fresh;
-  keys.unmasked = keys.cached;
-  if constexpr (kRing) {
-    keys.unmasked = 0;
-    if (keys.fresh == 1) {
-      if (keys.cached == p.slots && p.slots > 0) {
-        keys.fresh_begin = ring_layout(p).slot(keys.length);
-        keys.total = keys.cached;
-      }
-      keys.unmasked = keys.total;
-    }
-  }
+  keys.stored = p.slots;
   return keys;
 }
 
-// Warp steps over the list. At least one, so that an empty list still writes its outputs.
-__device__ __forceinline__ int count_items(const Keys& keys) { return max(1, (keys.total + kTileKeys - 1) / kTileKeys); }
-
-// Position of a key of the list.
 template <bool kRing>
-__device__ __forceinline__ int key_position(const AttentionParams& p, const Keys& keys, int key) {
-  if (keys.is_fresh(key)) return keys.length + key - keys.fresh_begin;
-  return kRing ? ring_layout(p).position(key, keys.length) : key;
+__device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys) {
+  keys.first = min(max(keys.first, 0), p.q_len);
+  keys.fresh = p.q_len - keys.first;
+  keys.slots_length = keys.length;
+  keys.replaced = -1;
+  if constexpr (kRing) {
+    const bool one_token = replaces_slot(p);
+    keys.listed = one_token ? 0 : keys.fresh;
+    if (one_token && keys.fresh == 1) {
+      keys.slots_length += 1;
+      keys.replaced = ring_layout(p).slot(keys.length);
+    }
+    keys.used = min(keys.slots_length, p.slots);
+    keys.unmasked = one_token ? keys.used : 0;
+  } else {
+    keys.stored = keys.used = keys.unmasked = min(keys.length, p.slots);
+    keys.listed = keys.fresh;
+  }
 }
 
-// How the lanes of a warp share a tile: kWide lanes along a row, so that they read whole 32 to 512 byte pieces, the others
-// along the rows.
+// Warp steps over the list. At least one, so that an empty list still writes its outputs. Of a ring independent of the
+// length.
+template <bool kRing>
+__device__ __forceinline__ int count_items(const AttentionParams& p, const Keys& keys) {
+  const int listed = kRing ? (replaces_slot(p) ? 0 : p.q_len) : keys.listed;
+  return max(1, (keys.stored + listed + kTileKeys - 1) / kTileKeys);
+}
+
+// Position of a key of the list, -1 where there is none.
+template <bool kRing>
+__device__ __forceinline__ int key_position(const AttentionParams& p, const Keys& keys, int key) {
+  if (key < keys.stored) return kRing ? ring_layout(p).position(key, keys.slots_length) : key;
+  return key < keys.stored + keys.listed ? keys.length + key - keys.stored : -1;
+}
+
+// How the lanes of a warp share a tile: kWide lanes along a row, so that they read whole 32 to 512 byte pieces, the
+// others along the rows.
 template <class S>
 struct TileLanes {
   static constexpr int kWide = S::kChunks & -S::kChunks;  // largest power of two that divides kChunks
@@ -103,34 +137,34 @@ __device__ __forceinline__ const char* new_tokens(const void* tensor, const Stri
   return static_cast<const char*>(tensor) + 2 * (keys.batch * stride.batch + keys.kv_head * stride.head);
 }
 
-// Starts the copy of tile `item` of the list into a stage of the calling warp's ring. Keys that are neither cached nor new
-// become zeros: a slot that was never written may hold NaN.
+// Starts the copy of tile `item` of the list into a stage of the calling warp's ring. Keys that are neither cached nor
+// new become zeros: a slot that was never written may hold NaN.
 template <class S>
 __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& keys, int item, uint32_t stage) {
   using Lanes = TileLanes<S>;
   const int lane = threadIdx.x % 32;
   const int row = lane / Lanes::kWide, column = lane % Lanes::kWide;
   const int tile = item * kTileKeys;
-  const uint32_t k_stage = stage + row * S::kRowBytes + column * 16;
+  const uint32_t k_stage = stage + swizzled(row, column, S::kRowBytes);
   const uint32_t v_stage = k_stage + S::kTileBytes;
   const int64_t k_step = 2 * p.k_cache_stride.token, v_step = 2 * p.v_cache_stride.token;
 
-  const auto copy_row = [&](uint32_t destination, const char* source, bool valid) {
+  // Row `row + i` of the tile; i is a multiple of kTall > row, so that it moves the swizzle bit by bit.
+  const auto copy_row = [&](uint32_t destination, int i, const char* source, bool valid) {
 #pragma unroll
-    for (int j = 0; j < S::kChunks / Lanes::kWide; ++j) {
-      device::cp_async_16(destination + j * Lanes::kWide * 16, source + j * Lanes::kWide * 16, valid);
+    for (int j = 0; j < S::kChunks; j += Lanes::kWide) {
+      const uint32_t piece = advance_chunks(destination ^ ((i % 8) << 4), j) + i * S::kRowBytes;
+      device::cp_async_16(piece, source + j * 16, valid);
     }
   };
 
-  const bool only_cached = tile + kTileKeys <= keys.fresh_begin ||
-                           (tile >= keys.fresh_begin + keys.fresh && tile + kTileKeys <= keys.cached);
-  if (only_cached) {
+  if (tile + kTileKeys <= keys.stored) {
     const char* k = keys.k + (tile + row) * k_step + column * 16;
     const char* v = keys.v + (tile + row) * v_step + column * 16;
 #pragma unroll
-    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(k_stage + i * S::kRowBytes, k + i * k_step, true);
+    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(k_stage, i, k + i * k_step, true);
 #pragma unroll
-    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(v_stage + i * S::kRowBytes, v + i * v_step, true);
+    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(v_stage, i, v + i * v_step, true);
     return;
   }
 
@@ -140,24 +174,67 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
 #pragma unroll 1
   for (int i = 0; i < kTileKeys; i += Lanes::kTall) {
     const int key = tile + row + i;
-    const bool fresh = keys.is_fresh(key);
-    const bool valid = fresh || key < keys.cached;
+    const bool cached = key < keys.stored, valid = key < keys.stored + keys.listed;
     const char *k = k_new, *v = v_new;  // an address that exists, also where nothing is read
-    if (fresh) {
-      const int64_t token = keys.first + key - keys.fresh_begin;
-      k += 2 * token * p.k_new_stride.token;
-      v += 2 * token * p.v_new_stride.token;
-    } else if (valid) {
+    if (cached) {
       k = keys.k + key * k_step + column * 16;
       v = keys.v + key * v_step + column * 16;
+    } else if (valid) {
+      const int64_t token = keys.first + key - keys.stored;
+      k += 2 * token * p.k_new_stride.token;
+      v += 2 * token * p.v_new_stride.token;
     }
-    copy_row(k_stage + i * S::kRowBytes, k, valid);
-    copy_row(v_stage + i * S::kRowBytes, v, valid);
+    copy_row(k_stage, i, k, valid);
+    copy_row(v_stage, i, v, valid);
   }
 }
 
-// Writes the new tokens to their slots, shared among `count` threads of which the caller is number `thread`. Skips what a
-// ring would overwrite within this chunk and what lies past the capacity.
+// The one new token of a ring, K row then V row, spread over the lanes of a warp.
+template <class S>
+struct NewToken {
+  static constexpr int kPieces = (2 * S::kChunks + 31) / 32;
+  uint4 piece[kPieces];
+
+  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int chunk = threadIdx.x % 32 + 32 * i;
+      if (chunk >= 2 * S::kChunks) continue;
+      const char* row =
+          chunk < S::kChunks ? new_tokens(p.k_new, p.k_new_stride, keys) : new_tokens(p.v_new, p.v_new_stride, keys);
+      piece[i] = *reinterpret_cast<const uint4*>(row + chunk % S::kChunks * 16);
+    }
+  }
+
+  __device__ __forceinline__ void store(char* stage, int row) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int chunk = threadIdx.x % 32 + 32 * i;
+      if (chunk >= 2 * S::kChunks) continue;
+      char* target = stage + (chunk < S::kChunks ? 0 : S::kTileBytes) + swizzled(row, chunk % S::kChunks, S::kRowBytes);
+      *reinterpret_cast<uint4*>(target) = piece[i];
+    }
+  }
+};
+
+// Brings a loaded tile of a ring up to date: the new token in its slot's place, zeros for the values of unused slots.
+// (Those may hold NaN, which a weight of zero would not silence; their keys do not matter, the mask overwrites the
+// logits.)
+template <class S>
+__device__ __forceinline__ void repair_tile(const Keys& keys, int item, char* stage, const NewToken<S>& token) {
+  const int tile = item * kTileKeys;
+  if (tile + kTileKeys > keys.used && tile < keys.stored) {
+    const int from = max(keys.used - tile, 0), until = min(keys.stored - tile, kTileKeys);
+    for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
+      char* target = stage + S::kTileBytes + swizzled(i / S::kChunks, i % S::kChunks, S::kRowBytes);
+      *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  if (keys.replaced >= tile && keys.replaced < tile + kTileKeys) token.store(stage, keys.replaced - tile);
+}
+
+// Writes the new tokens to their slots, shared among `count` threads of which the caller is number `thread`. Skips what
+// a ring would overwrite within this chunk and what lies past the capacity.
 template <class S>
 __device__ __forceinline__ void append_new_tokens(const AttentionParams& p, const Keys& keys, int thread, int count) {
   const RingLayout layout = ring_layout(p);

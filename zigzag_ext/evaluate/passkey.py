@@ -64,4 +64,3 @@ def is_hit(prompt: PasskeyPrompt, answer: str) -> bool:
     """Whether the first number of the answer is the key: a longer number that contains the key is a miss."""
     number = re.search(r"\d+", answer)
     return number is not None and number.group() == prompt.key
-

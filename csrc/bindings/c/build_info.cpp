@@ -3,12 +3,7 @@
 #include <string>
 
 #include "bindings/c/bindings.h"
-#if __has_include("device/cpu_isa.h")
 #include "device/cpu_isa.h"
-#define ZIGZAG_CPU_ISA name(cpu_isa())
-#else
-#define ZIGZAG_CPU_ISA "baseline"
-#endif
 
 #ifndef ZIGZAG_VERSION
 #define ZIGZAG_VERSION "unknown"
@@ -25,7 +20,7 @@ pybind11::dict build_info() {
   info["version"] = ZIGZAG_VERSION;
   info["cuda"] = ZIGZAG_WITH_CUDA != 0;
   info["cuda_archs"] = ZIGZAG_WITH_CUDA ? ZIGZAG_CUDA_ARCHS : "";
-  info["cpu_isa"] = ZIGZAG_CPU_ISA;
+  info["cpu_isa"] = name(cpu_isa());
   info["compiler"] = __VERSION__;
   return info;
 }

@@ -1,7 +1,7 @@
-#include "kernels/decode_full/decode_full.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "kernels/decode_full/decode_full.h"
 
 namespace zigzag {
 namespace decode_full {

@@ -1,7 +1,7 @@
 // Scratch of the split kernel: counters that tell the last block of a row group to merge, then partial results.
 //
-// Everything is indexed by block, not by row group: the layout depends on head_dim alone, so calls of different geometry may
-// share one workspace. Counters are zero before and after every call.
+// Everything is indexed by block, not by row group: the layout depends on head_dim alone, so calls of different
+// geometry may share one workspace. Counters are zero before and after every call.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,8 @@ static_assert(kMaxBlocks * 4 <= kCounterBytes);
 constexpr int64_t partial_bytes(int rows, int head_dim) { return static_cast<int64_t>(rows) * (head_dim + 2) * 4; }
 
 // A block has at most two row groups that it shares with other blocks: the one it begins in and the one it ends in.
-constexpr int64_t workspace_bytes(int head_dim) { return kCounterBytes + 2 * kMaxBlocks * partial_bytes(kMaxRows, head_dim); }
+constexpr int64_t workspace_bytes(int head_dim) {
+  return kCounterBytes + 2 * kMaxBlocks * partial_bytes(kMaxRows, head_dim);
+}
 
 }  // namespace zigzag::decode_full

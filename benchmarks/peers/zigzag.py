@@ -1,0 +1,16 @@
+"""This package, through the torch op: attention and the append of the new token in one launch."""
+
+DEVICES = ("cuda", "cpu")
+
+
+def prepare(problem):
+    from zigzag_ext import ops
+
+    p, cell = problem, problem.cell
+    workspace = ops.new_workspace(cell.batch, cell.num_q_heads, cell.num_kv_heads, cell.head_dim, p.device)
+
+    def run(i):
+        tensors = (p.q[i], p.k_new[i], p.v_new[i], p.k_cache[i], p.v_cache[i], p.seq_lens)
+        return ops.attention(*tensors, sink=cell.sink, window=cell.window, scale=p.scale, workspace=workspace)[0]
+
+    return run

@@ -1,0 +1,85 @@
+"""The CSV that every benchmark writes, C++ and Python alike: one row per measurement."""
+
+import csv
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Record:
+    commit: str
+    gpu: str  # or the CPU model and its number of threads
+    driver: str  # "-" on a CPU
+    torch: str  # "-" from the C++ programs
+    op: str  # decode_full, decode_stream
+    impl: str  # zigzag, a peer, or read: a pure read of the same bytes
+    scenario: str
+    kv_format: str
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_len: int
+    kv_len: int  # of the longest row
+    sink: int
+    window: int
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    bytes: int  # K and V of the attended keys
+    gbps: float  # bytes / p50
+    pct_copy: float  # gbps in percent of the copy bandwidth (read + write) measured in the same run
+
+    @property
+    def shape(self) -> tuple:
+        """What makes two rows the same problem, whoever measured it. The bytes tell ragged batches from uniform ones."""
+        heads = (self.batch, self.num_q_heads, self.num_kv_heads, self.head_dim)
+        return (self.op, self.kv_format, *heads, self.q_len, self.kv_len, self.sink, self.window, self.bytes)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some row is shorter than kv_len: only then are there fewer bytes than batch * kv_len keys take."""
+        element = 4 if self.kv_format == "fp32" else 2
+        return self.bytes < 2 * self.batch * self.kv_len * self.num_kv_heads * self.head_dim * element
+
+
+COLUMNS = [field.name for field in fields(Record)]
+_TYPES = {field.name: field.type for field in fields(Record)}
+
+
+@contextmanager
+def writer(path: Path | None) -> Iterator[Callable[[Record], None]]:
+    """Yields add(record), which writes a row of a new CSV file and flushes it: an interrupted run keeps what it measured.
+
+    Without a path nothing is written.
+    """
+    if path is None:
+        yield lambda record: None
+        return
+    with Path(path).open("w", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        rows.writeheader()
+
+        def add(record: Record) -> None:
+            rows.writerow({name: round(value, 3) if _TYPES[name] is float else value for name, value in asdict(record).items()})
+            file.flush()
+
+        yield add
+
+
+def read(path: Path) -> list[Record]:
+    """Rows of a CSV file. Raises ValueError naming the file if its columns are not COLUMNS, in order."""
+    with Path(path).open(newline="") as file:
+        rows = csv.reader(file)
+        header = next(rows, [])
+        if header != COLUMNS:
+            raise ValueError(f"{path}: columns are {header}, expected {COLUMNS}")
+        return [Record(**{name: _TYPES[name](value) for name, value in zip(COLUMNS, row, strict=True)}) for row in rows]
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    with writer(path) as add:
+        for record in records:
+            add(record)

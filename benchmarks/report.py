@@ -1,0 +1,134 @@
+"""Results to tables and figures:  python benchmarks/report.py
+
+Reads benchmarks/results/*.csv, puts tables between the results:decode markers of README.md and docs/performance.md, and draws
+docs/figures/*.png. Speed-ups compare rows of one file only, because one file is one run.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import figures
+import records
+from records import Record
+from scenarios import BY_DEVICE
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:decode -->", "<!-- /results:decode -->"
+QUICK = {cell.scenario for cells in BY_DEVICE.values() for cell in cells if cell.quick}
+Cells = dict[tuple, dict[str, Record]]  # shape -> impl -> row
+
+
+def by_cell(rows: Iterable[Record]) -> Cells:
+    cells: Cells = {}
+    for row in rows:
+        cells.setdefault(row.shape, {})[row.impl] = row
+    return cells
+
+
+def best_peer(impls: dict[str, Record]) -> Record | None:
+    return min((row for name, row in impls.items() if name not in ("zigzag", "read")), key=lambda row: row.p50_us, default=None)
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def microseconds(row: Record | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row.p50_us:,.2f}" if row.p50_us < 100 else f"{row.p50_us:,.1f}" if row.p50_us < 1000 else f"{row.p50_us:,.0f}"
+
+
+def cell_name(row: Record) -> str:
+    keys = f"ring {row.sink}+{row.window}" if row.window else f"{row.kv_len:,} keys"
+    keys = f"{row.batch} x {keys}"
+    if row.ragged:
+        keys = f"{row.batch} rows of up to {row.kv_len:,} keys"
+    queries = f", {row.q_len} new tokens" if row.q_len > 1 else ""
+    return f"{keys}, {row.num_q_heads}/{row.num_kv_heads} heads, d{row.head_dim}, {row.kv_format}{queries}"
+
+
+def summary_table(cells: Cells) -> str:
+    """Ours against the best peer of the same run, or against a pure read of the same bytes where no peer ran."""
+    ours = {shape: impls for shape, impls in cells.items() if "zigzag" in impls}
+    has_peers = any(best_peer(impls) for impls in ours.values())
+    header = (
+        ["cell", "zigzag, us", "best peer, us", "speed-up"] if has_peers else ["cell", "zigzag, us", "pure read, us", "of read"]
+    )
+    lines = []
+    for impls in ours.values():
+        mine = impls["zigzag"]
+        other = best_peer(impls) if has_peers else impls.get("read")
+        ratio = other.p50_us / mine.p50_us if other else None
+        shown = f"{microseconds(other)} ({other.impl})" if other and has_peers else microseconds(other)
+        compared = "–" if ratio is None else f"{ratio:.2f}x" if has_peers else f"{100 * ratio:.0f}%"
+        lines.append([cell_name(mine), microseconds(mine), shown, compared, f"{mine.gbps:,.0f}", f"{mine.pct_copy:.0f}%"])
+    return table([*header, "GB/s", "of copy"], lines)
+
+
+def full_table(cells: Cells) -> str:
+    """Every implementation's median in every cell."""
+    impls = sorted({name for cell in cells.values() for name in cell}, key=lambda name: (name != "zigzag", name == "read", name))
+    lines = [[cell_name(next(iter(cell.values()))), *(microseconds(cell.get(name)) for name in impls)] for cell in cells.values()]
+    return table(["median, us", *impls], lines)
+
+
+def origin(row: Record, file: str, link: str) -> str:
+    parts = [row.gpu]
+    parts += [f"driver {row.driver}"] if row.driver != "-" else []
+    parts += [f"torch {row.torch}"] if row.torch != "-" else []
+    return f"**{', '.join(parts)}**, commit {row.commit} ([{file}]({link}))"
+
+
+def sections(sources: dict[Path, list[Record]], target: Path, complete: bool) -> str:
+    """The text between the markers of `target`. The short form shows the quick subset of the runs with peers."""
+    parts = []
+    for path, rows in sources.items():
+        cells = by_cell(row for row in rows if complete or row.scenario in QUICK)
+        if not complete and not any(best_peer(impls) for impls in cells.values()):
+            continue
+        link = Path(os.path.relpath(path, target.parent)).as_posix()
+        parts.append(origin(rows[0], path.name, link))
+        parts.append(summary_table(cells))
+        if complete and any(best_peer(impls) for impls in cells.values()):
+            parts.append(full_table(cells))
+    return "\n\n".join(parts)
+
+
+def insert(target: Path, text: str) -> bool:
+    """Replaces what stands between the markers. False if the file or its markers do not exist."""
+    if not target.exists():
+        return False
+    before, begin, rest = target.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        return False
+    target.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of CSV files")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
+    args = parser.parse_args(argv)
+    sources = {path: rows for path in sorted(args.results.glob("*.csv")) if (rows := records.read(path))}
+    if not sources:
+        print(f"no results in {args.results}: run benchmarks/run.py or bench_decode first", file=sys.stderr)
+        return 1
+    for name, complete in (("README.md", False), ("docs/performance.md", True)):
+        target = args.root / name
+        done = insert(target, sections(sources, target, complete))
+        print(f"{target}: updated" if done else f"{target}: skipped, no {BEGIN} ... {END} in it")
+    for path in figures.draw_all(sources, args.root / "docs" / "figures"):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

