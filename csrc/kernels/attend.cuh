@@ -16,15 +16,14 @@ namespace zigzag::attend {
 
 // ---- queries ----
 
-// Starts the copy of the segment's query rows to shared memory, 16 bytes a thread; absent rows become zeros.
+// Starts the copy of the segment's query rows to shared memory, 16 bytes a thread; rows past the last become zeros.
 template <class S>
-__device__ __forceinline__ void stage_queries(const AttentionParams& p, const Segment& segment, uint32_t buffer) {
-  const int group = p.num_q_heads / p.num_kv_heads;
+__device__ __forceinline__ void stage_queries(const Params& p, const Segment& segment, uint32_t buffer) {
   for (int i = threadIdx.x; i < S::kRows * S::kChunks; i += blockDim.x) {
     const int row = i / S::kChunks, chunk = i % S::kChunks;
-    const int packed = segment.row_block * S::kRows + row;
-    const int column = packed / group, head = segment.keys.kv_head * group + packed % group;
-    const bool valid = column < p.q_len && column >= segment.keys.first;
+    const auto [column, group_head] = unpack_row(p, segment.row_block * S::kRows + row);
+    const int head = segment.keys.kv_head * p.group + group_head;
+    const bool valid = column < p.q_len;
     const char* source = static_cast<const char*>(p.q);
     if (valid) {
       source +=
@@ -168,22 +167,22 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
 
 // Runs a job: a sequence of segments with a result each. Job:
 //   bool next(Segment&)                    moves to the segment after this one; false where there is none
-//   void loaded(const Segment&)            called once the first loads of a segment are under way
+//   void loaded(Segment&)                  called once the first loads of a segment are under way
 //   void finish(const Segment&, bool more) called when every warp's partial state of the segment is in shared memory
 // The first loads of the next segment are under way before the previous one is finished.
 //
 // `keys_first` is for programmatic dependent launch: the first tiles are loaded before the wait for the kernel in
 // front, which therefore must not be the one that writes the cache or the lengths.
 template <class S, bool kRing, class Job>
-__device__ __forceinline__ void run_segments(const AttentionParams& p, const SharedLayout& layout, Segment segment,
-                                             bool keys_first, Job& job) {
+__device__ __forceinline__ void run_segments(const Params& p, Segment segment, Job& job) {
+  bool keys_first = p.keys_first;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const uint32_t base = device::shared_address(shared_memory);
-  const uint32_t ring = base + layout.ring + warp * layout.stages * S::kStageBytes;
-  const int group = p.num_q_heads / p.num_kv_heads;
+  const uint32_t ring = base + p.layout.ring + warp * p.layout.stages * S::kStageBytes;
   const float scale_log2 = p.scale * kLog2e;
   uint32_t query_buffer = base;
 
+  NewToken<S> new_token;
   // Query rows first: behind the key loads they would arrive last. They form one cp.async group, every tile another
   // one.
   const auto fill = [&] {
@@ -191,6 +190,7 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
       device::grid_dependency_wait();
       stage_queries<S>(p, segment, query_buffer);
       device::cp_async_commit();
+      if (kRing && replaces_slot(p)) new_token.load(p, segment.keys);
     };
     if (!keys_first) fill_queries();
 #pragma unroll
@@ -222,7 +222,7 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
     for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = (segment.row_block * S::kRows + 8 * n + 2 * (lane % 4) + e) / group;
+        const int column = unpack_row(p, segment.row_block * S::kRows + 8 * n + 2 * (lane % 4) + e).column;
         query_position[n][e] = segment.keys.length + column - segment.keys.first;
       }
     }
@@ -238,13 +238,15 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
       const bool masked = (item + 1) * kTileKeys > segment.keys.unmasked;
       int position[2] = {-1, -1};
       if (masked) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (key + 8 * i < segment.keys.total) position[i] = key_position<kRing>(p, segment.keys, key + 8 * i);
-        }
+        position[0] = key_position<kRing>(p, segment.keys, key);
+        position[1] = key_position<kRing>(p, segment.keys, key + 8);
       }
       device::cp_async_wait<S::kStages - 1>();
       __syncwarp();
+      if constexpr (kRing) {
+        repair_tile<S>(segment.keys, item, shared_memory + (stage - base), new_token);
+        __syncwarp();
+      }
       attend_tile<S>(state, queries, stage, scale_log2, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
         const RingLayout ring_or_full = {p.sink, kRing ? p.window : 0};
@@ -267,7 +269,7 @@ __device__ __forceinline__ void run_segments(const AttentionParams& p, const Sha
       query_buffer = query_buffer == base ? base + S::kRows * S::kRowBytes : base;
       fill();
     }
-    store_partial<S>(layout, state, rows_of<S>(p, done));
+    store_partial<S>(p.layout, state, rows_of<S>(p, done));
     __syncthreads();
     job.finish(done, more);
   }

@@ -1,14 +1,15 @@
 // What a decode kernel reads and writes of one (batch, KV head): which keys a row attends, loading them, appending the
 // new ones.
 //
-// The keys form one virtual list: the cache slots in use and the new tokens. A new token is read from k_new / v_new and
-// never from the cache, so appending it needs no ordering against the reads of its own slot.
+// The keys form one virtual list, cache slots first:
 //
-//   full cache, or several new tokens    [0, cached) slots ++ new tokens
-//   ring, one new token                  the slots as they will be after the append, the new token in its own slot's
-//   place
+//   full cache               the slots in use ++ new tokens
+//   ring, several new tokens  all slots ++ new tokens
+//   ring, one new token       all slots as they will be after the append
 //
-// The second form keeps a full ring at exactly sink + window keys: no extra step of the inner loop for one more token.
+// A new token is read from k_new / v_new and never from the cache, so appending it needs no ordering against the reads
+// of its own slot. The list of a ring depends on the geometry alone: its loads start before the length is known, and
+// what the length then shows to be unused or replaced is repaired in shared memory (repair_tile).
 #pragma once
 
 #include "core/params.h"
@@ -44,56 +45,69 @@ struct Keys {
   int batch, kv_head;
   const char* k;  // slot 0 of this head
   const char* v;
-  int length;       // tokens before this call
-  int first;        // leading padding columns of the chunk
-  int cached;       // slots in use
-  int fresh;        // new tokens
-  int fresh_begin;  // place of the first new token in the list
-  int total;        // keys in the list
-  int unmasked;     // leading keys of the list that every row attends
-
-  __device__ __forceinline__ bool is_fresh(int key) const { return key >= fresh_begin && key < fresh_begin + fresh; }
+  int stored;        // cache slots in the list
+  int listed;        // new tokens in the list, after the slots
+  int length;        // tokens before this call
+  int first;         // leading padding columns of the chunk
+  int fresh;         // new tokens
+  int slots_length;  // the length at which the slots of the list are to be understood
+  int used;          // slots in use at that length
+  int replaced;      // slot whose place in the list the new token takes, -1: none
+  int unmasked;      // leading keys of the list that every row attends
 };
 
 __device__ __forceinline__ RingLayout ring_layout(const AttentionParams& p) { return {p.sink, p.window}; }
 
-template <bool kRing>
-__device__ __forceinline__ Keys find_keys(const AttentionParams& p, int batch, int kv_head) {
-  Keys keys;
+// Whether the one new token of a ring takes its slot's place in the list. Geometry only.
+__device__ __forceinline__ bool replaces_slot(const AttentionParams& p) { return p.q_len == 1 && p.slots > 0; }
+
+// Everything but what needs the length and the padding: those are only asked for, so that loads can start behind them.
+__device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch, int kv_head) {
+  Keys keys = {};
+  keys.length = __ldg(p.seq_lens + batch);
+  if (p.pad != nullptr) keys.first = __ldg(p.pad + batch);
   keys.batch = batch;
   keys.kv_head = kv_head;
   keys.k = static_cast<const char*>(p.k_cache) + 2 * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
   keys.v = static_cast<const char*>(p.v_cache) + 2 * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
-  keys.length = __ldg(p.seq_lens + batch);
-  keys.first = p.pad == nullptr ? 0 : min(max(__ldg(p.pad + batch), 0), p.q_len);
-  keys.cached = min(keys.length, p.slots);
-  keys.fresh = p.q_len - keys.first;
-  keys.fresh_begin = keys.cached;
-  keys.total = keys.cached + keys.fresh;
-  keys.unmasked = keys.cached;
-  if constexpr (kRing) {
-    keys.unmasked = 0;
-    if (keys.fresh == 1) {
-      if (keys.cached == p.slots && p.slots > 0) {
-        keys.fresh_begin = ring_layout(p).slot(keys.length);
-        keys.total = keys.cached;
-      }
-      keys.unmasked = keys.total;
-    }
-  }
+  keys.stored = p.slots;
   return keys;
 }
 
-// Warp steps over the list. At least one, so that an empty list still writes its outputs.
-__device__ __forceinline__ int count_items(const Keys& keys) {
-  return max(1, (keys.total + kTileKeys - 1) / kTileKeys);
+template <bool kRing>
+__device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys) {
+  keys.first = min(max(keys.first, 0), p.q_len);
+  keys.fresh = p.q_len - keys.first;
+  keys.slots_length = keys.length;
+  keys.replaced = -1;
+  if constexpr (kRing) {
+    const bool one_token = replaces_slot(p);
+    keys.listed = one_token ? 0 : keys.fresh;
+    if (one_token && keys.fresh == 1) {
+      keys.slots_length += 1;
+      keys.replaced = ring_layout(p).slot(keys.length);
+    }
+    keys.used = min(keys.slots_length, p.slots);
+    keys.unmasked = one_token ? keys.used : 0;
+  } else {
+    keys.stored = keys.used = keys.unmasked = min(keys.length, p.slots);
+    keys.listed = keys.fresh;
+  }
 }
 
-// Position of a key of the list.
+// Warp steps over the list. At least one, so that an empty list still writes its outputs. Of a ring independent of the
+// length.
+template <bool kRing>
+__device__ __forceinline__ int count_items(const AttentionParams& p, const Keys& keys) {
+  const int listed = kRing ? (replaces_slot(p) ? 0 : p.q_len) : keys.listed;
+  return max(1, (keys.stored + listed + kTileKeys - 1) / kTileKeys);
+}
+
+// Position of a key of the list, -1 where there is none.
 template <bool kRing>
 __device__ __forceinline__ int key_position(const AttentionParams& p, const Keys& keys, int key) {
-  if (keys.is_fresh(key)) return keys.length + key - keys.fresh_begin;
-  return kRing ? ring_layout(p).position(key, keys.length) : key;
+  if (key < keys.stored) return kRing ? ring_layout(p).position(key, keys.slots_length) : key;
+  return key < keys.stored + keys.listed ? keys.length + key - keys.stored : -1;
 }
 
 // How the lanes of a warp share a tile: kWide lanes along a row, so that they read whole 32 to 512 byte pieces, the
@@ -129,9 +143,7 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
     }
   };
 
-  const bool only_cached = tile + kTileKeys <= keys.fresh_begin ||
-                           (tile >= keys.fresh_begin + keys.fresh && tile + kTileKeys <= keys.cached);
-  if (only_cached) {
+  if (tile + kTileKeys <= keys.stored) {
     const char* k = keys.k + (tile + row) * k_step + column * 16;
     const char* v = keys.v + (tile + row) * v_step + column * 16;
 #pragma unroll
@@ -147,20 +159,63 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
 #pragma unroll 1
   for (int i = 0; i < kTileKeys; i += Lanes::kTall) {
     const int key = tile + row + i;
-    const bool fresh = keys.is_fresh(key);
-    const bool valid = fresh || key < keys.cached;
+    const bool cached = key < keys.stored, valid = key < keys.stored + keys.listed;
     const char *k = k_new, *v = v_new;  // an address that exists, also where nothing is read
-    if (fresh) {
-      const int64_t token = keys.first + key - keys.fresh_begin;
-      k += 2 * token * p.k_new_stride.token;
-      v += 2 * token * p.v_new_stride.token;
-    } else if (valid) {
+    if (cached) {
       k = keys.k + key * k_step + column * 16;
       v = keys.v + key * v_step + column * 16;
+    } else if (valid) {
+      const int64_t token = keys.first + key - keys.stored;
+      k += 2 * token * p.k_new_stride.token;
+      v += 2 * token * p.v_new_stride.token;
     }
     copy_row(k_stage + i * S::kRowBytes, k, valid);
     copy_row(v_stage + i * S::kRowBytes, v, valid);
   }
+}
+
+// The one new token of a ring, K row then V row, spread over the lanes of a warp.
+template <class S>
+struct NewToken {
+  static constexpr int kPieces = (2 * S::kChunks + 31) / 32;
+  uint4 piece[kPieces];
+
+  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int chunk = threadIdx.x % 32 + 32 * i;
+      if (chunk >= 2 * S::kChunks) continue;
+      const char* row =
+          chunk < S::kChunks ? new_tokens(p.k_new, p.k_new_stride, keys) : new_tokens(p.v_new, p.v_new_stride, keys);
+      piece[i] = *reinterpret_cast<const uint4*>(row + chunk % S::kChunks * 16);
+    }
+  }
+
+  __device__ __forceinline__ void store(char* stage, int row) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int chunk = threadIdx.x % 32 + 32 * i;
+      if (chunk >= 2 * S::kChunks) continue;
+      char* target = stage + (chunk < S::kChunks ? 0 : S::kTileBytes) + row * S::kRowBytes + chunk % S::kChunks * 16;
+      *reinterpret_cast<uint4*>(target) = piece[i];
+    }
+  }
+};
+
+// Brings a loaded tile of a ring up to date: the new token in its slot's place, zeros for the values of unused slots.
+// (Those may hold NaN, which a weight of zero would not silence; their keys do not matter, the mask overwrites the
+// logits.)
+template <class S>
+__device__ __forceinline__ void repair_tile(const Keys& keys, int item, char* stage, const NewToken<S>& token) {
+  const int tile = item * kTileKeys;
+  if (tile + kTileKeys > keys.used && tile < keys.stored) {
+    const int from = max(keys.used - tile, 0), until = min(keys.stored - tile, kTileKeys);
+    for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
+      char* target = stage + S::kTileBytes + i / S::kChunks * S::kRowBytes + i % S::kChunks * 16;
+      *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  if (keys.replaced >= tile && keys.replaced < tile + kTileKeys) token.store(stage, keys.replaced - tile);
 }
 
 // Writes the new tokens to their slots, shared among `count` threads of which the caller is number `thread`. Skips what

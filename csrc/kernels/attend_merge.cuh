@@ -37,6 +37,17 @@ constexpr SharedLayout shared_layout(int warps, int tiles_per_warp, int query_bu
   return layout;
 }
 
+// What both decode kernels are told.
+struct Params : AttentionParams {
+  SharedLayout layout;
+  int group;         // query heads per KV head
+  int row_blocks;    // row blocks per KV head
+  int cluster_log2;  // the blocks that merge as a cluster: 1, 2, 4 or 8
+  bool keys_first;   // load keys before waiting for the kernel in front: see run_segments
+
+  __host__ __device__ __forceinline__ int cluster() const { return 1 << cluster_log2; }
+};
+
 // Work of a block without interruption: a run of tiles of one row block of one (batch, KV head).
 struct Segment {
   Keys keys;
@@ -45,8 +56,18 @@ struct Segment {
 };
 
 template <class S>
-__device__ __forceinline__ int rows_of(const AttentionParams& p, const Segment& segment) {
-  return min(S::kRows, p.num_q_heads / p.num_kv_heads * p.q_len - segment.row_block * S::kRows);
+__device__ __forceinline__ int rows_of(const Params& p, const Segment& segment) {
+  return min(S::kRows, p.group * p.q_len - segment.row_block * S::kRows);
+}
+
+// Query column and head within the group of a packed row. Columns from q_len on mark rows that do not exist.
+struct Row {
+  int column, head;
+};
+
+__device__ __forceinline__ Row unpack_row(const Params& p, int packed) {
+  if (p.q_len == 1) return {packed < p.group ? 0 : 1, packed};
+  return {packed / p.group, packed % p.group};
 }
 
 template <class S>
@@ -74,21 +95,38 @@ struct Partial {
   float2 norm;  // {max, sum}
 };
 
-// Merge of `count` partial results: at(i) gives the i-th 4 dims, norm(i) its {max, sum}.
+// Merge of `count` partial results: at(i) gives the i-th 4 dims, norm(i) its {max, sum}. Eight at a time, so that their
+// loads are under way together.
 template <class At, class Norm>
 __device__ __forceinline__ Partial merge_partials(int count, const At& at, const Norm& norm) {
+  constexpr int kBatch = 8;
   Partial merged = {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(kEmptyMax, 0.f)};
-  for (int i = 0; i < count; ++i) merged.norm.x = fmaxf(merged.norm.x, norm(i).x);
-#pragma unroll 8
-  for (int i = 0; i < count; ++i) {
-    const float2 part = norm(i);
-    const float4 out = at(i);
-    const float weight = device::exp2_approx(part.x - merged.norm.x);
-    merged.norm.y += weight * part.y;
-    merged.out.x += weight * out.x;
-    merged.out.y += weight * out.y;
-    merged.out.z += weight * out.z;
-    merged.out.w += weight * out.w;
+#pragma unroll 1
+  for (int base = 0; base < count; base += kBatch) {
+    float2 norms[kBatch];
+    float4 outs[kBatch];
+    float high = merged.norm.x;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int index = min(base + i, count - 1);
+      norms[i] = norm(index);
+      outs[i] = at(index);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) high = fmaxf(high, norms[i].x);
+    const float factor = device::exp2_approx(merged.norm.x - high);
+    merged.norm = make_float2(high, merged.norm.y * factor);
+    merged.out =
+        make_float4(merged.out.x * factor, merged.out.y * factor, merged.out.z * factor, merged.out.w * factor);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float weight = base + i < count ? device::exp2_approx(norms[i].x - high) : 0.f;
+      merged.norm.y += weight * norms[i].y;
+      merged.out.x += weight * outs[i].x;
+      merged.out.y += weight * outs[i].y;
+      merged.out.z += weight * outs[i].z;
+      merged.out.w += weight * outs[i].w;
+    }
   }
   return merged;
 }
@@ -150,12 +188,11 @@ __device__ __forceinline__ float2 merge_warp_norms(const SharedLayout& layout, i
 
 // Normalises and stores 4 dims of a row; the thread of the first 4 also stores the row's log-sum-exp.
 template <class S>
-__device__ __forceinline__ void write_result(const AttentionParams& p, const Segment& segment, int row, int quad,
+__device__ __forceinline__ void write_result(const Params& p, const Segment& segment, int row, int quad,
                                              const Partial& result) {
   using Element = typename S::Element;
-  const int group = p.num_q_heads / p.num_kv_heads;
-  const int packed = segment.row_block * S::kRows + row;
-  const int column = packed / group, head = segment.keys.kv_head * group + packed % group;
+  const auto [column, group_head] = unpack_row(p, segment.row_block * S::kRows + row);
+  const int head = segment.keys.kv_head * p.group + group_head;
   const bool empty = result.norm.y == 0.f || column < segment.keys.first;
   const float factor = empty ? 0.f : 1.f / result.norm.y;
   const float4 out = empty ? make_float4(0.f, 0.f, 0.f, 0.f) : result.out;
@@ -170,45 +207,44 @@ __device__ __forceinline__ void write_result(const AttentionParams& p, const Seg
 
 // The block holds the whole result.
 template <class S>
-__device__ __forceinline__ void finish_in_block(const AttentionParams& p, const SharedLayout& layout,
-                                                const Segment& segment) {
+__device__ __forceinline__ void finish_in_block(const Params& p, const Segment& segment) {
   const int rows = rows_of<S>(p, segment);
   for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
     const int row = i / S::kQuads, quad = i % S::kQuads;
-    write_result<S>(p, segment, row, quad, merge_warps<S>(layout, row, quad));
+    write_result<S>(p, segment, row, quad, merge_warps<S>(p.layout, row, quad));
   }
 }
 
 // Every block of the cluster holds a part of the result. Block r collects the r-th share of the output from the inboxes
 // that all blocks fill through distributed shared memory. The caller has arrived at the cluster barrier once before.
 template <class S>
-__device__ __forceinline__ void finish_in_cluster(const AttentionParams& p, const SharedLayout& layout,
-                                                  const Segment& segment, int cluster, bool more) {
+__device__ __forceinline__ void finish_in_cluster(const Params& p, const Segment& segment, bool more) {
   const int rows = rows_of<S>(p, segment);
   const int rank = device::cluster_rank();
-  const int items = rows * S::kQuads;
-  const int share = (items + cluster - 1) / cluster;
-  const uint32_t inbox = device::shared_address(shared_memory) + layout.inbox;
-  const uint32_t inbox_norm = device::shared_address(shared_memory) + layout.inbox_norm;
+  const int cluster = p.cluster(), items = rows * S::kQuads;
+  const int share = (items + cluster - 1) >> p.cluster_log2;
+  const uint32_t inbox = device::shared_address(shared_memory) + p.layout.inbox;
+  const uint32_t inbox_norm = device::shared_address(shared_memory) + p.layout.inbox_norm;
 
   __syncwarp();
   device::cluster_wait();  // the other blocks run, and have emptied their inboxes of the previous segment
   for (int i = threadIdx.x; i < items; i += blockDim.x) {
-    const Partial part = merge_warps<S>(layout, i / S::kQuads, i % S::kQuads);
+    const Partial part = merge_warps<S>(p.layout, i / S::kQuads, i % S::kQuads);
     const int owner = i / share;
     device::cluster_store(device::cluster_address(inbox + (rank * share + i - owner * share) * 16, owner), part.out);
   }
-  for (int i = threadIdx.x; i < rows * cluster; i += blockDim.x) {
-    const int row = i / cluster;
-    const float2 norm = merge_warp_norms<S>(layout, row);
-    device::cluster_store(device::cluster_address(inbox_norm + (rank * S::kRows + row) * 8, i % cluster), norm);
+  // From the last thread on: where there are fewer items than threads, the last warp has nothing else to do.
+  for (int i = blockDim.x - 1 - threadIdx.x; i < rows * cluster; i += blockDim.x) {
+    const int row = i >> p.cluster_log2;
+    const float2 norm = merge_warp_norms<S>(p.layout, row);
+    device::cluster_store(device::cluster_address(inbox_norm + (rank * S::kRows + row) * 8, i & (cluster - 1)), norm);
   }
   __syncwarp();
   device::cluster_arrive();
   device::cluster_wait();  // all inboxes are full
 
-  const float4* out = reinterpret_cast<const float4*>(shared_memory + layout.inbox);
-  const float2* norm = reinterpret_cast<const float2*>(shared_memory + layout.inbox_norm);
+  const float4* out = reinterpret_cast<const float4*>(shared_memory + p.layout.inbox);
+  const float2* norm = reinterpret_cast<const float2*>(shared_memory + p.layout.inbox_norm);
   for (int i = threadIdx.x; i < share && rank * share + i < items; i += blockDim.x) {
     const int row = (rank * share + i) / S::kQuads, quad = (rank * share + i) % S::kQuads;
     write_result<S>(p, segment, row, quad,

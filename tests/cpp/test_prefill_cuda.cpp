@@ -41,6 +41,11 @@ TEST_CASE("key range lists every key that some query sees, once, and no other") 
               REQUIRE(keys.position(number++) == key);
             }
             REQUIRE(number == keys.count);
+            for (int q = query; q <= last; ++q) {
+              for (int i = 0; i < number + 3; ++i) {
+                REQUIRE(keys.visible(keys.bounds(i), q) == (i < number && layout.visible(keys.position(i), q)));
+              }
+            }
             for (int begin = 0; begin <= number; ++begin) {
               bool all = begin + 4 <= number;
               for (int i = begin; all && i < begin + 4; ++i) {

@@ -3,6 +3,8 @@
 One line per family. Four layers, two KV heads, head_dim 64, float32: small enough that a test of 100 tokens takes a second.
 """
 
+import functools
+
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -68,8 +70,14 @@ FAMILIES: dict[str, dict] = {
 }
 
 
-def tiny_model(family: str = "llama", **overrides):
-    """The family's causal LM with the same random weights every time, in eval mode."""
+@functools.lru_cache(maxsize=4)
+def tiny_model(family: str = "llama"):
+    """The family's causal LM with the same random weights every time, in eval mode. Tests share it, so they must restore it."""
+    return new_model(family)
+
+
+def new_model(family: str, **overrides):
+    """A model of its own, with some options of its config changed."""
     options = _COMMON | FAMILIES.get(family, {}) | overrides
     if family in ("gpt2", "opt"):
         options = {name: value for name, value in options.items() if name not in ("head_dim", "num_key_value_heads")}

@@ -22,14 +22,6 @@ namespace zigzag::decode_full {
 
 using namespace attend;
 
-struct Params {
-  AttentionParams attention;
-  SharedLayout layout;
-  int row_blocks;   // row blocks per KV head
-  int cluster;      // blocks per row group, merged as a cluster; 1: split
-  bool keys_first;  // load keys before waiting for the kernel in front: see run_segments
-};
-
 // How the tiles of all row groups are cut into runs.
 struct Split {
   unsigned total;   // tiles of all row groups
@@ -63,28 +55,33 @@ struct Job {
   Split split;
   unsigned at, stop;  // tiles, numbered through all row groups: the run is done up to `at` and ends at `stop`
 
+  __device__ __forceinline__ Keys find_keys(int batch, int kv_head) const {
+    Keys keys = locate_keys(p, batch, kv_head);
+    settle_keys<false>(p, keys);
+    return keys;
+  }
+
   // Finds the first segment of this block; false where there is nothing to do.
   __device__ __forceinline__ bool start(Segment& segment) {
-    const AttentionParams& a = p.attention;
-    if (p.cluster > 1) {
-      const int group = blockIdx.x / p.cluster, rank = device::cluster_rank();
-      const int head = group / p.row_blocks;
-      segment.row_block = group % p.row_blocks;
-      segment.keys = find_keys<false>(a, head / a.num_kv_heads, head % a.num_kv_heads);
-      const int64_t items = count_items(segment.keys);
-      segment.begin = static_cast<int>(items * rank / p.cluster);
-      segment.end = static_cast<int>(items * (rank + 1) / p.cluster);
+    if (p.cluster_log2 > 0) {
+      const int rank = device::cluster_rank();
+      const int kv_head = p.row_blocks == 1 ? blockIdx.y : blockIdx.y / p.row_blocks;
+      segment.row_block = blockIdx.y - kv_head * p.row_blocks;
+      segment.keys = find_keys(blockIdx.z, kv_head);
+      const unsigned items = count_items<false>(p, segment.keys);
+      segment.begin = static_cast<int>((items * rank) >> p.cluster_log2);
+      segment.end = static_cast<int>((items * (rank + 1)) >> p.cluster_log2);
       return true;
     }
     const int lane = threadIdx.x % 32;
-    const unsigned groups_per_row = a.num_kv_heads * p.row_blocks;
+    const unsigned groups_per_row = p.num_kv_heads * p.row_blocks;
     const auto tiles = [&](int b) {
-      return b < a.batch ? count_items(find_keys<false>(a, b, 0)) * groups_per_row : 0u;
+      return b < p.batch ? count_items<false>(p, find_keys(b, 0)) * groups_per_row : 0u;
     };
     unsigned total = 0;
-    for (int b = lane; b < a.batch; b += 32) total += tiles(b);
+    for (int b = lane; b < p.batch; b += 32) total += tiles(b);
     total = __reduce_add_sync(0xffffffffu, total);
-    split = make_split(total, a.batch * groups_per_row);
+    split = make_split(total, p.batch * groups_per_row);
     if (blockIdx.x >= split.blocks) return false;
     at = split.begin(blockIdx.x);
     stop = split.begin(blockIdx.x + 1);
@@ -111,35 +108,36 @@ struct Job {
   }
 
   __device__ __forceinline__ void enter(Segment& segment, int batch, int kv_head, int row_block, unsigned begin) {
-    segment.keys = find_keys<false>(p.attention, batch, kv_head);
+    segment.keys = find_keys(batch, kv_head);
     segment.row_block = row_block;
     segment.begin = static_cast<int>(begin);
-    segment.end = static_cast<int>(min(static_cast<unsigned>(count_items(segment.keys)), begin + (stop - at)));
+    segment.end =
+        static_cast<int>(min(static_cast<unsigned>(count_items<false>(p, segment.keys)), begin + (stop - at)));
   }
 
   __device__ __forceinline__ bool next(Segment& segment) {
-    if (p.cluster > 1) return false;
+    if (p.cluster_log2 > 0) return false;
     at += segment.end - segment.begin;
     if (at >= stop) return false;
     int batch = segment.keys.batch, kv_head = segment.keys.kv_head, row_block = segment.row_block + 1;
     if (row_block == p.row_blocks) row_block = 0, ++kv_head;
-    if (kv_head == p.attention.num_kv_heads) kv_head = 0, ++batch;
+    if (kv_head == p.num_kv_heads) kv_head = 0, ++batch;
     enter(segment, batch, kv_head, row_block, 0);
     return true;
   }
 
   // No block reads a slot at or past the length, so the block with the last tile may append at any time. Here the wait
   // for the new tokens hides behind the key loads.
-  __device__ __forceinline__ void loaded(const Segment& segment) const {
-    if (segment.row_block != 0 || segment.end != count_items(segment.keys) || segment.begin == segment.end) return;
-    append_new_tokens<S>(p.attention, segment.keys, threadIdx.x, blockDim.x);
+  __device__ __forceinline__ void loaded(Segment& segment) const {
+    if (segment.row_block != 0 || segment.end != count_items<false>(p, segment.keys) || segment.begin == segment.end)
+      return;
+    append_new_tokens<S>(p, segment.keys, threadIdx.x, blockDim.x);
   }
 
   __device__ __forceinline__ void finish(const Segment& segment, bool more) const {
-    if (p.cluster > 1) return finish_in_cluster<S>(p.attention, p.layout, segment, p.cluster, more);
-    const unsigned items = count_items(segment.keys);
-    if (segment.begin == 0 && segment.end == static_cast<int>(items))
-      return finish_in_block<S>(p.attention, p.layout, segment);
+    if (p.cluster_log2 > 0) return finish_in_cluster<S>(p, segment, more);
+    const unsigned items = count_items<false>(p, segment.keys);
+    if (segment.begin == 0 && segment.end == static_cast<int>(items)) return finish_in_block<S>(p, segment);
     const unsigned group_begin = at - segment.end;  // next() has moved `at` past this segment
     finish_split(segment, split.owner(group_begin), split.owner(group_begin + items - 1));
   }
@@ -148,12 +146,12 @@ struct Job {
   // run.
   __device__ __forceinline__ char* partial(int block, int last) const {
     const int64_t index = 2 * block + (block == last ? 0 : 1);
-    return static_cast<char*>(p.attention.workspace) + kCounterBytes + index * partial_bytes(S::kRows, S::kHeadDim);
+    return static_cast<char*>(p.workspace) + kCounterBytes + index * partial_bytes(S::kRows, S::kHeadDim);
   }
 
   // The row group is shared by the runs [from, last].
   __device__ __forceinline__ void finish_split(const Segment& segment, int from, int last) const {
-    const int rows = rows_of<S>(p.attention, segment);
+    const int rows = rows_of<S>(p, segment);
     float4* out = reinterpret_cast<float4*>(partial(blockIdx.x, last));
     float2* norm = reinterpret_cast<float2*>(out + S::kRows * S::kQuads);
     for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
@@ -164,7 +162,7 @@ struct Job {
     __shared__ bool is_last;
     __syncthreads();
     if (threadIdx.x == 0) {
-      unsigned* counters = static_cast<unsigned*>(p.attention.workspace);
+      unsigned* counters = static_cast<unsigned*>(p.workspace);
       const unsigned others = last - from;
       __threadfence();
       is_last = device::atomic_inc_acq_rel(counters + from, others) == others;
@@ -175,7 +173,7 @@ struct Job {
       const int row = i / S::kQuads;
       const auto part = [&](int k) { return reinterpret_cast<const float4*>(partial(from + k, last)); };
       write_result<S>(
-          p.attention, segment, row, i % S::kQuads,
+          p, segment, row, i % S::kQuads,
           merge_partials(
               last - from + 1, [&](int k) { return __ldcg(part(k) + i); },
               [&](int k) { return __ldcg(reinterpret_cast<const float2*>(part(k) + S::kRows * S::kQuads) + row); }));
@@ -185,20 +183,20 @@ struct Job {
 
 template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __grid_constant__ Params p) {
-  if (device::kHasClusters && p.cluster > 1) device::cluster_arrive_relaxed();
+  if (device::kHasClusters && p.cluster_log2 > 0) device::cluster_arrive_relaxed();
   if (!p.keys_first) device::grid_dependency_wait();
   Segment segment;
   Job<S> job = {p, {}, 0, 0};
-  if (job.start(segment)) run_segments<S, false>(p.attention, p.layout, segment, p.keys_first, job);
+  if (job.start(segment)) run_segments<S, false>(p, segment, job);
 }
 
 template <class S>
 void launch_shape(const AttentionParams& a, void* stream) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
-  const int rows = a.num_q_heads / a.num_kv_heads * a.q_len;
-  Params p = {a, {}, (rows + S::kRows - 1) / S::kRows, 1, false};
-  const int groups = a.batch * a.num_kv_heads * p.row_blocks;
+  const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
+  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0, false};
+  const int groups = a.batch * p.num_kv_heads * p.row_blocks;
 
   device::LaunchConfig config = {};
   const auto configure = [&](int cluster) {
@@ -206,12 +204,16 @@ void launch_shape(const AttentionParams& a, void* stream) {
     const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster > 1 ? 1 : 2, cluster); };
     while (warps > 1 && layout().total > device.shared_bytes) warps /= 2;
     p.layout = layout();
-    p.cluster = cluster;
+    p.cluster_log2 = device::floor_log2(cluster);
     config.cluster = cluster;
     config.block = dim3(static_cast<unsigned>(32 * warps));
     config.shared_bytes = p.layout.total;
     const int blocks = options.blocks > 0 ? options.blocks : device.sm_count;
-    config.grid = dim3(static_cast<unsigned>(cluster > 1 ? groups * cluster : std::min(blocks, kMaxBlocks)));
+    config.grid = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
+    if (cluster > 1) {
+      config.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(a.num_kv_heads * p.row_blocks),
+                         static_cast<unsigned>(a.batch));
+    }
   };
 
   // 8 blocks per row group on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.

@@ -15,64 +15,58 @@ namespace zigzag::decode_stream {
 
 using namespace attend;
 
-struct Params {
-  AttentionParams attention;
-  SharedLayout layout;
-  int row_blocks;   // row blocks per KV head, one after the other
-  int cluster;      // blocks per KV head
-  bool keys_first;  // load keys before waiting for the kernel in front: see run_segments
-};
-
 template <class S>
 struct Job {
   const Params& p;
   int rank;
 
   __device__ __forceinline__ Segment start() const {
-    const int head = blockIdx.x / p.cluster;
     Segment segment;
-    segment.keys = find_keys<true>(p.attention, head / p.attention.num_kv_heads, head % p.attention.num_kv_heads);
+    segment.keys = locate_keys(p, blockIdx.z, blockIdx.y);
+    if (!replaces_slot(p)) settle_keys<true>(p, segment.keys);
     segment.row_block = 0;
-    const int64_t items = count_items(segment.keys);
-    segment.begin = static_cast<int>(items * rank / p.cluster);
-    segment.end = static_cast<int>(items * (rank + 1) / p.cluster);
+    const int items = count_items<true>(p, segment.keys);
+    segment.begin = (items * rank) >> p.cluster_log2;
+    segment.end = (items * (rank + 1)) >> p.cluster_log2;
     return segment;
   }
 
   __device__ __forceinline__ bool next(Segment& segment) const { return ++segment.row_block < p.row_blocks; }
 
-  // A single new token replaces a key that no row attends, so nobody reads its slot.
-  __device__ __forceinline__ void loaded(const Segment& segment) const {
-    if (segment.keys.fresh > 1 || segment.row_block > 0 || rank != p.cluster - 1) return;
-    append_new_tokens<S>(p.attention, segment.keys, threadIdx.x, blockDim.x);
+  // A single new token replaces a key that no row attends: whether a block reads the old or the new bytes of that slot,
+  // it repairs them from k_new and v_new.
+  __device__ __forceinline__ void loaded(Segment& segment) const {
+    if (!replaces_slot(p)) return;
+    settle_keys<true>(p, segment.keys);  // not before: the loads of one new token's ring need no length
+    if (rank == p.cluster() - 1) append_new_tokens<S>(p, segment.keys, threadIdx.x, blockDim.x);
   }
 
   __device__ __forceinline__ void finish(const Segment& segment, bool more) const {
-    if (p.cluster > 1) {
-      finish_in_cluster<S>(p.attention, p.layout, segment, p.cluster, more);
+    if (p.cluster_log2 > 0) {
+      finish_in_cluster<S>(p, segment, more);
     } else {
-      finish_in_block<S>(p.attention, p.layout, segment);
+      finish_in_block<S>(p, segment);
     }
-    if (more || segment.keys.fresh <= 1) return;
-    append_new_tokens<S>(p.attention, segment.keys, rank * blockDim.x + threadIdx.x, p.cluster * blockDim.x);
+    if (more || replaces_slot(p)) return;
+    append_new_tokens<S>(p, segment.keys, rank * blockDim.x + threadIdx.x, p.cluster() * blockDim.x);
   }
 };
 
 template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_kernel(const __grid_constant__ Params p) {
-  if (device::kHasClusters && p.cluster > 1) device::cluster_arrive_relaxed();
+  if (device::kHasClusters && p.cluster_log2 > 0) device::cluster_arrive_relaxed();
   if (!p.keys_first) device::grid_dependency_wait();
-  Job<S> job = {p, p.cluster > 1 ? device::cluster_rank() : 0};
-  run_segments<S, true>(p.attention, p.layout, job.start(), p.keys_first, job);
+  Job<S> job = {p, p.cluster_log2 > 0 ? device::cluster_rank() : 0};
+  run_segments<S, true>(p, job.start(), job);
 }
 
 // Blocks per KV head: a short ring is all latency, so half of the GPU is enough and leaves a second block per SM; a
 // long one needs every SM. At least two tiles per block.
-inline int choose_cluster(int tiles, int heads, int sm_count) {
+inline int choose_cluster_log2(int tiles, int heads, int sm_count) {
   const int target = tiles > 64 ? sm_count / heads : sm_count / (2 * heads);
-  int cluster = 1;
-  while (cluster < 8 && 2 * cluster <= target && 4 * cluster <= tiles) cluster *= 2;
-  return cluster;
+  int log2 = 0;
+  while (log2 < 3 && 2 << log2 <= target && 4 << log2 <= tiles) ++log2;
+  return log2;
 }
 
 template <class S>
@@ -80,27 +74,29 @@ void launch_shape(const AttentionParams& a, void* stream) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   const bool modern = device.arch >= 90 && !options.force_plain;
-  const int rows = a.num_q_heads / a.num_kv_heads * a.q_len;
+  const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
   const int heads = a.batch * a.num_kv_heads;
   const int tiles = (a.slots + (a.q_len > 1 || a.slots == 0 ? a.q_len : 0) + kTileKeys - 1) / kTileKeys;
 
-  Params p = {a, {}, (rows + S::kRows - 1) / S::kRows, 1, false};
-  if (modern) p.cluster = options.cluster > 0 ? options.cluster : choose_cluster(tiles, heads, device.sm_count);
-  const int block_tiles = (tiles + p.cluster - 1) / p.cluster;
+  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0, false};
+  if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
+  if (modern && options.cluster > 0) p.cluster_log2 = device::floor_log2(std::min(options.cluster, 8));
+  const int block_tiles = (tiles + p.cluster() - 1) / p.cluster();
   const int max_warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
   const int rounds = (block_tiles + max_warps - 1) / max_warps;
   int warps = (block_tiles + rounds - 1) / rounds;
   const auto layout = [&] {
-    return shared_layout<S>(warps, (block_tiles + warps - 1) / warps, p.row_blocks > 1 ? 2 : 1, p.cluster);
+    return shared_layout<S>(warps, (block_tiles + warps - 1) / warps, p.row_blocks > 1 ? 2 : 1, p.cluster());
   };
   while (warps > 1 && layout().total > device.shared_bytes) --warps;
   p.layout = layout();
 
   device::LaunchConfig config = {};
-  config.grid = dim3(static_cast<unsigned>(heads * p.cluster));
+  config.grid =
+      dim3(static_cast<unsigned>(p.cluster()), static_cast<unsigned>(a.num_kv_heads), static_cast<unsigned>(a.batch));
   config.block = dim3(static_cast<unsigned>(32 * warps));
   config.shared_bytes = p.layout.total;
-  config.cluster = p.cluster;
+  config.cluster = p.cluster();
   config.dependent_launch = p.keys_first = modern && options.dependent_launch;
   device::launch(decode_stream_kernel<S>, config, p, stream);
 }

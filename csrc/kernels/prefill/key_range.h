@@ -13,6 +13,13 @@
 
 namespace zigzag {
 
+// A key as a mask compares it, in two comparisons per query instead of the four of RingLayout::visible: seen by the
+// queries with first <= query and query - window < last. `last` is the key's position, and INT_MAX for a sink.
+struct KeyBounds {
+  int first;
+  int last;
+};
+
 struct KeyRange {
   RingLayout seen;  // the visibility rule, with window INT_MAX for a full cache
   int first_query, last_query;
@@ -38,10 +45,21 @@ struct KeyRange {
 
   ZZ_HOST_DEVICE constexpr int position(int number) const { return number + (number < num_sink ? first : gap); }
 
-  // Whether every query of the tile sees all of the `size` keys from `number` on, so that no mask is needed.
+  // Key numbers past the end are allowed: no query sees them.
+  ZZ_HOST_DEVICE constexpr KeyBounds bounds(int number) const {
+    const int key = number < count ? position(number) : INT_MAX;
+    return {key, key < seen.sink ? INT_MAX : key};
+  }
+
+  ZZ_HOST_DEVICE constexpr bool visible(KeyBounds key, int query) const {
+    return key.first <= query && query - seen.window < key.last;
+  }
+
+  // Whether every query of the tile sees all of the `size` keys from `number` on, so that no mask is needed. Numbers
+  // past the end fail, as their positions follow last_query.
   ZZ_HOST_DEVICE constexpr bool all_visible(int number, int size) const {
     const int last = number + size - 1;
-    if (last >= count || position(last) > first_query) return false;
+    if (position(last) > first_query) return false;
     return last < num_sink || last_query - position(larger(number, num_sink)) < seen.window;
   }
 

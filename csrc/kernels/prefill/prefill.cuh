@@ -48,32 +48,30 @@ __device__ __forceinline__ void load_queries(const AttentionParams& p, const Que
 }
 
 // Keys [number, number + kKeys) of the tile and their values. Rows past the last key become zeros, so that whatever
-// memory holds there, NaN included, cannot reach the output through a weight of 0.
-template <class T, int kHeadDim>
-__device__ __forceinline__ void load_keys(const AttentionParams& p, const QueryTile& tile, int number,
-                                          uint32_t k_tile) {
+// memory holds there, NaN included, cannot reach the output through a weight of 0. A thread owns a few rows, at fixed
+// distances, so that one address serves several 16-byte chunks.
+template <int kHeadDim>
+__device__ __forceinline__ void load_keys(RingLayout layout, const QueryTile& tile, int number, uint32_t k_tile) {
   using Shape = PrefillShape<kHeadDim>;
-  const RingLayout layout{p.sink, p.window};
-  const auto base = [&](const void* tensor, const Strides& stride) {
-    return static_cast<const T*>(tensor) + tile.batch * stride.batch + tile.kv_head * stride.head;
-  };
-  const T* k_new = base(p.k_new, p.k_new_stride);
-  const T* v_new = base(p.v_new, p.v_new_stride);
-  const T* k_cache = base(p.k_cache, p.k_cache_stride);
-  const T* v_cache = base(p.v_cache, p.v_cache_stride);
-#pragma unroll
-  for (int i = 0; i < Shape::kKeys * Shape::kChunks / Shape::kThreads; ++i) {
-    const int index = i * Shape::kThreads + threadIdx.x;
-    const int row = index / Shape::kChunks, chunk = index % Shape::kChunks;
-    const bool valid = number + row < tile.keys.count;
-    const int position = valid ? tile.keys.position(number + row) : tile.length;
+  constexpr int kRowStep = Shape::kThreads / Shape::kThreadsPerRow;
+  const int first_row = threadIdx.x / Shape::kThreadsPerRow, first_chunk = threadIdx.x % Shape::kThreadsPerRow;
+  const uint32_t first_destination = k_tile + Shape::offset(first_row, first_chunk);
+#pragma unroll 2  // more would spill
+  for (int i = 0; i < Shape::kKeys / kRowStep; ++i) {
+    const int key = number + first_row + i * kRowStep;
+    const bool valid = key < tile.keys.count;
+    const int position = valid ? tile.keys.position(key) : tile.length;
     const bool cached = position < tile.length;
     const int token = cached ? layout.slot(position) : position - tile.length + tile.pad;
-    const T* k = cached ? k_cache + token * p.k_cache_stride.token : k_new + token * p.k_new_stride.token;
-    const T* v = cached ? v_cache + token * p.v_cache_stride.token : v_new + token * p.v_new_stride.token;
-    const uint32_t destination = k_tile + Shape::offset(row, chunk);
-    cp_async_16_reused(destination, k + chunk * 8, valid);
-    cp_async_16_reused(destination + Shape::kKeyBytes, v + chunk * 8, valid);
+    const KeySource& source = tile.source[cached];
+    const char* k = source.k + token * source.k_bytes + first_chunk * 16;
+    const char* v = source.v + token * source.v_bytes + first_chunk * 16;
+#pragma unroll
+    for (int j = 0; j < Shape::kChunks / Shape::kThreadsPerRow; ++j) {
+      const uint32_t destination = first_destination + i * kRowStep * Shape::kRowBytes + j * Shape::kThreadsPerRow * 16;
+      cp_async_16_reused(destination, k + j * Shape::kThreadsPerRow * 16, valid);
+      cp_async_16_reused(destination + Shape::kKeyBytes, v + j * Shape::kThreadsPerRow * 16, valid);
+    }
   }
 }
 
@@ -110,18 +108,24 @@ template <int kHeadDim>
 __device__ __forceinline__ void mask_scores(PrefillScores<kHeadDim>& scores, const QueryTile& tile, int number) {
   using Shape = PrefillShape<kHeadDim>;
   const int lane = threadIdx.x % 32;
+  int query[Shape::kRowTiles][2];
 #pragma unroll
   for (int m = 0; m < Shape::kRowTiles; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int query = tile.position(tile.column(lane_row<kHeadDim>(m, half)));
+    // Rows of padding columns would be negative; their scores are never used.
+    for (int half = 0; half < 2; ++half)
+      query[m][half] = max(0, tile.position(tile.column(lane_row<kHeadDim>(m, half))));
+  }
 #pragma unroll
-      for (int n = 0; n < Shape::kKeys / 8; ++n) {
+  for (int n = 0; n < Shape::kKeys / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = number + n * 8 + lane % 4 * 2 + e;
-          const int position = key < tile.keys.count ? tile.keys.position(key) : -1;
-          if (!tile.keys.seen.visible(position, query)) scores[m][n][half * 2 + e] = -INFINITY;
+    for (int e = 0; e < 2; ++e) {
+      const KeyBounds key = tile.keys.bounds(number + n * 8 + lane % 4 * 2 + e);
+#pragma unroll
+      for (int m = 0; m < Shape::kRowTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (!tile.keys.visible(key, query[m][half])) scores[m][n][half * 2 + e] = -INFINITY;
         }
       }
     }
@@ -252,13 +256,17 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
 
 // Grid: one block per (tile of rows, batch, KV head); a warp owns 16 * kRowTiles rows and walks all keys of the tile.
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, 2)
+__global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, PrefillShape<kHeadDim>::kBlocksPerSm)
     prefill_kernel(const __grid_constant__ AttentionParams p) {
   using Shape = PrefillShape<kHeadDim>;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t q_tile = shared_address(shared);
   const uint32_t stages = q_tile + Shape::kRows * Shape::kRowBytes;
-  const QueryTile tile = QueryTile::of_block(p, Shape::kRows);
+  // In shared memory, as the accumulators need the registers.
+  __shared__ QueryTile tile;
+  if (threadIdx.x == 0) tile = QueryTile::of_block(p, Shape::kRows);
+  __syncthreads();
+  const RingLayout layout{p.sink, p.window};
   const float scale = p.scale * 1.44269504088896f;  // log2(e): the softmax works in base 2
 
   PrefillState<kHeadDim> state = {};
@@ -267,7 +275,7 @@ __global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, 2)
 
   if (tile.keys.count > 0) {
     load_queries<T, kHeadDim>(p, tile, q_tile);
-    load_keys<T, kHeadDim>(p, tile, 0, stages);
+    load_keys<kHeadDim>(layout, tile, 0, stages);
     cp_async_commit();
   }
   uint32_t stage = 0;
@@ -279,7 +287,7 @@ __global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads, 2)
     __syncthreads();
     stage ^= 1;
     if (number + Shape::kKeys < tile.keys.count) {
-      load_keys<T, kHeadDim>(p, tile, number + Shape::kKeys, stages + stage * 2 * Shape::kKeyBytes);
+      load_keys<kHeadDim>(layout, tile, number + Shape::kKeys, stages + stage * 2 * Shape::kKeyBytes);
       cp_async_commit();
     }
     PrefillScores<kHeadDim> scores = {};

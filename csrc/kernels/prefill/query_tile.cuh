@@ -15,12 +15,15 @@ struct PrefillShape {
       kWide ? 1 : 2;  // 16-row tensor core tiles per warp: two halve the shared memory reads
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlocksPerSm = kHeadDim <= 64 ? 3 : 2;  // as many as the registers hold without spilling
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr int kKeys = kWide ? 32 : 64;  // keys per step; 32 keeps head_dim 256 within 99 KB (sm_86, sm_89)
   static constexpr int kChunks = kHeadDim / 8;   // 16-byte chunks per row
   // ldmatrix reads 8 rows at once; they hit 8 different bank groups because chunks are permuted by an XOR with the row,
   // or, where a row is not a multiple of 128 bytes, because rows are padded by 16 bytes.
   static constexpr bool kSwizzle = kHeadDim % 64 == 0;
+  // Threads that load one row together: a power of two that divides kChunks, at most a 128-byte line.
+  static constexpr int kThreadsPerRow = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
   static constexpr int kRowBytes = kHeadDim * 2 + (kSwizzle ? 0 : 16);
   static constexpr int kKeyBytes = kKeys * kRowBytes;                     // one K or V buffer
   static constexpr int kSharedBytes = kRows * kRowBytes + 4 * kKeyBytes;  // Q, then two stages of K and V
@@ -36,6 +39,13 @@ struct PrefillShape {
   }
 };
 
+// Keys and values of one row and KV head: the cache, or the chunk.
+struct KeySource {
+  const char* k;
+  const char* v;
+  int64_t k_bytes, v_bytes;  // from one token to the next
+};
+
 struct QueryTile {
   int batch, kv_head, group;
   int length;  // tokens cached before the call
@@ -43,6 +53,7 @@ struct QueryTile {
   int first_column, first_member;  // of row 0: its chunk column and its head within the group
   int reciprocal;                  // 65536 / group, rounded up: exact division of the numbers below 256 that occur here
   KeyRange keys;
+  KeySource source[2];  // [0] the chunk, [1] the cache
 
   __device__ __forceinline__ int column(int row) const {
     return first_column + (((first_member + row) * reciprocal) >> 16);
@@ -51,6 +62,15 @@ struct QueryTile {
     return kv_head * group + first_member + row - (column(row) - first_column) * group;
   }
   __device__ __forceinline__ int position(int column) const { return length + column - pad; }
+
+  __device__ __forceinline__ KeySource key_source(const void* k, const Strides& k_stride, const void* v,
+                                                  const Strides& v_stride) const {
+    constexpr int kElementBytes = 2;  // float16 and bfloat16
+    const int64_t k_head = batch * k_stride.batch + kv_head * k_stride.head;
+    const int64_t v_head = batch * v_stride.batch + kv_head * v_stride.head;
+    return {static_cast<const char*>(k) + k_head * kElementBytes, static_cast<const char*>(v) + v_head * kElementBytes,
+            k_stride.token * kElementBytes, v_stride.token * kElementBytes};
+  }
 
   // Blocks are numbered with the KV head fastest and the last columns, which see the most keys, first: heavy blocks
   // start early.
@@ -65,6 +85,8 @@ struct QueryTile {
     tile.first_column = first_row / tile.group;
     tile.first_member = first_row - tile.first_column * tile.group;
     tile.reciprocal = 65536 / tile.group + 1;
+    tile.source[0] = tile.key_source(p.k_new, p.k_new_stride, p.v_new, p.v_new_stride);
+    tile.source[1] = tile.key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride);
 
     const RingLayout layout{p.sink, p.window};
     tile.length = p.seq_lens[tile.batch];

@@ -1,0 +1,42 @@
+"""What one decode step does to the cache: one launch per layer, nothing else touches the buffers, nobody waits for the device."""
+
+import pytest
+import torch
+from tiny_models import NUM_LAYERS, padded_prompt, prompt, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import zigzag_ext as zz
+
+PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of all ops, and of those that were given a key or value buffer of `cache`."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.ops, self.on_cache = [], []
+        self.buffers = {b.untyped_storage().data_ptr() for layer in cache.layers for b in (layer.keys, layer.values)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func.name())
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(t.untyped_storage().data_ptr() in self.buffers for t in tensors):
+            self.on_cache.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [[30], [30, 11]], ids=["single", "left_padded"])
+def test_one_launch_per_layer_and_no_wait(lengths):
+    model, cache = tiny_model(), zz.ZigzagCache(tiny_model().config, PLAN, max_len=64)
+    batch = padded_prompt(lengths)
+    positions = torch.tensor(lengths)[:, None]
+    with zz.zigzag(model, PLAN), torch.no_grad():
+        model(**batch, past_key_values=cache)
+        mask = torch.cat([batch["attention_mask"], torch.ones(len(lengths), 1, dtype=torch.long)], 1)
+        with Recorder(cache) as step:
+            model(prompt(1, len(lengths)), attention_mask=mask, position_ids=positions, past_key_values=cache)
+    assert step.on_cache == ["zigzag::attention_"] * NUM_LAYERS
+    assert step.ops.count("zigzag::attention_") == NUM_LAYERS
+    assert "aten::_local_scalar_dense" not in step.ops, "a decode step read a device value on the host"

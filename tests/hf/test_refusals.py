@@ -1,0 +1,199 @@
+"""What cannot be computed exactly raises by name, before anything is written; nothing is silently ignored."""
+
+import pytest
+import torch
+from tiny_models import FULL, NUM_LAYERS, generate, new_model, padded_prompt, prompt, tiny_model
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    DynamicCache,
+    LlavaConfig,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import zigzag_ext as zz
+
+PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
+_MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
+
+# family, what is changed in its config, words of the error
+REFUSED = {
+    "softcap": ("gemma2", {"layer_types": FULL}, "gemma2 .*soft-capped"),
+    "learned_sinks": ("gpt_oss", {"layer_types": FULL, "num_local_experts": 4}, "gpt_oss .*learned sink logits .*layers.0"),
+    "mistral_window": ("mistral", {"sliding_window": 64}, "mistral .*native sliding window of 64.*sliding_window=None"),
+    "phi3_window": ("phi3", {"sliding_window": 64}, "phi3 .*native sliding window of 64"),
+    "layer_window": (
+        "gemma3_text",
+        {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2},
+        "layer 2 is 'sliding_att",
+    ),
+    "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "qwen2 .*layer 1 is"),
+    "chunked": ("llama4_text", {"layer_types": ["chunked_attention"] * 4}, "llama4_text .*layer 0 is 'chunked_attention'"),
+    "linear": (
+        "qwen3_next",
+        {"layer_types": ["full_attention"] + ["linear_attention"] * 3},
+        "qwen3_next .*layer 1 is 'linear_att",
+    ),
+    "latent": ("deepseek_v3", _MLA | {"first_k_dense_replace": 4}, "deepseek_v3 .*latent attention"),
+    "head_dim": ("llama", {"head_dim": 32}, "llama .*head_dim is 32; supported: 64, 80, 96, 128, 256"),
+    "group_size": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 1}, "llama .*32 query heads share 1 KV heads"),
+    "not_functional": ("bloom", {"n_layer": NUM_LAYERS, "n_head": 4}, "bloom .*AttentionInterface"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_family_raises_by_name_and_is_left_alone(case):
+    family, overrides, words = REFUSED[case]
+    model = new_model(family, **overrides)
+    before = model.config._attn_implementation
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        zz.enable(model, PLAN)
+    assert model.config._attn_implementation == before
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_encoder_decoder_raises():
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=64, d_ff=64, num_layers=1, num_heads=1))
+    with pytest.raises(ValueError, match="t5 .*encoder-decoder"):
+        zz.enable(model, PLAN)
+
+
+def test_composite_model_raises():
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
+    model = AutoModelForImageTextToText.from_config(LlavaConfig(vision_config=vision, text_config=tiny_model().config))
+    with pytest.raises(ValueError, match="llava .*composite"):
+        zz.enable(model, PLAN)
+
+
+def test_shared_kv_caches_raise():
+    model = new_model("llama")
+    model.config.num_kv_shared_layers = 2
+    for make in (zz.enable, lambda model, plan: zz.ZigzagCache(model.config, plan)):
+        with pytest.raises(ValueError, match="last 2 layers share"):
+            make(model, PLAN)
+
+
+def test_a_layer_that_never_attends_raises():
+    model = new_model("llama")
+    model.model.layers[2].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with zz.zigzag(model, PLAN), torch.no_grad(), pytest.raises(RuntimeError, match=r"layers \[2\] never called"):
+        model(prompt(5))
+
+
+def test_layer_counts_must_agree():
+    model, short = tiny_model(), zz.Plan(["retrieval"] * 3, sink=4, window=16)
+    with pytest.raises(ValueError, match="the plan has 3 layers, the model has 4"):
+        zz.enable(model, short)
+    with pytest.raises(ValueError, match="the plan has 3 layers, the model has 4"):
+        zz.ZigzagCache(model.config, short)
+
+
+def test_enable_and_disable_come_in_pairs():
+    model = tiny_model()
+    with pytest.raises(RuntimeError, match="not enabled"):
+        zz.disable(model)
+    with zz.zigzag(model, PLAN), pytest.raises(RuntimeError, match="already enabled"):
+        zz.enable(model, PLAN)
+
+
+def test_a_zigzag_cache_on_a_model_that_is_not_enabled():
+    model = tiny_model()
+    with pytest.raises(RuntimeError, match="call zigzag_ext.enable"):
+        generate(model, 2, prompt(5), past_key_values=zz.ZigzagCache(model.config, PLAN))
+
+
+def test_the_implementation_name_without_enable():
+    model = new_model("llama")
+    model.set_attn_implementation("zigzag")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="without a zigzag cache"):
+        model(prompt(5))
+
+
+def test_a_part_of_an_enabled_model():
+    model = tiny_model()
+    with zz.zigzag(model, PLAN), torch.no_grad(), pytest.raises(RuntimeError, match="without a zigzag cache"):
+        model.model(prompt(5))
+
+
+@pytest.mark.parametrize("method", ["prompt_lookup", "assistant"])
+@pytest.mark.parametrize("own_cache", [True, False])
+def test_decoding_that_rolls_back(method, own_cache):
+    model, ids = tiny_model(), prompt(6).repeat(1, 4)
+    options = {"prompt_lookup_num_tokens": 3} if method == "prompt_lookup" else {"assistant_model": new_model("llama")}
+    if own_cache:
+        options["past_key_values"] = zz.ZigzagCache(model.config, PLAN)
+    with zz.zigzag(model, PLAN), pytest.raises(NotImplementedError, match="cannot roll back"):
+        generate(model, 40, ids, **options)
+
+
+BAD_CALLS = {
+    "interior_zeros": ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}, ValueError, "only left padding"),
+    "right_padding": ({"attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, ValueError, "only left padding"),
+    "short_mask": ({"attention_mask": torch.ones(1, 4)}, ValueError, r"\[1, 5\]"),
+    "four_dimensional_mask": ({"attention_mask": torch.zeros(1, 1, 5, 5)}, ValueError, r"attention_mask must be"),
+    "weights": ({"output_attentions": True}, ValueError, "output_attentions must be off"),
+    "packed_positions": ({"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "use_cache": False}, ValueError, "causal masks"),
+    "packed_lengths": ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, ValueError, "cu_seq_lens_q"),
+    "unknown_term": ({"position_bias": torch.zeros(1)}, ValueError, "position_bias"),
+    "static_cache": ({"past_key_values": "static"}, TypeError, "got a StaticCache"),
+    "filled_dynamic_cache": ({"past_key_values": "filled"}, ValueError, "holds 2 tokens of another attention"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_call_raises_and_the_model_works_on(case):
+    options, error, words = BAD_CALLS[case]
+    model, ids = tiny_model(), prompt(5)
+    if options.get("past_key_values") == "static":
+        options = {"past_key_values": StaticCache(config=model.config, max_cache_len=16)}
+    elif options.get("past_key_values") == "filled":
+        filled = DynamicCache(config=model.config)
+        for layer in range(NUM_LAYERS):
+            filled.update(torch.zeros(1, 2, 2, 64), torch.zeros(1, 2, 2, 64), layer)
+        options = {"past_key_values": filled}
+    with zz.zigzag(model, PLAN), torch.no_grad():
+        good = model(ids).logits
+        with pytest.raises(error, match=words):
+            model(ids, **options)
+        assert model(ids).logits.equal(good)
+
+
+def test_attention_dropout_and_gradients():
+    model = new_model("llama", attention_dropout=0.1)
+    with zz.zigzag(model, PLAN):
+        with pytest.raises(RuntimeError, match="no backward"):
+            model(prompt(5))
+        with torch.no_grad(), pytest.raises(ValueError, match="dropout 0.1"):
+            model.train()(prompt(5))
+
+
+def test_a_mask_that_contradicts_the_cache():
+    model, cache = tiny_model(), zz.ZigzagCache(tiny_model().config, PLAN)
+    batch = padded_prompt([6, 4])
+    with zz.zigzag(model, PLAN), torch.no_grad():
+        model(**batch, past_key_values=cache)
+        with pytest.raises(ValueError, match="masks other tokens"):
+            model(prompt(3, 2), attention_mask=torch.ones(2, 9), past_key_values=cache)
+        with pytest.raises(ValueError, match="holds 2 rows, the input has 1"):
+            model(prompt(3), past_key_values=cache)
+
+
+def test_a_forward_that_failed_half_way_makes_the_cache_unusable_until_reset():
+    model = new_model("llama")
+    cache, ids = zz.ZigzagCache(model.config, PLAN), prompt(30)
+
+    def fail(*args):
+        raise MemoryError("in the third layer")
+
+    with zz.zigzag(model, PLAN), torch.no_grad():
+        good = model(ids, past_key_values=cache).logits
+        hook = model.model.layers[2].register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(prompt(20), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match="failed half-way.*call reset"):
+            model(prompt(20), past_key_values=cache)
+        cache.reset()
+        assert model(ids, past_key_values=cache).logits.equal(good)

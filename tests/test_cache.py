@@ -1,0 +1,191 @@
+"""ZigzagCache by itself, without a model: buffers, lengths, growth, row operations, and what it reports."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import LlamaConfig  # noqa: E402
+
+import zigzag_ext as zz  # noqa: E402
+from zigzag_ext import reference  # noqa: E402
+
+KINDS, SINK, WINDOW, HEAD_DIM = ("retrieval", "streaming"), 2, 6, 64
+CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=256)
+
+
+def new_cache(kinds=KINDS, max_len=None):
+    config = CONFIG if len(kinds) == 2 else LlamaConfig(num_hidden_layers=len(kinds))
+    return zz.ZigzagCache(config, zz.Plan(kinds, sink=SINK, window=WINDOW), max_len)
+
+
+class Stream:
+    """Random queries, keys and values per layer, and the reference caches that saw the same tokens."""
+
+    def __init__(self, cache, batch, seed=0):
+        self.cache, self.generator, self.batch = cache, torch.Generator().manual_seed(seed), batch
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32)
+        self.buffers = [
+            tuple(torch.full((batch, 2, SINK + WINDOW if layer.window else 4096, HEAD_DIM), torch.nan) for _ in "kv")
+            for layer in cache.layers
+        ]
+
+    def feed(self, q_len, mask=None, pad=None):
+        """One forward through both; the outputs must agree."""
+        self.cache.begin(self.batch, q_len, mask)
+        for layer, (keys, values) in zip(self.cache.layers, self.buffers, strict=True):
+            q, k, v = (torch.randn(self.batch, h, q_len, HEAD_DIM, generator=self.generator) for h in (4, 2, 2))
+            assert layer.update(k, v)[0] is k, "update copies nothing"
+            out = layer.attend(q, k, v, 0.125)
+            ring = (layer.sink, layer.window)
+            expected, _ = reference.attention_(q, k, v, keys, values, self.seq_lens, pad, *ring, 0.125)
+            torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
+        self.cache.end()
+        self.seq_lens += q_len if pad is None else q_len - pad
+        assert self.cache.seq_lens.equal(self.seq_lens)
+
+    def keep_rows(self, index):
+        self.batch, self.seq_lens = len(index), self.seq_lens[index]
+        self.buffers = [(keys[index], values[index]) for keys, values in self.buffers]
+
+
+@pytest.mark.parametrize(
+    "chunks", [[1] * 30, [20, 1, 1, 9, 1], [5, 40, 3, 17, 1]], ids=lambda chunks: "_".join(map(str, chunks[:5]))
+)
+def test_every_chunking_matches_the_reference(chunks):
+    stream = Stream(new_cache(), batch=2)
+    for q_len in chunks:
+        stream.feed(q_len)
+    assert stream.cache.get_seq_length() == sum(chunks)
+
+
+def test_left_padding_over_several_chunks():
+    stream, padding = Stream(new_cache(), batch=3), torch.tensor([0, 3, 20])
+    mask = (torch.arange(40) >= padding[:, None]).long()
+    seen = 0
+    for q_len in (18, 8, 1, 13):
+        seen += q_len
+        pad = (padding - (seen - q_len)).clamp(0, q_len).int()
+        stream.feed(q_len, mask[:, :seen], pad)
+    assert stream.cache.get_seq_length() == 40 and stream.seq_lens.tolist() == [40, 37, 20]
+
+
+def test_a_masked_token_of_a_decode_step_is_skipped_by_its_row():
+    stream = Stream(new_cache(), batch=2)
+    stream.feed(5)
+    stream.feed(1, torch.tensor([[1] * 6, [1] * 5 + [0]]), torch.tensor([0, 1], dtype=torch.int32))
+    stream.feed(1)
+    assert stream.seq_lens.tolist() == [7, 6]
+
+
+@pytest.mark.parametrize("index", [[1, 0, 1], [2, 2, 2], [2, 0], [0, 0, 1, 1, 2, 2]], ids=str)
+def test_rows_can_be_reordered_dropped_and_repeated(index):
+    stream, mask = Stream(new_cache(), batch=3), torch.ones(3, 11)
+    mask[1, :4] = 0
+    stream.feed(11, mask, torch.tensor([0, 4, 0], dtype=torch.int32))
+    addresses = [layer.keys.data_ptr() for layer in stream.cache.layers]
+    if len(index) == 3:
+        stream.cache.reorder_cache(torch.tensor(index))
+        assert [layer.keys.data_ptr() for layer in stream.cache.layers] == addresses, "reordering moved the buffers"
+    elif len(index) == 6:
+        stream.cache.batch_repeat_interleave(2)
+    else:
+        stream.cache.batch_select_indices(torch.tensor(index))
+    stream.keep_rows(index)
+    for q_len in (1, 7, 1):
+        stream.feed(q_len)
+
+
+def test_capacity_doubles_and_a_fixed_one_does_not_move():
+    stream, seen = Stream(new_cache(), batch=1), []
+    for q_len in (200, 56, 1, 255, 1):
+        stream.feed(q_len)
+        seen.append(stream.cache.layers[0].keys.shape[2])
+    assert seen == [256, 256, 512, 512, 1024]
+    fixed = Stream(new_cache(max_len=64), batch=1)
+    fixed.feed(1)
+    addresses = [(layer.keys.data_ptr(), fixed.cache.seq_lens.data_ptr()) for layer in fixed.cache.layers]
+    for q_len in (40, 1, 22):
+        fixed.feed(q_len)
+    fixed.cache.reset()
+    fixed.keep_rows([0])
+    assert [(layer.keys.data_ptr(), fixed.cache.seq_lens.data_ptr()) for layer in fixed.cache.layers] == addresses
+
+
+def test_memory_bytes_counts_what_is_allocated():
+    cache = new_cache(max_len=100)
+    assert cache.memory_bytes() == 0
+    Stream(cache, batch=3).feed(1)
+    assert (
+        cache.memory_bytes() == 2 * 3 * 2 * (100 + SINK + WINDOW) * HEAD_DIM * 4
+    )  # K and V, rows, heads, slots, head_dim, bytes
+
+
+def test_a_full_cache_raises_before_anything_is_written():
+    stream = Stream(new_cache(max_len=10), batch=1)
+    stream.feed(9)
+    before = [copy.deepcopy((layer.keys, layer.values)) for layer in stream.cache.layers]
+    with pytest.raises(RuntimeError, match="max_len is 10 tokens, this forward needs 11 .9 are held"):
+        stream.cache.begin(1, 2)
+    for layer, old in zip(stream.cache.layers, before, strict=True):
+        torch.testing.assert_close((layer.keys, layer.values), old, equal_nan=True, rtol=0, atol=0)
+    stream.feed(1)
+
+
+def test_streaming_layers_alone_have_no_limit():
+    stream = Stream(new_cache(("streaming",) * 2, max_len=10), batch=1)
+    for _ in range(30):
+        stream.feed(1)
+    assert stream.cache.get_max_length() == -1
+    assert [layer.keys.shape[2] for layer in stream.cache.layers] == [SINK + WINDOW] * 2
+
+
+def test_what_a_cache_reports():
+    cache = new_cache(max_len=50)
+    assert cache.seq_lens is None and cache.get_seq_length() == 0 and len(cache) == 2
+    assert cache.get_max_length() == cache.get_max_cache_shape() == 50
+    assert cache.get_max_length(0) == 50 and cache.get_max_length(1) == -1 and new_cache().get_max_length() == -1
+    Stream(cache, batch=2).feed(20)
+    assert cache.get_seq_length(1) == 20 and cache.get_mask_sizes(3, 1) == (23, 0)
+    assert not cache.is_croppable and not cache.is_compileable
+    assert repr(cache) == f"ZigzagCache(layers=[retrieval, streaming(sink={SINK}, window={WINDOW})])"
+
+
+def test_a_new_batch_size_needs_an_empty_cache():
+    cache = new_cache()
+    Stream(cache, batch=2).feed(4)
+    with pytest.raises(ValueError, match="holds 2 rows, the input has 3"):
+        cache.begin(3, 1)
+    cache.reset()
+    Stream(cache, batch=3).feed(4)
+
+
+def test_early_initialization_as_transformers_does_it():
+    cache = new_cache(max_len=32)
+    cache.early_initialization(batch_size=2, num_heads=2, head_dim=HEAD_DIM, dtype=torch.float32, device="cpu")
+    assert cache.is_initialized and cache.memory_bytes() > 0
+    Stream(cache, batch=2).feed(7)
+
+
+def test_misuse_raises():
+    cache = new_cache()
+    with pytest.raises(NotImplementedError, match="cannot roll back"):
+        cache.crop(-1)
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match="call zigzag_ext.enable"):
+        cache.update(torch.zeros(1, 2, 1, HEAD_DIM), torch.zeros(1, 2, 1, HEAD_DIM), 0)
+    with pytest.raises(ValueError, match="max_len must be at least 1"):
+        new_cache(max_len=0)
+    with pytest.raises(ValueError, match="the plan has 1 layers, the model has 2"):
+        zz.ZigzagCache(CONFIG, zz.Plan(["retrieval"], sink=1, window=1))
+    cache.begin(1, 2)
+    q, k = torch.zeros(1, 4, 2, HEAD_DIM), torch.zeros(1, 2, 2, HEAD_DIM)
+    with pytest.raises(ValueError, match="must have one shape"):
+        cache.layers[0].attend(q, k, k[..., :32], 1.0)
+    with pytest.raises(ValueError, match="1 rows x 1 tokens in a forward of 1 rows x 2 tokens"):
+        cache.layers[0].attend(q[:, :, :1], k[:, :, :1], k[:, :, :1], 1.0)
+    cache.layers[0].attend(q, k, k, 1.0)
+    with pytest.raises(RuntimeError, match="layer 0 attended twice"):
+        cache.layers[0].attend(q, k, k, 1.0)

@@ -1,0 +1,116 @@
+"""ZigzagAttention: equal to the reference step by step, and one compiled graph for every length."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import zigzag_ext as zz
+from zigzag_ext import reference
+
+HEADS, KV_HEADS, HEAD_DIM, SINK, WINDOW = 4, 2, 64, 2, 6
+LAYERS = {"streaming": {"sink": SINK, "window": WINDOW}, "retrieval": {"max_len": 64}}
+every_kind = pytest.mark.parametrize("kind", LAYERS)
+
+
+def new_layer(kind, **options):
+    return zz.ZigzagAttention(HEADS, KV_HEADS, HEAD_DIM, kind=kind, **LAYERS[kind] | options)
+
+
+def tokens(batch, q_len, seed, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, h, q_len, HEAD_DIM, generator=generator).to(device, dtype) for h in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+@every_kind
+def test_prompt_and_steps_equal_the_reference(kind, device, dtype):
+    layer = new_layer(kind, max_batch=2, dtype=dtype, device=device)
+    keys, values = layer.k_cache.cpu().double(), layer.v_cache.cpu().double()
+    lengths, pad = torch.zeros(2, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for step, q_len in enumerate([21, 1, 1, 5, 1, 1, 1, 1, 1, 1, 1]):
+        q, k, v = tokens(2, q_len, step, dtype, device)
+        chunk_pad = pad if step == 0 else None
+        out = layer(q, k, v, pad=None if chunk_pad is None else chunk_pad.to(device))
+        inputs = [t.cpu().double() for t in (q, k, v)]
+        expected, _ = reference.attention_(*inputs, keys, values, lengths, chunk_pad, layer.sink, layer.window, HEAD_DIM**-0.5)
+        torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+        lengths += q_len if chunk_pad is None else q_len - chunk_pad
+        assert layer.seq_lens.cpu().equal(lengths)
+
+
+@every_kind
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_to_one_graph_for_every_length(kind, backend):
+    torch._dynamo.reset()
+    counters.clear()
+    layer, eager = new_layer(kind), new_layer(kind)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        layer(*tokens(1, 9, 99)), eager(*tokens(1, 9, 99))
+        for step in range(20):
+            given = tokens(1, 1, step)
+            torch.testing.assert_close(compiled(*given), eager(*given), atol=1e-6, rtol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert layer.seq_lens.tolist() == [29]
+
+
+@every_kind
+def test_reset_and_smaller_batches(kind):
+    layer = new_layer(kind, max_batch=3)
+    first = layer(*tokens(2, 10, 0))
+    assert layer.seq_lens.tolist() == [10, 10, 0]
+    layer.reset()
+    assert layer.seq_lens.tolist() == [0, 0, 0]
+    assert layer(*tokens(2, 10, 0)).equal(first)
+
+
+def test_a_full_layer_raises_before_anything_is_written():
+    layer = new_layer("retrieval", max_len=10)
+    layer(*tokens(1, 9, 0))
+    before = layer.k_cache.clone()
+    with pytest.raises(RuntimeError, match="max_len is 10 tokens, 9 are held and 2 more were given"):
+        layer(*tokens(1, 2, 1))
+    assert layer.k_cache.equal(before) and layer.seq_lens.tolist() == [9]
+    layer(*tokens(1, 1, 2))
+
+
+def test_check_room_sees_steps_that_the_host_did_not_count():
+    layer = new_layer("retrieval", max_len=10)
+    layer.seq_lens.fill_(8)  # as compiled steps leave it
+    layer.check_room(2)
+    with pytest.raises(RuntimeError, match="8 are held and 3 more"):
+        layer.check_room(3)
+    with pytest.raises(RuntimeError, match="8 are held and 3 more"):
+        layer(*tokens(1, 3, 0))
+
+
+def test_a_streaming_layer_never_fills():
+    layer = new_layer("streaming", max_len=4)
+    for step in range(40):
+        layer(*tokens(1, 1, step))
+    assert layer.k_cache.shape[2] == SINK + WINDOW
+
+
+def test_buffers_are_not_saved_and_shown_in_repr():
+    layer = new_layer("streaming")
+    assert not layer.state_dict() and not list(layer.parameters())
+    assert "streaming, sink=2, window=6, cache=(1, 2, 8, 64)" in repr(layer)
+
+
+BAD = {
+    "kind": ((4, 2, 64), {"kind": "full"}, "kind must be 'retrieval' or 'streaming', got 'full'"),
+    "head_dim": ((4, 2, 48), {"kind": "retrieval", "max_len": 8}, "head_dim must be one of 64, 80, 96, 128, 256; got 48"),
+    "group": ((34, 2, 64), {"kind": "retrieval", "max_len": 8}, "1 to 16 times num_kv_heads; got 34 and 2"),
+    "uneven_group": ((5, 2, 64), {"kind": "retrieval", "max_len": 8}, "got 5 and 2"),
+    "max_len": ((4, 2, 64), {"kind": "retrieval"}, "needs max_len >= 1 tokens, got None"),
+    "window": ((4, 2, 64), {"kind": "streaming", "sink": 4}, "got sink 4 and window 0"),
+    "sink": ((4, 2, 64), {"kind": "streaming", "sink": -1, "window": 4}, "got sink -1 and window 4"),
+    "max_batch": ((4, 2, 64), {"kind": "retrieval", "max_len": 8, "max_batch": 0}, "max_batch must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_raise(case):
+    shape, options, words = BAD[case]
+    with pytest.raises(ValueError, match=words):
+        zz.ZigzagAttention(*shape, **options)
