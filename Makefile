@@ -97,13 +97,15 @@ $(VENV)/tools: constraints.txt | $(VENV)/bin/python
 
 # What pyproject.toml's build-system.requires names, in this environment: torch is then fetched once, not once more for the build.
 $(VENV)/build-requirements: constraints.txt | $(VENV)/bin/python
-	@echo "installing torch and the build tools"
+	@echo "installing torch and the build tools (a minute or more)"
 	$(PIP_INSTALL) torch setuptools wheel cmake ninja pybind11
 	@touch $@
 
+# setup.py before pip: pip would hide the compiler's progress for minutes, and finds everything built.
 $(BUILT): $(VENV)/build-requirements $(NATIVE)
 	@echo "building zigzag_ext (ZIGZAG_CUDA=$(ZIGZAG_CUDA))"
 	@rm -f $(VENV)/built-cuda-*
+	python setup.py --quiet build_ext --inplace
 	$(PIP_INSTALL) --no-build-isolation -e '.[demo,plot,test]'
 	@touch $@
 
