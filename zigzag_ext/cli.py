@@ -233,7 +233,7 @@ def _verdict(outcomes) -> tuple[str, bool]:
 
 
 def _kept_share(plan, context: int) -> float:
-    """KV slots of all layers at this context length, as a share of full attention; a ring takes its slots however short the context."""
+    """KV slots at this context length as a share of full attention; a ring always takes all of its slots."""
     if context < 1:
         raise ValueError(f"--context must be at least 1 token, got {context}")
     streaming = (plan.sink + plan.window) * len(plan.streaming_layers)
