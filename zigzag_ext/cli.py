@@ -215,7 +215,7 @@ def _demo_table(outcomes) -> Table:
     return table
 
 
-def _first_words(text: str, width: int = 14) -> str:
+def _first_words(text: str, width: int = 13) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
