@@ -37,11 +37,13 @@ class GraphClock:
     """One implementation, captured: graphs that together run through all sets."""
 
     def __init__(self, run: Run, num_sets: int, bytes_per_call: int):
-        wanted = min(max(BYTES_PER_REPLAY // bytes_per_call, MIN_NODES), MAX_NODES)
-        # Whole rounds through the sets: every set was last touched num_sets calls earlier.
-        self.nodes = wanted // num_sets * num_sets if wanted >= num_sets else wanted
+        most = min(max(BYTES_PER_REPLAY // bytes_per_call, MIN_NODES), MAX_NODES)
+        # Graphs of equal size that share out the sets, or one that runs through them several times. The remainder of the
+        # division stays unused: a graph that wrapped around would touch what the next graph reads first.
+        num_graphs = -(-num_sets // most)
+        self.nodes = most // num_sets * num_sets if num_graphs == 1 else num_sets // num_graphs
         sets = itertools.cycle(range(num_sets))
-        self.graphs = [self._capture(run, sets) for _ in range(-(-num_sets // self.nodes))]
+        self.graphs = [self._capture(run, sets) for _ in range(num_graphs)]
         self.positions = len(self.graphs)
         self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for graph in self.graphs:
@@ -80,29 +82,24 @@ def make_clock(device: str, run: Run, num_sets: int, bytes_per_call: int) -> Gra
     return (GraphClock if device == "cuda" else CallClock)(run, num_sets, bytes_per_call)
 
 
-def measure(device: str, clocks: dict[str, GraphClock | CallClock], cpu_seconds: float = CPU_SECONDS) -> dict[str, Quantiles]:
+def measure(device: str, clocks: dict[str, GraphClock | CallClock]) -> dict[str, Quantiles]:
     """Samples every clock in turn, round after round, so that a drifting machine touches all of them alike.
 
-    Clocks share their buffers, so each starts somewhere else in the rotation: none may find what its predecessor just read.
+    Clocks share their buffers, so they share one rotation: none finds in a cache what its predecessor has just read.
     """
     samples: dict[str, list[float]] = {name: [] for name in clocks}
+    turn = itertools.count()
     begin = time.perf_counter()
     for rounds in itertools.count():
         if device == "cuda" and rounds == REPLAYS:
             break
         if device == "cpu" and rounds >= CPU_MIN_SAMPLES:
             elapsed = time.perf_counter() - begin
-            if rounds == CPU_MAX_SAMPLES or elapsed > cpu_seconds * max(1, len(clocks)):
+            if rounds == CPU_MAX_SAMPLES or elapsed > CPU_SECONDS * max(1, len(clocks)):
                 break
-        for index, (name, clock) in enumerate(clocks.items()):
-            samples[name].append(clock.sample(position(rounds, index, len(clocks), clock.positions)))
+        for name, clock in clocks.items():
+            samples[name].append(clock.sample(next(turn) % clock.positions))
     return {name: quantiles(sample) for name, sample in samples.items()}
-
-
-def position(rounds: int, index: int, count: int, positions: int) -> int:
-    """Where clock `index` of `count` stands in a rotation over `positions`: evenly spread, at least not beside each other."""
-    offset = index * positions // count if positions >= count else index
-    return (rounds + offset) % positions
 
 
 def copy_bandwidth(device: str) -> float:

@@ -11,7 +11,7 @@ from zigzag_ext import reference
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Largest ||out - expected|| / ||expected|| over heads: the output and the probabilities are rounded to the dtype.
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}
-COLD_BYTES = 400_000_000  # eight times the L2 of an H100
+COLD_BYTES = 420_000_000  # eight times the L2 of an H100; a clock may leave out up to 4% of it
 QUERY_SIGMA = 2.5  # logits then spread by 2.5: the softmax is neither flat nor one-hot
 
 

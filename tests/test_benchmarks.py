@@ -81,11 +81,15 @@ def test_quantiles():
     assert clock.quantiles([float(x) for x in range(11)]) == clock.Quantiles(2.0, 5.0, 8.0)
 
 
-@pytest.mark.parametrize("count,positions", [(2, 2), (3, 2), (3, 153), (8, 10), (8, 3)])
-def test_rotation_keeps_implementations_apart(count, positions):
-    order = [clock.position(r, i, count, positions) for r in range(2 * positions) for i in range(count)]
-    assert all(a != b for a, b in zip(order, order[1:], strict=False) if positions > 2)
-    assert set(order[::count]) == set(range(positions))
+@pytest.mark.parametrize("count,positions", [(2, 2), (2, 3), (3, 2), (3, 30), (8, 10)])
+def test_no_implementation_finds_buffers_that_another_has_just_read(monkeypatch, count, positions):
+    monkeypatch.setattr(clock, "CPU_SECONDS", 0.0)
+    visits = []
+    clocks = {str(i): clock.CallClock(visits.append, positions, 1) for i in range(count)}
+    visits.clear()
+    clock.measure("cpu", clocks)
+    assert len(visits) == count * clock.CPU_MIN_SAMPLES
+    assert visits == [i % positions for i in range(len(visits))]
 
 
 def test_report_fills_both_documents_and_draws(tmp_path, capsys):
@@ -164,9 +168,8 @@ def raise_(error):
     ids=["off", "nan", "shape", "exception", "import"],
 )
 def test_a_broken_peer_is_named_and_not_timed(fast, change, reason):
-    clocks, _, reasons = run.prepare_all(
-        problem.Problem(TINY[0], "cpu"), {"broken": Broken(change), "right": Broken(lambda out: out)}
-    )
+    modules = {"broken": Broken(change), "right": Broken(lambda out: out)}
+    clocks, _, reasons = run.prepare_all(problem.Problem(TINY[0], "cpu"), modules)
     assert list(clocks) == ["right"] and list(reasons) == ["broken"]
     assert reasons["broken"].startswith(reason)
 

@@ -74,7 +74,7 @@ def test_bad_arguments_raise_and_write_nothing(device, name):
     spoil(inputs)
     if inputs["pad"] is not None:
         inputs["pad"] = inputs["pad"].to(device)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         call(inputs, case)
     for n, cache in caches.items():
         assert torch.equal(torch.nan_to_num(cache), torch.nan_to_num(before[n]))
@@ -83,7 +83,7 @@ def test_bad_arguments_raise_and_write_nothing(device, name):
 @pytest.mark.parametrize("sink,window", [(-1, 8), (2, -1)])
 def test_negative_sink_or_window(device, sink, window):
     inputs = Case((5,), 1).on(device, torch.bfloat16).build()
-    with pytest.raises(RuntimeError, match=r"\[0, 2\^31\)"):
+    with pytest.raises((RuntimeError, ValueError), match=r"\[0, 2\^31\)"):
         ops.attention(**inputs, sink=sink, window=window)
 
 

@@ -97,7 +97,7 @@ class Cpu final : public Device {
          ++round) {
       for (int c = 0; c < count; ++c) {
         const auto start = Clock::now();
-        calls[static_cast<std::size_t>(c)]((round + 1 + c * num_sets / count) % num_sets);
+        calls[static_cast<std::size_t>(c)](((round + 1) * count + c) % num_sets);
         if (round >= 0) microseconds[static_cast<std::size_t>(c)].push_back(elapsed(start) * 1e6);
       }
     }

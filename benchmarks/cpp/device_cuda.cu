@@ -166,11 +166,12 @@ class Gpu final : public Device {
   }
 
   std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t bytes_per_call) override {
-    const int64_t wanted =
-        std::clamp<int64_t>(kBytesPerReplay / std::max<int64_t>(bytes_per_call, 1), kMinNodes, kMaxNodes);
-    // Whole rounds through the sets, so that every set is last touched num_sets calls earlier.
-    const int nodes = static_cast<int>(wanted >= num_sets ? wanted / num_sets * num_sets : wanted);
-    const int num_graphs = std::max(1, (num_sets + nodes - 1) / nodes);
+    const int most = static_cast<int>(
+        std::clamp<int64_t>(kBytesPerReplay / std::max<int64_t>(bytes_per_call, 1), kMinNodes, kMaxNodes));
+    // Graphs of equal size that share out the sets, or one that runs through them several times. The remainder of the
+    // division stays unused: a graph that wrapped around would touch what the next graph reads first.
+    const int num_graphs = (num_sets + most - 1) / most;
+    const int nodes = num_graphs == 1 ? most / num_sets * num_sets : num_sets / num_graphs;
     std::vector<std::vector<std::unique_ptr<Graph>>> graphs(calls.size());
     for (std::size_t c = 0; c < calls.size(); ++c) {
       for (int g = 0; g < num_graphs; ++g) {
@@ -184,8 +185,7 @@ class Gpu final : public Device {
     std::vector<std::vector<double>> microseconds(calls.size());
     for (int round = 0; round < kReplays; ++round) {
       for (std::size_t c = 0; c < calls.size(); ++c) {
-        const std::size_t g =
-            (static_cast<std::size_t>(round) + c * graphs[c].size() / calls.size()) % graphs[c].size();
+        const std::size_t g = (static_cast<std::size_t>(round) * calls.size() + c) % graphs[c].size();
         microseconds[c].push_back(replay(*graphs[c][g]) / nodes);
       }
     }

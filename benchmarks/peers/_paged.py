@@ -6,7 +6,7 @@ PAGE_SIZE = 64
 
 
 def pages(problem):
-    """Per set: K and V as [batch * pages_per_row, PAGE_SIZE, num_kv_heads, head_dim]; and the table int32 [batch, pages_per_row]."""
+    """K and V of every set as [batch * pages_per_row, PAGE_SIZE, num_kv_heads, head_dim]; table int32 [batch, pages_per_row]."""
     cell = problem.cell
     problem.need(cell.slots % PAGE_SIZE == 0, f"whole pages of {PAGE_SIZE} tokens only")
     shape = (-1, PAGE_SIZE, cell.num_kv_heads, cell.head_dim)

@@ -1,9 +1,11 @@
 // The one exception type of the core, and the checks that throw it.
 #pragma once
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
 
 namespace zigzag {
 
@@ -13,12 +15,30 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Joins its arguments into one string, as operator<< prints them.
+namespace detail {
+
+inline std::string to_text(std::string_view part) { return std::string(part); }
+
+template <class Number, class = std::enable_if_t<std::is_arithmetic_v<Number>>>
+std::string to_text(Number part) {
+  if constexpr (std::is_floating_point_v<Number>) {
+    char text[32];
+    std::snprintf(text, sizeof(text), "%g", static_cast<double>(part));
+    return text;
+  } else {
+    return std::to_string(part);
+  }
+}
+
+}  // namespace detail
+
+// Joins strings and numbers into one string. Without iostreams: where torch brings its own copy of the C++ library's
+// locale data, printing a number through a stream of this one crashes (seen with torch 2.11).
 template <class... Parts>
 std::string concat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string text;
+  (text.append(detail::to_text(parts)), ...);
+  return text;
 }
 
 }  // namespace zigzag

@@ -55,9 +55,9 @@ inline const DeviceInfo& device_info() {
 struct LaunchOptions {
   bool force_plain;       // ZIGZAG_FORCE_PLAIN=1: nothing above sm_80 (no clusters, no programmatic dependent launch)
   bool dependent_launch;  // ZIGZAG_DEPENDENT_LAUNCH=1: programmatic dependent launch where the kernel supports it
-  int cluster;            // ZIGZAG_CLUSTER: blocks per cluster
-  int warps;              // ZIGZAG_WARPS: warps per block
-  int blocks;             // ZIGZAG_BLOCKS: blocks of the split kernel
+  int cluster;  // ZIGZAG_CLUSTER: blocks per cluster of decode_stream; 1 also keeps decode_full from using clusters
+  int warps;    // ZIGZAG_WARPS: warps per block
+  int blocks;   // ZIGZAG_BLOCKS: blocks of the split kernel
 };
 
 inline const LaunchOptions& launch_options() {
@@ -73,10 +73,9 @@ inline const LaunchOptions& launch_options() {
 }
 
 // Lets `kernel` use `bytes` of dynamic shared memory on the current device. Remembers the limit it set: the driver is
-// asked only when a launch needs more than any before it. Set from 32 KB on, because the default limit of 48 KB includes
-// what the kernel declares itself.
+// asked only when a launch needs more than any before it.
 inline void allow_shared_memory(const void* kernel, int bytes) {
-  if (bytes <= 32 * 1024) return;
+  if (bytes <= 47 * 1024) return;  // the default limit of 48 KB, less 1 KB for what the kernel declares itself
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int>, int> limits;
   int device = 0;

@@ -29,7 +29,7 @@ __device__ __forceinline__ void stage_queries(const Params& p, const Segment& se
       source +=
           2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head + column * p.q_stride.token) + chunk * 16;
     }
-    device::cp_async_16(buffer + row * S::kRowBytes + chunk * 16, source, valid);
+    device::cp_async_16(buffer + swizzled(row, chunk, S::kRowBytes), source, valid);
   }
 }
 
@@ -46,17 +46,16 @@ struct Queries {
   __device__ __forceinline__ void attach(uint32_t buffer) {
     const int lane = threadIdx.x % 32;
     if constexpr (S::kRowTiles == 1) {  // one ldmatrix covers two steps
-      address = buffer + lane % 8 * S::kRowBytes + lane / 8 * 16;
+      address = buffer + swizzled(lane % 8, lane / 8, S::kRowBytes);
 #pragma unroll
       for (int step = 0; step < S::kSteps; step += 2) {
-        // Where the number of steps is odd, the last ldmatrix reads its one step twice.
-        uint32_t r[4];
-        device::ldmatrix_x4(r, step + 1 < S::kSteps ? address + step * 32 : address + step * 32 - lane / 16 * 32);
+        uint32_t r[4];  // where the number of steps is odd, the last half lies beyond head_dim and is not used
+        device::ldmatrix_x4(r, advance_chunks(address, 2 * step));
         fragment[step][0][0] = r[0], fragment[step][0][1] = r[1];
         if (step + 1 < S::kSteps) fragment[step + 1][0][0] = r[2], fragment[step + 1][0][1] = r[3];
       }
     } else {  // one ldmatrix covers both row tiles
-      address = buffer + (lane % 8 + lane / 16 * 8) * S::kRowBytes + lane / 8 % 2 * 16;
+      address = buffer + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2, S::kRowBytes);
       if constexpr (kInRegisters) {
 #pragma unroll
         for (int step = 0; step < S::kSteps; ++step) read(step, fragment[step]);
@@ -66,7 +65,7 @@ struct Queries {
 
   __device__ __forceinline__ void read(int step, uint32_t (&b)[S::kRowTiles][2]) const {
     uint32_t r[4];
-    device::ldmatrix_x4(r, address + step * 32);
+    device::ldmatrix_x4(r, advance_chunks(address, 2 * step));
     b[0][0] = r[0], b[0][1] = r[1];
     if constexpr (S::kRowTiles == 2) b[1][0] = r[2], b[1][1] = r[3];
   }
@@ -122,22 +121,29 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
                                             float scale_log2, const Mask& mask) {
   using Element = typename S::Element;
   const int lane = threadIdx.x % 32;
-  const uint32_t k_address = stage + lane % 16 * S::kRowBytes + lane / 16 * 16;
-  const uint32_t v_address = stage + S::kTileBytes + (lane % 8 + lane / 16 * 8) * S::kRowBytes + lane / 8 % 2 * 16;
+  const uint32_t k_address = stage + swizzled(lane % 16, lane / 16, S::kRowBytes);
+  const uint32_t v_address =
+      stage + S::kTileBytes + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2, S::kRowBytes);
 
-  float s[S::kRowTiles][4] = {};
+  // One row tile is one chain of dependent mma: two accumulators halve its latency.
+  constexpr int kChains = S::kRowTiles == 1 ? 2 : 1;
+  float chain[kChains][S::kRowTiles][4] = {};
 #pragma unroll
   for (int step = 0; step < S::kSteps; ++step) {
     uint32_t k[4], b[S::kRowTiles][2];
-    device::ldmatrix_x4(k, k_address + step * 32);
+    device::ldmatrix_x4(k, advance_chunks(k_address, 2 * step));
     queries.get(step, b);
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) device::mma_m16n8k16<Element>(s[n], k, b[n][0], b[n][1]);
+    for (int n = 0; n < S::kRowTiles; ++n)
+      device::mma_m16n8k16<Element>(chain[step % kChains][n], k, b[n][0], b[n][1]);
   }
+  float s[S::kRowTiles][4];
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[n][i] *= scale_log2;
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] = scale_log2 * (kChains == 2 ? chain[0][n][i] + chain[kChains - 1][n][i] : chain[0][n][i]);
+    }
   }
   mask(s);
   raise_max(state, s);
@@ -156,7 +162,7 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
 #pragma unroll
   for (int step = 0; step < S::kSteps; ++step) {
     uint32_t v[4];
-    device::ldmatrix_x4_trans(v, v_address + step * 32);
+    device::ldmatrix_x4_trans(v, advance_chunks(v_address, 2 * step));
 #pragma unroll
     for (int n = 0; n < S::kRowTiles; ++n)
       device::mma_m16n8k16<Element>(state.out[step][n], v, weights[n][0], weights[n][1]);

@@ -1,15 +1,7 @@
-// Prefill, append and merge on the GPU against double precision on the CPU. Whatever a kernel must not read (unused
-// slots, padding columns, gaps between rows) holds NaN, and whatever it must not write is compared bit for bit
-// afterwards. Without a GPU only the key numbering is tested. Made to run under compute-sanitizer: shapes are small.
-#include <doctest/doctest.h>
-
-#include "kernels/prefill/key_range.h"
-
+// Prefill and append on the GPU against double precision on the CPU. Whatever a kernel must not read (unused slots,
+// padding columns, gaps between rows) holds NaN, and whatever it must not write is compared bit for bit afterwards.
+// Shapes are small, so that it can run under compute-sanitizer.
 #if ZIGZAG_WITH_CUDA
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -17,99 +9,12 @@
 #include <random>
 #include <vector>
 
-#include "core/error.h"
+#include "cuda_testing.h"
 #include "kernels/attention.h"
 #include "kernels/prefill/prefill.h"
-#endif
 
 namespace zigzag {
-
-TEST_CASE("key range lists every key that some query sees, once, and no other") {
-  for (const RingLayout layout :
-       {RingLayout{0, 0}, RingLayout{0, 1}, RingLayout{3, 1}, RingLayout{4, 6}, RingLayout{9, 20}}) {
-    for (int first = 0; first <= 30; ++first) {
-      for (int query = first; query < first + 14; ++query) {
-        for (int last = query; last < query + 9; ++last) {
-          for (const int oldest : {0, first}) {
-            const KeyRange keys = KeyRange::of(layout, oldest, query, last);
-            int number = 0;
-            for (int key = oldest; key <= last; ++key) {
-              bool seen = false;
-              for (int q = query; q <= last; ++q) seen = seen || layout.visible(key, q);
-              if (!seen) continue;
-              REQUIRE(number < keys.count);
-              REQUIRE(keys.position(number++) == key);
-            }
-            REQUIRE(number == keys.count);
-            for (int q = query; q <= last; ++q) {
-              for (int i = 0; i < number + 3; ++i) {
-                REQUIRE(keys.visible(keys.bounds(i), q) == (i < number && layout.visible(keys.position(i), q)));
-              }
-            }
-            for (int begin = 0; begin <= number; ++begin) {
-              bool all = begin + 4 <= number;
-              for (int i = begin; all && i < begin + 4; ++i) {
-                for (int q = query; q <= last; ++q) all = all && layout.visible(keys.position(i), q);
-              }
-              REQUIRE(keys.all_visible(begin, 4) == all);
-            }
-          }
-        }
-      }
-    }
-  }
-}
-
-#if ZIGZAG_WITH_CUDA
 namespace {
-
-#define CHECK_CUDA(call) REQUIRE((call) == cudaSuccess)
-
-bool no_device() {
-  int count = 0;
-  const bool none = cudaGetDeviceCount(&count) != cudaSuccess || count == 0;
-  if (none) MESSAGE("skipped: no CUDA device");
-  return none;
-}
-
-uint16_t encode(float x, DType dtype) {
-  return dtype == DType::kFloat16 ? static_cast<__half_raw>(__float2half(x)).x
-                                  : static_cast<__nv_bfloat16_raw>(__float2bfloat16(x)).x;
-}
-
-double decode(uint16_t bits, DType dtype) {
-  if (dtype == DType::kFloat16) {
-    __half_raw raw;
-    raw.x = bits;
-    return __half2float(__half(raw));
-  }
-  __nv_bfloat16_raw raw;
-  raw.x = bits;
-  return __bfloat162float(__nv_bfloat16(raw));
-}
-
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) : size_(host.size()) {
-    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(size_ * sizeof(T), 16)));
-    CHECK_CUDA(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-
-  T* data() const { return data_; }
-  std::vector<T> host() const {
-    std::vector<T> copy(size_);
-    CHECK_CUDA(cudaMemcpy(copy.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return copy;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
 
 // [batch, heads, tokens, head_dim] in 16-bit elements, all NaN at first. `strided`: tokens before heads in memory, rows
 // apart.
@@ -461,52 +366,5 @@ TEST_CASE("append skips tokens past the capacity") {
   CHECK(device.k_cache.host() == in.k_cache.data);
 }
 
-TEST_CASE("merge of two states equals the double reference; an empty state does not matter") {
-  if (no_device()) return;
-  const float empty = -INFINITY;
-  const std::vector<float> lse_a = {1.0f, empty, 3.0f, empty, -200.0f, 90.0f, 0.0f};
-  const std::vector<float> lse_b = {1.5f, 2.0f, empty, empty, -201.0f, -90.0f, 0.0f};
-  const int rows = static_cast<int>(lse_a.size());
-  for (int head_dim : kHeadDims) {
-    for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-      std::mt19937 random(3);
-      std::normal_distribution<float> normal;
-      std::vector<uint16_t> out_a(static_cast<size_t>(rows) * head_dim), out_b(out_a);
-      for (size_t i = 0; i < out_a.size(); ++i) {
-        const size_t row = i / head_dim;
-        out_a[i] = lse_a[row] == empty ? 0xffff : encode(normal(random), dtype);
-        out_b[i] = lse_b[row] == empty ? 0xffff : encode(normal(random), dtype);
-      }
-      const DeviceArray<uint16_t> a(out_a), b(out_b), out(std::vector<uint16_t>(out_a.size(), 0xffff));
-      const DeviceArray<float> from_a(lse_a), from_b(lse_b), lse(std::vector<float>(rows, NAN));
-      MergeParams p = {};
-      p.out_a = a.data(), p.lse_a = from_a.data(), p.out_b = b.data(), p.lse_b = from_b.data();
-      p.out = out.data(), p.lse = lse.data(), p.rows = rows, p.head_dim = head_dim, p.dtype = dtype;
-      merge_states_cuda(p, nullptr);
-      CHECK_CUDA(cudaDeviceSynchronize());
-      const std::vector<uint16_t> actual = out.host();
-      const std::vector<float> actual_lse = lse.host();
-      for (int row = 0; row < rows; ++row) {
-        const double top = std::max(lse_a[row], lse_b[row]);
-        const bool nothing = std::isinf(top);
-        const double expected = nothing ? top : top + std::log(std::exp(lse_a[row] - top) + std::exp(lse_b[row] - top));
-        CHECK((nothing ? actual_lse[row] == empty
-                       : std::abs(actual_lse[row] - expected) < 1e-5 * (1 + std::abs(expected))));
-        const double weight_a = nothing ? 0 : std::exp(lse_a[row] - expected),
-                     weight_b = nothing ? 0 : std::exp(lse_b[row] - expected);
-        double worst = 0;
-        for (int d = 0; d < head_dim; ++d) {
-          const size_t i = static_cast<size_t>(row) * head_dim + d;
-          const double x = (weight_a > 0 ? weight_a * decode(out_a[i], dtype) : 0) +
-                           (weight_b > 0 ? weight_b * decode(out_b[i], dtype) : 0);
-          const double error = std::abs(decode(actual[i], dtype) - x) / (1 + std::abs(x));
-          if (!(error <= worst)) worst = error;
-        }
-        CHECK(worst <= (dtype == DType::kBFloat16 ? 4e-3 : 6e-4));
-      }
-    }
-  }
-}
-#endif
-
 }  // namespace zigzag
+#endif
