@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
-.PHONY: help demo test pytest cpptest build lint format sanitize bench figures clean
+.PHONY: help demo test pytest cpptest build lint format sanitize bench bench-build figures clean
 
 help:
 	@sed -n '2,4s/^# \{0,1\}//p' Makefile
@@ -75,10 +75,12 @@ sanitize: $(BUILT)
 	  done; \
 	else echo "no GPU: compute-sanitizer not run"; fi
 
-bench: $(BUILT)
+bench: bench-build
+	$(ZIGZAG_BUILD_DIR)/bench_decode $(BENCH_ARGS)
+
+bench-build: $(BUILT)
 	cmake -S . -B $(ZIGZAG_BUILD_DIR) -DZIGZAG_BUILD_BENCHMARKS=ON > /dev/null
 	cmake --build $(ZIGZAG_BUILD_DIR) --parallel $(MAX_JOBS)
-	$(ZIGZAG_BUILD_DIR)/bench_decode $(BENCH_ARGS)
 
 figures: $(BUILT)
 	python benchmarks/report.py
@@ -97,13 +99,15 @@ $(VENV)/tools: constraints.txt | $(VENV)/bin/python
 
 # What pyproject.toml's build-system.requires names, in this environment: torch is then fetched once, not once more for the build.
 $(VENV)/build-requirements: constraints.txt | $(VENV)/bin/python
-	@echo "installing torch and the build tools"
+	@echo "installing torch and the build tools (a minute or more)"
 	$(PIP_INSTALL) torch setuptools wheel cmake ninja pybind11
 	@touch $@
 
+# setup.py before pip: pip would hide the compiler's progress for minutes, and finds everything built.
 $(BUILT): $(VENV)/build-requirements $(NATIVE)
 	@echo "building zigzag_ext (ZIGZAG_CUDA=$(ZIGZAG_CUDA))"
 	@rm -f $(VENV)/built-cuda-*
+	python setup.py --quiet build_ext --inplace
 	$(PIP_INSTALL) --no-build-isolation -e '.[demo,plot,test]'
 	@touch $@
 

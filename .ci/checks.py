@@ -1,10 +1,11 @@
-"""CI checks: `build` (CUDA is compiled wherever nvcc is), `skips FILE` (junit XML: tests skipped for want of a GPU only)."""
+"""CI checks: `build` (CUDA is compiled wherever nvcc is), `skips FILE` (junit XML: skipped for want of a GPU only)."""
 
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 
-ALLOWED_SKIPS = ("needs a CUDA GPU", "needs two CUDA GPUs")
+# The score files are published data that is not part of the repository.
+ALLOWED_SKIPS = ("needs a CUDA GPU", "needs two CUDA GPUs", "published score files are not at")
 
 
 def check_build() -> str | None:
@@ -18,13 +19,13 @@ def check_build() -> str | None:
 
 
 def check_skips(path: str) -> str | None:
-    """Every skipped test must need a GPU: whatever a CPU can run has to run here."""
+    """Every skipped test must need what CI cannot have: whatever a CPU can run has to run here."""
     cases = list(ElementTree.parse(path).iter("testcase"))
     skips = [(case, skip.get("message", "")) for case in cases for skip in case.iter("skipped")]
     wrong = [
         f"{case.get('classname')}::{case.get('name')}: {reason}" for case, reason in skips if not reason.startswith(ALLOWED_SKIPS)
     ]
-    print(f"{len(cases)} tests, {len(skips)} skipped for want of a GPU, {len(wrong)} skipped for another reason")
+    print(f"{len(cases)} tests, {len(skips)} skipped for want of a GPU or of data, {len(wrong)} for another reason")
     if wrong:
         return "skipped although a CPU could run them:\n" + "\n".join(wrong)
     return None if cases else "no test ran"

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
@@ -214,7 +215,7 @@ def _demo_table(outcomes) -> Table:
     return table
 
 
-def _first_words(text: str, width: int = 18) -> str:
+def _first_words(text: str, width: int = 13) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
@@ -232,10 +233,10 @@ def _verdict(outcomes) -> tuple[str, bool]:
 
 
 def _kept_share(plan, context: int) -> float:
-    """Tokens kept over all layers at this context length, as a share of full attention."""
+    """KV slots at this context length as a share of full attention; a ring always takes all of its slots."""
     if context < 1:
         raise ValueError(f"--context must be at least 1 token, got {context}")
-    streaming = min(context, plan.sink + plan.window) * len(plan.streaming_layers)
+    streaming = (plan.sink + plan.window) * len(plan.streaming_layers)
     return (len(plan.retrieval_layers) * context + streaming) / (plan.num_layers * context)
 
 
