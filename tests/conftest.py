@@ -12,6 +12,3 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device,dtype", pairs)
     elif "device" in metafunc.fixturenames:
         metafunc.parametrize("device", devices)
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

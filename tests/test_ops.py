@@ -102,7 +102,11 @@ def test_any_chunking_equals_one_shot(device, dtype, window):
     done, outs = 0, []
     while done < total:
         step = min(total - done, int(torch.randint(1, 30, (1,), generator=rng)))
-        chunk = {n: t if n.endswith("cache") else t[:, :, done : done + step] for n, t in pieces.items() if n not in ("seq_lens", "pad")}
+        chunk = {
+            n: t if n.endswith("cache") else t[:, :, done : done + step]
+            for n, t in pieces.items()
+            if n not in ("seq_lens", "pad")
+        }
         chunk |= {"seq_lens": torch.full((2,), done, dtype=torch.int32, device=device), "pad": None}
         outs.append(call(chunk, case)[0])
         done += step
@@ -172,9 +176,13 @@ def test_merge_of_two_halves_is_the_whole(device, dtype):
     case = Case((200,), 1, spare_slots=0).on(device, dtype)
     whole = case.build()
     left = {n: t[:, :, :120] if n.endswith("cache") else t for n, t in whole.items()}
-    left = {n: None if t is None else t.clone() for n, t in left.items()} | {"seq_lens": torch.tensor([119], dtype=torch.int32, device=device)}
+    left = {n: None if t is None else t.clone() for n, t in left.items()} | {
+        "seq_lens": torch.tensor([119], dtype=torch.int32, device=device)
+    }
     left["k_new"], left["v_new"] = whole["k_cache"][:, :, 119:120].clone(), whole["v_cache"][:, :, 119:120].clone()
-    right = {n: None if t is None else t.clone() for n, t in whole.items()} | {"seq_lens": torch.tensor([80], dtype=torch.int32, device=device)}
+    right = {n: None if t is None else t.clone() for n, t in whole.items()} | {
+        "seq_lens": torch.tensor([80], dtype=torch.int32, device=device)
+    }
     right["k_cache"], right["v_cache"] = whole["k_cache"][:, :, 120:].clone(), whole["v_cache"][:, :, 120:].clone()
     merged, lse = ops.merge_states(*call(left, case), *call(right, case))
     expected, expected_lse = call(whole, case)

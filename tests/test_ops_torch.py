@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import needs_cuda
+from gpu import launched_kernels, needs_cuda
 from op_cases import Case, call, specification
 
 from zigzag_ext import ops
@@ -10,7 +10,9 @@ from zigzag_ext import ops
 
 def arguments(case):
     inputs = case.build()
-    workspace = ops.new_workspace(len(case.seq_lens), case.group * case.num_kv_heads, case.num_kv_heads, case.head_dim, case.device)
+    workspace = ops.new_workspace(
+        len(case.seq_lens), case.group * case.num_kv_heads, case.num_kv_heads, case.head_dim, case.device
+    )
     names = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")
     return (*(inputs[n] for n in names), workspace, case.sink, case.window, 0.125)
 
@@ -48,14 +50,20 @@ def test_autograd_is_refused(device, dtype):
 
 
 BAD = {
-    "head_dim": (lambda i: i.update({n: i[n][..., :48].contiguous() for n in ("q", "k_new", "v_new", "k_cache", "v_cache")}), "head_dim 48"),
+    "head_dim": (
+        lambda i: i.update({n: i[n][..., :48].contiguous() for n in ("q", "k_new", "v_new", "k_cache", "v_cache")}),
+        "head_dim 48",
+    ),
     "q not 4-D": (lambda i: i.update(q=i["q"][0]), "q must be"),
     "batch of k_new": (lambda i: i.update(k_new=i["k_new"][:1]), "k_new must have shape"),
     "v_cache slots": (lambda i: i.update(v_cache=i["v_cache"][:, :, 1:]), "v_cache must have shape"),
     "ring slots": (lambda i: i.update(k_cache=i["k_cache"][:, :, 1:], v_cache=i["v_cache"][:, :, 1:]), "slots"),
     "heads not a multiple": (lambda i: i.update(q=i["q"][:, :7]), "multiple"),
     "dtype of v_new": (lambda i: i.update(v_new=i["v_new"].double()), "v_new must have the dtype"),
-    "float64": (lambda i: i.update({n: i[n].double() for n in ("q", "k_new", "v_new", "k_cache", "v_cache")}), "supported: float16"),
+    "float64": (
+        lambda i: i.update({n: i[n].double() for n in ("q", "k_new", "v_new", "k_cache", "v_cache")}),
+        "supported: float16",
+    ),
     "seq_lens int64": (lambda i: i.update(seq_lens=i["seq_lens"].long()), "seq_lens must be int32"),
     "seq_lens shape": (lambda i: i.update(seq_lens=i["seq_lens"][:1]), "seq_lens must have shape"),
     "pad dtype": (lambda i: i.update(pad=torch.zeros(2)), "pad must be"),
@@ -133,9 +141,5 @@ def test_one_launch_per_decode_call(q_len, window):
     workspace = ops.new_workspace(2, 8, 2, 64, "cuda")
     run = lambda: ops.attention(**inputs, sink=4, window=window, scale=0.125, workspace=workspace)  # noqa: E731
     run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = launched_kernels(run)
     assert len(kernels) == 1 and "decode" in kernels[0], kernels

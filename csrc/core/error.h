@@ -9,7 +9,8 @@
 
 namespace zigzag {
 
-// Thrown for every bad argument and every failed CUDA call. The bindings turn it into a Python ValueError or RuntimeError.
+// Thrown for every bad argument and every failed CUDA call. The bindings turn it into a Python ValueError or
+// RuntimeError.
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -45,7 +46,7 @@ std::string concat(const Parts&... parts) {
 
 // Throws zigzag::Error built from the remaining arguments unless `condition` holds. The message says what is allowed
 // and what was given; the condition itself never reaches the user.
-#define ZZ_CHECK(condition, ...)                                   \
-  do {                                                             \
+#define ZZ_CHECK(condition, ...)                                            \
+  do {                                                                      \
     if (!(condition)) throw ::zigzag::Error(::zigzag::concat(__VA_ARGS__)); \
   } while (false)

@@ -1,5 +1,5 @@
-// One plain struct per op: what a kernel is told. Filled by the bindings or by the engine, copied to the device as it is.
-// Strides are in elements, sizes in tokens or heads, never in bytes unless the name says so.
+// One plain struct per op: what a kernel is told. Filled by the bindings or by the engine, copied to the device as it
+// is. Strides are in elements, sizes in tokens or heads, never in bytes unless the name says so.
 #pragma once
 
 #include <type_traits>
@@ -30,9 +30,9 @@ struct AttentionParams {
   int64_t workspace_bytes;  // at least attention_workspace_bytes(...) of kernels/attention.h
   Strides q_stride, k_new_stride, v_new_stride, k_cache_stride, v_cache_stride, out_stride;
   int batch, num_q_heads, num_kv_heads, q_len, head_dim;
-  int slots;   // capacity of a full cache; sink + window of a ring; 0: nothing is cached
-  int sink;    // first tokens that a ring keeps for ever; ignored when window == 0
-  int window;  // last tokens that a ring keeps, the newest one included; 0 marks a full cache
+  int slots;    // capacity of a full cache; sink + window of a ring; 0: nothing is cached
+  int sink;     // first tokens that a ring keeps for ever; ignored when window == 0
+  int window;   // last tokens that a ring keeps, the newest one included; 0 marks a full cache
   float scale;  // factor on q . k before the softmax
   DType dtype;  // of q, k, v, the caches and out
 };

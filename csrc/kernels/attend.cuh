@@ -122,8 +122,7 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
   using Element = typename S::Element;
   const int lane = threadIdx.x % 32;
   const uint32_t k_address = stage + swizzled(lane % 16, lane / 16, S::kRowBytes);
-  const uint32_t v_address =
-      stage + S::kTileBytes + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2, S::kRowBytes);
+  const uint32_t v_address = stage + S::kTileBytes + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2, S::kRowBytes);
 
   // One row tile is one chain of dependent mma: two accumulators halve its latency.
   constexpr int kChains = S::kRowTiles == 1 ? 2 : 1;
@@ -134,8 +133,7 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
     device::ldmatrix_x4(k, advance_chunks(k_address, 2 * step));
     queries.get(step, b);
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n)
-      device::mma_m16n8k16<Element>(chain[step % kChains][n], k, b[n][0], b[n][1]);
+    for (int n = 0; n < S::kRowTiles; ++n) device::mma_m16n8k16<Element>(chain[step % kChains][n], k, b[n][0], b[n][1]);
   }
   float s[S::kRowTiles][4];
 #pragma unroll

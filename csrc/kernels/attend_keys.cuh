@@ -41,10 +41,10 @@ struct Shape {
   static_assert(kHeadDim % 16 == 0);
 };
 
-// Rows of shared memory keep their 16-byte pieces swizzled: piece c of row r lies at place c ^ (r % 8). The 8 rows of an
-// ldmatrix then fall on different banks, and every 128 bytes that cp.async writes stay one aligned line. (Rows padded by
-// 16 bytes are free of bank conflicts too, but split those writes in two: a third more L2 reads, 7% less bandwidth on an
-// H100.)
+// Rows of shared memory keep their 16-byte pieces swizzled: piece c of row r lies at place c ^ (r % 8). The 8 rows of
+// an ldmatrix then fall on different banks, and every 128 bytes that cp.async writes stay one aligned line. (Rows
+// padded by 16 bytes are free of bank conflicts too, but split those writes in two: a third more L2 reads, 7% less
+// bandwidth on an H100.)
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk, int row_bytes) {
   return row * row_bytes + ((chunk ^ (row % 8)) << 4);
 }

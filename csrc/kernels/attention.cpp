@@ -22,8 +22,8 @@ std::string supported_head_dims() {
 }
 
 void check_head_dim(int head_dim) {
-  ZZ_CHECK(std::find(std::begin(kHeadDims), std::end(kHeadDims), head_dim) != std::end(kHeadDims), "head_dim ", head_dim,
-           " is not supported; supported: ", supported_head_dims());
+  ZZ_CHECK(std::find(std::begin(kHeadDims), std::end(kHeadDims), head_dim) != std::end(kHeadDims), "head_dim ",
+           head_dim, " is not supported; supported: ", supported_head_dims());
 }
 
 void check_layout(int slots, int sink, int window) {
@@ -37,9 +37,10 @@ void check_layout(int slots, int sink, int window) {
 
 void check_geometry(int num_q_heads, int num_kv_heads, int head_dim) {
   check_head_dim(head_dim);
-  ZZ_CHECK(num_kv_heads > 0 && num_q_heads > 0 && num_q_heads % num_kv_heads == 0 && num_q_heads / num_kv_heads <= kMaxGroupSize,
-           "num_q_heads must be a multiple of num_kv_heads, at most ", kMaxGroupSize, " times as large; got ", num_q_heads,
-           " query heads and ", num_kv_heads, " KV heads");
+  ZZ_CHECK(num_kv_heads > 0 && num_q_heads > 0 && num_q_heads % num_kv_heads == 0 &&
+               num_q_heads / num_kv_heads <= kMaxGroupSize,
+           "num_q_heads must be a multiple of num_kv_heads, at most ", kMaxGroupSize, " times as large; got ",
+           num_q_heads, " query heads and ", num_kv_heads, " KV heads");
 }
 
 void check_params(const AttentionParams& p) {
@@ -86,7 +87,8 @@ void merge_states_cpu(const MergeParams& p, const ParallelFor& parallel) {
 namespace {
 
 void check_cuda_dtype(DType dtype) {
-  ZZ_CHECK(dtype != DType::kFloat32, "dtype float32 is not supported on CUDA; supported: float16, bfloat16 (float32 on the CPU)");
+  ZZ_CHECK(dtype != DType::kFloat32,
+           "dtype float32 is not supported on CUDA; supported: float16, bfloat16 (float32 on the CPU)");
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The one entry into attention: checks the parameters, picks the kernel, launches it.
 #pragma once
 
-#include "core/params.h"
 #include "core/parallel.h"
+#include "core/params.h"
 
 namespace zigzag {
 
@@ -26,7 +26,8 @@ constexpr AttentionKernel select_attention_kernel(int window, int q_len) {
 // Bytes of scratch that attention_cuda needs for any q_len, any cache length and any capacity of this geometry.
 int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, int head_dim);
 
-// Throws zigzag::Error on head counts or a head_dim that no kernel supports, naming what was given and what is supported.
+// Throws zigzag::Error on head counts or a head_dim that no kernel supports, naming what was given and what is
+// supported.
 void check_geometry(int num_q_heads, int num_kv_heads, int head_dim);
 
 // Throw zigzag::Error on an unsupported or inconsistent field, naming what was given and what is supported, before

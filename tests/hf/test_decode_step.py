@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu import launched_kernels, needs_cuda
 from tiny_models import NUM_LAYERS, padded_prompt, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,3 +41,27 @@ def test_one_launch_per_layer_and_no_wait(lengths):
     assert step.on_cache == ["zigzag::attention_"] * NUM_LAYERS
     assert step.ops.count("zigzag::attention_") == NUM_LAYERS
     assert "aten::_local_scalar_dense" not in step.ops, "a decode step read a device value on the host"
+
+
+@needs_cuda
+def test_one_gpu_launch_per_layer():
+    """The attention part of a step is one decode kernel per layer; nothing is concatenated, indexed or gathered around it."""
+    model = tiny_model().to("cuda", torch.bfloat16)
+    cache = zz.ZigzagCache(model.config, PLAN, max_len=64)
+    q = torch.randn(1, 4, 1, 64, dtype=torch.bfloat16, device="cuda")
+    k, v = torch.randn(2, 1, 2, 1, 64, dtype=torch.bfloat16, device="cuda")
+
+    def attention_part():
+        cache.begin(1, 1)
+        for layer in cache.layers:
+            layer.attend(q, k, v, None)
+        cache.end()
+
+    with zz.zigzag(model, PLAN), torch.no_grad():
+        model(prompt(30).cuda(), past_key_values=cache)
+        part = launched_kernels(attention_part)
+        step = launched_kernels(lambda: model(prompt(1).cuda(), past_key_values=cache))
+    decode = [name for name in part if "decode" in name]
+    assert len(decode) == NUM_LAYERS and len(part) == NUM_LAYERS + 1, part  # and the addition to the lengths
+    assert sum("decode" in name for name in step) == NUM_LAYERS, step
+    assert not any("fmha" in name or "flash" in name for name in step), step

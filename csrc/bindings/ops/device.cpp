@@ -8,14 +8,15 @@
 namespace zigzag::bindings {
 
 void* current_cuda_stream(const torch::stable::Tensor& tensor) {
-  // Looked up at run time so that one binary also loads where torch has no CUDA. The stable ABI itself hands out the raw
-  // stream only from torch 2.13 on.
+  // Looked up at run time so that one binary also loads where torch has no CUDA. The stable ABI itself hands out the
+  // raw stream only from torch 2.13 on.
   using GetStream = int32_t (*)(int32_t device_index, void** stream);
   static const GetStream get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
     return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  ZZ_CHECK(get_stream, "a CUDA tensor was given, but libtorch_cuda.so with aoti_torch_get_current_cuda_stream is not loaded");
+  ZZ_CHECK(get_stream,
+           "a CUDA tensor was given, but libtorch_cuda.so with aoti_torch_get_current_cuda_stream is not loaded");
   void* stream = nullptr;
   ZZ_CHECK(get_stream(tensor.get_device_index(), &stream) == 0, "torch could not tell the current CUDA stream");
   return stream;

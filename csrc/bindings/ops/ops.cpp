@@ -16,7 +16,8 @@ namespace zigzag::bindings {
 namespace {
 
 template <class Params>
-void run(const Tensor& tensor, const Params& params, void (*cuda)(const Params&, void*), void (*cpu)(const Params&, const ParallelFor&)) {
+void run(const Tensor& tensor, const Params& params, void (*cuda)(const Params&, void*),
+         void (*cpu)(const Params&, const ParallelFor&)) {
   if (tensor.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
     cuda(params, current_cuda_stream(tensor));
@@ -29,8 +30,8 @@ const int32_t* pad_pointer(const std::optional<Tensor>& pad, int64_t batch, cons
   return pad ? check_lengths("pad", *pad, batch, like) : nullptr;
 }
 
-void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
-             const std::optional<Tensor>& pad, int64_t sink, int64_t window) {
+void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
+             const Tensor& seq_lens, const std::optional<Tensor>& pad, int64_t sink, int64_t window) {
   ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
   ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
   const int64_t batch = k_new.size(0), heads = k_new.size(1), q_len = k_new.size(2), head_dim = k_new.size(3);
@@ -87,9 +88,10 @@ std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, cons
   if (q.is_cuda()) {
     const int64_t needed = attention_workspace_bytes(p.batch, p.num_q_heads, p.num_kv_heads, p.head_dim);
     ZZ_CHECK(workspace.is_cuda() && workspace.get_device_index() == q.get_device_index() &&
-                 workspace.scalar_type() == ScalarType::Byte && workspace.is_contiguous() && workspace.numel() >= needed,
-             "workspace must be a contiguous uint8 tensor of at least ", needed, " zeroed bytes on the device of q; make it with ",
-             "zigzag_ext.ops.new_workspace");
+                 workspace.scalar_type() == ScalarType::Byte && workspace.is_contiguous() &&
+                 workspace.numel() >= needed,
+             "workspace must be a contiguous uint8 tensor of at least ", needed,
+             " zeroed bytes on the device of q; make it with ", "zigzag_ext.ops.new_workspace");
     p.workspace = workspace.mutable_data_ptr();
     p.workspace_bytes = workspace.numel();
   }
@@ -108,7 +110,8 @@ std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, cons
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
+std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                                        const Tensor& lse_b) {
   ZZ_CHECK(out_a.dim() == 4, "out_a must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(out_a));
   const int64_t batch = out_a.size(0), heads = out_a.size(1), q_len = out_a.size(2), head_dim = out_a.size(3);
   check_shape("out_b", out_b, {batch, heads, q_len, head_dim});
@@ -151,7 +154,8 @@ STABLE_TORCH_LIBRARY(zigzag, m) {
       "append_(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? pad, "
       "int sink, int window) -> ()");
   m.def(
-      "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? pad, "
+      "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
+      "Tensor? pad, "
       "Tensor(c!) workspace, int sink, int window, float scale) -> (Tensor, Tensor)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 }
@@ -163,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(zigzag, CUDA, m) { implement(m); }
 
 // Importing the module runs the registrations above; it has no contents of its own.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__ops() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_ops", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_ops", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

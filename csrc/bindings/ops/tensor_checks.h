@@ -1,4 +1,5 @@
-// Argument checks of the torch ops: one line per tensor, with the shape it must have and the message it gets if it does not.
+// Argument checks of the torch ops: one line per tensor, with the shape it must have and the message it gets if it does
+// not.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -48,10 +49,12 @@ inline void check_same(const char* name, const Tensor& tensor, const char* like_
 }
 
 // [batch, heads, tokens, head_dim] with the dtype and device of `like`; returns its strides.
-inline Strides check_heads(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape, const Tensor& like) {
+inline Strides check_heads(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+                           const Tensor& like) {
   check_shape(name, tensor, shape);
   check_same(name, tensor, "q", like);
-  ZZ_CHECK(tensor.stride(3) == 1 || tensor.size(3) == 1, name, " must be contiguous in head_dim, its stride there is ", tensor.stride(3));
+  ZZ_CHECK(tensor.stride(3) == 1 || tensor.size(3) == 1, name, " must be contiguous in head_dim, its stride there is ",
+           tensor.stride(3));
   const Strides strides{tensor.stride(0), tensor.stride(1), tensor.stride(2)};
   const bool aligned = strides.batch % 8 == 0 && strides.head % 8 == 0 && strides.token % 8 == 0 &&
                        reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
@@ -61,7 +64,8 @@ inline Strides check_heads(const char* name, const Tensor& tensor, std::initiali
 }
 
 // As check_heads, for a tensor the op writes to: no two elements may share memory.
-inline Strides check_cache(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape, const Tensor& like) {
+inline Strides check_cache(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+                           const Tensor& like) {
   const Strides strides = check_heads(name, tensor, shape, like);
   for (int64_t dim = 0; dim < 3; ++dim) {
     ZZ_CHECK(tensor.size(dim) <= 1 || tensor.stride(dim) > 0, name, " is written to and must not be an expanded view");
