@@ -37,6 +37,7 @@ class GraphClock:
     """One implementation, captured: graphs that together run through all sets."""
 
     def __init__(self, run: Run, num_sets: int, bytes_per_call: int):
+        self.run = run  # owns what the graphs read: workspaces, page tables, copies of the queries
         most = min(max(BYTES_PER_REPLAY // bytes_per_call, MIN_NODES), MAX_NODES)
         # Graphs of equal size that share out the sets, or one that runs through them several times. The remainder of the
         # division stays unused: a graph that wrapped around would touch what the next graph reads first.
