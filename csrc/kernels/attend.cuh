@@ -20,14 +20,19 @@ namespace zigzag::attend {
 // they hold: a row of Q only meets its own row of the result.
 template <class S>
 __device__ __forceinline__ void stage_queries(const Params& p, const Segment& segment, uint32_t buffer) {
-  const int rows = rows_of<S>(p, segment);
-  for (int i = threadIdx.x % 32; i < rows * S::kChunks; i += 32) {
-    const int row = i / S::kChunks, chunk = i % S::kChunks;
+  const int rows = rows_of<S>(p, segment), head = segment.keys.kv_head * p.group;
+  const int head_step = static_cast<int>(2 * p.q_stride.head);  // fits: check_strides()
+  const int column_step = static_cast<int>(2 * p.q_stride.token);
+  const char* base =
+      static_cast<const char*>(p.q) + 2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head);
+#pragma unroll
+  for (int i = 0; i < S::kRows * S::kChunks; i += 32) {
+    const int row = (i + threadIdx.x % 32) / S::kChunks, chunk = (i + threadIdx.x % 32) % S::kChunks;
+    if (row >= rows) break;
     const auto [column, group_head] = unpack_row<S>(p, segment, row);
-    const int head = segment.keys.kv_head * p.group + group_head;
-    const char* source = static_cast<const char*>(p.q) + 2 * (segment.keys.batch * p.q_stride.batch +
-                                                              head * p.q_stride.head + column * p.q_stride.token);
-    device::cp_async_16_reused(buffer + swizzled(row, chunk, S::kRowBytes), source + chunk * 16, true);
+    const char* source = base + static_cast<int64_t>(group_head) * head_step + chunk * 16;
+    if (!S::kSingle) source += static_cast<int64_t>(column) * column_step;
+    device::cp_async_16_reused(buffer + swizzled(row, chunk, S::kRowBytes), source, true);
   }
 }
 
@@ -80,9 +85,10 @@ struct Queries {
 
 // ---- the warp step ----
 
-// Raises the running maxima to cover the logits `s` and rescales what was summed before. Most tiles raise none.
+// Raises the running maxima to cover the logits `s` and rescales what was summed before, if this is not the first tile.
+// Most tiles raise none.
 template <class S>
-__device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::kRowTiles][4]) {
+__device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::kRowTiles][4], bool first) {
   bool raised = false;
   float high[S::kRowTiles][2];
 #pragma unroll
@@ -103,6 +109,7 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
       for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, offset));
       const float factor = device::exp2_approx(state.max[n][e] - m);
       state.max[n][e] = m;
+      if (first) continue;
       state.sum[n][e] *= factor;
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
@@ -116,7 +123,7 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
 // Adds the 16 keys of a stage to the state. mask(s) sets the logits of keys a row must not see to -inf.
 template <class S, class Mask>
 __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& queries, uint32_t stage,
-                                            float scale_log2, const Mask& mask) {
+                                            float scale_log2, bool first, const Mask& mask) {
   using Element = typename S::Element;
   const int lane = threadIdx.x % 32;
   const uint32_t k_address = stage + swizzled(lane % 16, lane / 16, S::kRowBytes);
@@ -142,7 +149,7 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
     }
   }
   mask(s);
-  raise_max(state, s);
+  raise_max(state, s, first);
 
   uint32_t weights[S::kRowTiles][2];  // B fragments of P^T
 #pragma unroll
@@ -243,7 +250,8 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
         repair_tile<S>(p, segment.keys, item, shared_memory + (stage - base), new_token);
         __syncwarp();
       }
-      attend_tile<S>(state, queries, stage, scale_log2, [&](float (&s)[S::kRowTiles][4]) {
+      const bool first = item == segment.begin + offset;
+      attend_tile<S>(state, queries, stage, scale_log2, first, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
         const RingLayout layout = {p.sink, S::kRing ? p.window : 0};
 #pragma unroll

@@ -141,9 +141,12 @@ struct TileLanes {
   static_assert(kWide <= 32 && kTileKeys % kTall == 0);
 };
 
-// First column of the chunk of this head.
-__device__ __forceinline__ const char* new_tokens(const void* tensor, const Strides& stride, const Keys& keys) {
-  return static_cast<const char*>(tensor) + 2 * (keys.batch * stride.batch + keys.kv_head * stride.head);
+// First column of the chunk of this head, of V or of K.
+__device__ __forceinline__ const char* new_tokens(const AttentionParams& p, const Keys& keys, bool is_v) {
+  const int64_t batch_stride = is_v ? p.v_new_stride.batch : p.k_new_stride.batch;
+  const int64_t head_stride = is_v ? p.v_new_stride.head : p.k_new_stride.head;
+  return static_cast<const char*>(is_v ? p.v_new : p.k_new) +
+         2 * (keys.batch * batch_stride + keys.kv_head * head_stride);
 }
 
 // Starts the copy of tile `item` of the list into a stage of the calling warp's ring. Keys that are neither cached nor
@@ -179,13 +182,14 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
   }
 
   if (!S::kSingle) device::grid_dependency_wait();  // the new tokens may come from the kernel in front
-  const char* k_new = new_tokens(p.k_new, p.k_new_stride, keys) + column * 16;
-  const char* v_new = new_tokens(p.v_new, p.v_new_stride, keys) + column * 16;
+  // An address that exists, also where nothing is read.
+  const char* k_new = S::kSingle ? keys.k : new_tokens(p, keys, false) + column * 16;
+  const char* v_new = S::kSingle ? keys.v : new_tokens(p, keys, true) + column * 16;
 #pragma unroll 1
   for (int i = 0; i < kTileKeys; i += Lanes::kTall) {
     const int key = tile + row + i;
     const bool cached = key < keys.stored, valid = cached || (!S::kSingle && key < keys.stored + keys.listed);
-    const char *k = k_new, *v = v_new;  // an address that exists, also where nothing is read
+    const char *k = k_new, *v = v_new;
     if (cached) {
       k = keys.k + static_cast<int64_t>(key) * k_step + column * 16;
       v = keys.v + static_cast<int64_t>(key) * v_step + column * 16;
@@ -210,8 +214,7 @@ struct NewToken {
     for (int i = 0; i < kPieces; ++i) {
       const int chunk = threadIdx.x % 32 + 32 * i;
       if (chunk >= 2 * S::kChunks) continue;
-      const char* row =
-          chunk < S::kChunks ? new_tokens(p.k_new, p.k_new_stride, keys) : new_tokens(p.v_new, p.v_new_stride, keys);
+      const char* row = new_tokens(p, keys, chunk >= S::kChunks);
       piece[i] = *reinterpret_cast<const uint4*>(row + chunk % S::kChunks * 16);
     }
   }
@@ -249,6 +252,7 @@ __device__ __forceinline__ void repair_tile(const AttentionParams& p, const Keys
   const int tile = item * kTileKeys;
   if (tile + kTileKeys > keys.used && tile < keys.stored) {
     const int from = max(keys.used - tile, 0), until = min(keys.stored - tile, kTileKeys);
+#pragma unroll 1
     for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
       char* target = stage + S::kTileBytes + swizzled(i / S::kChunks, i % S::kChunks, S::kRowBytes);
       *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
@@ -271,7 +275,7 @@ __device__ __forceinline__ void append_new_tokens(const AttentionParams& p, cons
     const int position = keys.length + token;
     const int slot = layout.slot(position);
     if (slot >= p.slots || !layout.survives(position, keys.length + keys.fresh)) continue;
-    const char* base = is_v ? new_tokens(p.v_new, p.v_new_stride, keys) : new_tokens(p.k_new, p.k_new_stride, keys);
+    const char* base = new_tokens(p, keys, is_v);
     const int64_t source = (keys.first + token) * (is_v ? p.v_new_stride.token : p.k_new_stride.token) + chunk * 8;
     const int64_t target = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token) + chunk * 8;
     const uint4 data = *reinterpret_cast<const uint4*>(base + 2 * source);

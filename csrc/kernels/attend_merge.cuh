@@ -58,11 +58,11 @@ __device__ __forceinline__ bool in_cluster(const Params& p) {
   return device::kHasClusters && (S::kSingle || p.cluster_log2 > 0);
 }
 
-// Token strides that the kernels may multiply in 32 bits.
+// Strides that the kernels may multiply in 32 bits.
 inline void check_strides(const AttentionParams& a) {
-  for (const int64_t stride : {a.k_cache_stride.token, a.v_cache_stride.token}) {
-    ZZ_CHECK(stride >= 0 && stride < (int64_t{1} << 30), "token stride of the cache must be below 2^30 elements; got ",
-             stride);
+  for (const int64_t stride : {a.k_cache_stride.token, a.v_cache_stride.token, a.q_stride.token, a.q_stride.head}) {
+    ZZ_CHECK(stride >= 0 && stride < (int64_t{1} << 30),
+             "token strides of the cache, token and head strides of q must be below 2^30 elements; got ", stride);
   }
 }
 
@@ -229,7 +229,7 @@ __device__ __forceinline__ OutputRow output_row(const Params& p, const Segment& 
   return {static_cast<char*>(p.out) + 2 * offset, p.lse + row_index, column < segment.keys.first};
 }
 
-__device__ __forceinline__ float log_sum_exp(float2 norm) { return kLn2 * (norm.x + log2f(norm.y)); }
+__device__ __forceinline__ float log_sum_exp(float2 norm) { return kLn2 * (norm.x + device::log2_approx(norm.y)); }
 
 // Normalises and stores 4 dims of a row; the thread of the first 4 also stores the row's log-sum-exp.
 template <class S>
@@ -238,7 +238,7 @@ __device__ __forceinline__ void write_result(const Params& p, const Segment& seg
   using Element = typename S::Element;
   const OutputRow target = output_row<S>(p, segment, row);
   const bool empty = result.norm.y == 0.f || target.padding;
-  const float factor = empty ? 0.f : 1.f / result.norm.y;
+  const float factor = empty ? 0.f : device::reciprocal_approx(result.norm.y);
   const float4 out = empty ? make_float4(0.f, 0.f, 0.f, 0.f) : result.out;
   *reinterpret_cast<uint2*>(target.out + 8 * quad) = make_uint2(device::pack2<Element>(out.x * factor, out.y * factor),
                                                                 device::pack2<Element>(out.z * factor, out.w * factor));
@@ -327,13 +327,14 @@ __device__ __forceinline__ void merge_unit(const Params& p, const Segment& segme
   for (int offset = 1; offset < 32; offset *= 2) total.y += __shfl_xor_sync(0xffffffffu, total.y, offset);
 
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (half * 32 >= sources) break;
+#pragma unroll 1
+  for (int half = 0; half * 32 < sources; ++half) {
+    const float4* mine = parts + (half * 32 + slice) * 8 + quad;
+    const int rest = sources - half * 32 - slice;
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {  // all loads of a half are under way together
-      const float w = __shfl_sync(0xffffffffu, weight[half], i + slice);
-      const float4 part = parts[min(half * 32 + i + slice, sources - 1) * 8 + quad];
+      const float w = __shfl_sync(0xffffffffu, half == 0 ? weight[0] : weight[1], i + slice);
+      const float4 part = i < rest ? mine[i * 8] : make_float4(0.f, 0.f, 0.f, 0.f);
       sum.x += w * part.x, sum.y += w * part.y, sum.z += w * part.z, sum.w += w * part.w;
     }
   }
@@ -348,7 +349,8 @@ __device__ __forceinline__ void merge_unit(const Params& p, const Segment& segme
   const int row = unit / Units<S>::kPerRow, dim = unit % Units<S>::kPerRow * 32 + slice * 8 + quad;
   const OutputRow target = output_row<S>(p, segment, row);
   const bool empty = total.y == 0.f || target.padding;
-  if (dim < S::kHeadDim) reinterpret_cast<Element*>(target.out)[dim] = Element(empty ? 0.f : out / total.y);
+  if (dim < S::kHeadDim)
+    reinterpret_cast<Element*>(target.out)[dim] = Element(empty ? 0.f : out * device::reciprocal_approx(total.y));
   if (dim == 0) *target.lse = empty ? -INFINITY : log_sum_exp(total);
 }
 
