@@ -99,7 +99,8 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
       raised |= high[n][e] > state.max[n][e];
     }
   }
-  if (!__any_sync(0xffffffffu, raised)) return;
+  if (!first && !__any_sync(0xffffffffu, raised)) return;
+  float factor[S::kRowTiles][2];
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
@@ -107,14 +108,20 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
       float m = fmaxf(high[n][e], state.max[n][e]);
 #pragma unroll
       for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, offset));
-      const float factor = device::exp2_approx(state.max[n][e] - m);
+      factor[n][e] = device::exp2_approx(state.max[n][e] - m);
       state.max[n][e] = m;
-      if (first) continue;
-      state.sum[n][e] *= factor;
+    }
+  }
+  if (first) return;
+#pragma unroll
+  for (int n = 0; n < S::kRowTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      state.sum[n][e] *= factor[n][e];
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
-        state.out[step][n][e] *= factor;
-        state.out[step][n][e + 2] *= factor;
+        state.out[step][n][e] *= factor[n][e];
+        state.out[step][n][e + 2] *= factor[n][e];
       }
     }
   }

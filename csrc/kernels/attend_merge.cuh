@@ -24,11 +24,13 @@ struct SharedLayout {
   int total;
 };
 
-// A cluster shares the output out by units: 32 floats of a row, which are what 8 lanes hold of two steps.
+// A cluster shares the output out by units: 32 floats of a row, which are what 8 lanes hold of two steps. A row has a
+// power of two of them, which keeps their addresses cheap; the last ones may be empty.
 template <class S>
 struct Units {
-  static constexpr int kPerRow = (S::kSteps + 1) / 2;
-  static_assert(kPerRow <= 8);
+  static constexpr int kUsed = (S::kSteps + 1) / 2;
+  static constexpr int kPerRow = kUsed > 4 ? 8 : kUsed > 2 ? 4 : 2;
+  static_assert(kUsed <= 8 && kUsed > 1);
 };
 
 template <class S>
@@ -269,32 +271,33 @@ __device__ __forceinline__ void finish_in_block(const Params& p, const Segment& 
 // Sends the calling warp's state to the blocks that merge it: unit u of the output is merged by block u % cluster. The
 // floats of a unit are ordered as the lanes hold them: 4 * (dim % 8) + dim / 8 within its 32 dims.
 template <class S>
-__device__ __forceinline__ void send_to_cluster(const Params& p, State<S>& state, int rows) {
+__device__ __forceinline__ void send_to_cluster(const Params& p, const State<S>& state, int rows) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int sources = (blockDim.x / 32) << p.cluster_log2;
+  const int mask = p.cluster() - 1, sources = (blockDim.x / 32) << p.cluster_log2;
   const int source = device::cluster_rank() + (threadIdx.x / 32 << p.cluster_log2);
   const uint32_t base = device::shared_address(shared_memory);
-  const auto place = [&](int unit) { return (unit >> p.cluster_log2) * sources + source; };
-  const auto remote = [&](uint32_t address, int unit) {
-    return device::cluster_address(address, unit & (p.cluster() - 1));
-  };
+  const uint32_t partial = base + p.layout.partial + g * 16, norm = base + p.layout.norm;
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int row = 8 * n + 2 * t + e;
       if (row >= rows) continue;
+      // Unit first + i: i lies within the low bits of kPerRow, which are zero in `first`.
+      const int first = row * Units<S>::kPerRow, owner = first & mask;
+      const int place = (first >> p.cluster_log2) * sources + source;
 #pragma unroll
-      for (int pair = 0; pair < Units<S>::kPerRow; ++pair) {
-        const int unit = row * Units<S>::kPerRow + pair, step = 2 * pair;
+      for (int i = 0; i < Units<S>::kUsed; ++i) {
+        const int step = 2 * i;
         const bool whole = step + 1 < S::kSteps;
         const float (&low)[4] = state.out[step][n], (&high)[4] = state.out[whole ? step + 1 : step][n];
-        device::cluster_store(remote(base + p.layout.partial + place(unit) * 128 + g * 16, unit),
+        const uint32_t address = partial + place * 128 + (i >> p.cluster_log2) * sources * 128;
+        device::cluster_store(device::cluster_address(address, owner + (i & mask)),
                               make_float4(low[e], low[e + 2], whole ? high[e] : 0.f, whole ? high[e + 2] : 0.f));
       }
-      if (g < Units<S>::kPerRow) {
-        const int unit = row * Units<S>::kPerRow + g;
-        device::cluster_store(remote(base + p.layout.norm + place(unit) * 8, unit),
+      if (g < Units<S>::kUsed) {
+        const uint32_t address = norm + place * 8 + (g >> p.cluster_log2) * sources * 8;
+        device::cluster_store(device::cluster_address(address, owner + (g & mask)),
                               make_float2(state.max[n][e], state.sum[n][e]));
       }
     }
@@ -304,7 +307,7 @@ __device__ __forceinline__ void send_to_cluster(const Params& p, State<S>& state
 // Merges a unit that has arrived from all sources: lane = 8 * slice + quad adds up 4 floats of every fourth source,
 // then the slices are added up so that each lane has one float. A warp per unit.
 template <class S>
-__device__ __forceinline__ void merge_unit(const Params& p, const Segment& segment, int unit) {
+__device__ __forceinline__ void merge_unit(const Params& p, int unit, const OutputRow& target) {
   using Element = typename S::Element;
   static_assert(kMaxWarps * kMaxCluster <= 64, "two sources a lane");
   const int lane = threadIdx.x % 32, slice = lane / 8, quad = lane % 8;
@@ -346,8 +349,7 @@ __device__ __forceinline__ void merge_unit(const Params& p, const Segment& segme
   float out = odd ? high : low;
   out += __shfl_xor_sync(0xffffffffu, odd ? low : high, 8);
 
-  const int row = unit / Units<S>::kPerRow, dim = unit % Units<S>::kPerRow * 32 + slice * 8 + quad;
-  const OutputRow target = output_row<S>(p, segment, row);
+  const int dim = unit % Units<S>::kPerRow * 32 + slice * 8 + quad;
   const bool empty = total.y == 0.f || target.padding;
   if (dim < S::kHeadDim)
     reinterpret_cast<Element*>(target.out)[dim] = Element(empty ? 0.f : out * device::reciprocal_approx(total.y));
@@ -364,11 +366,14 @@ __device__ __forceinline__ void finish_in_cluster(const Params& p, const Segment
   send_to_cluster<S>(p, state, rows);
   __syncwarp();
   device::cluster_arrive();
-  device::cluster_wait();  // everything has arrived
   const int step = (blockDim.x / 32) << p.cluster_log2;
-  for (int unit = device::cluster_rank() + (threadIdx.x / 32 << p.cluster_log2); unit < rows * Units<S>::kPerRow;
-       unit += step) {
-    merge_unit<S>(p, segment, unit);
+  int unit = device::cluster_rank() + (threadIdx.x / 32 << p.cluster_log2);
+  OutputRow target = output_row<S>(p, segment, unit / Units<S>::kPerRow);  // hides behind the barrier
+  device::cluster_wait();                                                  // everything has arrived
+  while (unit < rows * Units<S>::kPerRow) {
+    if (unit % Units<S>::kPerRow < Units<S>::kUsed) merge_unit<S>(p, unit, target);
+    unit += step;
+    target = output_row<S>(p, segment, unit / Units<S>::kPerRow);
   }
   if (more) {
     __syncwarp();
