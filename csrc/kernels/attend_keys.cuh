@@ -163,21 +163,21 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
   const int v_step = static_cast<int>(2 * p.v_cache_stride.token);
 
   // Row `row + i` of the tile; i is a multiple of kTall > row, so that it moves the swizzle bit by bit.
-  const auto copy_row = [&](uint32_t destination, int i, const char* source, bool valid) {
+  const auto copy_row = [&](uint32_t destination, int i, const char* source, const auto& copy) {
 #pragma unroll
     for (int j = 0; j < S::kChunks; j += Lanes::kWide) {
-      const uint32_t piece = advance_chunks(destination ^ ((i % 8) << 4), j) + i * S::kRowBytes;
-      device::cp_async_16(piece, source + j * 16, valid);
+      copy(advance_chunks(destination ^ ((i % 8) << 4), j) + i * S::kRowBytes, source + j * 16);
     }
   };
 
   if (tile + kTileKeys <= keys.stored) {
+    const auto copy = [](uint32_t to, const char* from) { device::cp_async_16(to, from, true); };
     const char* k = keys.k + static_cast<int64_t>(tile + row) * k_step + column * 16;
     const char* v = keys.v + static_cast<int64_t>(tile + row) * v_step + column * 16;
 #pragma unroll
-    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(k_stage, i, k + static_cast<int64_t>(i) * k_step, true);
+    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(k_stage, i, k + static_cast<int64_t>(i) * k_step, copy);
 #pragma unroll
-    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(v_stage, i, v + static_cast<int64_t>(i) * v_step, true);
+    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(v_stage, i, v + static_cast<int64_t>(i) * v_step, copy);
     return;
   }
 
@@ -198,8 +198,11 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
       k += 2 * token * p.k_new_stride.token;
       v += 2 * token * p.v_new_stride.token;
     }
-    copy_row(k_stage, i, k, valid);
-    copy_row(v_stage, i, v, valid);
+    // Without the cache policy: in this loop ptxas 13.0 puts its descriptor in a register pair that does not exist
+    // ("desc[UR1]"), and the GPU stops at an illegal instruction.
+    const auto copy = [&](uint32_t to, const char* from) { device::cp_async_16_reused(to, from, valid); };
+    copy_row(k_stage, i, k, copy);
+    copy_row(v_stage, i, v, copy);
   }
 }
 
