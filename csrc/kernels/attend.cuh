@@ -16,20 +16,23 @@ namespace zigzag::attend {
 
 // ---- queries ----
 
-// Starts the copy of the segment's query rows to shared memory, 16 bytes a thread; rows past the last become zeros.
+// Starts the copy of the segment's query rows to the warp's own buffer, 16 bytes a lane. Rows past the last keep what
+// they hold: a row of Q only meets its own row of the result.
 template <class S>
 __device__ __forceinline__ void stage_queries(const Params& p, const Segment& segment, uint32_t buffer) {
-  for (int i = threadIdx.x; i < S::kRows * S::kChunks; i += blockDim.x) {
-    const int row = i / S::kChunks, chunk = i % S::kChunks;
-    const auto [column, group_head] = unpack_row(p, segment.row_block * S::kRows + row);
-    const int head = segment.keys.kv_head * p.group + group_head;
-    const bool valid = column < p.q_len;
-    const char* source = static_cast<const char*>(p.q);
-    if (valid) {
-      source +=
-          2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head + column * p.q_stride.token) + chunk * 16;
-    }
-    device::cp_async_16(buffer + swizzled(row, chunk, S::kRowBytes), source, valid);
+  const int rows = rows_of<S>(p, segment), head = segment.keys.kv_head * p.group;
+  const int head_step = static_cast<int>(2 * p.q_stride.head);  // fits: check_strides()
+  const int column_step = static_cast<int>(2 * p.q_stride.token);
+  const char* base =
+      static_cast<const char*>(p.q) + 2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head);
+#pragma unroll
+  for (int i = 0; i < S::kRows * S::kChunks; i += 32) {
+    const int row = (i + threadIdx.x % 32) / S::kChunks, chunk = (i + threadIdx.x % 32) % S::kChunks;
+    if (row >= rows) break;
+    const auto [column, group_head] = unpack_row<S>(p, segment, row);
+    const char* source = base + static_cast<int64_t>(group_head) * head_step + chunk * 16;
+    if (!S::kSingle) source += static_cast<int64_t>(column) * column_step;
+    device::cp_async_16_reused(buffer + swizzled(row, chunk, S::kRowBytes), source, true);
   }
 }
 
@@ -82,9 +85,10 @@ struct Queries {
 
 // ---- the warp step ----
 
-// Raises the running maxima to cover the logits `s` and rescales what was summed before. Most tiles raise none.
+// Raises the running maxima to cover the logits `s` and rescales what was summed before, if this is not the first tile.
+// Most tiles raise none.
 template <class S>
-__device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::kRowTiles][4]) {
+__device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::kRowTiles][4], bool first) {
   bool raised = false;
   float high[S::kRowTiles][2];
 #pragma unroll
@@ -95,7 +99,8 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
       raised |= high[n][e] > state.max[n][e];
     }
   }
-  if (!__any_sync(0xffffffffu, raised)) return;
+  if (!first && !__any_sync(0xffffffffu, raised)) return;
+  float factor[S::kRowTiles][2];
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
@@ -103,13 +108,20 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
       float m = fmaxf(high[n][e], state.max[n][e]);
 #pragma unroll
       for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, offset));
-      const float factor = device::exp2_approx(state.max[n][e] - m);
+      factor[n][e] = device::exp2_approx(state.max[n][e] - m);
       state.max[n][e] = m;
-      state.sum[n][e] *= factor;
+    }
+  }
+  if (first) return;
+#pragma unroll
+  for (int n = 0; n < S::kRowTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      state.sum[n][e] *= factor[n][e];
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
-        state.out[step][n][e] *= factor;
-        state.out[step][n][e + 2] *= factor;
+        state.out[step][n][e] *= factor[n][e];
+        state.out[step][n][e + 2] *= factor[n][e];
       }
     }
   }
@@ -118,7 +130,7 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
 // Adds the 16 keys of a stage to the state. mask(s) sets the logits of keys a row must not see to -inf.
 template <class S, class Mask>
 __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& queries, uint32_t stage,
-                                            float scale_log2, const Mask& mask) {
+                                            float scale_log2, bool first, const Mask& mask) {
   using Element = typename S::Element;
   const int lane = threadIdx.x % 32;
   const uint32_t k_address = stage + swizzled(lane % 16, lane / 16, S::kRowBytes);
@@ -144,7 +156,7 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
     }
   }
   mask(s);
-  raise_max(state, s);
+  raise_max(state, s, first);
 
   uint32_t weights[S::kRowTiles][2];  // B fragments of P^T
 #pragma unroll
@@ -169,114 +181,144 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
 
 // ---- the block's loop over segments ----
 
-// Runs a job: a sequence of segments with a result each. Job:
+// Runs a job: a sequence of segments with a result each, of which the first is given. Job:
+//   void settle(Segment&)                  kSingle: the first loads are under way, now the length may be asked for
+//   void loaded(const Segment&)            all first loads of a segment are under way
 //   bool next(Segment&)                    moves to the segment after this one; false where there is none
-//   void loaded(Segment&)                  called once the first loads of a segment are under way
-//   void finish(const Segment&, bool more) called when every warp's partial state of the segment is in shared memory
+//   void finish(const Segment&, State&, bool more)
 // The first loads of the next segment are under way before the previous one is finished.
 //
-// `keys_first` is for programmatic dependent launch: the first tiles are loaded before the wait for the kernel in
-// front, which therefore must not be the one that writes the cache or the lengths.
-template <class S, bool kRing, class Job>
+// With programmatic dependent launch the first tile is loaded before the wait for the kernel in front, which therefore
+// must not be the one that writes the cache or the lengths.
+template <class S, class Job>
 __device__ __forceinline__ void run_segments(const Params& p, Segment segment, Job& job) {
-  bool keys_first = p.keys_first;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const uint32_t base = device::shared_address(shared_memory);
+  const uint32_t query_buffer = base + warp * S::kRows * S::kRowBytes;
   const uint32_t ring = base + p.layout.ring + warp * p.layout.stages * S::kStageBytes;
   const float scale_log2 = p.scale * kLog2e;
-  uint32_t query_buffer = base;
+  // This warp's tiles: begin + offset, then every step-th.
+  const int offset = S::kSingle ? warp << p.cluster_log2 : warp, step = S::kSingle ? warps << p.cluster_log2 : warps;
 
   NewToken<S> new_token;
-  // Query rows first: behind the key loads they would arrive last. They form one cp.async group, every tile another
-  // one.
+  // One cp.async group a tile. The queries travel with the first: alone in front they would hold up the keys, behind
+  // all tiles they would arrive last.
   const auto fill = [&] {
-    const auto fill_queries = [&] {
-      device::grid_dependency_wait();
-      stage_queries<S>(p, segment, query_buffer);
-      device::cp_async_commit();
-      if (kRing && replaces_slot(p)) new_token.load(p, segment.keys);
-    };
-    if (!keys_first) fill_queries();
+    int item = segment.begin + offset;
+    if (item < segment.end) load_tile<S>(p, segment.keys, item, ring);
+    device::grid_dependency_wait();
+    device::grid_dependency_launch();
+    stage_queries<S>(p, segment, query_buffer);
+    device::cp_async_commit();
+    if (in_place<S>(p)) new_token.load(p, segment.keys);
+    if constexpr (S::kSingle) job.settle(segment);
 #pragma unroll
-    for (int i = 0; i < S::kStages - 1; ++i) {
-      const int item = segment.begin + warp + i * warps;
+    for (int i = 1; i < S::kStages; ++i) {
+      item += step;
       if (item < segment.end) load_tile<S>(p, segment.keys, item, ring + i * S::kStageBytes);
       device::cp_async_commit();
     }
-    if (keys_first) fill_queries();
     job.loaded(segment);
   };
 
   fill();
-  device::grid_dependency_launch();
   for (bool more = true; more;) {
-    if (keys_first) {
-      device::cp_async_wait<0>();
-      keys_first = false;
-    } else {
-      device::cp_async_wait<S::kStages - 1>();
-    }
-    __syncthreads();  // the queries are staged, and nobody reads the partial states of the previous segment any more
-    Queries<S> queries;
-    queries.attach(query_buffer);
     State<S> state;
     state.clear();
+    Queries<S> queries;
+    device::cp_async_wait<S::kStages - 1>();
+    __syncwarp();
+    queries.attach(query_buffer);
     int query_position[S::kRowTiles][2];
+    if constexpr (!S::kSingle) {
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) {
+      for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = unpack_row(p, segment.row_block * S::kRows + 8 * n + 2 * (lane % 4) + e).column;
-        query_position[n][e] = segment.keys.length + column - segment.keys.first;
+        for (int e = 0; e < 2; ++e) {
+          const int column = unpack_row<S>(p, segment, 8 * n + 2 * (lane % 4) + e).column;
+          query_position[n][e] = segment.keys.length + column - segment.keys.first;
+        }
       }
     }
 
-    uint32_t stage = ring, load_stage = ring + (S::kStages - 1) * S::kStageBytes;
+    uint32_t stage = ring;
     const uint32_t ring_end = ring + S::kStages * S::kStageBytes;
-    for (int item = segment.begin + warp; item < segment.end; item += warps) {
-      const int ahead = item + (S::kStages - 1) * warps;
-      if (ahead < segment.end) load_tile<S>(p, segment.keys, ahead, load_stage);
-      device::cp_async_commit();
-
+    for (int item = segment.begin + offset; item < segment.end; item += step) {
       const int key = item * kTileKeys + lane / 4;  // this lane's first key; the other is 8 further
       const bool masked = (item + 1) * kTileKeys > segment.keys.unmasked;
       int position[2] = {-1, -1};
-      if (masked) {
-        position[0] = key_position<kRing>(p, segment.keys, key);
-        position[1] = key_position<kRing>(p, segment.keys, key + 8);
+      if (!S::kSingle && masked) {
+        position[0] = key_position<S>(p, segment.keys, key);
+        position[1] = key_position<S>(p, segment.keys, key + 8);
       }
       device::cp_async_wait<S::kStages - 1>();
       __syncwarp();
-      if constexpr (kRing) {
-        repair_tile<S>(segment.keys, item, shared_memory + (stage - base), new_token);
+      if constexpr (S::kRing || S::kSingle) {
+        repair_tile<S>(p, segment.keys, item, shared_memory + (stage - base), new_token);
         __syncwarp();
       }
-      attend_tile<S>(state, queries, stage, scale_log2, [&](float (&s)[S::kRowTiles][4]) {
+      const bool first = item == segment.begin + offset;
+      attend_tile<S>(state, queries, stage, scale_log2, first, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
-        const RingLayout ring_or_full = {p.sink, kRing ? p.window : 0};
+        const RingLayout layout = {p.sink, S::kRing ? p.window : 0};
 #pragma unroll
         for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (!ring_or_full.visible(position[i / 2], query_position[n][i % 2])) s[n][i] = -INFINITY;
+            const bool visible = S::kSingle ? key + i / 2 * 8 < segment.keys.used
+                                            : layout.visible(position[i / 2], query_position[n][i % 2]);
+            if (!visible) s[n][i] = -INFINITY;
           }
         }
       });
       __syncwarp();  // all lanes have read the stage before any lane loads into it again
+      const int ahead = item + S::kStages * step;
+      if (ahead < segment.end) load_tile<S>(p, segment.keys, ahead, stage);
+      device::cp_async_commit();
       stage = stage + S::kStageBytes == ring_end ? ring : stage + S::kStageBytes;
-      load_stage = load_stage + S::kStageBytes == ring_end ? ring : load_stage + S::kStageBytes;
     }
 
     const Segment done = segment;
     more = job.next(segment);
     if (more) {
-      query_buffer = query_buffer == base ? base + S::kRows * S::kRowBytes : base;
+      __syncwarp();
       fill();
     }
-    store_partial<S>(p.layout, state, rows_of<S>(p, done));
-    __syncthreads();
-    job.finish(done, more);
+    job.finish(done, state, more);
   }
+}
+
+// The job of Shape::kSingle, for either kind of cache: a cluster per (batch, KV head). Grid: (cluster, KV heads,
+// batch).
+template <class S>
+struct SingleJob {
+  const Params& p;
+
+  // The first tile of each warp is known before the length: of a full cache it may turn out to lie past it.
+  __device__ __forceinline__ Segment start() const {
+    Segment segment;
+    segment.keys = locate_keys(p, blockIdx.z, blockIdx.y);
+    segment.row_block = 0;
+    segment.begin = device::cluster_rank();
+    segment.end = S::kRing ? count_items<S>(p, segment.keys) : (p.slots + kTileKeys) / kTileKeys;
+    return segment;
+  }
+  __device__ __forceinline__ void settle(Segment& segment) const {
+    settle_keys<S>(p, segment.keys);
+    segment.end = count_items<S>(p, segment.keys);
+  }
+  __device__ __forceinline__ void loaded(const Segment&) const {}
+  __device__ __forceinline__ bool next(Segment&) const { return false; }
+  __device__ __forceinline__ void finish(const Segment& segment, State<S>& state, bool) const {
+    finish_in_cluster<S>(p, segment, state, false);
+  }
+};
+
+template <class S>
+__device__ __forceinline__ void run_single(const Params& p) {
+  device::cluster_arrive_relaxed();
+  SingleJob<S> job = {p};
+  run_segments<S>(p, job.start(), job);
 }
 
 }  // namespace zigzag::attend

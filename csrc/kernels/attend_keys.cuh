@@ -3,13 +3,13 @@
 //
 // The keys form one virtual list, cache slots first:
 //
-//   full cache               the slots in use ++ new tokens
-//   ring, several new tokens  all slots ++ new tokens
-//   ring, one new token       all slots as they will be after the append
+//   in place    the slots as they will be after the append: one new token, ring or Shape::kSingle
+//   full cache  the slots in use ++ new tokens
+//   ring        all slots ++ new tokens
 //
 // A new token is read from k_new / v_new and never from the cache, so appending it needs no ordering against the reads
-// of its own slot. The list of a ring depends on the geometry alone: its loads start before the length is known, and
-// what the length then shows to be unused or replaced is repaired in shared memory (repair_tile).
+// of its own slot. Loads of a list in place need no length: they start before it is known, and what it then shows to be
+// unused or replaced is repaired in shared memory (repair_tile).
 #pragma once
 
 #include "core/params.h"
@@ -22,9 +22,14 @@ inline constexpr int kTileKeys = 16;  // keys of one warp step: M of mma.m16n8k1
 
 // Compile-time geometry. Rows are (query column, head of the group) pairs, packed column-major: row = column * group +
 // head.
-template <class Element_, int kHeadDim_, int kRowTiles_>
+//
+// kSingle: one new token per row, a list in place, one segment per block, merged by a cluster. This is the decode step
+// of a small batch, where latency is what counts: nothing that only other cases need is on its path.
+template <class Element_, int kHeadDim_, int kRowTiles_, bool kRing_, bool kSingle_>
 struct Shape {
   using Element = Element_;
+  static constexpr bool kRing = kRing_;
+  static constexpr bool kSingle = kSingle_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kRows = 8 * kRowTiles;   // rows of a block: N of the mma, times kRowTiles
@@ -71,8 +76,11 @@ struct Keys {
 
 __device__ __forceinline__ RingLayout ring_layout(const AttentionParams& p) { return {p.sink, p.window}; }
 
-// Whether the one new token of a ring takes its slot's place in the list. Geometry only.
-__device__ __forceinline__ bool replaces_slot(const AttentionParams& p) { return p.q_len == 1 && p.slots > 0; }
+// Whether the one new token takes its slot's place in the list. Geometry only.
+template <class S>
+__device__ __forceinline__ bool in_place(const AttentionParams& p) {
+  return S::kSingle || (S::kRing && p.q_len == 1 && p.slots > 0);
+}
 
 // Everything but what needs the length and the padding: those are only asked for, so that loads can start behind them.
 __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch, int kv_head) {
@@ -87,39 +95,40 @@ __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch,
   return keys;
 }
 
-template <bool kRing>
+template <class S>
 __device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys) {
   keys.first = min(max(keys.first, 0), p.q_len);
   keys.fresh = p.q_len - keys.first;
   keys.slots_length = keys.length;
   keys.replaced = -1;
-  if constexpr (kRing) {
-    const bool one_token = replaces_slot(p);
-    keys.listed = one_token ? 0 : keys.fresh;
-    if (one_token && keys.fresh == 1) {
-      keys.slots_length += 1;
-      keys.replaced = ring_layout(p).slot(keys.length);
-    }
+  keys.listed = keys.fresh;
+  if (in_place<S>(p)) {
+    keys.listed = 0;
+    keys.slots_length += keys.fresh;
+    // Of a full cache without a free slot the new token is one key more.
+    if (keys.fresh == 1) keys.replaced = S::kRing ? ring_layout(p).slot(keys.length) : min(keys.length, p.slots);
+    keys.used = keys.unmasked = S::kRing ? min(keys.slots_length, p.slots) : min(keys.length, p.slots) + keys.fresh;
+  } else if (S::kRing) {
     keys.used = min(keys.slots_length, p.slots);
-    keys.unmasked = one_token ? keys.used : 0;
+    keys.unmasked = 0;
   } else {
     keys.stored = keys.used = keys.unmasked = min(keys.length, p.slots);
-    keys.listed = keys.fresh;
   }
 }
 
 // Warp steps over the list. At least one, so that an empty list still writes its outputs. Of a ring independent of the
 // length.
-template <bool kRing>
+template <class S>
 __device__ __forceinline__ int count_items(const AttentionParams& p, const Keys& keys) {
-  const int listed = kRing ? (replaces_slot(p) ? 0 : p.q_len) : keys.listed;
+  if (S::kSingle) return max(1, ((S::kRing ? p.slots : keys.used) + kTileKeys - 1) / kTileKeys);
+  const int listed = !S::kRing ? keys.listed : in_place<S>(p) ? 0 : p.q_len;
   return max(1, (keys.stored + listed + kTileKeys - 1) / kTileKeys);
 }
 
 // Position of a key of the list, -1 where there is none.
-template <bool kRing>
+template <class S>
 __device__ __forceinline__ int key_position(const AttentionParams& p, const Keys& keys, int key) {
-  if (key < keys.stored) return kRing ? ring_layout(p).position(key, keys.slots_length) : key;
+  if (key < keys.stored) return S::kRing ? ring_layout(p).position(key, keys.slots_length) : key;
   return key < keys.stored + keys.listed ? keys.length + key - keys.stored : -1;
 }
 
@@ -132,9 +141,12 @@ struct TileLanes {
   static_assert(kWide <= 32 && kTileKeys % kTall == 0);
 };
 
-// First column of the chunk of this head.
-__device__ __forceinline__ const char* new_tokens(const void* tensor, const Strides& stride, const Keys& keys) {
-  return static_cast<const char*>(tensor) + 2 * (keys.batch * stride.batch + keys.kv_head * stride.head);
+// First column of the chunk of this head, of V or of K.
+__device__ __forceinline__ const char* new_tokens(const AttentionParams& p, const Keys& keys, bool is_v) {
+  const int64_t batch_stride = is_v ? p.v_new_stride.batch : p.k_new_stride.batch;
+  const int64_t head_stride = is_v ? p.v_new_stride.head : p.k_new_stride.head;
+  return static_cast<const char*>(is_v ? p.v_new : p.k_new) +
+         2 * (keys.batch * batch_stride + keys.kv_head * head_stride);
 }
 
 // Starts the copy of tile `item` of the list into a stage of the calling warp's ring. Keys that are neither cached nor
@@ -147,49 +159,54 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
   const int tile = item * kTileKeys;
   const uint32_t k_stage = stage + swizzled(row, column, S::kRowBytes);
   const uint32_t v_stage = k_stage + S::kTileBytes;
-  const int64_t k_step = 2 * p.k_cache_stride.token, v_step = 2 * p.v_cache_stride.token;
+  const int k_step = static_cast<int>(2 * p.k_cache_stride.token);  // fits: check_strides()
+  const int v_step = static_cast<int>(2 * p.v_cache_stride.token);
 
   // Row `row + i` of the tile; i is a multiple of kTall > row, so that it moves the swizzle bit by bit.
-  const auto copy_row = [&](uint32_t destination, int i, const char* source, bool valid) {
+  const auto copy_row = [&](uint32_t destination, int i, const char* source, const auto& copy) {
 #pragma unroll
     for (int j = 0; j < S::kChunks; j += Lanes::kWide) {
-      const uint32_t piece = advance_chunks(destination ^ ((i % 8) << 4), j) + i * S::kRowBytes;
-      device::cp_async_16(piece, source + j * 16, valid);
+      copy(advance_chunks(destination ^ ((i % 8) << 4), j) + i * S::kRowBytes, source + j * 16);
     }
   };
 
   if (tile + kTileKeys <= keys.stored) {
-    const char* k = keys.k + (tile + row) * k_step + column * 16;
-    const char* v = keys.v + (tile + row) * v_step + column * 16;
+    const auto copy = [](uint32_t to, const char* from) { device::cp_async_16(to, from, true); };
+    const char* k = keys.k + static_cast<int64_t>(tile + row) * k_step + column * 16;
+    const char* v = keys.v + static_cast<int64_t>(tile + row) * v_step + column * 16;
 #pragma unroll
-    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(k_stage, i, k + i * k_step, true);
+    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(k_stage, i, k + static_cast<int64_t>(i) * k_step, copy);
 #pragma unroll
-    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(v_stage, i, v + i * v_step, true);
+    for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(v_stage, i, v + static_cast<int64_t>(i) * v_step, copy);
     return;
   }
 
-  device::grid_dependency_wait();  // the new tokens may come from the kernel in front
-  const char* k_new = new_tokens(p.k_new, p.k_new_stride, keys) + column * 16;
-  const char* v_new = new_tokens(p.v_new, p.v_new_stride, keys) + column * 16;
+  if (!S::kSingle) device::grid_dependency_wait();  // the new tokens may come from the kernel in front
+  // An address that exists, also where nothing is read.
+  const char* k_new = S::kSingle ? keys.k : new_tokens(p, keys, false) + column * 16;
+  const char* v_new = S::kSingle ? keys.v : new_tokens(p, keys, true) + column * 16;
 #pragma unroll 1
   for (int i = 0; i < kTileKeys; i += Lanes::kTall) {
     const int key = tile + row + i;
-    const bool cached = key < keys.stored, valid = key < keys.stored + keys.listed;
-    const char *k = k_new, *v = v_new;  // an address that exists, also where nothing is read
+    const bool cached = key < keys.stored, valid = cached || (!S::kSingle && key < keys.stored + keys.listed);
+    const char *k = k_new, *v = v_new;
     if (cached) {
-      k = keys.k + key * k_step + column * 16;
-      v = keys.v + key * v_step + column * 16;
+      k = keys.k + static_cast<int64_t>(key) * k_step + column * 16;
+      v = keys.v + static_cast<int64_t>(key) * v_step + column * 16;
     } else if (valid) {
       const int64_t token = keys.first + key - keys.stored;
       k += 2 * token * p.k_new_stride.token;
       v += 2 * token * p.v_new_stride.token;
     }
-    copy_row(k_stage, i, k, valid);
-    copy_row(v_stage, i, v, valid);
+    // Without the cache policy: in this loop ptxas 13.0 puts its descriptor in a register pair that does not exist
+    // ("desc[UR1]"), and the GPU stops at an illegal instruction.
+    const auto copy = [&](uint32_t to, const char* from) { device::cp_async_16_reused(to, from, valid); };
+    copy_row(k_stage, i, k, copy);
+    copy_row(v_stage, i, v, copy);
   }
 }
 
-// The one new token of a ring, K row then V row, spread over the lanes of a warp.
+// The one new token of a list in place, K row then V row, spread over the lanes of a warp.
 template <class S>
 struct NewToken {
   static constexpr int kPieces = (2 * S::kChunks + 31) / 32;
@@ -200,8 +217,7 @@ struct NewToken {
     for (int i = 0; i < kPieces; ++i) {
       const int chunk = threadIdx.x % 32 + 32 * i;
       if (chunk >= 2 * S::kChunks) continue;
-      const char* row =
-          chunk < S::kChunks ? new_tokens(p.k_new, p.k_new_stride, keys) : new_tokens(p.v_new, p.v_new_stride, keys);
+      const char* row = new_tokens(p, keys, chunk >= S::kChunks);
       piece[i] = *reinterpret_cast<const uint4*>(row + chunk % S::kChunks * 16);
     }
   }
@@ -215,22 +231,40 @@ struct NewToken {
       *reinterpret_cast<uint4*>(target) = piece[i];
     }
   }
+
+  // Appends the token to the cache.
+  __device__ __forceinline__ void append(const AttentionParams& p, const Keys& keys, int slot) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int chunk = threadIdx.x % 32 + 32 * i;
+      if (chunk >= 2 * S::kChunks) continue;
+      const bool is_v = chunk >= S::kChunks;
+      const int64_t offset = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token) + chunk % S::kChunks * 8;
+      *reinterpret_cast<uint4*>(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * offset) = piece[i];
+    }
+  }
 };
 
-// Brings a loaded tile of a ring up to date: the new token in its slot's place, zeros for the values of unused slots.
-// (Those may hold NaN, which a weight of zero would not silence; their keys do not matter, the mask overwrites the
-// logits.)
+// Brings a loaded tile of a list in place up to date: the new token in its slot's place, zeros for the values of unused
+// slots. (Those may hold NaN, which a weight of zero would not silence; their keys do not matter, the mask overwrites
+// the logits.) The warp that replaces the slot in its tile also appends the token: nobody else reads the slot. Past the
+// capacity there is no slot, only a key.
 template <class S>
-__device__ __forceinline__ void repair_tile(const Keys& keys, int item, char* stage, const NewToken<S>& token) {
+__device__ __forceinline__ void repair_tile(const AttentionParams& p, const Keys& keys, int item, char* stage,
+                                            const NewToken<S>& token) {
   const int tile = item * kTileKeys;
   if (tile + kTileKeys > keys.used && tile < keys.stored) {
     const int from = max(keys.used - tile, 0), until = min(keys.stored - tile, kTileKeys);
+#pragma unroll 1
     for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
       char* target = stage + S::kTileBytes + swizzled(i / S::kChunks, i % S::kChunks, S::kRowBytes);
       *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
     }
   }
-  if (keys.replaced >= tile && keys.replaced < tile + kTileKeys) token.store(stage, keys.replaced - tile);
+  if (keys.replaced >= tile && keys.replaced < tile + kTileKeys) {
+    token.store(stage, keys.replaced - tile);
+    if (keys.replaced < p.slots) token.append(p, keys, keys.replaced);
+  }
 }
 
 // Writes the new tokens to their slots, shared among `count` threads of which the caller is number `thread`. Skips what
@@ -244,7 +278,7 @@ __device__ __forceinline__ void append_new_tokens(const AttentionParams& p, cons
     const int position = keys.length + token;
     const int slot = layout.slot(position);
     if (slot >= p.slots || !layout.survives(position, keys.length + keys.fresh)) continue;
-    const char* base = is_v ? new_tokens(p.v_new, p.v_new_stride, keys) : new_tokens(p.k_new, p.k_new_stride, keys);
+    const char* base = new_tokens(p, keys, is_v);
     const int64_t source = (keys.first + token) * (is_v ? p.v_new_stride.token : p.k_new_stride.token) + chunk * 8;
     const int64_t target = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token) + chunk * 8;
     const uint4 data = *reinterpret_cast<const uint4*>(base + 2 * source);

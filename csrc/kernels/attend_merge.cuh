@@ -2,38 +2,46 @@
 // Every merge adds in a fixed order, so results are the same bits run to run.
 #pragma once
 
+#include "core/error.h"
 #include "kernels/attend_keys.cuh"
 
 namespace zigzag::attend {
 
 inline constexpr int kMaxWarps = 8;
+inline constexpr int kMaxCluster = 8;
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 inline constexpr float kEmptyMax =
     -3.4028234e38f;  // maximum of an empty state: finite, so that differences are never NaN
 
-// Byte offsets in dynamic shared memory; the staged queries are at 0.
+// Byte offsets in dynamic shared memory. What a block has for itself where it merges alone, it has for what the blocks
+// of its cluster send where it merges with them.
 struct SharedLayout {
-  int stages;        // stages of a warp's ring that exist: fewer than kStages where a warp never has more tiles
-  int ring;          // [warps][stages] K tile, V tile
-  int partial;       // [warps][kRows][kHeadDim + 4] fp32: O of each warp
-  int partial_norm;  // [warps][kRows] {max, sum}
-  int inbox;         // [cluster][share of the output] float4: partial results that other blocks of the cluster send
-  int inbox_norm;    // [cluster][kRows] {max, sum}
+  int stages;   // stages of a warp's ring that exist: fewer than kStages where a warp never has more tiles
+  int ring;     // [warps][stages] K tile, V tile; before it, at 0, [warps][kRows] queries
+  int partial;  // block: [warps][kRows][kHeadDim + 4] fp32, O of each warp; cluster: [units of a block][sources][32]
+  int norm;     // {max, sum}; block: [warps][kRows]; cluster: [units of a block][sources]
   int total;
 };
 
+// A cluster shares the output out by units: 32 floats of a row, which are what 8 lanes hold of two steps. A row has a
+// power of two of them, which keeps their addresses cheap; the last ones may be empty.
 template <class S>
-constexpr SharedLayout shared_layout(int warps, int tiles_per_warp, int query_buffers, int cluster) {
+struct Units {
+  static constexpr int kUsed = (S::kSteps + 1) / 2;
+  static constexpr int kPerRow = kUsed > 4 ? 8 : kUsed > 2 ? 4 : 2;
+  static_assert(kUsed <= 8 && kUsed > 1);
+};
+
+template <class S>
+constexpr SharedLayout shared_layout(int warps, int tiles_per_warp, int cluster) {
+  const int units = (S::kRows * Units<S>::kPerRow + cluster - 1) / cluster, sources = warps * cluster;
   SharedLayout layout = {};
   layout.stages = tiles_per_warp < S::kStages ? tiles_per_warp : S::kStages;
-  layout.ring = query_buffers * S::kRows * S::kRowBytes;
+  layout.ring = warps * S::kRows * S::kRowBytes;
   layout.partial = layout.ring + warps * layout.stages * S::kStageBytes;
-  layout.partial_norm = layout.partial + warps * S::kRows * (S::kHeadDim + 4) * 4;
-  layout.inbox = layout.partial_norm + warps * S::kRows * 8;
-  const int inbox_items = cluster > 1 ? (S::kRows * S::kQuads + cluster - 1) / cluster * cluster : 0;
-  layout.inbox_norm = layout.inbox + inbox_items * 16;
-  layout.total = layout.inbox_norm + (cluster > 1 ? cluster * S::kRows * 8 : 0);
+  layout.norm = layout.partial + (cluster > 1 ? units * sources * 128 : warps * S::kRows * (S::kHeadDim + 4) * 4);
+  layout.total = layout.norm + (cluster > 1 ? units * sources : warps * S::kRows) * 8;
   return layout;
 }
 
@@ -43,20 +51,33 @@ struct Params : AttentionParams {
   int group;         // query heads per KV head
   int row_blocks;    // row blocks per KV head
   int cluster_log2;  // the blocks that merge as a cluster: 1, 2, 4 or 8
-  bool keys_first;   // load keys before waiting for the kernel in front: see run_segments
 
   __host__ __device__ __forceinline__ int cluster() const { return 1 << cluster_log2; }
 };
 
-// Work of a block without interruption: a run of tiles of one row block of one (batch, KV head).
+template <class S>
+__device__ __forceinline__ bool in_cluster(const Params& p) {
+  return device::kHasClusters && (S::kSingle || p.cluster_log2 > 0);
+}
+
+// Strides that the kernels may multiply in 32 bits.
+inline void check_strides(const AttentionParams& a) {
+  for (const int64_t stride : {a.k_cache_stride.token, a.v_cache_stride.token, a.q_stride.token, a.q_stride.head}) {
+    ZZ_CHECK(stride >= 0 && stride < (int64_t{1} << 30),
+             "token strides of the cache, token and head strides of q must be below 2^30 elements; got ", stride);
+  }
+}
+
+// Work of a block without interruption: tiles of one row block of one (batch, KV head).
 struct Segment {
   Keys keys;
   int row_block;
-  int begin, end;  // tiles
+  int begin, end;  // tiles; with kSingle of all blocks of the cluster, which take them in turns
 };
 
 template <class S>
 __device__ __forceinline__ int rows_of(const Params& p, const Segment& segment) {
+  if (S::kSingle) return p.group;
   return min(S::kRows, p.group * p.q_len - segment.row_block * S::kRows);
 }
 
@@ -65,7 +86,10 @@ struct Row {
   int column, head;
 };
 
-__device__ __forceinline__ Row unpack_row(const Params& p, int packed) {
+template <class S>
+__device__ __forceinline__ Row unpack_row(const Params& p, const Segment& segment, int row) {
+  if (S::kSingle) return {0, row};
+  const int packed = segment.row_block * S::kRows + row;
   if (p.q_len == 1) return {packed < p.group ? 0 : 1, packed};
   return {packed / p.group, packed % p.group};
 }
@@ -88,6 +112,21 @@ struct State {
     }
   }
 };
+
+// Adds up the sums of exponentials of the 8 lanes that share a row; all get the result.
+template <class S>
+__device__ __forceinline__ void join_sums(State<S>& state) {
+#pragma unroll
+  for (int n = 0; n < S::kRowTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int offset = 4; offset < 32; offset *= 2) {
+        state.sum[n][e] += __shfl_xor_sync(0xffffffffu, state.sum[n][e], offset);
+      }
+    }
+  }
+}
 
 // Partial result of one output row: 4 dims of the sum of exp2(logit - max) * v, and the norm it belongs to.
 struct Partial {
@@ -138,20 +177,18 @@ extern __shared__ __align__(128) char shared_memory[];
 // Writes the calling warp's state to shared memory. The row stride of kHeadDim + 4 floats keeps the 32 lanes on 32
 // banks.
 template <class S>
-__device__ __forceinline__ void store_partial(const SharedLayout& layout, const State<S>& state, int rows) {
+__device__ __forceinline__ void store_partial(const SharedLayout& layout, State<S>& state, int rows) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   float* out = reinterpret_cast<float*>(shared_memory + layout.partial) + warp * S::kRows * (S::kHeadDim + 4);
-  float2* norm = reinterpret_cast<float2*>(shared_memory + layout.partial_norm) + warp * S::kRows;
+  float2* norm = reinterpret_cast<float2*>(shared_memory + layout.norm) + warp * S::kRows;
+  join_sums(state);
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int row = 8 * n + 2 * t + e;
-      float sum = state.sum[n][e];
-#pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       if (row >= rows) continue;
-      if (g == 0) norm[row] = make_float2(state.max[n][e], sum);
+      if (g == 0) norm[row] = make_float2(state.max[n][e], state.sum[n][e]);
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
         out[row * (S::kHeadDim + 4) + step * 16 + g] = state.out[step][n][e];
@@ -163,7 +200,7 @@ __device__ __forceinline__ void store_partial(const SharedLayout& layout, const 
 
 template <class S>
 __device__ __forceinline__ float2 warp_norm(const SharedLayout& layout, int warp, int row) {
-  return reinterpret_cast<const float2*>(shared_memory + layout.partial_norm)[warp * S::kRows + row];
+  return reinterpret_cast<const float2*>(shared_memory + layout.norm)[warp * S::kRows + row];
 }
 
 // Result of the block for 4 dims of a row.
@@ -176,38 +213,52 @@ __device__ __forceinline__ Partial merge_warps(const SharedLayout& layout, int r
       [&](int warp) { return warp_norm<S>(layout, warp, row); });
 }
 
+// ---- output ----
+
+// Where a row of the output goes.
+struct OutputRow {
+  char* out;
+  float* lse;
+  bool padding;  // of the chunk: its result is empty
+};
+
 template <class S>
-__device__ __forceinline__ float2 merge_warp_norms(const SharedLayout& layout, int row) {
-  return merge_partials(
-             blockDim.x / 32, [](int) { return make_float4(0.f, 0.f, 0.f, 0.f); },
-             [&](int warp) { return warp_norm<S>(layout, warp, row); })
-      .norm;
+__device__ __forceinline__ OutputRow output_row(const Params& p, const Segment& segment, int row) {
+  const auto [column, group_head] = unpack_row<S>(p, segment, row);
+  const int batch = segment.keys.batch, head = segment.keys.kv_head * p.group + group_head;
+  const int64_t offset = batch * p.out_stride.batch + head * p.out_stride.head + column * p.out_stride.token;
+  const int64_t row_index = (static_cast<int64_t>(batch) * p.num_q_heads + head) * p.q_len + column;
+  return {static_cast<char*>(p.out) + 2 * offset, p.lse + row_index, column < segment.keys.first};
 }
 
-// ---- output ----
+__device__ __forceinline__ float log_sum_exp(float2 norm) { return kLn2 * (norm.x + device::log2_approx(norm.y)); }
 
 // Normalises and stores 4 dims of a row; the thread of the first 4 also stores the row's log-sum-exp.
 template <class S>
 __device__ __forceinline__ void write_result(const Params& p, const Segment& segment, int row, int quad,
                                              const Partial& result) {
   using Element = typename S::Element;
-  const auto [column, group_head] = unpack_row(p, segment.row_block * S::kRows + row);
-  const int head = segment.keys.kv_head * p.group + group_head;
-  const bool empty = result.norm.y == 0.f || column < segment.keys.first;
-  const float factor = empty ? 0.f : 1.f / result.norm.y;
+  const OutputRow target = output_row<S>(p, segment, row);
+  const bool empty = result.norm.y == 0.f || target.padding;
+  const float factor = empty ? 0.f : device::reciprocal_approx(result.norm.y);
   const float4 out = empty ? make_float4(0.f, 0.f, 0.f, 0.f) : result.out;
-  const int64_t offset =
-      segment.keys.batch * p.out_stride.batch + head * p.out_stride.head + column * p.out_stride.token;
-  *reinterpret_cast<uint2*>(static_cast<char*>(p.out) + 2 * (offset + quad * 4)) = make_uint2(
-      device::pack2<Element>(out.x * factor, out.y * factor), device::pack2<Element>(out.z * factor, out.w * factor));
-  if (quad != 0) return;
-  const int64_t row_index = (static_cast<int64_t>(segment.keys.batch) * p.num_q_heads + head) * p.q_len + column;
-  p.lse[row_index] = empty ? -INFINITY : kLn2 * (result.norm.x + log2f(result.norm.y));
+  *reinterpret_cast<uint2*>(target.out + 8 * quad) = make_uint2(device::pack2<Element>(out.x * factor, out.y * factor),
+                                                                device::pack2<Element>(out.z * factor, out.w * factor));
+  if (quad == 0) *target.lse = empty ? -INFINITY : log_sum_exp(result.norm);
+}
+
+// Brings the states of the block's warps together in shared memory.
+template <class S>
+__device__ __forceinline__ void gather_in_block(const Params& p, const Segment& segment, State<S>& state) {
+  __syncthreads();  // nobody reads the partial states of the previous segment any more
+  store_partial<S>(p.layout, state, rows_of<S>(p, segment));
+  __syncthreads();
 }
 
 // The block holds the whole result.
 template <class S>
-__device__ __forceinline__ void finish_in_block(const Params& p, const Segment& segment) {
+__device__ __forceinline__ void finish_in_block(const Params& p, const Segment& segment, State<S>& state) {
+  gather_in_block<S>(p, segment, state);
   const int rows = rows_of<S>(p, segment);
   for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
     const int row = i / S::kQuads, quad = i % S::kQuads;
@@ -215,42 +266,114 @@ __device__ __forceinline__ void finish_in_block(const Params& p, const Segment& 
   }
 }
 
-// Every block of the cluster holds a part of the result. Block r collects the r-th share of the output from the inboxes
-// that all blocks fill through distributed shared memory. The caller has arrived at the cluster barrier once before.
-template <class S>
-__device__ __forceinline__ void finish_in_cluster(const Params& p, const Segment& segment, bool more) {
-  const int rows = rows_of<S>(p, segment);
-  const int rank = device::cluster_rank();
-  const int cluster = p.cluster(), items = rows * S::kQuads;
-  const int share = (items + cluster - 1) >> p.cluster_log2;
-  const uint32_t inbox = device::shared_address(shared_memory) + p.layout.inbox;
-  const uint32_t inbox_norm = device::shared_address(shared_memory) + p.layout.inbox_norm;
+// ---- within a cluster ----
 
+// Sends the calling warp's state to the blocks that merge it: unit u of the output is merged by block u % cluster. The
+// floats of a unit are ordered as the lanes hold them: 4 * (dim % 8) + dim / 8 within its 32 dims.
+template <class S>
+__device__ __forceinline__ void send_to_cluster(const Params& p, const State<S>& state, int rows) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int mask = p.cluster() - 1, sources = (blockDim.x / 32) << p.cluster_log2;
+  const int source = device::cluster_rank() + (threadIdx.x / 32 << p.cluster_log2);
+  const uint32_t base = device::shared_address(shared_memory);
+  const uint32_t partial = base + p.layout.partial + g * 16, norm = base + p.layout.norm;
+#pragma unroll
+  for (int n = 0; n < S::kRowTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = 8 * n + 2 * t + e;
+      if (row >= rows) continue;
+      // Unit first + i: i lies within the low bits of kPerRow, which are zero in `first`.
+      const int first = row * Units<S>::kPerRow, owner = first & mask;
+      const int place = (first >> p.cluster_log2) * sources + source;
+#pragma unroll
+      for (int i = 0; i < Units<S>::kUsed; ++i) {
+        const int step = 2 * i;
+        const bool whole = step + 1 < S::kSteps;
+        const float (&low)[4] = state.out[step][n], (&high)[4] = state.out[whole ? step + 1 : step][n];
+        const uint32_t address = partial + place * 128 + (i >> p.cluster_log2) * sources * 128;
+        device::cluster_store(device::cluster_address(address, owner + (i & mask)),
+                              make_float4(low[e], low[e + 2], whole ? high[e] : 0.f, whole ? high[e + 2] : 0.f));
+      }
+      if (g < Units<S>::kUsed) {
+        const uint32_t address = norm + place * 8 + (g >> p.cluster_log2) * sources * 8;
+        device::cluster_store(device::cluster_address(address, owner + (g & mask)),
+                              make_float2(state.max[n][e], state.sum[n][e]));
+      }
+    }
+  }
+}
+
+// Merges a unit that has arrived from all sources: lane = 8 * slice + quad adds up 4 floats of every fourth source,
+// then the slices are added up so that each lane has one float. A warp per unit.
+template <class S>
+__device__ __forceinline__ void merge_unit(const Params& p, int unit, const OutputRow& target) {
+  using Element = typename S::Element;
+  static_assert(kMaxWarps * kMaxCluster <= 64, "two sources a lane");
+  const int lane = threadIdx.x % 32, slice = lane / 8, quad = lane % 8;
+  const int sources = (blockDim.x / 32) << p.cluster_log2;
+  const int first = (unit >> p.cluster_log2) * sources;
+  const float2* norms = reinterpret_cast<const float2*>(shared_memory + p.layout.norm) + first;
+  const float4* parts = reinterpret_cast<const float4*>(shared_memory + p.layout.partial) + first * 8;
+
+  const float2 none = make_float2(kEmptyMax, 0.f);
+  const float2 norm[2] = {lane < sources ? norms[lane] : none, lane + 32 < sources ? norms[lane + 32] : none};
+  float2 total = make_float2(fmaxf(norm[0].x, norm[1].x), 0.f);
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    total.x = fmaxf(total.x, __shfl_xor_sync(0xffffffffu, total.x, offset));
+  }
+  const float weight[2] = {lane < sources ? device::exp2_approx(norm[0].x - total.x) : 0.f,
+                           lane + 32 < sources ? device::exp2_approx(norm[1].x - total.x) : 0.f};
+  total.y = weight[0] * norm[0].y + weight[1] * norm[1].y;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) total.y += __shfl_xor_sync(0xffffffffu, total.y, offset);
+
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+  for (int half = 0; half * 32 < sources; ++half) {
+    const float4* mine = parts + (half * 32 + slice) * 8 + quad;
+    const int rest = sources - half * 32 - slice;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {  // all loads of a half are under way together
+      const float w = __shfl_sync(0xffffffffu, half == 0 ? weight[0] : weight[1], i + slice);
+      const float4 part = i < rest ? mine[i * 8] : make_float4(0.f, 0.f, 0.f, 0.f);
+      sum.x += w * part.x, sum.y += w * part.y, sum.z += w * part.z, sum.w += w * part.w;
+    }
+  }
+  // Slices 0 and 1 keep the first two floats, 2 and 3 the others; then each keeps one.
+  const bool upper = slice & 2, odd = slice & 1;
+  float low = upper ? sum.z : sum.x, high = upper ? sum.w : sum.y;
+  low += __shfl_xor_sync(0xffffffffu, upper ? sum.x : sum.z, 16);
+  high += __shfl_xor_sync(0xffffffffu, upper ? sum.y : sum.w, 16);
+  float out = odd ? high : low;
+  out += __shfl_xor_sync(0xffffffffu, odd ? low : high, 8);
+
+  const int dim = unit % Units<S>::kPerRow * 32 + slice * 8 + quad;
+  const bool empty = total.y == 0.f || target.padding;
+  if (dim < S::kHeadDim)
+    reinterpret_cast<Element*>(target.out)[dim] = Element(empty ? 0.f : out * device::reciprocal_approx(total.y));
+  if (dim == 0) *target.lse = empty ? -INFINITY : log_sum_exp(total);
+}
+
+// Every warp of the cluster holds a part of the result. The caller has arrived at the cluster barrier once before.
+template <class S>
+__device__ __forceinline__ void finish_in_cluster(const Params& p, const Segment& segment, State<S>& state, bool more) {
+  const int rows = rows_of<S>(p, segment);
+  join_sums(state);
   __syncwarp();
-  device::cluster_wait();  // the other blocks run, and have emptied their inboxes of the previous segment
-  for (int i = threadIdx.x; i < items; i += blockDim.x) {
-    const Partial part = merge_warps<S>(p.layout, i / S::kQuads, i % S::kQuads);
-    const int owner = i / share;
-    device::cluster_store(device::cluster_address(inbox + (rank * share + i - owner * share) * 16, owner), part.out);
-  }
-  // From the last thread on: where there are fewer items than threads, the last warp has nothing else to do.
-  for (int i = blockDim.x - 1 - threadIdx.x; i < rows * cluster; i += blockDim.x) {
-    const int row = i >> p.cluster_log2;
-    const float2 norm = merge_warp_norms<S>(p.layout, row);
-    device::cluster_store(device::cluster_address(inbox_norm + (rank * S::kRows + row) * 8, i & (cluster - 1)), norm);
-  }
+  device::cluster_wait();  // the other blocks run, and have merged the previous segment
+  send_to_cluster<S>(p, state, rows);
   __syncwarp();
   device::cluster_arrive();
-  device::cluster_wait();  // all inboxes are full
-
-  const float4* out = reinterpret_cast<const float4*>(shared_memory + p.layout.inbox);
-  const float2* norm = reinterpret_cast<const float2*>(shared_memory + p.layout.inbox_norm);
-  for (int i = threadIdx.x; i < share && rank * share + i < items; i += blockDim.x) {
-    const int row = (rank * share + i) / S::kQuads, quad = (rank * share + i) % S::kQuads;
-    write_result<S>(p, segment, row, quad,
-                    merge_partials(
-                        cluster, [&](int block) { return out[block * share + i]; },
-                        [&](int block) { return norm[block * S::kRows + row]; }));
+  const int step = (blockDim.x / 32) << p.cluster_log2;
+  int unit = device::cluster_rank() + (threadIdx.x / 32 << p.cluster_log2);
+  OutputRow target = output_row<S>(p, segment, unit / Units<S>::kPerRow);  // hides behind the barrier
+  device::cluster_wait();                                                  // everything has arrived
+  while (unit < rows * Units<S>::kPerRow) {
+    if (unit % Units<S>::kPerRow < Units<S>::kUsed) merge_unit<S>(p, unit, target);
+    unit += step;
+    target = output_row<S>(p, segment, unit / Units<S>::kPerRow);
   }
   if (more) {
     __syncwarp();

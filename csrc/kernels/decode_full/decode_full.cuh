@@ -57,27 +57,25 @@ struct Job {
 
   __device__ __forceinline__ Keys find_keys(int batch, int kv_head) const {
     Keys keys = locate_keys(p, batch, kv_head);
-    settle_keys<false>(p, keys);
+    settle_keys<S>(p, keys);
     return keys;
   }
 
   // Finds the first segment of this block; false where there is nothing to do.
   __device__ __forceinline__ bool start(Segment& segment) {
-    if (p.cluster_log2 > 0) {
+    if (in_cluster<S>(p)) {
       const int rank = device::cluster_rank();
       const int kv_head = p.row_blocks == 1 ? blockIdx.y : blockIdx.y / p.row_blocks;
       segment.row_block = blockIdx.y - kv_head * p.row_blocks;
       segment.keys = find_keys(blockIdx.z, kv_head);
-      const unsigned items = count_items<false>(p, segment.keys);
+      const unsigned items = count_items<S>(p, segment.keys);
       segment.begin = static_cast<int>((items * rank) >> p.cluster_log2);
       segment.end = static_cast<int>((items * (rank + 1)) >> p.cluster_log2);
       return true;
     }
     const int lane = threadIdx.x % 32;
     const unsigned groups_per_row = p.num_kv_heads * p.row_blocks;
-    const auto tiles = [&](int b) {
-      return b < p.batch ? count_items<false>(p, find_keys(b, 0)) * groups_per_row : 0u;
-    };
+    const auto tiles = [&](int b) { return b < p.batch ? count_items<S>(p, find_keys(b, 0)) * groups_per_row : 0u; };
     unsigned total = 0;
     for (int b = lane; b < p.batch; b += 32) total += tiles(b);
     total = __reduce_add_sync(0xffffffffu, total);
@@ -111,12 +109,11 @@ struct Job {
     segment.keys = find_keys(batch, kv_head);
     segment.row_block = row_block;
     segment.begin = static_cast<int>(begin);
-    segment.end =
-        static_cast<int>(min(static_cast<unsigned>(count_items<false>(p, segment.keys)), begin + (stop - at)));
+    segment.end = static_cast<int>(min(static_cast<unsigned>(count_items<S>(p, segment.keys)), begin + (stop - at)));
   }
 
   __device__ __forceinline__ bool next(Segment& segment) {
-    if (p.cluster_log2 > 0) return false;
+    if (in_cluster<S>(p)) return false;
     at += segment.end - segment.begin;
     if (at >= stop) return false;
     int batch = segment.keys.batch, kv_head = segment.keys.kv_head, row_block = segment.row_block + 1;
@@ -128,18 +125,18 @@ struct Job {
 
   // No block reads a slot at or past the length, so the block with the last tile may append at any time. Here the wait
   // for the new tokens hides behind the key loads.
-  __device__ __forceinline__ void loaded(Segment& segment) const {
-    if (segment.row_block != 0 || segment.end != count_items<false>(p, segment.keys) || segment.begin == segment.end)
+  __device__ __forceinline__ void loaded(const Segment& segment) const {
+    if (segment.row_block != 0 || segment.end != count_items<S>(p, segment.keys) || segment.begin == segment.end)
       return;
     append_new_tokens<S>(p, segment.keys, threadIdx.x, blockDim.x);
   }
 
-  __device__ __forceinline__ void finish(const Segment& segment, bool more) const {
-    if (p.cluster_log2 > 0) return finish_in_cluster<S>(p, segment, more);
-    const unsigned items = count_items<false>(p, segment.keys);
-    if (segment.begin == 0 && segment.end == static_cast<int>(items)) return finish_in_block<S>(p, segment);
+  __device__ __forceinline__ void finish(const Segment& segment, State<S>& state, bool more) const {
+    if (in_cluster<S>(p)) return finish_in_cluster<S>(p, segment, state, more);
+    const unsigned items = count_items<S>(p, segment.keys);
+    if (segment.begin == 0 && segment.end == static_cast<int>(items)) return finish_in_block<S>(p, segment, state);
     const unsigned group_begin = at - segment.end;  // next() has moved `at` past this segment
-    finish_split(segment, split.owner(group_begin), split.owner(group_begin + items - 1));
+    finish_split(segment, state, split.owner(group_begin), split.owner(group_begin + items - 1));
   }
 
   // Partial result of run `block` of a row group that ends in run `last`: a run's last row group goes on in the next
@@ -150,7 +147,8 @@ struct Job {
   }
 
   // The row group is shared by the runs [from, last].
-  __device__ __forceinline__ void finish_split(const Segment& segment, int from, int last) const {
+  __device__ __forceinline__ void finish_split(const Segment& segment, State<S>& state, int from, int last) const {
+    gather_in_block<S>(p, segment, state);
     const int rows = rows_of<S>(p, segment);
     float4* out = reinterpret_cast<float4*>(partial(blockIdx.x, last));
     float2* norm = reinterpret_cast<float2*>(out + S::kRows * S::kQuads);
@@ -183,58 +181,69 @@ struct Job {
 
 template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __grid_constant__ Params p) {
-  if (device::kHasClusters && p.cluster_log2 > 0) device::cluster_arrive_relaxed();
-  if (!p.keys_first) device::grid_dependency_wait();
-  Segment segment;
-  Job<S> job = {p, {}, 0, 0};
-  if (job.start(segment)) run_segments<S, false>(p, segment, job);
+  if constexpr (S::kSingle) {
+    run_single<S>(p);
+  } else {
+    if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
+    Segment segment;
+    Job<S> job = {p, {}, 0, 0};
+    if (job.start(segment)) run_segments<S>(p, segment, job);
+  }
 }
 
+// Fills `p` and `config` for a cluster size.
 template <class S>
+void configure(Params& p, device::LaunchConfig& config, int cluster) {
+  const device::DeviceInfo& device = device::device_info();
+  const device::LaunchOptions& options = device::launch_options();
+  int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
+  const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster); };
+  while (warps > 1 && layout().total > device.shared_bytes) warps /= 2;
+  p.layout = layout();
+  p.cluster_log2 = device::floor_log2(cluster);
+  config.cluster = cluster;
+  config.block = dim3(static_cast<unsigned>(32 * warps));
+  config.shared_bytes = p.layout.total;
+  const int blocks = options.blocks > 0 ? options.blocks : device.sm_count;
+  config.grid = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
+  if (cluster > 1) {
+    config.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(p.num_kv_heads * p.row_blocks),
+                       static_cast<unsigned>(p.batch));
+  }
+}
+
+template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
+  using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
+  using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
-  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0, false};
+  Params p = {a, {}, group, (rows + Split::kRows - 1) / Split::kRows, 0};
   const int groups = a.batch * p.num_kv_heads * p.row_blocks;
-
-  device::LaunchConfig config = {};
-  const auto configure = [&](int cluster) {
-    int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
-    const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster > 1 ? 1 : 2, cluster); };
-    while (warps > 1 && layout().total > device.shared_bytes) warps /= 2;
-    p.layout = layout();
-    p.cluster_log2 = device::floor_log2(cluster);
-    config.cluster = cluster;
-    config.block = dim3(static_cast<unsigned>(32 * warps));
-    config.shared_bytes = p.layout.total;
-    const int blocks = options.blocks > 0 ? options.blocks : device.sm_count;
-    config.grid = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
-    if (cluster > 1) {
-      config.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(a.num_kv_heads * p.row_blocks),
-                         static_cast<unsigned>(a.batch));
-    }
-  };
+  const bool modern = device.arch >= 90 && !options.force_plain;
+  const auto kernel = a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>;
 
   // 8 blocks per row group on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.
-  constexpr int kCluster = 8;
-  configure(1);
-  if (device.arch >= 90 && !options.force_plain && options.cluster != 1 &&
-      groups * kCluster * 9 / 4 >= device.sm_count && groups * kCluster <= device.sm_count) {
-    configure(kCluster);
-    if (groups > device::max_active_clusters(decode_full_kernel<S>, config)) configure(1);
+  device::LaunchConfig config = {};
+  config.dependent_launch = modern && options.dependent_launch;
+  const int cluster = options.cluster > 0 ? 1 << device::floor_log2(std::min(options.cluster, kMaxCluster)) : 8;
+  if (modern && cluster > 1 && groups * cluster * 9 / 4 >= device.sm_count && groups * cluster <= device.sm_count) {
+    configure<Split>(p, config, cluster);
+    if (groups <= device::max_active_clusters(kernel, config)) return device::launch(kernel, config, p, stream);
   }
-  config.dependent_launch = p.keys_first = device.arch >= 90 && !options.force_plain && options.dependent_launch;
-  device::launch(decode_full_kernel<S>, config, p, stream);
+  configure<Split>(p, config, 1);
+  device::launch(decode_full_kernel<Split>, config, p, stream);
 }
 
 template <class Element>
 void launch_decode_full(const AttentionParams& a, void* stream) {
   ZZ_CHECK(a.workspace_bytes >= workspace_bytes(a.head_dim), "workspace of ", a.workspace_bytes,
            " bytes is too small; needed: ", workspace_bytes(a.head_dim));
+  check_strides(a);
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
     dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
-      launch_shape<Shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>>(a, stream);
+      launch_shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>(a, stream);
     });
   });
 }

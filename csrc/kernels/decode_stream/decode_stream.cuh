@@ -15,6 +15,7 @@ namespace zigzag::decode_stream {
 
 using namespace attend;
 
+// Anything but the one new token that a cluster attends: see SingleJob.
 template <class S>
 struct Job {
   const Params& p;
@@ -23,41 +24,38 @@ struct Job {
   __device__ __forceinline__ Segment start() const {
     Segment segment;
     segment.keys = locate_keys(p, blockIdx.z, blockIdx.y);
-    if (!replaces_slot(p)) settle_keys<true>(p, segment.keys);
+    settle_keys<S>(p, segment.keys);
     segment.row_block = 0;
-    const int items = count_items<true>(p, segment.keys);
+    const int items = count_items<S>(p, segment.keys);
     segment.begin = (items * rank) >> p.cluster_log2;
     segment.end = (items * (rank + 1)) >> p.cluster_log2;
     return segment;
   }
 
+  __device__ __forceinline__ void loaded(const Segment&) const {}
+
   __device__ __forceinline__ bool next(Segment& segment) const { return ++segment.row_block < p.row_blocks; }
 
-  // A single new token replaces a key that no row attends: whether a block reads the old or the new bytes of that slot,
-  // it repairs them from k_new and v_new.
-  __device__ __forceinline__ void loaded(Segment& segment) const {
-    if (!replaces_slot(p)) return;
-    settle_keys<true>(p, segment.keys);  // not before: the loads of one new token's ring need no length
-    if (rank == p.cluster() - 1) append_new_tokens<S>(p, segment.keys, threadIdx.x, blockDim.x);
-  }
-
-  __device__ __forceinline__ void finish(const Segment& segment, bool more) const {
-    if (p.cluster_log2 > 0) {
-      finish_in_cluster<S>(p, segment, more);
+  __device__ __forceinline__ void finish(const Segment& segment, State<S>& state, bool more) const {
+    if (in_cluster<S>(p)) {
+      finish_in_cluster<S>(p, segment, state, more);
     } else {
-      finish_in_block<S>(p, segment);
+      finish_in_block<S>(p, segment, state);
     }
-    if (more || replaces_slot(p)) return;
+    if (more || in_place<S>(p)) return;
     append_new_tokens<S>(p, segment.keys, rank * blockDim.x + threadIdx.x, p.cluster() * blockDim.x);
   }
 };
 
 template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_kernel(const __grid_constant__ Params p) {
-  if (device::kHasClusters && p.cluster_log2 > 0) device::cluster_arrive_relaxed();
-  if (!p.keys_first) device::grid_dependency_wait();
-  Job<S> job = {p, p.cluster_log2 > 0 ? device::cluster_rank() : 0};
-  run_segments<S, true>(p, job.start(), job);
+  if constexpr (S::kSingle) {
+    run_single<S>(p);
+  } else {
+    if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
+    Job<S> job = {p, in_cluster<S>(p) ? device::cluster_rank() : 0};
+    run_segments<S>(p, job.start(), job);
+  }
 }
 
 // Blocks per KV head: a short ring is all latency, so half of the GPU is enough and leaves a second block per SM; a
@@ -69,8 +67,10 @@ inline int choose_cluster_log2(int tiles, int heads, int sm_count) {
   return log2;
 }
 
-template <class S>
+template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
+  using S = Shape<Element, kHeadDim, kRowTiles, true, false>;
+  using Single = Shape<Element, kHeadDim, kRowTiles, true, true>;
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   const bool modern = device.arch >= 90 && !options.force_plain;
@@ -78,16 +78,14 @@ void launch_shape(const AttentionParams& a, void* stream) {
   const int heads = a.batch * a.num_kv_heads;
   const int tiles = (a.slots + (a.q_len > 1 || a.slots == 0 ? a.q_len : 0) + kTileKeys - 1) / kTileKeys;
 
-  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0, false};
+  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0};
   if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
   if (modern && options.cluster > 0) p.cluster_log2 = device::floor_log2(std::min(options.cluster, 8));
   const int block_tiles = (tiles + p.cluster() - 1) / p.cluster();
   const int max_warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
   const int rounds = (block_tiles + max_warps - 1) / max_warps;
   int warps = (block_tiles + rounds - 1) / rounds;
-  const auto layout = [&] {
-    return shared_layout<S>(warps, (block_tiles + warps - 1) / warps, p.row_blocks > 1 ? 2 : 1, p.cluster());
-  };
+  const auto layout = [&] { return shared_layout<S>(warps, (block_tiles + warps - 1) / warps, p.cluster()); };
   while (warps > 1 && layout().total > device.shared_bytes) --warps;
   p.layout = layout();
 
@@ -97,15 +95,17 @@ void launch_shape(const AttentionParams& a, void* stream) {
   config.block = dim3(static_cast<unsigned>(32 * warps));
   config.shared_bytes = p.layout.total;
   config.cluster = p.cluster();
-  config.dependent_launch = p.keys_first = modern && options.dependent_launch;
-  device::launch(decode_stream_kernel<S>, config, p, stream);
+  config.dependent_launch = modern && options.dependent_launch;
+  const bool single = a.q_len == 1 && a.slots > 0 && p.cluster() > 1;
+  device::launch(single ? decode_stream_kernel<Single> : decode_stream_kernel<S>, config, p, stream);
 }
 
 template <class Element>
 void launch_decode_stream(const AttentionParams& a, void* stream) {
+  check_strides(a);
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
     dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
-      launch_shape<Shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>>(a, stream);
+      launch_shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>(a, stream);
     });
   });
 }
