@@ -143,3 +143,20 @@ def test_one_launch_per_decode_call(q_len, window):
     run()
     kernels = launched_kernels(run)
     assert len(kernels) == 1 and "decode" in kernels[0], kernels
+
+
+@pytest.mark.parametrize("length", [-1, -8, 2**31 - 2])
+def test_lengths_out_of_range(length):
+    """The CPU can look at them; on CUDA a negative length counts as 0."""
+    inputs = Case((5, 20), 2, sink=2, window=8).on("cpu", torch.float32).build()
+    inputs["seq_lens"][1] = length
+    with pytest.raises(RuntimeError, match=r"seq_lens\[1\] must be in"):
+        ops.attention(**inputs, sink=2, window=8)
+    with pytest.raises(RuntimeError, match=r"seq_lens\[1\] must be in"):
+        ops.append(*(inputs[n] for n in ("k_new", "v_new", "k_cache", "v_cache", "seq_lens")), sink=2, window=8)
+
+
+def test_sink_and_window_that_overflow(device):
+    inputs = Case((5,), 1).on(device, torch.bfloat16).build()
+    with pytest.raises((RuntimeError, ValueError), match=r"sink \+ window must be < 2\^31"):
+        ops.attention(**inputs, sink=2**31 - 1, window=5)

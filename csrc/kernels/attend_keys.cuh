@@ -85,7 +85,7 @@ __device__ __forceinline__ bool in_place(const AttentionParams& p) {
 // Everything but what needs the length and the padding: those are only asked for, so that loads can start behind them.
 __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch, int kv_head) {
   Keys keys = {};
-  keys.length = __ldg(p.seq_lens + batch);
+  keys.length = max(0, __ldg(p.seq_lens + batch));
   if (p.pad != nullptr) keys.first = __ldg(p.pad + batch);
   keys.batch = batch;
   keys.kv_head = kv_head;

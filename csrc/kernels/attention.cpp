@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <limits>
 #include <string>
 
 #include "core/error.h"
@@ -29,8 +30,18 @@ void check_head_dim(int head_dim) {
 void check_layout(int slots, int sink, int window) {
   ZZ_CHECK(sink >= 0 && window >= 0, "sink and window must be >= 0 (window 0 marks a full cache), got sink ", sink,
            " and window ", window);
-  ZZ_CHECK(window == 0 || slots == 0 || slots == sink + window, "a ring needs sink + window = ", sink + window,
-           " slots, the cache has ", slots);
+  const int64_t ring = static_cast<int64_t>(sink) + window;
+  ZZ_CHECK(ring <= std::numeric_limits<int>::max(), "sink + window must be < 2^31, got ", ring);
+  ZZ_CHECK(window == 0 || slots == 0 || slots == ring, "a ring needs sink + window = ", ring, " slots, the cache has ",
+           slots);
+}
+
+// Only where the host can read the lengths. On CUDA that would wait for the GPU: kernels take a negative length as 0.
+void check_lengths(const int32_t* seq_lens, int batch, int q_len) {
+  for (int b = 0; b < batch; ++b) {
+    ZZ_CHECK(seq_lens[b] >= 0 && seq_lens[b] <= std::numeric_limits<int>::max() - q_len, "seq_lens[", b,
+             "] must be in [0, 2^31 - q_len), got ", seq_lens[b]);
+  }
 }
 
 }  // namespace
@@ -63,6 +74,7 @@ int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, 
 
 void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
   check_params(p);
+  check_lengths(p.seq_lens, p.batch, p.q_len);
   if (p.batch == 0 || p.q_len == 0) return;
   switch (select_attention_kernel(p.window, p.q_len)) {
     case AttentionKernel::kDecodeFull: return decode_full_cpu(p, parallel);
@@ -73,6 +85,7 @@ void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
 
 void append_cpu(const AppendParams& p, const ParallelFor& parallel) {
   check_params(p);
+  check_lengths(p.seq_lens, p.batch, p.q_len);
   if (p.batch == 0 || p.q_len == 0) return;
   append_kernel_cpu(p, parallel);
 }

@@ -21,7 +21,9 @@ inline DType to_dtype(ScalarType type) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
-    default: throw Error("dtype is not supported; supported: float16, bfloat16, and float32 on the CPU");
+    default:
+      throw Error(concat("dtype ", torch::headeronly::toString(type),
+                         " is not supported; supported: float16, bfloat16, and float32 on the CPU"));
   }
 }
 
@@ -56,8 +58,8 @@ inline Strides check_heads(const char* name, const Tensor& tensor, std::initiali
   ZZ_CHECK(tensor.stride(3) == 1 || tensor.size(3) == 1, name, " must be contiguous in head_dim, its stride there is ",
            tensor.stride(3));
   const Strides strides{tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-  const bool aligned = strides.batch % 8 == 0 && strides.head % 8 == 0 && strides.token % 8 == 0 &&
-                       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim < 3; ++dim) aligned = aligned && (tensor.size(dim) <= 1 || tensor.stride(dim) % 8 == 0);
   ZZ_CHECK(!tensor.is_cuda() || aligned || tensor.numel() == 0, name,
            " must start at a multiple of 16 bytes in every row on CUDA; call .contiguous() on it");
   return strides;

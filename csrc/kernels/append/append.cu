@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const int head = blockIdx.y, batch = blockIdx.z, element = threadIdx.x * 8;
   const int candidate = blockIdx.x * blockDim.y + threadIdx.y;
   if (candidate >= candidate_tokens(p)) return;
-  const int length = p.seq_lens[batch];
+  const int length = max(0, p.seq_lens[batch]);
   const int pad = p.pad == nullptr ? 0 : p.pad[batch];
   const int column = candidate_column(p, candidate, length, pad);
   if (column < 0) return;

@@ -89,7 +89,7 @@ struct QueryTile {
     tile.source[1] = tile.key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride);
 
     const RingLayout layout{p.sink, p.window};
-    tile.length = p.seq_lens[tile.batch];
+    tile.length = max(0, p.seq_lens[tile.batch]);
     if (layout.is_full()) tile.length = min(tile.length, p.slots);
     tile.pad = p.pad == nullptr ? 0 : p.pad[tile.batch];
     const int first = max(tile.first_column, tile.pad);
