@@ -44,7 +44,7 @@ def test_equal_costs_are_a_count(objective):
 
 
 def test_unequal_ms_against_brute_force():
-    retrieval, streaming = RNG.uniform(0.05, 0.4, 10), RNG.uniform(0.01, 0.05, 10)
+    retrieval, streaming = RNG.uniform(0.05, 0.4, 10).round(4), RNG.uniform(0.01, 0.05, 10).round(4)
     table = {"context": [1000], "retrieval": [retrieval.tolist()], "streaming": [streaming.tolist()]}
     scores = RNG.random((10, 3))
     for limit in (0.5, 0.9, 1.3, 1.7):
@@ -53,12 +53,26 @@ def test_unequal_ms_against_brute_force():
             chosen
             for size in range(11)
             for chosen in itertools.combinations(range(10), size)
-            if np.where(np.isin(range(10), chosen), retrieval, streaming).sum() <= limit
+            if np.where(np.isin(range(10), chosen), retrieval, streaming).sum() <= limit + 1e-9
         ]
         best = max(fitting, key=lambda chosen: scores[list(chosen)].sum())
         assert plan.retrieval_layers == best
         used = np.where(np.isin(range(10), best), retrieval, streaming).sum()
-        assert plan.provenance["ms"] == pytest.approx(used, abs=1e-5) and used <= limit
+        assert plan.provenance["ms"] == pytest.approx(used, abs=1e-9)
+
+
+def test_a_sum_that_is_exactly_the_limit_fits():
+    """0.1 + 0.1 + 0.1 > 0.3 in floating point."""
+    table = {"context": [1], "retrieval": [0.1], "streaming": [0.0]}
+    assert len(solve(SCORES, ms=0.3, costs=table, context=1).retrieval_layers) == 3
+
+
+def test_costs_too_fine_to_search_are_refused():
+    """Values equal to unrelated costs: every subset is on the Pareto front."""
+    costs = np.random.default_rng(0).uniform(200, 900, 40)
+    table = {"context": [1], "retrieval": [costs.tolist()], "streaming": [0.0]}
+    with pytest.raises(ValueError, match="costs of the 40 layers differ in too many ways"):
+        solve(np.zeros((40, 1)), objective="knapsack", values=costs, ms=costs.sum() / 2, costs=table, context=1)
 
 
 def test_cost_tables_are_interpolated_and_read_from_files(tmp_path):

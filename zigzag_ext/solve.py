@@ -14,8 +14,8 @@ from . import _C
 from .costs import kv_costs, ms_costs
 from .plan import Plan
 
-_NANOSECONDS = 1_000_000  # per millisecond: costs are compared as whole nanoseconds
-_MOST = {"kv_bytes": 2**52, "ms": 2**52 / _NANOSECONDS}
+_TICKS = 10_000  # per millisecond: costs are compared in whole steps of 0.1 us, finer than a measurement resolves
+_MOST = {"kv_bytes": 2**52, "ms": 2**52 / _TICKS}
 
 
 def objectives() -> dict[str, str]:
@@ -58,7 +58,8 @@ def solve(
             heads), "knapsack" (your own layer `values`), "even" (no scores).
         retrieval_layers: budget: exactly so many retrieval layers.
         kv_bytes: budget: most KV bytes of one sequence at `context` tokens, with `head_dim` and `element_bytes`.
-        ms: budget: most milliseconds per token at `context` tokens by the cost table `costs` (see `zigzag_ext.costs`).
+        ms: budget: most milliseconds per token at `context` tokens by the cost table `costs` (see `zigzag_ext.costs`), compared
+            in steps of 0.0001.
         costs: cost table, a dict or a JSON file.
         context: tokens, for KV bytes and milliseconds.
         head_dim, element_bytes: elements per head (one number or one per layer) and bytes per element, for KV bytes.
@@ -123,14 +124,14 @@ def solve(
     sizes["element_bytes"] = _positive("element_bytes", element_bytes)
     _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
     bytes_of = kv_costs(layers, kv_heads, sizes["head_dim"], sizes["element_bytes"], sizes["context"], sink + window)
-    ns_of = None if costs is None else _nanoseconds(*ms_costs(costs, sizes["context"], layers))
+    ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
 
     options = _C.SolveOptions()
     options.objective = objective
     for name, value in {**constraints, **own}.items():
         if value is not None:
             setattr(options, name, value)
-    _set_budget(options, budget, layers, bytes_of, ns_of)
+    _set_budget(options, budget, layers, bytes_of, ticks_of)
     solution = _C.solve(matrix, options)
 
     total = lambda kinds: sum(kinds[kind == "streaming"][layer] for layer, kind in enumerate(solution.kinds))  # noqa: E731
@@ -144,7 +145,7 @@ def solve(
         "mask_distance": solution.mask_distance,
         "mask_heads": solution.mask_heads,
         "kv_bytes": total(bytes_of),
-        **({} if ns_of is None else {"ms": total(ns_of) / _NANOSECONDS}),
+        **({} if ticks_of is None else {"ms": total(ticks_of) / _TICKS}),
         **sizes,
         "scores": {"shape": list(matrix.shape), "sha256": hashlib.sha256(np.ascontiguousarray(matrix)).hexdigest()},
         "layer_values": solution.layer_values,
@@ -152,7 +153,7 @@ def solve(
     return Plan(solution.kinds, sink=sink, window=window, provenance={k: v for k, v in provenance.items() if v != {}})
 
 
-def _set_budget(options, budget: dict, layers: int, bytes_of, ns_of) -> None:
+def _set_budget(options, budget: dict, layers: int, bytes_of, ticks_of) -> None:
     [(name, value)] = budget.items()
     if name == "retrieval_ratio":
         options.retrieval_layers = _C.count_retrieval_layers(value, layers)
@@ -163,14 +164,14 @@ def _set_budget(options, budget: dict, layers: int, bytes_of, ns_of) -> None:
     elif name == "kv_bytes":
         options.costs = _C.CostBudget(name, *bytes_of, math.floor(value), 1.0)
     else:
-        options.costs = _C.CostBudget(name, *ns_of, round(value * _NANOSECONDS), 1 / _NANOSECONDS)
+        options.costs = _C.CostBudget(name, *ticks_of, round(value * _TICKS), 1 / _TICKS)
 
 
-def _nanoseconds(retrieval: np.ndarray, streaming: np.ndarray, other: float) -> tuple[list[int], list[int]]:
-    """Whole nanoseconds per layer; what does not depend on the plan is counted with layer 0, whatever its kind."""
-    kinds = [[round(cost * _NANOSECONDS) for cost in kind.tolist()] for kind in (retrieval, streaming)]
+def _in_ticks(retrieval: np.ndarray, streaming: np.ndarray, other: float) -> tuple[list[int], list[int]]:
+    """Whole steps of 0.1 us per layer; what does not depend on the plan is counted with layer 0, whatever its kind."""
+    kinds = [[round(cost * _TICKS) for cost in kind.tolist()] for kind in (retrieval, streaming)]
     for kind in kinds:
-        kind[0] += round(other * _NANOSECONDS)
+        kind[0] += round(other * _TICKS)
     return kinds[0], kinds[1]
 
 
