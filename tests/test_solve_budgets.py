@@ -180,6 +180,8 @@ GOOD = [[0.1, 0.2], [0.3, 0.4]]
         ({"ms": 1, "costs": "nowhere.json"}, FileNotFoundError, "no cost table at nowhere.json"),
         ({"ms": 0.5, "costs": TABLE, "context": 1000}, ValueError, "ms = 0.5 cannot be met; the cheapest possible ms is 1.02"),
         ({"objective": "median"}, ValueError, 'unknown objective "median"; known: mean, count, transport'),
+        ({"objective": None}, TypeError, "objective must be a name, one of mean, count"),
+        ({"head_dim": "64"}, TypeError, "head_dim must be an integer"),
         ({"force_retrieval": [2]}, ValueError, "force_retrieval must hold layers 0 to 1, got 2"),
         ({"force_streaming": [-1]}, ValueError, "force_streaming must hold layers 0 to 1, got -1"),
         ({"force_streaming": "01"}, TypeError, "force_streaming must be a list of integers"),

@@ -100,41 +100,30 @@ def solve(
     matrix = _matrix(scores)
     layers, kv_heads = matrix.shape if matrix.ndim == 2 else (0, 0)
     given = {"retrieval_ratio": retrieval_ratio, "retrieval_layers": retrieval_layers, "kv_bytes": kv_bytes, "ms": ms}
-    budget = {name: _number(name, value) for name, value in given.items() if value is not None} or {"retrieval_ratio": 0.5}
-    if len(budget) > 1:
-        raise ValueError(f"one budget at a time, got {' and '.join(budget)}")
-    if ms is not None and costs is None:
-        raise ValueError("the budget ms needs a cost table: costs=")
+    budget = _budget(given, costs)
     constraints = {
         "force_retrieval": _integers("force_retrieval", force_retrieval),
         "force_streaming": _integers("force_streaming", force_streaming),
-        "max_streaming_run": None if max_streaming_run is None else _integer("max_streaming_run", max_streaming_run),
+        "max_streaming_run": _optional(_integer, "max_streaming_run", max_streaming_run),
         "stages": _stages(stages, layers),
     }
     own = {
-        "threshold": None if threshold is None else _number("threshold", threshold),
-        "sparsity": None if sparsity is None else _number("sparsity", sparsity),
-        "top_heads": None if top_heads is None else _integer("top_heads", top_heads),
+        "threshold": _optional(_number, "threshold", threshold),
+        "sparsity": _optional(_number, "sparsity", sparsity),
+        "top_heads": _optional(_integer, "top_heads", top_heads),
         "values": [] if values is None else [_number("values", value) for value in values],
     }
-    sizes = {"context": _positive("context", context), "head_dim": head_dim, "element_bytes": element_bytes}
-    sizes["head_dim"] = (
-        [_positive("head_dim", dim) for dim in head_dim] if isinstance(head_dim, Sequence) else _positive("head_dim", head_dim)
-    )
-    sizes["element_bytes"] = _positive("element_bytes", element_bytes)
+    per_layer = isinstance(head_dim, Sequence) and not isinstance(head_dim, str)
+    sizes = {
+        "context": _positive("context", context),
+        "head_dim": [_positive("head_dim", dim) for dim in head_dim] if per_layer else _positive("head_dim", head_dim),
+        "element_bytes": _positive("element_bytes", element_bytes),
+    }
     _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
-    bytes_of = kv_costs(layers, kv_heads, sizes["head_dim"], sizes["element_bytes"], sizes["context"], sink + window)
+    bytes_of = kv_costs(layers, kv_heads, **sizes, slots=sink + window)
     ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
-
-    options = _C.SolveOptions()
-    options.objective = objective
-    for name, value in {**constraints, **own}.items():
-        if value is not None:
-            setattr(options, name, value)
-    _set_budget(options, budget, layers, bytes_of, ticks_of)
+    options = _options(objective, {**constraints, **own}, budget, layers, bytes_of, ticks_of)
     solution = _C.solve(matrix, options)
-
-    total = lambda kinds: sum(kinds[kind == "streaming"][layer] for layer, kind in enumerate(solution.kinds))  # noqa: E731
     provenance = {
         "objective": objective,
         "budget": budget,
@@ -144,13 +133,41 @@ def solve(
         "retained_score": solution.retained_score,
         "mask_distance": solution.mask_distance,
         "mask_heads": solution.mask_heads,
-        "kv_bytes": total(bytes_of),
-        **({} if ticks_of is None else {"ms": total(ticks_of) / _TICKS}),
+        "kv_bytes": _total(bytes_of, solution.kinds),
+        "ms": {} if ticks_of is None else _total(ticks_of, solution.kinds) / _TICKS,
         **sizes,
         "scores": {"shape": list(matrix.shape), "sha256": hashlib.sha256(np.ascontiguousarray(matrix)).hexdigest()},
         "layer_values": solution.layer_values,
     }
-    return Plan(solution.kinds, sink=sink, window=window, provenance={k: v for k, v in provenance.items() if v != {}})
+    recorded = {name: value for name, value in provenance.items() if value != {}}
+    return Plan(solution.kinds, sink=sink, window=window, provenance=recorded)
+
+
+def _budget(given: dict, costs) -> dict:
+    """The one budget that was given, by name."""
+    budget = {name: _number(name, value) for name, value in given.items() if value is not None}
+    if len(budget) > 1:
+        raise ValueError(f"one budget at a time, got {' and '.join(budget)}")
+    if "ms" in budget and costs is None:
+        raise ValueError("the budget ms needs a cost table: costs=")
+    return budget or {"retrieval_ratio": 0.5}
+
+
+def _options(objective: str, settings: dict, budget: dict, layers: int, bytes_of, ticks_of) -> _C.SolveOptions:
+    if not isinstance(objective, str):
+        raise TypeError(f"objective must be a name, one of {', '.join(objectives())}, got {objective!r}")
+    options = _C.SolveOptions()
+    options.objective = objective
+    for name, value in settings.items():
+        if value is not None:
+            setattr(options, name, value)
+    _set_budget(options, budget, layers, bytes_of, ticks_of)
+    return options
+
+
+def _total(costs: tuple[list[int], list[int]], kinds: list[str]) -> int:
+    """What a plan costs, from (retrieval, streaming) costs per layer."""
+    return sum(costs[kind == "streaming"][layer] for layer, kind in enumerate(kinds))
 
 
 def _set_budget(options, budget: dict, layers: int, bytes_of, ticks_of) -> None:
@@ -184,6 +201,10 @@ def _stages(stages: int | Sequence[int] | None, layers: int) -> list[int]:
             raise ValueError(f"stages = {count} does not divide {layers} layers: give the layers of each stage, as a list")
         return [layers // count] * count
     return _integers("stages", stages)
+
+
+def _optional(check, name: str, value):
+    return None if value is None else check(name, value)
 
 
 def _integers(name: str, values) -> list[int]:

@@ -51,7 +51,8 @@ std::vector<int> some_layers(std::mt19937& random, int layers, const std::vector
 // costs as of bytes, 3 unequal costs as of milliseconds, where a retrieval layer may even be the cheaper one.
 Instance random_instance(std::mt19937& random, const std::string& objective, int budget, int mix) {
   const int levels = 1 << (2 * pick(random, 0, 4));
-  Instance made{{}, pick(random, 1, 14), pick(random, 1, 5), {}};
+  const int most_layers = pick(random, 0, 3) == 0 ? 14 : 11;  // fewer large ones: each layer doubles the choices
+  Instance made{{}, pick(random, 1, most_layers), pick(random, 1, 5), {}};
   for (int i = 0; i < made.layers * made.kv_heads; ++i)
     made.cells.push_back(static_cast<double>(pick(random, 0, levels)) / levels);
   SolveOptions& options = made.options;
