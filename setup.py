@@ -1,7 +1,7 @@
 """Builds the package by CMake, which alone knows the sources, the flags and whether there is an nvcc.
 
-Environment: ZIGZAG_CUDA=auto|on|off (default auto: CUDA kernels where nvcc is found), ZIGZAG_CUDA_ARCHS="80;90a" (default: the list in
-CMakeLists.txt), MAX_JOBS (parallel compilations, default: the number of cores).
+Environment: ZIGZAG_CUDA=auto|on|off (default auto: CUDA kernels where nvcc is found), ZIGZAG_CUDA_ARCHS="80;90a" (default: the
+list in CMakeLists.txt), MAX_JOBS (parallel compilations, default: the number of cores).
 """
 
 import os

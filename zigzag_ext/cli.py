@@ -25,7 +25,7 @@ app = typer.Typer(
         "Start with `zigzag demo`; make a plan from head scores with `zigzag solve`; use it with `zigzag generate`."
     ),
 )
-console = Console()
+console = Console(soft_wrap=True)  # a long path stays one line, whatever the width of the terminal
 _MIB = 1024**2
 
 

@@ -65,6 +65,25 @@ __global__ void __launch_bounds__(kBlock) read_kernel(const uint4* a, const uint
   if (sum == 0x9E3779B9u) *never = sum;
 }
 
+// A copy by the multiprocessors: in a graph, cudaMemcpyAsync goes to a copy engine, which reaches 2.4 of 3.0 TB/s on an
+// H100.
+__global__ void __launch_bounds__(kBlock) copy_kernel(uint4* to, const uint4* from, int64_t count) {
+  constexpr int64_t kTile = static_cast<int64_t>(kBlock) * kLoadsInFlight;
+  for (int64_t base = blockIdx.x * kTile; base < count; base += gridDim.x * kTile) {
+    uint4 value[kLoadsInFlight];
+#pragma unroll
+    for (int i = 0; i < kLoadsInFlight; ++i) {
+      const int64_t at = base + i * kBlock + threadIdx.x;
+      if (at < count) value[i] = __ldcs(from + at);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoadsInFlight; ++i) {
+      const int64_t at = base + i * kBlock + threadIdx.x;
+      if (at < count) __stcs(to + at, value[i]);
+    }
+  }
+}
+
 struct Stream {
   cudaStream_t handle = nullptr;
   Stream() { ZZ_CUDA(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking)); }
@@ -162,7 +181,10 @@ class Gpu final : public Device {
   }
 
   void copy(void* to, const void* from, int64_t bytes) override {
-    ZZ_CUDA(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice, stream_.handle));
+    const int blocks = properties_.multiProcessorCount * (properties_.maxThreadsPerMultiProcessor / kBlock);
+    copy_kernel<<<blocks, kBlock, 0, stream_.handle>>>(static_cast<uint4*>(to), static_cast<const uint4*>(from),
+                                                       bytes / 16);
+    ZZ_CUDA(cudaGetLastError());
   }
 
   std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t bytes_per_call) override {
