@@ -79,6 +79,39 @@ def test_solve_writes_the_plan_and_prints_what_it_saves(scores, tmp_path):
     assert str(out) in result.output and "retrieval" in result.output
 
 
+def test_solve_passes_every_option_on(scores, tmp_path):
+    costs, out = tmp_path / "costs.json", tmp_path / "plan.json"
+    costs.write_text('{"context": [10, 20], "retrieval": [1, 2], "streaming": [0.5, 0.5]}')
+    cases = [
+        (["--retrieval-layers", 3, "--objective", "transport", "--threshold", 0.5], {"retrieval_layers": 3}),
+        (["--kv-bytes", 6e6, "--context", 2000, "--head-dim", 64, "--objective", "even"], {"kv_bytes": 6e6}),
+        (["--ms", 4, "--costs", costs, "--context", 15, "--objective", "cvar", "--top-heads", 1], {"ms": 4}),
+        (
+            ["-r", 0.5, "--stages", 2, "--max-streaming-run", 1, "--sparsity", 0.25, "--objective", "count"],
+            {"retrieval_ratio": 0.5},
+        ),
+        (["--stages", "1,3", "--force-retrieval", "1", "--force-streaming", "2,3"], {"retrieval_ratio": 0.5}),
+    ]
+    own = {
+        "threshold": {"threshold": 0.5}, "top_heads": {"top_heads": 1}, "sparsity": {"sparsity": 0.25},
+        "stages": {"stages": [2, 2], "max_streaming_run": 1},
+        "forced": {"stages": [1, 3], "force_retrieval": [1], "force_streaming": [2, 3]},
+    }  # fmt: skip
+    expected = [own["threshold"], {}, own["top_heads"], own["sparsity"] | own["stages"], own["forced"]]
+    for (options, budget), recorded in zip(cases, expected, strict=True):
+        result = zigzag("solve", scores, "-o", out, *options)
+        assert result.exit_code == 0, result.output
+        provenance = zz.Plan.load(out).provenance
+        assert provenance["budget"] == budget
+        assert provenance.get("constraints", {}) | provenance.get("options", {}) == recorded
+
+
+def test_solve_help_lists_the_objectives():
+    text = " ".join(zigzag("solve", "--help").output.replace("│", " ").split())
+    for name, description in zz.objectives().items():
+        assert f"{name}: {description}" in text
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
@@ -87,6 +120,12 @@ def test_solve_writes_the_plan_and_prints_what_it_saves(scores, tmp_path):
         (["--sink", -1], "-1"),
         (["--window", 0], "0"),
         (["--context", 0], "context"),
+        (["--kv-bytes", 1], "the cheapest possible kv_bytes"),
+        (["--ms", 1], "cost table"),
+        (["--retrieval-layers", 1, "--force-retrieval", "0,1"], "possible retrieval_layers: 2 to 4"),
+        (["--force-streaming", "first"], "--force-streaming must be integers"),
+        (["--stages", 3], "stages = 3"),
+        (["--objective", "cvar", "--top-heads", 9], "top_heads"),
     ],
 )
 def test_solve_refuses_and_writes_nothing(scores, tmp_path, options, message):

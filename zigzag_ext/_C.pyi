@@ -29,8 +29,29 @@ class Solution:
     def retained_score(self) -> float: ...
     @property
     def layer_values(self) -> list[float]: ...
+    @property
+    def mask_distance(self) -> int: ...
+    @property
+    def mask_heads(self) -> int: ...
 
-def solve(scores: ArrayLike, retrieval_ratio: float, objective: str) -> Solution: ...
+class CostBudget:
+    def __init__(self, name: str, retrieval: Sequence[int], streaming: Sequence[int], limit: int, unit: float) -> None: ...
+
+class SolveOptions:
+    objective: str
+    retrieval_layers: int | None
+    costs: CostBudget | None
+    force_retrieval: list[int]
+    force_streaming: list[int]
+    max_streaming_run: int | None
+    stages: list[int]
+    threshold: float | None
+    sparsity: float | None
+    top_heads: int | None
+    values: list[float]
+
+def solve(scores: ArrayLike, options: SolveOptions) -> Solution: ...
+def count_retrieval_layers(retrieval_ratio: float, layers: int) -> int: ...
 def objectives() -> dict[str, str]: ...
 
 class Scheduler:

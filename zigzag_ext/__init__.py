@@ -8,12 +8,12 @@ model.generate(**inputs)        # streaming layers now hold sink + window tokens
 
 from importlib import import_module
 
-from . import ops, reference
+from . import exchange, ops, reference
 from ._C import build_info
 from .modules import ZigzagAttention
 from .plan import Plan
-from .scores.io import load_scores
-from .solve import solve
+from .scores.io import load_scores, save_scores
+from .solve import objectives, solve
 
 __version__: str = build_info()["version"]
 
@@ -27,9 +27,12 @@ __all__ = [
     "build_info",
     "disable",
     "enable",
+    "exchange",
     "load_scores",
+    "objectives",
     "ops",
     "reference",
+    "save_scores",
     "solve",
     "zigzag",
 ]

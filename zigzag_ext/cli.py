@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from .solve import objectives
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -95,30 +97,51 @@ def demo(
 @app.command()
 @_one_line_errors
 def solve(
-    scores: Annotated[Path, typer.Argument(help="Head scores: a DuoAttention folder, or a TSV of layers x KV heads in [0, 1].")],
+    scores: Annotated[
+        Path, typer.Argument(help="Head scores, layers x KV heads: a DuoAttention folder, .tsv, .csv, .npy or KVzip's .pt.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
     retrieval_ratio: Annotated[
-        float, typer.Option("--retrieval-ratio", "-r", help="Share of layers that keep every token.")
-    ] = 0.5,
-    objective: Annotated[str, typer.Option(help="How layers are rated by their heads' scores: mean, or even spacing.")] = "mean",
+        float | None,
+        typer.Option("--retrieval-ratio", "-r", help="Budget: share of layers that keep every token; 0.5 without a budget."),
+    ] = None,
+    retrieval_layers: Annotated[int | None, typer.Option(help="Budget: number of layers that keep every token.")] = None,
+    kv_bytes: Annotated[float | None, typer.Option(help="Budget: most KV bytes of a sequence of --context tokens.")] = None,
+    ms: Annotated[float | None, typer.Option(help="Budget: most milliseconds per token at --context tokens, by --costs.")] = None,
+    costs: Annotated[Path | None, typer.Option(help="Cost table (JSON): milliseconds per layer, kind and context.")] = None,
+    objective: Annotated[str, typer.Option(help="; ".join(f"{name}: {text}" for name, text in objectives().items()))] = "mean",
+    force_retrieval: Annotated[str, typer.Option(help="Layers that must keep every token, such as 0,1,31.")] = "",
+    force_streaming: Annotated[str, typer.Option(help="Layers that must stream.")] = "",
+    max_streaming_run: Annotated[int | None, typer.Option(help="Most streaming layers in a row.")] = None,
+    stages: Annotated[
+        str, typer.Option(help="Equal numbers of retrieval layers per pipeline stage: 4, or the layers of each: 11,11,10.")
+    ] = "",
+    threshold: Annotated[float | None, typer.Option(help="Head mask of count and transport: scores that retrieve.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Head mask by DuoAttention's rule: share of streaming heads.")] = None,
+    top_heads: Annotated[int | None, typer.Option(help="Heads per layer that cvar averages; default a quarter.")] = None,
     sink: Annotated[int, typer.Option(help="First tokens that streaming layers keep.")] = 64,
     window: Annotated[int, typer.Option(help="Last tokens that streaming layers keep.")] = 256,
-    context: Annotated[int, typer.Option(help="Context length for the memory estimate, in tokens.")] = 131072,
-    head_dim: Annotated[int, typer.Option(help="Head size for the memory estimate; 16-bit keys and values.")] = 128,
+    context: Annotated[int, typer.Option(help="Context length for memory and time, in tokens.")] = 131072,
+    head_dim: Annotated[int, typer.Option(help="Head size for the memory; 16-bit keys and values.")] = 128,
 ) -> None:
     """Choose which layers retrieve and which stream, from head scores alone: no weights, no GPU."""
     from .scores.io import load_scores
     from .solve import solve as solve_plan
 
-    matrix = load_scores(scores)
-    plan = solve_plan(matrix, retrieval_ratio=retrieval_ratio, objective=objective, sink=sink, window=window)
-    share = _kept_share(plan, context)
+    matrix, stage_list = load_scores(scores), _layers("--stages", stages)
+    plan = solve_plan(
+        matrix, retrieval_ratio, objective, retrieval_layers=retrieval_layers, kv_bytes=kv_bytes, ms=ms, costs=costs,
+        context=context, head_dim=head_dim, force_retrieval=_layers("--force-retrieval", force_retrieval),
+        force_streaming=_layers("--force-streaming", force_streaming), max_streaming_run=max_streaming_run,
+        stages=stage_list[0] if len(stage_list) == 1 else stage_list or None, threshold=threshold, sparsity=sparsity,
+        top_heads=top_heads, sink=sink, window=window,
+    )  # fmt: skip
     plan.save(output)
     console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
     console.print(plan.summary(), highlight=False)
-    full = 2 * 2 * matrix.size * head_dim * context
+    full, kept = 2 * 2 * matrix.size * head_dim * context, plan.provenance["kv_bytes"]
     console.print(
-        f"KV cache at {context} tokens: {full * share / 2**30:.2f} GiB per sequence, {share:.0%} of {full / 2**30:.2f} GiB\n"
+        f"KV cache at {context} tokens: {kept / 2**30:.2f} GiB per sequence, {kept / full:.0%} of {full / 2**30:.2f} GiB\n"
         f"wrote {output}",
         highlight=False,
     )
@@ -232,12 +255,11 @@ def _verdict(outcomes) -> tuple[str, bool]:
     return verdict, all(good.hits) and share <= 0.6 and not any(bad.hits)
 
 
-def _kept_share(plan, context: int) -> float:
-    """KV slots at this context length as a share of full attention; a ring always takes all of its slots."""
-    if context < 1:
-        raise ValueError(f"--context must be at least 1 token, got {context}")
-    streaming = (plan.sink + plan.window) * len(plan.streaming_layers)
-    return (len(plan.retrieval_layers) * context + streaming) / (plan.num_layers * context)
+def _layers(option: str, text: str) -> list[int]:
+    try:
+        return [int(layer) for layer in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"{option} must be integers separated by commas, got {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -70,6 +70,16 @@ class Plan:
         """Share of the layers that are retrieval layers, 0 to 1."""
         return len(self.retrieval_layers) / self.num_layers
 
+    @property
+    def objective_value(self) -> float | None:
+        """What the objective of `solve` optimised; None for a plan that is not from there."""
+        return self.provenance.get("objective_value")
+
+    @property
+    def retained_score(self) -> float | None:
+        """Share of the summed head scores that lies in retrieval layers; None for a plan that is not from `solve`."""
+        return self.provenance.get("retained_score")
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan file at `path`: whole or not at all, replacing an older one."""
         path = Path(path)
@@ -115,10 +125,9 @@ class Plan:
             ("sink", f"{self.sink} tokens"),
             ("window", f"{self.window} tokens"),
         ]
-        scalars = {key: value for key, value in self.provenance.items() if not isinstance(value, list | dict)}
-        rows += [
-            (key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in scalars.items()
-        ]
+        recorded = {key: value for key, value in self.provenance.items() if not isinstance(value, list)}
+        rows += [(key.replace("_", " "), _as_text(value)) for key, value in recorded.items()]
+        rows += _value_rows(self.kinds, self.provenance.get("layer_values"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -173,6 +182,22 @@ def _check_header(content) -> None:
         raise ValueError(f"missing fields: {', '.join(missing)}")
     if unknown := sorted(content.keys() - _KNOWN):
         raise ValueError(f"unknown fields: {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}")
+
+
+def _as_text(value) -> str:
+    """A recorded value on one line: numbers short, objects as name = value; lists of numbers as they are."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {_as_text(inner)}" for key, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _value_rows(kinds: tuple[str, ...], values) -> list[tuple[str, str]]:
+    """Eight layers a row, retrieval layers marked; none unless there is one number per layer."""
+    if not isinstance(values, list) or len(values) != len(kinds) or not all(isinstance(value, int | float) for value in values):
+        return []
+    cells = [f"{value:>8.4g}{'*' if kind == 'retrieval' else ' '}" for kind, value in zip(kinds, values, strict=True)]
+    rows = [(f"layers {i}-{min(i + 8, len(cells)) - 1}", "".join(cells[i : i + 8]).rstrip()) for i in range(0, len(cells), 8)]
+    return [("layer values", "as the objective rates them; * retrieval"), *rows]
 
 
 def _ranges(layers: tuple[int, ...]) -> str:

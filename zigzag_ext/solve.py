@@ -1,12 +1,21 @@
 """`solve`: from a matrix of head scores to a plan. Needs neither a model nor weights nor a GPU."""
 
+import hashlib
+import math
+import operator
+import os
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _C
+from .costs import kv_costs, ms_costs
 from .plan import Plan
+
+_TICKS = 10_000  # per millisecond: costs are compared in whole steps of 0.1 us, finer than a measurement resolves
+_MOST = {"kv_bytes": 2**52, "ms": 2**52 / _TICKS}
 
 
 def objectives() -> dict[str, str]:
@@ -14,23 +23,70 @@ def objectives() -> dict[str, str]:
     return _C.objectives()
 
 
-def solve(scores: ArrayLike, retrieval_ratio: float = 0.5, objective: str = "mean", *, sink: int = 64, window: int = 256) -> Plan:
+def solve(
+    scores: ArrayLike,
+    retrieval_ratio: float | None = None,
+    objective: str = "mean",
+    *,
+    retrieval_layers: int | None = None,
+    kv_bytes: float | None = None,
+    ms: float | None = None,
+    costs: Mapping | str | os.PathLike | None = None,
+    context: int = 131072,
+    head_dim: int | Sequence[int] = 128,
+    element_bytes: int = 2,
+    force_retrieval: Sequence[int] = (),
+    force_streaming: Sequence[int] = (),
+    max_streaming_run: int | None = None,
+    stages: int | Sequence[int] | None = None,
+    threshold: float | None = None,
+    sparsity: float | None = None,
+    top_heads: int | None = None,
+    values: Sequence[float] | None = None,
+    level: str = "layer",
+    sink: int = 64,
+    window: int = 256,
+) -> Plan:
     """Makes the best layers under `objective` retrieval layers and lets the others stream. Exact and deterministic.
 
     Args:
         scores: [layers, kv_heads] in [0, 1], how much each KV head needs the whole context (`load_scores` reads them).
-        retrieval_ratio: share of retrieval layers, in [0, 1]. Exactly retrieval_ratio * layers of them are chosen, rounded to
-            the nearest integer, halves up. Among layers that serve equally well the lower index is chosen.
-        objective: one of `objectives()`. "mean" keeps the layers with the largest mean score; "even" spaces them evenly.
+        retrieval_ratio: budget: share of retrieval layers, in [0, 1]. Exactly retrieval_ratio * layers of them are chosen,
+            rounded to the nearest integer, halves up. 0.5 where no budget is given.
+        objective: one of `objectives()`: "mean" (retained score), "count" and "transport" (closest to DuoAttention's head mask:
+            heads that differ, and work to move heads along the layers), "max" (largest score lost), "cvar" (mean of the top
+            heads), "knapsack" (your own layer `values`), "even" (no scores).
+        retrieval_layers: budget: exactly so many retrieval layers.
+        kv_bytes: budget: most KV bytes of one sequence at `context` tokens, with `head_dim` and `element_bytes`.
+        ms: budget: most milliseconds per token at `context` tokens by the cost table `costs` (see `zigzag_ext.costs`), compared
+            in steps of 0.0001.
+        costs: cost table, a dict or a JSON file.
+        context: tokens, for KV bytes and milliseconds.
+        head_dim, element_bytes: elements per head (one number or one per layer) and bytes per element, for KV bytes.
+        force_retrieval, force_streaming: layers whose kind is given.
+        max_streaming_run: most streaming layers in a row.
+        stages: pipeline stages, all with the same number of retrieval layers: how many stages of equal length, or the layers
+            of each.
+        threshold, sparsity: the head mask, for "count", "transport" and `mask_distance`: heads that score at least `threshold`,
+            or all but DuoAttention's share `sparsity` (the quantile). By default as many heads as the plan's layers hold.
+        top_heads: heads that "cvar" averages per layer; default a quarter of them, rounded up.
+        values: [layers], what a retrieval layer is worth to "knapsack"; default its mean score.
+        level: "layer", the only one so far.
         sink, window: tokens that streaming layers keep, see `Plan`.
 
+    Under kv_bytes and ms, the best set of layers that fits is chosen. "even", "count" and "transport" can compare sets of one
+    size only: they get as many retrieval layers as fit at the layers' average cost, or the next smaller possible number, or the
+    next larger. Of choices that serve equally well, the larger retained score wins (not for "even"), then the choice whose first
+    difference is a retrieval layer.
+
     Returns:
-        A plan whose provenance records the objective, the ratio, `objective_value`, `retained_score` (share of the summed
-        scores that lies in retrieval layers) and `layer_values` (how the objective rates each layer).
+        A plan whose provenance records the objective, budget and constraints, `objective_value`, `retained_score` (share of the
+        summed scores that lies in retrieval layers), `layer_values` (how the objective rates each layer), `mask_distance` (heads
+        whose layer has the other kind than they have in the head mask), `kv_bytes` and, with `costs`, `ms`.
 
     Raises:
-        ValueError: scores are empty, not a matrix, NaN or outside [0, 1], the ratio is, or the objective is unknown.
-        TypeError: scores, ratio, sink or window are not numbers.
+        ValueError: input is out of range, more than one budget is given, or no choice meets budget and constraints (the message
+            names the ones that conflict). TypeError: an argument has the wrong type.
 
     Source: the split into retrieval and streaming heads by score is DuoAttention's (https://arxiv.org/abs/2410.10819), whole
     layers of one kind are ZigzagAttention's (https://arxiv.org/abs/2508.12407). The criteria are this package's own.
@@ -39,17 +95,147 @@ def solve(scores: ArrayLike, retrieval_ratio: float = 0.5, objective: str = "mea
         >>> solve([[0.9, 0.8], [0.1, 0.3], [0.2, 0.7]], retrieval_ratio=1 / 3).retrieval_layers
         (0,)
     """
-    if not isinstance(retrieval_ratio, Real):
-        raise TypeError(f"retrieval_ratio must be a number in [0, 1], got {retrieval_ratio!r}")
-    solution = _C.solve(_matrix(scores), retrieval_ratio, objective)
+    if level != "layer":
+        raise ValueError(f"level {level!r} is not supported; supported: 'layer' (whole layers retrieve or stream)")
+    matrix = _matrix(scores)
+    layers, kv_heads = matrix.shape if matrix.ndim == 2 else (0, 0)
+    given = {"retrieval_ratio": retrieval_ratio, "retrieval_layers": retrieval_layers, "kv_bytes": kv_bytes, "ms": ms}
+    budget = _budget(given, costs)
+    constraints = {
+        "force_retrieval": _integers("force_retrieval", force_retrieval),
+        "force_streaming": _integers("force_streaming", force_streaming),
+        "max_streaming_run": _optional(_integer, "max_streaming_run", max_streaming_run),
+        "stages": _stages(stages, layers),
+    }
+    own = {
+        "threshold": _optional(_number, "threshold", threshold),
+        "sparsity": _optional(_number, "sparsity", sparsity),
+        "top_heads": _optional(_integer, "top_heads", top_heads),
+        "values": [] if values is None else [_number("values", value) for value in values],
+    }
+    per_layer = isinstance(head_dim, Sequence) and not isinstance(head_dim, str)
+    sizes = {
+        "context": _positive("context", context),
+        "head_dim": [_positive("head_dim", dim) for dim in head_dim] if per_layer else _positive("head_dim", head_dim),
+        "element_bytes": _positive("element_bytes", element_bytes),
+    }
+    _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
+    bytes_of = kv_costs(layers, kv_heads, **sizes, slots=sink + window)
+    ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
+    options = _options(objective, {**constraints, **own}, budget, layers, bytes_of, ticks_of)
+    solution = _C.solve(matrix, options)
     provenance = {
         "objective": objective,
-        "retrieval_ratio": float(retrieval_ratio),
+        "budget": budget,
+        "constraints": {name: value for name, value in constraints.items() if value},
+        "options": {name: value for name, value in own.items() if value not in (None, [])},
         "objective_value": solution.objective_value,
         "retained_score": solution.retained_score,
+        "mask_distance": solution.mask_distance,
+        "mask_heads": solution.mask_heads,
+        "kv_bytes": _total(bytes_of, solution.kinds),
+        "ms": {} if ticks_of is None else _total(ticks_of, solution.kinds) / _TICKS,
+        **sizes,
+        "scores": {"shape": list(matrix.shape), "sha256": hashlib.sha256(np.ascontiguousarray(matrix)).hexdigest()},
         "layer_values": solution.layer_values,
     }
-    return Plan(solution.kinds, sink=sink, window=window, provenance=provenance)
+    recorded = {name: value for name, value in provenance.items() if value != {}}
+    return Plan(solution.kinds, sink=sink, window=window, provenance=recorded)
+
+
+def _budget(given: dict, costs) -> dict:
+    """The one budget that was given, by name."""
+    budget = {name: _number(name, value) for name, value in given.items() if value is not None}
+    if len(budget) > 1:
+        raise ValueError(f"one budget at a time, got {' and '.join(budget)}")
+    if "ms" in budget and costs is None:
+        raise ValueError("the budget ms needs a cost table: costs=")
+    return budget or {"retrieval_ratio": 0.5}
+
+
+def _options(objective: str, settings: dict, budget: dict, layers: int, bytes_of, ticks_of) -> _C.SolveOptions:
+    if not isinstance(objective, str):
+        raise TypeError(f"objective must be a name, one of {', '.join(objectives())}, got {objective!r}")
+    options = _C.SolveOptions()
+    options.objective = objective
+    for name, value in settings.items():
+        if value is not None:
+            setattr(options, name, value)
+    _set_budget(options, budget, layers, bytes_of, ticks_of)
+    return options
+
+
+def _total(costs: tuple[list[int], list[int]], kinds: list[str]) -> int:
+    """What a plan costs, from (retrieval, streaming) costs per layer."""
+    return sum(costs[kind == "streaming"][layer] for layer, kind in enumerate(kinds))
+
+
+def _set_budget(options, budget: dict, layers: int, bytes_of, ticks_of) -> None:
+    [(name, value)] = budget.items()
+    if name == "retrieval_ratio":
+        options.retrieval_layers = _C.count_retrieval_layers(value, layers)
+    elif name == "retrieval_layers":
+        options.retrieval_layers = _integer(name, value)
+    elif not 0 <= value < _MOST[name]:
+        raise ValueError(f"{name} must lie in [0, {_MOST[name]:g}), got {value}")
+    elif name == "kv_bytes":
+        options.costs = _C.CostBudget(name, *bytes_of, math.floor(value), 1.0)
+    else:
+        options.costs = _C.CostBudget(name, *ticks_of, round(value * _TICKS), 1 / _TICKS)
+
+
+def _in_ticks(retrieval: np.ndarray, streaming: np.ndarray, other: float) -> tuple[list[int], list[int]]:
+    """Whole steps of 0.1 us per layer; what does not depend on the plan is counted with layer 0, whatever its kind."""
+    kinds = [[round(cost * _TICKS) for cost in kind.tolist()] for kind in (retrieval, streaming)]
+    for kind in kinds:
+        kind[0] += round(other * _TICKS)
+    return kinds[0], kinds[1]
+
+
+def _stages(stages: int | Sequence[int] | None, layers: int) -> list[int]:
+    if stages is None:
+        return []
+    if not isinstance(stages, Sequence) or isinstance(stages, str):
+        count = _positive("stages", stages)
+        if layers % count:
+            raise ValueError(f"stages = {count} does not divide {layers} layers: give the layers of each stage, as a list")
+        return [layers // count] * count
+    return _integers("stages", stages)
+
+
+def _optional(check, name: str, value):
+    return None if value is None else check(name, value)
+
+
+def _integers(name: str, values) -> list[int]:
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a list of integers, got {values!r}")
+    return [_integer(name, value) for value in values]
+
+
+def _integer(name: str, value) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if abs(value) >= 1 << 31:
+        raise ValueError(f"{name} is too large: {value}")
+    return value
+
+
+def _positive(name: str, value) -> int:
+    value = _integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _number(name: str, value) -> float | int:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return operator.index(value) if hasattr(value, "__index__") else float(value)
 
 
 def _matrix(scores: ArrayLike) -> np.ndarray:

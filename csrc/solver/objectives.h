@@ -1,28 +1,35 @@
 // What an objective is to the solver. To add one: write its function in objectives.cpp and enter it in the table there.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
+#include "solver/select.h"
 #include "solver/solve.h"
 
 namespace zigzag::solver {
 
-// A checked problem: scores are in [0, 1], there is at least one layer and 0 <= retrieval_layers <= layers.
+// A checked problem: scores are in [0, 1], options are complete and consistent.
 struct Problem {
-  ScoreMatrix scores;
-  int retrieval_layers;
+  const ScoreMatrix& scores;
+  const SolveOptions& options;
+  int retrieval_layers;  // exactly so many, or -1: any number that the budget allows (never for fixed_count objectives)
 };
 
-struct Choice {
-  std::vector<bool> retrieval;       // [layers], exactly Problem::retrieval_layers of them true
-  double value;                      // of the choice, as the objective counts it
+// The goal of the search, and how to report the choice.
+struct Rating {
+  Goal goal;
   std::vector<double> layer_values;  // [layers], see Solution
+  double unit = 1.0;                 // Solution::objective_value = offset + unit * Value::first, or unit * exposure
+  double offset = 0.0;
 };
 
 struct Objective {
   const char* name;
   const char* description;
-  Choice (*choose)(const Problem&);
+  bool fixed_count;    // it compares choices of one size only
+  const char* option;  // the member of SolveOptions that is its own, or nullptr
+  Rating (*rate)(const Problem&);
 };
 
 const std::vector<Objective>& registry();

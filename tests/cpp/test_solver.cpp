@@ -29,6 +29,13 @@ Scores random_scores(std::mt19937& random, int layers, int kv_heads, int levels)
   return scores;
 }
 
+Solution solve_ratio(const ScoreMatrix& scores, double ratio, const std::string& objective) {
+  SolveOptions options;
+  options.objective = objective;
+  options.retrieval_layers = count_retrieval_layers(ratio, scores.layers);
+  return solve(scores, options);
+}
+
 std::vector<bool> retrieval_mask(const Solution& solution) {
   std::vector<bool> mask;
   for (LayerKind kind : solution.kinds) mask.push_back(kind == LayerKind::kRetrieval);
@@ -96,7 +103,7 @@ std::vector<bool> brute_force(int layers, int retrieval, Cost&& cost) {
 
 std::string error_of(const Scores& scores, double ratio, const std::string& objective) {
   try {
-    solve(scores.view(), ratio, objective);
+    solve_ratio(scores.view(), ratio, objective);
   } catch (const Error& error) {
     return error.what();
   }
@@ -111,7 +118,8 @@ TEST_CASE("mean: equals brute force in retained score and in L1 and L2 distance,
     for (int levels : {1, 2, 1 << 16}) {
       const Scores scores = random_scores(random, layers, 1 + layers % 4, levels);
       for (int k = 0; k <= layers; ++k) {
-        const std::vector<bool> mask = retrieval_mask(solve(scores.view(), static_cast<double>(k) / layers, "mean"));
+        const std::vector<bool> mask =
+            retrieval_mask(solve_ratio(scores.view(), static_cast<double>(k) / layers, "mean"));
         CAPTURE(layers);
         CAPTURE(levels);
         CAPTURE(k);
@@ -128,7 +136,7 @@ TEST_CASE("even: equals brute force in the distance from an even spread, whateve
   for (int layers = 1; layers <= 12; ++layers) {
     for (int k = 0; k <= layers; ++k) {
       const Solution solution =
-          solve(random_scores(random, layers, 2, 1024).view(), static_cast<double>(k) / layers, "even");
+          solve_ratio(random_scores(random, layers, 2, 1024).view(), static_cast<double>(k) / layers, "even");
       const std::vector<bool> mask = retrieval_mask(solution);
       CAPTURE(layers);
       CAPTURE(k);
@@ -140,16 +148,16 @@ TEST_CASE("even: equals brute force in the distance from an even spread, whateve
 
 TEST_CASE("solve: reports what it chose") {
   const Scores scores{{0.5, 1.0, 0.0, 0.25, 0.25, 0.0}, 3, 2};
-  const Solution solution = solve(scores.view(), 1.0 / 3, "mean");
+  const Solution solution = solve_ratio(scores.view(), 1.0 / 3, "mean");
   CHECK(solution.kinds == std::vector<LayerKind>{LayerKind::kRetrieval, LayerKind::kStreaming, LayerKind::kStreaming});
   CHECK(solution.objective_value == 0.75);
   CHECK(solution.retained_score == 0.75);
   CHECK(solution.layer_values == std::vector<double>{0.75, 0.125, 0.125});
-  const Solution even = solve(scores.view(), 1.0, "even");
+  const Solution even = solve_ratio(scores.view(), 1.0, "even");
   CHECK(even.retained_score == 1.0);
   CHECK(even.objective_value == 0.0);
   const Scores zeros{std::vector<double>(6, 0.0), 3, 2};
-  CHECK(solve(zeros.view(), 0.5, "mean").retained_score == 1.0);
+  CHECK(solve_ratio(zeros.view(), 0.5, "mean").retained_score == 1.0);
 }
 
 TEST_CASE("solve: every objective keeps exactly the rounded number of layers, halves up") {
@@ -163,7 +171,7 @@ TEST_CASE("solve: every objective keeps exactly the rounded number of layers, ha
     for (int layers : {1, 2, 7, 32, 126}) {
       const Scores scores = random_scores(random, layers, 8, 4);
       for (double ratio = 0.0; ratio <= 1.0; ratio += 1.0 / 64) {
-        const Solution solution = solve(scores.view(), ratio, objective.name);
+        const Solution solution = solve_ratio(scores.view(), ratio, objective.name);
         CHECK(count(retrieval_mask(solution)) == static_cast<int>(std::floor(ratio * layers + 0.5)));
         CHECK(solution.kinds.size() == static_cast<std::size_t>(layers));
         CHECK(solution.layer_values.size() == static_cast<std::size_t>(layers));
@@ -177,7 +185,7 @@ TEST_CASE("mean: a larger budget only adds layers") {
   const Scores scores = random_scores(random, 40, 8, 16);
   std::vector<bool> smaller(40, false);
   for (int k = 0; k <= 40; ++k) {
-    const std::vector<bool> mask = retrieval_mask(solve(scores.view(), k / 40.0, "mean"));
+    const std::vector<bool> mask = retrieval_mask(solve_ratio(scores.view(), k / 40.0, "mean"));
     for (int layer = 0; layer < 40; ++layer) CHECK((!smaller[layer] || mask[layer]));
     smaller = mask;
   }
@@ -202,7 +210,7 @@ TEST_CASE("solve: refuses bad input and says why") {
       {good, -0.1, "mean", "retrieval_ratio must lie in [0, 1], got -0.1"},
       {good, 1.1, "mean", "got 1.1"},
       {good, nan, "even", "got nan"},
-      {good, 0.5, "median", "unknown objective \"median\"; known: mean, even"},
+      {good, 0.5, "median", "unknown objective \"median\"; known: mean, count"},
       {good, 0.5, "", "unknown objective \"\""},
   };
   for (const Case& c : cases) {

@@ -1,5 +1,5 @@
 """Head scores: how much each KV head of each layer needs the whole context."""
 
-from .io import load_scores
+from .io import load_scores, save_scores
 
-__all__ = ["load_scores"]
+__all__ = ["load_scores", "save_scores"]

@@ -1,0 +1,91 @@
+"""What a layer costs as retrieval and as streaming layer: KV bytes by geometry, milliseconds by a measured cost table.
+
+A cost table is a dict, or a JSON file of one: milliseconds of a decode step per layer at some context lengths (ascending).
+
+    {"context": [1024, 131072], "retrieval": [0.011, 0.214], "streaming": [0.006, 0.006], "other": 3.1}
+
+"retrieval" and "streaming" hold per context one number for every layer, or a list with one number per layer. "other" (optional)
+is what a step takes beside these layers: one number, or one per context. Between two contexts, numbers are interpolated linearly.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+_REQUIRED = ("context", "retrieval", "streaming")
+
+
+def kv_costs(
+    layers: int, kv_heads: int, head_dim: int | Sequence[int], element_bytes: int, context: int, slots: int
+) -> tuple[list[int], list[int]]:
+    """KV bytes of each layer for one sequence: as retrieval layer at `context` tokens, and as a ring of `slots` tokens.
+
+    Args:
+        head_dim: elements per head, one number or one per layer. element_bytes: bytes of one key or value element.
+    """
+    dims = [head_dim] * layers if isinstance(head_dim, int) else list(head_dim)
+    if len(dims) != layers:
+        raise ValueError(f"head_dim must be one number or one per layer, {layers}, got {len(dims)}")
+    token_bytes = [2 * element_bytes * kv_heads * dim for dim in dims]
+    return [context * size for size in token_bytes], [slots * size for size in token_bytes]
+
+
+def ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Milliseconds per token at `context`: [layers] as retrieval layers, [layers] as streaming layers, and beside the layers.
+
+    Raises:
+        ValueError: the table lacks an entry, an entry has the wrong shape or a negative number, or `context` lies outside it.
+    """
+    if not isinstance(table, Mapping):
+        table = _read(Path(table))
+    if missing := [name for name in _REQUIRED if name not in table]:
+        raise ValueError(f"cost table: missing {', '.join(missing)}; needed: {', '.join(_REQUIRED)}, and optionally other")
+    if unknown := sorted(table.keys() - {*_REQUIRED, "other"}):
+        raise ValueError(f"cost table: unknown {', '.join(unknown)}; known: {', '.join(_REQUIRED)}, other")
+    contexts = _numbers("context", table["context"])
+    if contexts.ndim != 1 or not contexts.size or (np.diff(contexts) <= 0).any():
+        raise ValueError(f"cost table: context must be a list of ascending token counts, got {table['context']!r}")
+    if not contexts[0] <= context <= contexts[-1]:
+        raise ValueError(f"cost table: it covers contexts {contexts[0]:g} to {contexts[-1]:g}, not {context}")
+
+    def at_context(name, entry, columns):
+        rows = _numbers(name, entry)
+        if rows.ndim < 2:  # one number for all layers
+            rows = np.broadcast_to(rows[..., None], (*rows.shape, columns))
+        if rows.shape != (contexts.size, columns):
+            raise ValueError(
+                f"cost table: {name} must hold one number per context ({contexts.size}), or for each one per layer ({layers})"
+            )
+        return np.array([np.interp(context, contexts, column) for column in rows.T])
+
+    other = table.get("other", 0.0)
+    other = at_context("other", [other] * contexts.size if np.ndim(other) == 0 else other, 1)
+    retrieval, streaming = (at_context(kind, table[kind], layers) for kind in ("retrieval", "streaming"))
+    return retrieval, streaming, float(other[0])
+
+
+def _read(path: Path) -> Mapping:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no cost table at {path}")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a cost table: it is not JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is not a cost table: it must be a JSON object")
+    return table
+
+
+def _numbers(name: str, entry) -> np.ndarray:
+    try:
+        numbers = np.asarray(entry)
+    except ValueError as error:
+        raise ValueError(f"cost table: {name} is ragged: {error}") from error
+    if numbers.dtype.kind not in "fiu":
+        raise ValueError(f"cost table: {name} must hold numbers, got {entry!r}")
+    if not (np.isfinite(numbers) & (numbers >= 0)).all():
+        raise ValueError(f"cost table: {name} must be finite and at least 0, got {entry!r}")
+    return numbers.astype(np.float64)

@@ -1,0 +1,106 @@
+"""Plans in the formats of other projects: DuoAttention folders, per-layer window configurations, "0101" layer strings."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+from .plan import Plan
+from .scores.io import DUO_SCORES, load_scores, save_scores
+
+
+def to_duo(plan: Plan, folder: str | os.PathLike, kv_heads: int) -> None:
+    """Writes `plan` as a DuoAttention pattern: `full_attention_heads.tsv` with rows of ones (retrieval) and zeros, `config.json`.
+
+    DuoAttention's own loader reads it, with `sink` and `window` as sink_size and recent_size. **Give its sparsify step exactly
+    `1 - plan.retrieval_ratio` as sparsity** (also stored in config.json): its threshold is the interpolated quantile of the
+    scores plus random noise below 1e-6, which at that sparsity falls between the ones and the zeros. A smaller sparsity puts it
+    among the zeros, where the noise makes random heads retrieval heads; a larger one makes random heads of retrieval layers
+    stream. While decoding, DuoAttention sees recent_size cached tokens and the new one; a window here counts the new one.
+
+    Args:
+        folder: made where it does not exist. kv_heads: KV heads of every layer, >= 1.
+
+    Source: https://github.com/mit-han-lab/duo-attention (duo_attn/utils.py, load_attn_pattern and sparsify_attention_heads).
+    """
+    if kv_heads < 1:
+        raise ValueError(f"kv_heads must be at least 1, got {kv_heads}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_scores([[float(kind == "retrieval")] * kv_heads for kind in plan.kinds], folder / DUO_SCORES)
+    sparsity = len(plan.streaming_layers) / plan.num_layers
+    config = {"sink_size": plan.sink, "recent_size": plan.window, "sparsity": sparsity}
+    (folder / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
+
+
+def from_duo(folder: str | os.PathLike) -> Plan:
+    """The plan of a DuoAttention folder whose layers are whole: every row all ones or all zeros.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a layer holds anything else (give `load_scores(folder)` to `solve`), or config.json lacks the sizes.
+    """
+    folder = Path(folder)
+    scores, config = load_scores(folder), folder / "config.json"
+    for layer, row in enumerate(scores.tolist()):
+        if set(row) not in ({0.0}, {1.0}):
+            raise ValueError(f"{folder}: layer {layer} is not all ones or all zeros; these are scores for solve(), not a plan")
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json with sink_size and recent_size")
+    try:
+        sizes = json.loads(config.read_text(encoding="utf-8"))
+        sink, window = sizes["sink_size"], sizes["recent_size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} must be a JSON object with sink_size and recent_size: {error!r}") from error
+    kinds = ["retrieval" if row[0] else "streaming" for row in scores]
+    return Plan(kinds, sink=sink, window=window, provenance={"source": "DuoAttention folder"})
+
+
+def to_layer_types(plan: Plan) -> dict:
+    """Entries of a Hugging Face `config.json` that let an engine with per-layer windows run the plan without its sinks.
+
+    Returns:
+        {"layer_types": ["full_attention" or "sliding_attention", ...], "sliding_window": plan.window, "use_sliding_window": ...},
+        as transformers (https://huggingface.co/docs/transformers/main_classes/configuration), vLLM and SGLang read them for
+        families with sliding windows, Qwen2 for one. A window counts the newest token there as here.
+
+    Warns:
+        UserWarning: the plan has sink tokens. Such engines drop them, and quality beyond the window usually collapses without
+        them (https://arxiv.org/abs/2309.17453).
+    """
+    if plan.sink and plan.streaming_layers:
+        warnings.warn(
+            f"layer_types have no sink tokens: {len(plan.streaming_layers)} layers lose the first {plan.sink} tokens and keep "
+            f"only the last {plan.window}; expect worse output than with this plan",
+            stacklevel=2,
+        )
+    names = {"retrieval": "full_attention", "streaming": "sliding_attention"}
+    return {
+        "layer_types": [names[kind] for kind in plan.kinds],
+        "sliding_window": plan.window,
+        "use_sliding_window": bool(plan.streaming_layers),
+    }
+
+
+def to_layer_string(plan: Plan) -> str:
+    """One character per layer, "1" for streaming: `layer_type` of LongCat's `streaming_sparse_attention` configuration.
+
+    Source: https://arxiv.org/abs/2512.23966 (LoZA).
+    """
+    return "".join("1" if kind == "streaming" else "0" for kind in plan.kinds)
+
+
+def from_layer_string(layers: str, *, sink: int, window: int) -> Plan:
+    """The plan of a layer string: "1" streams, "0" retrieves.
+
+    Raises:
+        ValueError: it is empty or holds another character.
+
+    Example:
+        >>> from_layer_string("0110", sink=4, window=64).retrieval_layers
+        (0, 3)
+    """
+    if unknown := sorted(set(layers) - set("01")):
+        raise ValueError(f"a layer string holds 0 (retrieval) and 1 (streaming) only, got {unknown[0]!r}")
+    kinds = ["streaming" if layer == "1" else "retrieval" for layer in layers]
+    return Plan(kinds, sink=sink, window=window, provenance={"source": "layer string"})
