@@ -26,7 +26,9 @@ set_target_properties(_ops PROPERTIES PREFIX "" SUFFIX ".abi3.so" SKIP_BUILD_RPA
 file(GLOB c_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/bindings/c/*.cpp)
 pybind11_add_module(_C ${c_sources})
 target_link_libraries(_C PRIVATE zigzag_core)
-string(REPLACE ";" " " zigzag_archs "${CMAKE_CUDA_ARCHITECTURES}")
+if(with_cuda)
+  string(REPLACE ";" " " zigzag_archs "${CMAKE_CUDA_ARCHITECTURES}")
+endif()
 target_compile_definitions(_C PRIVATE ZIGZAG_VERSION="${ZIGZAG_VERSION}" ZIGZAG_CUDA_ARCHS="${zigzag_archs}")
 
 foreach(module _ops _C)
