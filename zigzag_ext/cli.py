@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from . import __version__
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -42,6 +44,20 @@ def _one_line_errors(command):
             raise typer.Exit(1) from None
 
     return wrapper
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"zigzag_ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 def _quiet_transformers() -> None:
@@ -110,6 +126,8 @@ def solve(
     from .scores.io import load_scores
     from .solve import solve as solve_plan
 
+    if head_dim < 1:
+        raise ValueError(f"--head-dim must be at least 1, got {head_dim}")
     matrix = load_scores(scores)
     plan = solve_plan(matrix, retrieval_ratio=retrieval_ratio, objective=objective, sink=sink, window=window)
     share = _kept_share(plan, context)
