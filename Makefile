@@ -11,7 +11,7 @@ PYTHON ?= python3
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_JOBS ?= auto
 VENV := .venv
-BUILT = $(VENV)/built-cuda-$(ZIGZAG_CUDA)
+BUILT = $(VENV)/built-cuda-$(ZIGZAG_CUDA)-$(subst ;,_,$(ZIGZAG_CUDA_ARCHS))
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Here the CUDA kernels are built for the GPUs of this machine, and left out if it has none. `pip install .` decides by nvcc instead.
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)

@@ -1,10 +1,13 @@
 """Builds the package by CMake, which alone knows the sources, the flags and whether there is an nvcc.
 
 Environment: ZIGZAG_CUDA=auto|on|off (default auto: CUDA kernels where nvcc is found), ZIGZAG_CUDA_ARCHS="80;90a" (default: the
-list in CMakeLists.txt), MAX_JOBS (parallel compilations, default: the number of cores).
+list in CMakeLists.txt), MAX_JOBS (parallel compilations, default: the number of cores), ZIGZAG_BUILD_DIR (a folder to build in
+step by step, as the Makefile does; default: a build from nothing every time, in setuptools' folder for temporary files).
 """
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +15,53 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.absolute()
 
 
 class CMakeBuild(build_ext):
     def run(self):
         target = ROOT / "zigzag_ext" if self.inplace else Path(self.build_lib).absolute() / "zigzag_ext"
-        build = Path(os.environ.get("ZIGZAG_BUILD_DIR", ROOT / "build" / f"python-{sys.version_info[0]}.{sys.version_info[1]}"))
-        options = [f"-D{name}={os.environ[name]}" for name in ("ZIGZAG_CUDA", "ZIGZAG_CUDA_ARCHS") if name in os.environ]
-        options += [f"-DPython_EXECUTABLE={sys.executable}", f"-DZIGZAG_VERSION={self.distribution.get_version()}"]
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        cmake = [sys.executable, "-m", "cmake"] if _has_module("cmake") else ["cmake"]
-        run = lambda *command: subprocess.run([*cmake, *command], check=True)  # noqa: E731
-        run("-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DZIGZAG_BUILD_PYTHON=ON", *options)
-        run("--build", str(build), "--parallel", jobs, "--target", "_ops", "_C")
-        run("--install", str(build), "--prefix", str(target))
+        kept = os.environ.get("ZIGZAG_BUILD_DIR")
+        build = Path(kept or self.build_temp).absolute()
+        # pip builds in this folder again and again, each time with other temporary tools: no cache may outlive a build.
+        fresh = [] if kept else ["--fresh"]
+        run = lambda *command: subprocess.run([*_cmake(), *map(str, command)], check=True)  # noqa: E731
+        run("-S", ROOT, "-B", build, "-G", "Ninja", *fresh, "-DZIGZAG_BUILD_PYTHON=ON", *self._options())
+        run("--build", build, "--parallel", os.environ.get("MAX_JOBS") or os.cpu_count(), "--target", "_ops", "_C")
+        run("--install", build, "--prefix", target)
+
+    def _options(self):
+        """Every setting on every call: an unset variable means the default, not what the build folder remembers."""
+        archs, ninja = os.environ.get("ZIGZAG_CUDA_ARCHS"), _ninja()
+        return [
+            f"-DZIGZAG_CUDA={os.environ.get('ZIGZAG_CUDA') or 'auto'}",
+            f"-DZIGZAG_CUDA_ARCHS={archs}" if archs else "-UZIGZAG_CUDA_ARCHS",
+            *([f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DZIGZAG_VERSION={self.distribution.get_version()}",
+        ]
 
     def get_outputs(self):
-        return [str(path) for path in (Path(self.build_lib) / "zigzag_ext").glob("*.so")]
+        """The libraries in build_lib; for an editable install, where they would be."""
+        folder = ROOT / "zigzag_ext" if self.inplace else Path(self.build_lib) / "zigzag_ext"
+        return [str(Path(self.build_lib) / "zigzag_ext" / library.name) for library in folder.glob("*.so")]
+
+    def get_output_mapping(self):
+        """What a strict editable install links: path in build_lib -> path in the source folder."""
+        return {output: str(ROOT / "zigzag_ext" / Path(output).name) for output in self.get_outputs()} if self.inplace else {}
 
 
-def _has_module(name):
-    import importlib.util
+def _cmake():
+    return [sys.executable, "-m", "cmake"] if importlib.util.find_spec("cmake") else ["cmake"]
 
-    return importlib.util.find_spec(name) is not None
+
+def _ninja():
+    """The ninja of this Python's environment, which need not be on the PATH, or the one on the PATH."""
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        return shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+    return shutil.which("ninja")
 
 
 setup(ext_modules=[Extension("zigzag_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,6 +1,9 @@
 """The `zigzag` command as a user runs it: help, results, and one line for every expected failure."""
 
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -126,12 +129,25 @@ def test_solve_help_lists_the_objectives():
         (["--force-streaming", "first"], "--force-streaming must be integers"),
         (["--stages", 3], "stages = 3"),
         (["--objective", "cvar", "--top-heads", 9], "top_heads"),
+        (["--head-dim", 0], "head"),
     ],
 )
 def test_solve_refuses_and_writes_nothing(scores, tmp_path, options, message):
     out = tmp_path / "plan.json"
     assert message in failure("solve", scores, "-o", out, *options)
     assert not out.exists()
+
+
+def test_version():
+    assert zigzag("--version").output == f"zigzag_ext {zz.__version__}\n"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_the_script_without_its_packages_says_how_to_get_them(missing):
+    code = f"import sys; sys.modules['{missing}'] = None; from zigzag_ext.__main__ import main; main()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr == f"error: the zigzag command needs {missing}: pip install 'zigzag_ext[cli]'\n"
 
 
 def test_missing_files_are_named(scores, tmp_path, plan_file, model_folder):
@@ -178,7 +194,16 @@ def test_generate_refuses_by_one_line(model_folder, tmp_path):
     assert "3 layers" in failure("generate", model_folder, "--plan", wrong, "-p", "w1", "--device", "cpu")
     assert "empty" in failure("generate", model_folder, "-p", "", "--device", "cpu")
     assert "quantum" in failure("generate", model_folder, "-p", "w1", "--device", "quantum")
-    assert "int3" in failure("generate", model_folder, "-p", "w1", "--device", "cpu", "--dtype", "int3")
+    for dtype in ("int3", "float64", "int8"):
+        assert dtype in failure("generate", model_folder, "-p", "w1", "--device", "cpu", "--dtype", dtype)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.001])
+def test_generate_names_a_truncated_file(model_folder, tmp_path, kept):
+    folder = shutil.copytree(model_folder, tmp_path / "truncated")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: int(len(weights) * kept)])
+    assert "incomplete" in failure("generate", folder, "-p", "w1", "--device", "cpu")
 
 
 def test_info_lists_what_is_supported(plan_file):

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from . import __version__
 from .solve import objectives
 
 app = typer.Typer(
@@ -44,6 +45,20 @@ def _one_line_errors(command):
             raise typer.Exit(1) from None
 
     return wrapper
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"zigzag_ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 def _quiet_transformers() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .cache import ZigzagCache
@@ -36,15 +37,19 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto"):
 
     Args:
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
-        dtype: "auto" (float32 on the CPU; on a GPU the dtype of the file, or bfloat16 for float32), or a torch dtype's name.
+        dtype: "auto" (float32 on the CPU; on a GPU the dtype of the file, or bfloat16 for float32), bfloat16, float16 or float32.
 
     Raises:
-        ValueError: the folder holds no model or several .gguf files, or the device or dtype is unknown. OSError: not found.
+        ValueError: the folder holds no model, several .gguf files or a damaged file, or the device or dtype is unknown.
+            OSError: not found.
     """
     device = _device(device)
     folder, options = _locate(source)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype, device, folder, options), **options)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype, device, folder, options), **options)
+    except SafetensorError as error:
+        raise ValueError(f"a safetensors file of {source} is damaged or incomplete: {error}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -119,10 +124,9 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device, folder: str, options: dict) -> torch.dtype:
     if name != "auto":
-        dtype = getattr(torch, name, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"unknown dtype '{name}'; use auto, bfloat16, float16 or float32")
-        return dtype
+        if name not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"unsupported dtype '{name}'; use auto, bfloat16, float16 or float32")
+        return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
     saved = getattr(AutoConfig.from_pretrained(folder, **options), "dtype", None)
