@@ -45,7 +45,7 @@ class _Rows:
 
     def forget(self) -> None:
         self.columns = 0  # tokens seen per row, padding included
-        self.longest = 0  # tokens held by the longest row, an upper bound
+        self.longest = self.longest_after = 0  # tokens held by the longest row, an upper bound: now, after this forward
         self.q_len = 0  # columns of the forward pass under way, 0 outside one
         self.broken = False
         for lengths in self.seq_lens.values():
@@ -79,6 +79,7 @@ class _Rows:
             if self.pad:
                 lengths.sub_(self.pad_on(device))
         self.columns += q_len
+        self.longest = self.longest_after
 
 
 class ZigzagLayer(CacheLayerMixin):
@@ -171,14 +172,13 @@ class ZigzagLayer(CacheLayerMixin):
         self.is_initialized = False
 
     @_in_normal_mode
-    def grow(self) -> None:
-        """Moves what is held to a buffer of the new capacity. Only a retrieval layer of a cache without `max_len` ever does."""
-        held = self.rows.longest
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], self.slots, old.shape[3])
-            new[:, :, :held] = old[:, :, :held]
-            setattr(self, name, new)
+    def grow(self, capacity: int) -> None:
+        """Moves what is held to buffers of `capacity` slots. Only a retrieval layer of a cache without `max_len` ever does."""
+        held, old = self.rows.longest, (self.keys, self.values)
+        new = [buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3]) for buffer in old]  # both, or it stays as it is
+        for target, source in zip(new, old, strict=True):
+            target[:, :, :held] = source[:, :, :held]
+        self.keys, self.values = new
 
     @_in_normal_mode
     def select_rows(self, index: Tensor) -> None:
@@ -272,7 +272,7 @@ class ZigzagCache(Cache):
             pad, longest = self._read_mask(attention_mask, q_len)
         self._ensure_capacity(longest)
         rows.pad = {} if pad is None else {pad.device: pad}
-        rows.q_len, rows.longest = q_len, longest
+        rows.q_len, rows.longest_after = q_len, longest
         rows.attended.clear()
 
     @_in_normal_mode
@@ -308,10 +308,11 @@ class ZigzagCache(Cache):
                 f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); "
                 "nothing was written. Make the ZigzagCache with a larger max_len"
             )
-        rows.capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
+        capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
         for layer in self.layers:
-            if layer.is_initialized and not layer.window:
-                layer.grow()
+            if layer.is_initialized and not layer.window and layer.keys.shape[2] < capacity:
+                layer.grow(capacity)
+        rows.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
     def end(self, failed: bool = False) -> None:
         """Closes the forward pass: advances the lengths, or marks the cache as unusable if a failure left some layers written."""
