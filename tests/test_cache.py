@@ -217,6 +217,12 @@ def test_misuse_raises():
         cache.update(torch.zeros(1, 2, 1, HEAD_DIM), torch.zeros(1, 2, 1, HEAD_DIM), 0)
     with pytest.raises(ValueError, match="max_len must be at least 1"):
         new_cache(max_len=0)
+    for wrong in (True, 8.0, "8"):
+        with pytest.raises(TypeError, match="max_len must be an integer number of tokens"):
+            new_cache(max_len=wrong)
+    for wrong in ("plan.json", ["retrieval", "streaming"]):
+        with pytest.raises(TypeError, match="plan must be a zigzag_ext.Plan .*got .*(plan.json|retrieval)"):
+            zz.ZigzagCache(CONFIG, wrong)
     with pytest.raises(ValueError, match="the plan has 1 layers, the model has 2"):
         zz.ZigzagCache(CONFIG, zz.Plan(["retrieval"], sink=1, window=1))
     cache.begin(1, 2)

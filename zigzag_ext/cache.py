@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops
+from .plan import Plan, token_count
 
 _GROWTH_STEP = 256  # tokens; the smallest capacity of a cache that may grow
 
@@ -205,10 +206,12 @@ class ZigzagCache(Cache):
 
     Rings always take sink + window tokens. Buffers are [batch, num_kv_heads, slots, head_dim] and live where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
-    with a longer prompt it goes on where it stopped; `reset()` empties it and keeps the memory. Rolling back (`crop`, needed by
-    assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
+    pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps the
+    memory. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`, needed
+    by assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
 
     Raises:
+        TypeError: `plan` is not a Plan, or `max_len` not an integer.
         ValueError: layer counts differ, layers share KV caches, or `max_len` < 1.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
 
@@ -220,7 +223,7 @@ class ZigzagCache(Cache):
     """
 
     def __init__(self, config, plan, max_len: int | None = None):
-        if max_len is not None and max_len < 1:
+        if max_len is not None and (max_len := token_count("max_len", max_len)) < 1:
             raise ValueError(f"max_len must be at least 1 token, or None for a cache that grows; got {max_len}")
         self._build(config, plan, max_len, stores=True)
 
@@ -232,6 +235,8 @@ class ZigzagCache(Cache):
         return cache
 
     def _build(self, config, plan, max_len: int | None, stores: bool) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
         config = config.get_text_config(decoder=True)
         if len(plan.kinds) != config.num_hidden_layers:
             raise ValueError(f"the plan has {len(plan.kinds)} layers, the model has {config.num_hidden_layers}")
@@ -280,9 +285,13 @@ class ZigzagCache(Cache):
         """Padding columns of this chunk per row, or None if there are none, and the tokens of the longest row after it."""
         rows = self._rows
         if mask.dim() != 2 or tuple(mask.shape) != (rows.batch, rows.columns + q_len):
+            used = rows.columns and (
+                f". The cache already holds {rows.columns} tokens; pass the whole conversation, or reset() "
+                "(prefill_chunk_size needs an empty cache)"
+            )
             raise ValueError(
                 f"attention_mask must be [batch, tokens seen + new tokens] = [{rows.batch}, {rows.columns + q_len}] of zeros "
-                f"(left padding), then ones; got {tuple(mask.shape)}"
+                f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
             )
         if q_len == 1:
             return (mask[:, -1] == 0).int(), rows.longest + 1
