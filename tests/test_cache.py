@@ -114,6 +114,45 @@ def test_capacity_doubles_and_a_fixed_one_does_not_move():
     assert [(layer.keys.data_ptr(), fixed.cache.seq_lens.data_ptr()) for layer in fixed.cache.layers] == addresses
 
 
+class OutOfMemory:
+    """Makes the n-th allocation of a cache buffer fail, once."""
+
+    def __init__(self, monkeypatch, nth):
+        self.left, self.new_empty = nth, torch.Tensor.new_empty
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: self.allocate(*args, **kwargs))
+
+    def allocate(self, *args, **kwargs):
+        self.left -= 1
+        if not self.left:
+            raise torch.OutOfMemoryError
+        return self.new_empty(*args, **kwargs)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4, 6])
+def test_out_of_memory_while_growing_can_be_retried(monkeypatch, nth):
+    stream = Stream(new_cache(("retrieval", "streaming", "retrieval", "retrieval")), batch=1)
+    stream.feed(250)
+    OutOfMemory(monkeypatch, nth)
+    with pytest.raises(torch.OutOfMemoryError):
+        stream.cache.begin(1, 300)
+    for layer in stream.cache.layers:
+        assert layer.keys.shape == layer.values.shape
+    for q_len in (6, 1, 1, 300):  # fits what there was, then needs the growth that failed
+        stream.feed(q_len)
+    assert all(layer.keys.shape[2] >= 558 for layer in stream.cache.layers if not layer.window)
+
+
+def test_a_forward_that_failed_before_attention_holds_nothing():
+    stream = Stream(new_cache(max_len=10), batch=1)
+    stream.feed(4)
+    for _ in range(3):
+        stream.cache.begin(1, 5)
+        stream.cache.end(failed=True)
+    stream.feed(6)
+    with pytest.raises(RuntimeError, match="10 are held"):
+        stream.cache.begin(1, 1)
+
+
 def test_memory_bytes_counts_what_is_allocated():
     cache = new_cache(max_len=100)
     assert cache.memory_bytes() == 0
@@ -178,6 +217,12 @@ def test_misuse_raises():
         cache.update(torch.zeros(1, 2, 1, HEAD_DIM), torch.zeros(1, 2, 1, HEAD_DIM), 0)
     with pytest.raises(ValueError, match="max_len must be at least 1"):
         new_cache(max_len=0)
+    for wrong in (True, 8.0, "8"):
+        with pytest.raises(TypeError, match="max_len must be an integer number of tokens"):
+            new_cache(max_len=wrong)
+    for wrong in ("plan.json", ["retrieval", "streaming"]):
+        with pytest.raises(TypeError, match="plan must be a zigzag_ext.Plan .*got .*(plan.json|retrieval)"):
+            zz.ZigzagCache(CONFIG, wrong)
     with pytest.raises(ValueError, match="the plan has 1 layers, the model has 2"):
         zz.ZigzagCache(CONFIG, zz.Plan(["retrieval"], sink=1, window=1))
     cache.begin(1, 2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu import needs_cuda
 from torch._dynamo.utils import counters
 
 import zigzag_ext as zz
@@ -84,6 +85,56 @@ def test_check_room_sees_steps_that_the_host_did_not_count():
         layer(*tokens(1, 3, 0))
 
 
+def test_a_failed_forward_is_not_counted():
+    layer = new_layer("retrieval", max_len=10)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="must have the dtype of q"):
+            layer(*tokens(1, 6, 0, torch.float64))
+    layer(*tokens(1, 10, 1))
+    with pytest.raises(RuntimeError, match="10 are held and 1 more"):
+        layer(*tokens(1, 1, 2))
+
+
+def test_padding_takes_no_room():
+    layer, pad = new_layer("retrieval", max_len=10, max_batch=2), torch.tensor([4, 8], dtype=torch.int32)
+    layer(*tokens(2, 9, 0), pad=pad)
+    layer(*tokens(2, 5, 1))
+    assert layer.seq_lens.tolist() == [10, 6]
+    with pytest.raises(RuntimeError, match="10 are held and 1 more"):
+        layer(*tokens(2, 1, 2))
+    layer(*tokens(2, 1, 2), pad=torch.tensor([1, 0], dtype=torch.int32))
+    assert layer.seq_lens.tolist() == [10, 7]
+
+
+@every_kind
+def test_pad_beyond_the_chunk_skips_the_whole_row(kind):
+    layer, other = new_layer(kind, max_batch=2), new_layer(kind, max_batch=2)
+    for q_len in (20, 3):
+        given = tokens(2, q_len, q_len)
+        out = layer(*given, pad=torch.tensor([-2, 30], dtype=torch.int32))
+        assert out.equal(other(*given, pad=torch.tensor([0, q_len], dtype=torch.int32))) and not out[1].any()
+    assert layer.seq_lens.tolist() == [23, 0]
+
+
+@pytest.mark.parametrize("target", ["meta", pytest.param("cuda", marks=needs_cuda)])
+def test_a_moved_layer_has_a_workspace_of_its_new_device(target):
+    layer = new_layer("streaming", max_batch=2)
+    assert layer.workspace.numel() == 0
+    layer = torch.nn.Sequential(layer).to(target)[0]
+    assert layer.workspace.device.type == target
+    assert layer.workspace.numel() == zz.ops.new_workspace(2, HEADS, KV_HEADS, HEAD_DIM, target).numel() > 0
+    address = layer.workspace.data_ptr()
+    assert layer.to(torch.bfloat16).workspace.data_ptr() == address and layer.workspace.dtype == torch.uint8
+
+
+@needs_cuda
+def test_a_layer_moved_to_the_gpu_attends():
+    layer = new_layer("retrieval").to("cuda", torch.bfloat16)
+    here = new_layer("retrieval", device="cuda", dtype=torch.bfloat16)
+    given = tokens(1, 9, 0, torch.bfloat16, "cuda")
+    assert layer(*given).equal(here(*given))
+
+
 def test_a_streaming_layer_never_fills():
     layer = new_layer("streaming", max_len=4)
     for step in range(40):
@@ -105,6 +156,7 @@ BAD = {
     "max_len": ((4, 2, 64), {"kind": "retrieval"}, "needs max_len >= 1 tokens, got None"),
     "window": ((4, 2, 64), {"kind": "streaming", "sink": 4}, "got sink 4 and window 0"),
     "sink": ((4, 2, 64), {"kind": "streaming", "sink": -1, "window": 4}, "got sink -1 and window 4"),
+    "dtype": ((4, 2, 64), {"kind": "retrieval", "max_len": 8, "dtype": torch.float64}, "float16 or bfloat16.*got torch.float64"),
     "max_batch": ((4, 2, 64), {"kind": "retrieval", "max_len": 8, "max_batch": 0}, "max_batch must be at least 1, got 0"),
 }
 
@@ -114,3 +166,9 @@ def test_bad_options_raise(case):
     shape, options, words = BAD[case]
     with pytest.raises(ValueError, match=words):
         zz.ZigzagAttention(*shape, **options)
+
+
+@pytest.mark.parametrize("wrong", [{"sink": 2.0}, {"window": True}, {"window": "8"}, {"max_len": 8.5}], ids=str)
+def test_token_counts_are_integers(wrong):
+    with pytest.raises(TypeError, match="must be an integer number of tokens"):
+        zz.ZigzagAttention(4, 2, 64, **{"kind": "streaming", "sink": 2, "window": 8} | wrong)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops
+from .plan import Plan, token_count
 
 _GROWTH_STEP = 256  # tokens; the smallest capacity of a cache that may grow
 
@@ -45,7 +46,7 @@ class _Rows:
 
     def forget(self) -> None:
         self.columns = 0  # tokens seen per row, padding included
-        self.longest = 0  # tokens held by the longest row, an upper bound
+        self.longest = self.longest_after = 0  # tokens held by the longest row, an upper bound: now, after this forward
         self.q_len = 0  # columns of the forward pass under way, 0 outside one
         self.broken = False
         for lengths in self.seq_lens.values():
@@ -79,6 +80,7 @@ class _Rows:
             if self.pad:
                 lengths.sub_(self.pad_on(device))
         self.columns += q_len
+        self.longest = self.longest_after
 
 
 class ZigzagLayer(CacheLayerMixin):
@@ -171,14 +173,13 @@ class ZigzagLayer(CacheLayerMixin):
         self.is_initialized = False
 
     @_in_normal_mode
-    def grow(self) -> None:
-        """Moves what is held to a buffer of the new capacity. Only a retrieval layer of a cache without `max_len` ever does."""
-        held = self.rows.longest
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], self.slots, old.shape[3])
-            new[:, :, :held] = old[:, :, :held]
-            setattr(self, name, new)
+    def grow(self, capacity: int) -> None:
+        """Moves what is held to buffers of `capacity` slots. Only a retrieval layer of a cache without `max_len` ever does."""
+        held, old = self.rows.longest, (self.keys, self.values)
+        new = [buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3]) for buffer in old]  # both, or it stays as it is
+        for target, source in zip(new, old, strict=True):
+            target[:, :, :held] = source[:, :, :held]
+        self.keys, self.values = new
 
     @_in_normal_mode
     def select_rows(self, index: Tensor) -> None:
@@ -205,10 +206,12 @@ class ZigzagCache(Cache):
 
     Rings always take sink + window tokens. Buffers are [batch, num_kv_heads, slots, head_dim] and live where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
-    with a longer prompt it goes on where it stopped; `reset()` empties it and keeps the memory. Rolling back (`crop`, needed by
-    assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
+    pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps the
+    memory. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`, needed
+    by assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
 
     Raises:
+        TypeError: `plan` is not a Plan, or `max_len` not an integer.
         ValueError: layer counts differ, layers share KV caches, or `max_len` < 1.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
 
@@ -220,7 +223,7 @@ class ZigzagCache(Cache):
     """
 
     def __init__(self, config, plan, max_len: int | None = None):
-        if max_len is not None and max_len < 1:
+        if max_len is not None and (max_len := token_count("max_len", max_len)) < 1:
             raise ValueError(f"max_len must be at least 1 token, or None for a cache that grows; got {max_len}")
         self._build(config, plan, max_len, stores=True)
 
@@ -232,6 +235,8 @@ class ZigzagCache(Cache):
         return cache
 
     def _build(self, config, plan, max_len: int | None, stores: bool) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
         config = config.get_text_config(decoder=True)
         if len(plan.kinds) != config.num_hidden_layers:
             raise ValueError(f"the plan has {len(plan.kinds)} layers, the model has {config.num_hidden_layers}")
@@ -272,7 +277,7 @@ class ZigzagCache(Cache):
             pad, longest = self._read_mask(attention_mask, q_len)
         self._ensure_capacity(longest)
         rows.pad = {} if pad is None else {pad.device: pad}
-        rows.q_len, rows.longest = q_len, longest
+        rows.q_len, rows.longest_after = q_len, longest
         rows.attended.clear()
 
     @_in_normal_mode
@@ -280,9 +285,13 @@ class ZigzagCache(Cache):
         """Padding columns of this chunk per row, or None if there are none, and the tokens of the longest row after it."""
         rows = self._rows
         if mask.dim() != 2 or tuple(mask.shape) != (rows.batch, rows.columns + q_len):
+            used = rows.columns and (
+                f". The cache already holds {rows.columns} tokens; pass the whole conversation, or reset() "
+                "(prefill_chunk_size needs an empty cache)"
+            )
             raise ValueError(
                 f"attention_mask must be [batch, tokens seen + new tokens] = [{rows.batch}, {rows.columns + q_len}] of zeros "
-                f"(left padding), then ones; got {tuple(mask.shape)}"
+                f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
             )
         if q_len == 1:
             return (mask[:, -1] == 0).int(), rows.longest + 1
@@ -308,10 +317,11 @@ class ZigzagCache(Cache):
                 f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); "
                 "nothing was written. Make the ZigzagCache with a larger max_len"
             )
-        rows.capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
+        capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
         for layer in self.layers:
-            if layer.is_initialized and not layer.window:
-                layer.grow()
+            if layer.is_initialized and not layer.window and layer.keys.shape[2] < capacity:
+                layer.grow(capacity)
+        rows.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
     def end(self, failed: bool = False) -> None:
         """Closes the forward pass: advances the lengths, or marks the cache as unusable if a failure left some layers written."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .plan import token_count
 
 _KINDS = ("retrieval", "streaming")
 
@@ -28,7 +29,7 @@ class ZigzagAttention(nn.Module):
         >>> layer = ZigzagAttention(32, 8, 128, kind="streaming", sink=64, window=256)
         >>> out = layer(q, k, v)  # q [1, 32, new, 128], k and v [1, 8, new, 128], after RoPE; prompt or single token alike
 
-    Inference only. Source: ZigzagAttention (https://arxiv.org/abs/2508.12407).
+    Raises TypeError or ValueError for options outside these limits. Inference only. Source: ZigzagAttention (https://arxiv.org/abs/2508.12407).
     """
 
     def __init__(
@@ -47,10 +48,16 @@ class ZigzagAttention(nn.Module):
         scale: float | None = None,
     ):
         super().__init__()
+        sink, window = token_count("sink", sink), token_count("window", window)
+        max_len = None if max_len is None else token_count("max_len", max_len)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in ops.DTYPES:
+            raise ValueError(f"dtype must be float16 or bfloat16, or float32 on the CPU; got {dtype}")
         _check_geometry(num_q_heads, num_kv_heads, head_dim, max_batch)
         _check_kind(kind, sink, window, max_len)
         self.kind, self.max_len = kind, max_len if kind == "retrieval" else None
         self.sink, self.window = (sink, window) if kind == "streaming" else (0, 0)
+        self.num_q_heads = num_q_heads
         self.scale = head_dim**-0.5 if scale is None else float(scale)
         shape = (max_batch, num_kv_heads, self.max_len or sink + window, head_dim)
         seq_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
@@ -66,7 +73,7 @@ class ZigzagAttention(nn.Module):
 
         Args:
             q: [batch, num_q_heads, q_len, head_dim]; k, v: [batch, num_kv_heads, q_len, head_dim]; batch <= max_batch.
-            pad: [batch] int32, leading columns of this chunk that are padding; their output is 0.
+            pad: [batch] int32, leading columns of this chunk that are padding; their output is 0. Clamped to 0 ... q_len.
 
         Returns:
             [batch, num_q_heads, q_len, head_dim] in the dtype of q.
@@ -77,19 +84,22 @@ class ZigzagAttention(nn.Module):
                 steps, or keep count. Shapes and dtypes are checked by the op in both cases.
         """
         batch, q_len = q.shape[0], q.shape[2]
-        if not torch.compiler.is_compiling():
-            self._count(q_len)
+        pad = None if pad is None else pad.clamp(0, q_len)
+        counts = not (torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()))
+        longest = self._longest_after(q_len, pad, batch) if counts else 0
         rows = [t if batch == t.shape[0] else t[:batch] for t in (self.k_cache, self.v_cache, self.seq_lens)]
         out, _ = ops.attention(
             q, k, v, *rows, pad=pad, sink=self.sink, window=self.window, scale=self.scale, workspace=self.workspace
         )
         rows[2].add_(q_len if pad is None else q_len - pad)
+        if counts:
+            self._longest = longest
         return out
 
     def check_room(self, tokens: int = 1) -> None:
         """Raises RuntimeError unless every row has room for `tokens` more. Reads `seq_lens`, so it waits for the device."""
         self._longest = int(self.seq_lens.max())
-        self._check_room(tokens)
+        self._longest_after(tokens, None, self.seq_lens.shape[0])
 
     def reset(self) -> None:
         """Empties the cache; the buffers stay where they are."""
@@ -100,16 +110,30 @@ class ZigzagAttention(nn.Module):
         limits = f"max_len={self.max_len}" if self.kind == "retrieval" else f"sink={self.sink}, window={self.window}"
         return f"{self.kind}, {limits}, cache={tuple(self.k_cache.shape)}"
 
-    def _count(self, tokens: int) -> None:
-        self._check_room(tokens)
-        self._longest += tokens
+    def _apply(self, fn, recurse: bool = True):
+        """`.to(device)`: the size of the workspace depends on the device, so that it is made anew rather than moved."""
+        before = self.workspace.device
+        super()._apply(fn, recurse)
+        device = self.workspace.device
+        if device != before:
+            max_batch, num_kv_heads, _, head_dim = self.k_cache.shape
+            self.workspace = ops.new_workspace(max_batch, self.num_q_heads, num_kv_heads, head_dim, device)
+        return self
 
-    def _check_room(self, tokens: int) -> None:
-        if self.max_len is not None and self._longest + tokens > self.max_len:
+    def _longest_after(self, tokens: int, pad: Tensor | None, batch: int) -> int:
+        """Tokens of the longest row, or an upper bound, after `tokens` more columns. Raises RuntimeError if they do not fit."""
+        longest = self._longest + tokens
+        if self.max_len is None or longest <= self.max_len:
+            return longest
+        # The bound takes padding for tokens, so the device has the last word.
+        held = self.seq_lens[:batch]
+        longest = int((held + tokens if pad is None else held + (tokens - pad)).max())
+        if longest > self.max_len:
             raise RuntimeError(
-                f"the cache is full: max_len is {self.max_len} tokens, {self._longest} are held and {tokens} more were given; "
+                f"the cache is full: max_len is {self.max_len} tokens, {int(held.max())} are held and {tokens} more were given; "
                 "nothing was written"
             )
+        return max(longest, int(self.seq_lens.max()))
 
 
 def _check_geometry(num_q_heads: int, num_kv_heads: int, head_dim: int, max_batch: int) -> None:

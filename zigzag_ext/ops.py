@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _C, _ops  # noqa: F401  (importing _ops registers torch.ops.zigzag)
 
 HEAD_DIMS: tuple[int, ...] = tuple(_C.HEAD_DIMS)
+DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)  # float32 on the CPU only
 MAX_GROUP_SIZE: int = _C.MAX_GROUP_SIZE
 MAX_DECODE_QUERIES: int = _C.MAX_DECODE_QUERIES
 

@@ -45,7 +45,7 @@ class Plan:
 
     def __post_init__(self):
         kinds = _tuple_of_str(self.kinds)
-        sink, window = _integer("sink", self.sink), _integer("window", self.window)
+        sink, window = token_count("sink", self.sink), token_count("window", self.window)
         _C.check_plan(kinds, sink, window)
         values = {"kinds": kinds, "sink": sink, "window": window, "provenance": _json_object(self.provenance)}
         for name, value in values.items():
@@ -147,7 +147,8 @@ def _tuple_of_str(kinds) -> tuple[str, ...]:
     return kinds
 
 
-def _integer(name: str, value) -> int:
+def token_count(name: str, value) -> int:
+    """`value` as an int. Raises TypeError for what is not an integer, bool included, ValueError beyond 64 bits."""
     try:
         if isinstance(value, bool):
             raise TypeError

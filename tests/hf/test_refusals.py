@@ -39,6 +39,9 @@ REFUSED = {
     "latent": ("deepseek_v3", _MLA | {"first_k_dense_replace": 4}, "deepseek_v3 .*latent attention"),
     "head_dim": ("llama", {"head_dim": 32}, "llama .*head_dim is 32; supported: 64, 80, 96, 128, 256"),
     "group_size": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 1}, "llama .*32 query heads share 1 KV heads"),
+    "no_heads": ("rwkv", {"num_attention_heads": None}, "rwkv .*config.num_attention_heads is None"),
+    "encoder": ("bert", {}, "bert .*is not causal"),
+    "encoder_decoder_half": ("bart", {"decoder_layers": 4, "d_model": 256, "decoder_attention_heads": 4}, "bart .*is not causal"),
     "not_functional": ("bloom", {"n_layer": NUM_LAYERS, "n_head": 4}, "bloom .*AttentionInterface"),
 }
 
@@ -80,6 +83,67 @@ def test_a_layer_that_never_attends_raises():
     model.model.layers[2].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     with zz.zigzag(model, PLAN), torch.no_grad(), pytest.raises(RuntimeError, match=r"layers \[2\] never called"):
         model(prompt(5))
+
+
+def test_an_unsupported_dtype_raises():
+    with pytest.raises(ValueError, match="llama .*dtype is float64; supported: float16, bfloat16, and float32 on the CPU"):
+        zz.enable(new_model("llama").double(), PLAN)
+
+
+def test_arguments_of_the_wrong_type():
+    model = tiny_model()
+    for wrong in ("plan.json", list(PLAN.kinds), None):
+        with pytest.raises(TypeError, match="plan must be a zigzag_ext.Plan .*got"):
+            zz.enable(model, wrong)
+    for wrong in (True, 8.0, "8"):
+        with pytest.raises(TypeError, match="max_len must be an integer number of tokens"):
+            zz.enable(model, PLAN, max_len=wrong)
+    with pytest.raises(ValueError, match="max_len must be at least 1"):
+        zz.enable(model, PLAN, max_len=0)
+    for wrong, name in ((torch.nn.Linear(2, 2), "Linear"), ("llama", "str"), (PLAN, "Plan")):
+        with pytest.raises(TypeError, match=f"model must be a transformers language model .*got a {name}"):
+            zz.enable(wrong, PLAN)
+    assert not model._forward_hooks and model.config._attn_implementation == "sdpa"
+
+
+def test_arguments_of_a_call_as_python_checks_them():
+    model, ids = tiny_model(), prompt(5)
+    with zz.zigzag(model, PLAN), torch.no_grad():
+        with pytest.raises(TypeError, match="LlamaForCausalLM.forward.. got multiple values for argument 'input_ids'"):
+            model(ids, input_ids=ids)
+        with pytest.raises(TypeError, match="positional arguments but 40 were given"):
+            model(*[ids] * 40)
+        with pytest.raises(ValueError, match="without input_ids and without inputs_embeds"):
+            model()
+
+
+def test_an_interrupted_forward_leaves_no_cache_behind(monkeypatch):
+    model = new_model("llama")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with zz.zigzag(model, PLAN), torch.no_grad():
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(5))
+        hook.remove()
+        monkeypatch.setattr(zz.ZigzagCache, "begin", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(5))
+        with pytest.raises(RuntimeError, match="without a zigzag cache"):
+            model.model(prompt(5))
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=["same_prompt", "chunked_prefill"])
+def test_a_used_cache_needs_the_whole_conversation(options):
+    model, ids, cache = tiny_model(), prompt(12), zz.ZigzagCache(tiny_model().config, PLAN)
+    with zz.zigzag(model, PLAN):
+        first = generate(model, 3, ids, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"already holds 14 tokens; pass the whole conversation, or reset\(\)"):
+            generate(model, 3, ids, past_key_values=cache, **options)
+        cache.reset()
+        assert generate(model, 3, ids, past_key_values=cache, **options).equal(first)
 
 
 def test_layer_counts_must_agree():

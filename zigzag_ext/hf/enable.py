@@ -12,6 +12,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..cache import ZigzagCache
+from ..plan import Plan
 from .attention import NAME, current
 from .families import check_family
 
@@ -33,12 +34,18 @@ def enable(model: nn.Module, plan, max_len: int | None = None) -> nn.Module:
         The model, for chaining. `disable(model)` undoes it.
 
     Raises:
-        ValueError: layer counts differ, or the family cannot be computed exactly (soft-capped logits, learned sink logits, native
-            sliding windows, latent or linear attention, shared KV caches, encoder-decoder, unsupported head_dim or group size).
+        TypeError: `model` is no transformers model, `plan` no Plan, or `max_len` no integer.
+        ValueError: layer counts differ, `max_len` < 1, the dtype is not supported, or the family cannot be computed exactly
+            (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention, shared
+            KV caches, encoders, unsupported head_dim or group size).
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface.
 
     Source: ZigzagAttention (https://arxiv.org/abs/2508.12407).
     """
+    if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "set_attn_implementation")):
+        raise TypeError(f"model must be a transformers language model (AutoModelForCausalLM), got a {type(model).__name__}")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
     if model in _sessions:
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
     check_family(model)
@@ -77,7 +84,8 @@ class _Session:
 
     def __init__(self, model: nn.Module, plan, max_len: int | None, previous: str):
         self.plan, self.max_len, self.previous = plan, max_len, previous
-        self.parameters = tuple(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters.values()
+        self.parameters = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.stand_ins: WeakKeyDictionary[DynamicCache, ZigzagCache] = WeakKeyDictionary()
         self.hooks = (
             model.register_forward_pre_hook(self.open, with_kwargs=True),
@@ -85,15 +93,27 @@ class _Session:
         )
 
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs = kwargs | dict(zip(self.parameters, args, strict=False))
+        current.cache = None  # Ctrl-C skips `close`, so the last forward may have left its own
+        kwargs = self.by_name(model, args, kwargs)
         if kwargs.get("output_attentions"):
             raise ValueError("zigzag attention has no attention weights to return: output_attentions must be off")
-        tokens = kwargs.get("input_ids")
-        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        if tokens is None:
+            raise ValueError(f"{type(model).__name__} was called without input_ids and without inputs_embeds; pass one of them")
         cache = self.cache_for(model.config, kwargs)
         cache.begin(*tokens.shape[:2], kwargs.get("attention_mask"))
         current.cache = cache
         return (), kwargs
+
+    def by_name(self, model: nn.Module, args: tuple, kwargs: dict) -> dict:
+        """All arguments by name; TypeError as Python would raise it for the call."""
+        name = f"{type(model).__name__}.forward()"
+        if len(args) > len(self.parameters):
+            raise TypeError(f"{name} takes {len(self.parameters)} positional arguments but {len(args)} were given")
+        positional = dict(zip(self.parameters, args, strict=False))
+        if twice := sorted(positional.keys() & kwargs.keys()):
+            raise TypeError(f"{name} got multiple values for argument '{twice[0]}'")
+        return kwargs | positional
 
     def close(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
         cache = getattr(current, "cache", None)  # None if `open` raised

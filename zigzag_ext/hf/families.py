@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..ops import HEAD_DIMS, MAX_GROUP_SIZE
+from ..ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
 
 
 def check_family(model: nn.Module) -> None:
@@ -18,6 +18,18 @@ def _composition(model, config):
         return "it is an encoder-decoder model"
     if config.get_text_config(decoder=True) is not config:
         return "it is a composite (multimodal) model; only text decoders are served"
+
+
+def _not_causal(model, config):
+    for name, module in model.named_modules():
+        if getattr(module, "is_causal", True) is False:
+            return f"its attention {name} ({type(module).__name__}) is not causal; only decoder self-attention is served"
+
+
+def _dtype(model, config):
+    dtype = model.dtype
+    if dtype.itemsize > 1 and dtype not in DTYPES:  # smaller ones are storage of quantized weights
+        return f"its dtype is {str(dtype)[6:]}; supported: float16, bfloat16, and float32 on the CPU"
 
 
 def _layer_kinds(model, config):
@@ -62,6 +74,9 @@ def _shared_caches(model, config):
 
 
 def _geometry(model, config):
+    for field in ("num_hidden_layers", "num_attention_heads"):
+        if not isinstance(given := getattr(config, field, None), int):
+            return f"config.{field} is {given}, it must be one number for all layers"
     num_q_heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
     num_kv_heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or num_q_heads
     head_dim = head_dim or config.hidden_size // num_q_heads
@@ -71,4 +86,15 @@ def _geometry(model, config):
         return f"{num_q_heads} query heads share {num_kv_heads} KV heads; supported: groups of 1 to {MAX_GROUP_SIZE}"
 
 
-_CHECKS = (_composition, _layer_kinds, _sliding_window, _softcap, _learned_sinks, _latent_attention, _shared_caches, _geometry)
+_CHECKS = (
+    _composition,
+    _layer_kinds,
+    _sliding_window,
+    _softcap,
+    _learned_sinks,
+    _latent_attention,
+    _shared_caches,
+    _geometry,
+    _not_causal,
+    _dtype,
+)
