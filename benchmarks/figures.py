@@ -39,6 +39,9 @@ STYLE = {
 Sources = dict[Path, list[Record]]
 
 
+MAX_RATIO = 3.0  # top of the panel of ratios
+
+
 def plain(row: Record) -> bool:
     """One row of a batch, grouped heads, one new token: the shape that the figures follow."""
     return (row.batch, row.num_q_heads, row.num_kv_heads, row.head_dim, row.q_len, row.kv_format) == (1, 32, 8, 128, 1, "bf16")
@@ -72,7 +75,7 @@ def draw_lengths(rows: list[Record], floor: list[Record]) -> plt.Figure | None:
     if len(ours) < 2:
         return None
     floor = sorted((row for row in floor if row.op == "decode_full" and row.kv_len in ours), key=lambda row: row.kv_len)
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7.2, 6.0), height_ratios=(3, 2), layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7.2, 6.6), height_ratios=(3, 2), layout="constrained")
     line((above, below), rows, "zigzag", ours, color=OURS, marker="o", markersize=6, linewidth=2.4, zorder=3)
     for index, impl in enumerate(sorted({row.impl for row in rows} - {"zigzag", "read"})):
         color, marker = PEER_COLORS[index % len(PEER_COLORS)], PEER_MARKERS[index % len(PEER_MARKERS)]
@@ -82,7 +85,8 @@ def draw_lengths(rows: list[Record], floor: list[Record]) -> plt.Figure | None:
     below.set_xticks(list(ours), [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in ours])
     below.set_xlabel("keys in the cache")
     below.set_ylabel("time / time of zigzag_ext")
-    below.set_ylim(bottom=0)
+    # A peer that is many times slower would flatten all others: it leaves the lower panel, the upper one shows it.
+    below.set_ylim(0.4, MAX_RATIO)
     above.set_yscale("log")
     above.yaxis.set_major_locator(matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
     above.yaxis.set_major_formatter(
@@ -90,7 +94,7 @@ def draw_lengths(rows: list[Record], floor: list[Record]) -> plt.Figure | None:
     )
     above.set_ylabel("time of one call, µs")
     above.set_title(f"Full-cache decode attention, batch 1, 32/8 heads, d128, bf16\n{rows[0].gpu}", fontsize=11, loc="left")
-    above.legend(fontsize=9)
+    figure.legend(*above.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
     for axes in (above, below):
         axes.minorticks_off()
     return figure
@@ -121,7 +125,7 @@ def draw_ring(rows: list[Record], floor: list[Record]) -> plt.Figure | None:
         for row in floor:
             if (row.sink, row.window) == window:
                 axes.axvline(row.p50_us, color=FLOOR, linestyle="--", linewidth=1.2, label=LABELS["read"])
-                axes.legend(fontsize=9, loc="lower right")
+                axes.legend(fontsize=9, loc="upper right")
         axes.grid(False, axis="y")
         axes.margins(x=0.12)
         axes.set_title(f"sink {window[0]} + window {window[1]}", fontsize=11, loc="left")
