@@ -33,8 +33,8 @@ std::string to_text(Number part) {
 
 }  // namespace detail
 
-// Joins strings and numbers into one string. Without iostreams: where torch brings its own copy of the C++ library's
-// locale data, printing a number through a stream of this one crashes (seen with torch 2.11).
+// Joins strings and numbers into one string. Without iostreams: in a process with torch 2.11, printing a number through
+// a stream from the torch ops crashed. The cause was not established; two copies of the C++ library are suspected.
 template <class... Parts>
 std::string concat(const Parts&... parts) {
   std::string text;

@@ -33,8 +33,7 @@ def expected_tokens(model, new_tokens, input_ids, seed=None, **options):
 @pytest.mark.parametrize("batch", [{"input_ids": prompt(50, 2)}, padded_prompt([50, 20])], ids=["even", "left_padded"])
 def test_beam_search(model, batch):
     options = batch | {"num_beams": 3, "num_return_sequences": 2}
-    # 24 tokens wrap the window; sums of log-probabilities over more of them meet ties that rounding breaks differently.
-    assert generate(model, 24, **options).equal(expected_tokens(model, 24, **options))
+    assert generate(model, 40, **options).equal(expected_tokens(model, 40, **options))
 
 
 def test_sampling_several_sequences(model):
