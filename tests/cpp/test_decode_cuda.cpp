@@ -345,6 +345,16 @@ TEST_CASE("decode_full: clusters and splits of a head, several heads of a block"
   });
 }
 
+TEST_CASE("decode_full: clusters of 16 where there are few heads") {
+  check_both_dtypes({
+      {4, 4, 1, 128, 1300, 0, 0, {1299}, {}},
+      {4, 16, 1, 128, 1300, 0, 0, {1200}, {}, 128, true},
+      {5, 7, 2, 80, 1300, 0, 0, {1298}, {}},
+      {2, 3, 1, 256, 700, 0, 0, {5, 690, 0}, {}},
+      {4, 4, 4, 64, 400, 0, 0, {300}, {2}},
+  });
+}
+
 TEST_CASE("decode_full: many rows, padding, a full cache, no cache") {
   check_both_dtypes({
       {2, 16, 16, 64, 100, 0, 0, {60, 0}, {}},
