@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
   if constexpr (S::kSingle) {
     run_single<S>(p);
   } else {
-    if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
+    if (in_cluster<S>(p)) enter_cluster<S>();
     Segment segment;
     Job<S> job = {p, {}, 0, 0};
     if (job.start(segment)) run_segments<S>(p, segment, job);
@@ -214,7 +214,7 @@ void configure(Params& p, device::LaunchConfig& config, int cluster) {
 template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
   using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
-  using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
+  using Single = Shape<Element, kHeadDim, kRowTiles, false, kRowTiles <= 2>;  // one token is at most 16 rows
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
@@ -244,9 +244,11 @@ void launch_decode_full(const AttentionParams& a, void* stream) {
            " bytes is too small; needed: ", workspace_bytes(a.head_dim));
   check_strides(a);
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
-    dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
-      launch_shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>(a, stream);
-    });
+    constexpr int kHeadDim = head_dim.value, kMostTiles = max_rows(kHeadDim) / 8;
+    const int rows = a.num_q_heads / a.num_kv_heads * a.q_len;
+    if (rows <= 8) return launch_shape<Element, kHeadDim, 1>(a, stream);
+    if (rows <= 16) return launch_shape<Element, kHeadDim, 2>(a, stream);
+    launch_shape<Element, kHeadDim, kMostTiles>(a, stream);
   });
 }
 
