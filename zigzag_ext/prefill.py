@@ -27,7 +27,7 @@ CHOICES = ("auto", "zigzag", *BACKENDS)
 SHORT_CHUNK = 1024
 LONG_CACHE = 4096  # keys; a short chunk on a shorter cache takes our kernel, whose single launch costs less than two
 # cuDNN builds a plan per new shape, 40 to 70 ms on the host (https://github.com/flashinfer-ai/flashinfer/pull/5245,
-# https://github.com/pytorch/pytorch/pull/191576), shared by the layers of a forward. A layer must have work enough to earn its share.
+# https://github.com/pytorch/pytorch/pull/191576), shared by the layers of a forward. Each layer must gain its share of that.
 PLAN_FLOPS = 2e12  # about 3 ms on an H100
 PLAN_KEYS = 65536  # the past goes to such a backend in blocks: its shapes repeat from chunk to chunk, a merge costs below 1 %
 
@@ -38,7 +38,8 @@ class _Options:
     whole_chunk: bool = False
 
 
-_options: ContextVar[_Options] = ContextVar("zigzag_prefill_options", default=_Options())
+_DEFAULTS = _Options()
+_options: ContextVar[_Options] = ContextVar("zigzag_prefill_options", default=_DEFAULTS)
 
 
 @contextmanager
