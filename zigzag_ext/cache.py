@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from . import ops
+from . import ops, prefill
 from .plan import Plan, token_count
 
 _GROWTH_STEP = 256  # tokens; the smallest capacity of a cache that may grow
@@ -48,6 +48,7 @@ class _Rows:
         self.columns = 0  # tokens seen per row, padding included
         self.longest = self.longest_after = 0  # tokens held by the longest row, an upper bound: now, after this forward
         self.q_len = 0  # columns of the forward pass under way, 0 outside one
+        self.uniform = True  # whether every row is known to hold `columns` tokens
         self.broken = False
         for lengths in self.seq_lens.values():
             lengths.zero_()
@@ -137,19 +138,18 @@ class ZigzagLayer(CacheLayerMixin):
             raise RuntimeError(f"layer {self.index} attended twice in one forward: shared KV caches are not supported")
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        out, _ = ops.attention(
-            q,
-            k,
-            v,
-            self.keys,
-            self.values,
-            rows.lengths_on(q.device),
-            pad=rows.pad_on(q.device),
-            sink=self.sink,
-            window=self.window,
-            scale=scale,
-            workspace=rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
-        )
+        tensors = (q, k, v, self.keys, self.values, rows.lengths_on(q.device))
+        options = {
+            "pad": rows.pad_on(q.device),
+            "sink": self.sink,
+            "window": self.window,
+            "scale": scale,
+            "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
+        }
+        if q.shape[2] == 1:
+            out, _ = ops.attention(*tensors, **options)
+        else:
+            out = prefill.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
         rows.attended.add(self.index)
         return out
 
@@ -294,6 +294,7 @@ class ZigzagCache(Cache):
                 f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
             )
         if q_len == 1:
+            rows.uniform = False  # until the next prompt's mask is read: looking at this one would wait for the device
             return (mask[:, -1] == 0).int(), rows.longest + 1
         mask = mask.bool()
         padding = (~mask).sum(1)
@@ -305,6 +306,7 @@ class ZigzagCache(Cache):
             raise ValueError("attention_mask has zeros after ones: only left padding is supported (padding_side='left')")
         if changed:
             raise ValueError("attention_mask masks other tokens than those the cache left out before: start from an empty cache")
+        rows.uniform = most == 0
         pad = (padding - rows.columns).clamp(0, q_len).int() if most > rows.columns else None
         return pad, max(0, rows.columns + q_len - least)
 
