@@ -15,12 +15,15 @@ from ..cache import ZigzagCache
 from ..plan import Plan
 from .attention import NAME, current
 from .chunking import TOKEN_ARGUMENTS, check_chunk, new_tokens, prefill_ahead
+from .compiled import CompiledDecoding
 from .families import check_family
 
 _sessions: "WeakKeyDictionary[nn.Module, _Session]" = WeakKeyDictionary()
 
 
-def enable(model: nn.Module, plan, max_len: int | None = None, prefill_chunk: int | str | None = None) -> nn.Module:
+def enable(
+    model: nn.Module, plan, max_len: int | None = None, prefill_chunk: int | str | None = None, compile: bool = False
+) -> nn.Module:
     """Makes `model` run the plan: after this `model.generate(...)` keeps full caches for retrieval layers, rings for the others.
 
     Args:
@@ -60,6 +63,8 @@ def enable(model: nn.Module, plan, max_len: int | None = None, prefill_chunk: in
     if model.config._attn_implementation != NAME:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
     _sessions[model] = _Session(model, plan, max_len, prefill_chunk, previous)
+    if compile:
+        model.forward = CompiledDecoding(model, model.forward)
     return model
 
 
@@ -70,14 +75,16 @@ def disable(model: nn.Module) -> nn.Module:
     session = _sessions.pop(model)
     for hook in session.hooks:
         hook.remove()
+    if isinstance(model.forward, CompiledDecoding):
+        model.forward = model.forward.forward
     model.set_attn_implementation(session.previous)
     return model
 
 
 @contextmanager
-def zigzag(model: nn.Module, plan, max_len: int | None = None, prefill_chunk: int | str | None = None):
+def zigzag(model: nn.Module, plan, max_len: int | None = None, prefill_chunk: int | str | None = None, compile: bool = False):
     """`with zigzag(model, plan): model.generate(...)`: `enable` at the start, `disable` at the end."""
-    enable(model, plan, max_len, prefill_chunk)
+    enable(model, plan, max_len, prefill_chunk, compile)
     try:
         yield model
     finally:
@@ -104,7 +111,7 @@ class _Session:
             raise ValueError("zigzag attention has no attention weights to return: output_attentions must be off")
         if all(kwargs.get(name) is None for name in TOKEN_ARGUMENTS):
             raise ValueError(f"{type(model).__name__} was called without input_ids and without inputs_embeds; pass one of them")
-        cache = self.cache_for(model.config, kwargs)
+        cache = self.cache_for(model, kwargs)
         if self.prefill_chunk is not None:
             kwargs = prefill_ahead(model, cache, kwargs, self.prefill_chunk)
         cache.begin(*new_tokens(kwargs), kwargs.get("attention_mask"))
@@ -127,9 +134,13 @@ class _Session:
             current.cache = None
             cache.end(failed=output is None)
 
-    def cache_for(self, config, kwargs: dict) -> ZigzagCache:
+    def new_cache(self, model: nn.Module) -> ZigzagCache:
+        make = model.forward.new_cache if isinstance(model.forward, CompiledDecoding) else ZigzagCache
+        return make(model.config, self.plan, self.max_len)
+
+    def cache_for(self, model: nn.Module, kwargs: dict) -> ZigzagCache:
         """The cache of this forward, also put in place of `past_key_values` unless the caller wants none."""
-        given = kwargs.get("past_key_values")
+        config, given = model.config, kwargs.get("past_key_values")
         if isinstance(given, ZigzagCache):
             if len(given.layers) != config.num_hidden_layers:
                 raise ValueError(f"the ZigzagCache has {len(given.layers)} layers, the model has {config.num_hidden_layers}")
@@ -138,7 +149,7 @@ class _Session:
             use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
             if not use_cache:
                 return ZigzagCache.without_memory(config, self.plan)
-            cache = ZigzagCache(config, self.plan, self.max_len)
+            cache = self.new_cache(model)
         elif type(given) is not DynamicCache:
             raise TypeError(f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}")
         elif given in self.stand_ins:
@@ -146,6 +157,6 @@ class _Session:
         elif given.get_seq_length():
             raise ValueError(f"the DynamicCache holds {given.get_seq_length()} tokens of another attention; pass a ZigzagCache")
         else:
-            cache = self.stand_ins[given] = ZigzagCache(config, self.plan, self.max_len)
+            cache = self.stand_ins[given] = self.new_cache(model)
         kwargs["past_key_values"] = cache
         return cache
