@@ -81,7 +81,11 @@ class _Step:
     def __init__(self, model: nn.Module, compiled: Callable, cache: ZigzagCache, inputs: dict):
         self.model, self.compiled = model, compiled
         self.view = StepCache(cache)
-        self.tensors = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+        self.tensors = {
+            name: value.clone(memory_format=torch.contiguous_format)  # strides of a slice would be compiled for
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
         self.inputs = inputs | self.tensors | {"past_key_values": self.view}
         self.graph = self.output = self.captured_on = None
         self.last_forward = -1
