@@ -15,7 +15,7 @@ from ..cache import ZigzagCache
 from ..plan import Plan
 from .attention import NAME, current
 from .chunking import TOKEN_ARGUMENTS, check_chunk, new_tokens, prefill_ahead
-from .compiled import CompiledDecoding
+from .compiled import CompiledDecoding, check_compilable
 from .families import check_family
 
 _sessions: "WeakKeyDictionary[nn.Module, _Session]" = WeakKeyDictionary()
@@ -55,8 +55,12 @@ def enable(
         raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
     if model in _sessions:
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile must be True or False, got {compile!r}")
     check_family(model)
     prefill_chunk = check_chunk(model, prefill_chunk)
+    if compile:
+        check_compilable(model)
     ZigzagCache(model.config, plan, max_len)
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -64,7 +68,7 @@ def enable(
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
     _sessions[model] = _Session(model, plan, max_len, prefill_chunk, previous)
     if compile:
-        model.forward = CompiledDecoding(model, model.forward)
+        model.forward = CompiledDecoding(model)
     return model
 
 
@@ -75,8 +79,8 @@ def disable(model: nn.Module) -> nn.Module:
     session = _sessions.pop(model)
     for hook in session.hooks:
         hook.remove()
-    if isinstance(model.forward, CompiledDecoding):
-        model.forward = model.forward.forward
+    if isinstance(compiled := model.__dict__.get("forward"), CompiledDecoding):
+        compiled.remove()
     model.set_attn_implementation(session.previous)
     return model
 
@@ -135,8 +139,9 @@ class _Session:
             cache.end(failed=output is None)
 
     def new_cache(self, model: nn.Module) -> ZigzagCache:
-        make = model.forward.new_cache if isinstance(model.forward, CompiledDecoding) else ZigzagCache
-        return make(model.config, self.plan, self.max_len)
+        if isinstance(model.forward, CompiledDecoding):
+            return model.forward.new_cache(self.plan, self.max_len)
+        return ZigzagCache(model.config, self.plan, self.max_len)
 
     def cache_for(self, model: nn.Module, kwargs: dict) -> ZigzagCache:
         """The cache of this forward, also put in place of `past_key_values` unless the caller wants none."""
