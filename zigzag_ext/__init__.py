@@ -27,6 +27,7 @@ __all__ = [
     "build_info",
     "disable",
     "enable",
+    "evaluate",
     "exchange",
     "load_scores",
     "objectives",
@@ -39,6 +40,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name == "evaluate":  # a subpackage that needs torch and transformers
+        return import_module(".evaluate", __name__)
     if name not in _HF_NAMES:
         raise AttributeError(f"module 'zigzag_ext' has no attribute '{name}'")
     try:
