@@ -10,6 +10,7 @@ from importlib import import_module
 
 from . import exchange, ops, reference
 from ._C import build_info
+from .identify import identify
 from .modules import ZigzagAttention
 from .plan import Plan
 from .scores.io import load_scores, save_scores
@@ -29,6 +30,7 @@ __all__ = [
     "enable",
     "evaluate",
     "exchange",
+    "identify",
     "load_scores",
     "objectives",
     "ops",

@@ -8,10 +8,11 @@ from .passkey import FILLER
 from .task import Task
 
 KEYS = 4
-NAMES = (
+_WORDS = (
     "anchor basket candle dragon engine feather garden hammer island jacket kettle ladder mirror needle orange pencil "
     "quarry ribbon saddle temple umbrella violin window yellow zipper bridge castle desert forest guitar harbor lantern"
-).split()  # noqa: SIM905
+)
+NAMES = _WORDS.split()
 
 
 def _build(tokenizer, length: int, depth: float, rng) -> Sample:
