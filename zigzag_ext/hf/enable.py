@@ -33,6 +33,8 @@ def enable(
         prefill_chunk: most new tokens per row that go through the model at once, in forwards that ask for the logits of the last
             tokens only, as generate() does. Peak memory beside the KV then does not depend on the prompt; the result is that of
             one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows.
+        compile: decode steps run as one compiled graph, on a GPU as one captured CUDA graph that serves every length (see
+            `zigzag_ext.hf.compiled`). Needs `max_len`, or caches that have one; prompts stay eager. Same tokens as without.
 
     Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
     `past_key_values=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. Inference only.
