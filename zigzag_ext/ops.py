@@ -71,7 +71,7 @@ def attention(
     Based on FlashAttention-2 (https://arxiv.org/abs/2307.08691), Flash-Decoding and StreamingLLM
     (https://arxiv.org/abs/2309.17453); deviation from StreamingLLM: keys keep their absolute RoPE positions.
     """
-    _refuse_autograd(q, k_new, v_new)
+    refuse_autograd(q, k_new, v_new)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if workspace is None:
@@ -94,7 +94,7 @@ def append(
 
     O(q_len): nothing already in the cache moves. Raises RuntimeError like `attention`.
     """
-    _refuse_autograd(k_new, v_new)
+    refuse_autograd(k_new, v_new)
     torch.ops.zigzag.append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window)
 
 
@@ -111,11 +111,11 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     Raises:
         RuntimeError: shapes, dtypes or devices differ or are not supported.
     """
-    _refuse_autograd(out_a, out_b)
+    refuse_autograd(out_a, out_b)
     return torch.ops.zigzag.merge_states(out_a, lse_a, out_b, lse_b)
 
 
-def _refuse_autograd(*tensors: Tensor) -> None:
+def refuse_autograd(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError("zigzag_ext attention has no backward pass: call it under torch.inference_mode() or torch.no_grad()")
 
