@@ -100,7 +100,9 @@ class _Step:
             self._capture_if_needed()
         self.last_forward = cache.num_forwards
         self.graph.replay()
-        return tree_map(lambda leaf: cache if leaf is self.view else leaf.clone() if isinstance(leaf, Tensor) else leaf, self.output)
+        return tree_map(
+            lambda leaf: cache if leaf is self.view else leaf.clone() if isinstance(leaf, Tensor) else leaf, self.output
+        )
 
     def _run(self):
         current.cache, cache = self.view, current.cache
@@ -138,7 +140,9 @@ def check_compilable(model: nn.Module) -> None:
         kinds = getattr(module, "rope_type", None)
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if found := kinds & _ROPE_BY_LENGTH:
-            raise ValueError(f"{family}: compile=True does not serve '{found.pop()}' RoPE ({name}), which the host scales by length")
+            raise ValueError(
+                f"{family}: compile=True does not serve '{found.pop()}' RoPE ({name}), which the host scales by length"
+            )
 
 
 def _retire(retired: list, parts: tuple) -> None:
