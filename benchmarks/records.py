@@ -72,9 +72,9 @@ _TYPES = {field.name: field.type for field in fields(Record)}
 
 @contextmanager
 def writer(path: Path | None, kind: type = Record) -> Iterator[Callable]:
-    """Yields add(record of `kind`), which writes a row of a new CSV file and flushes it: an interrupted run keeps what it measured.
+    """Yields add(record of `kind`), which writes a row of a new CSV file and flushes it. Without a path nothing is written.
 
-    Without a path nothing is written.
+    An interrupted run keeps what it measured.
     """
     if path is None:
         yield lambda record: None

@@ -1,4 +1,4 @@
-"""Times a decode step of a whole model, from a loop of forwards and from model.generate():  python benchmarks/step.py --csv step.csv
+"""Times a decode step of a whole model, in a loop of forwards and in generate():  python benchmarks/step.py --csv step.csv
 
 The model has random weights and the context is faked: the cache is filled with random keys and values and its lengths are set,
 because a prefill of 256K tokens would cost minutes and changes nothing about a step's time. Wall time counts the host too, and
@@ -178,12 +178,13 @@ def cells(impl: str, model, plans: list[str], contexts: list[int]) -> Iterator[t
     if not impl.startswith("zigzag"):
         compiled = impl == "transformers_compiled"
         call = model.get_compiled_call(CompileConfig()) if compiled else model
+        fake = fake_static if compiled else fake_dynamic
         for context in contexts:
             torch.compiler.reset()  # or the second context is compiled for shapes of any size, which is slower
             yield (
                 "full",
                 context,
-                lambda n=context: Decoder(model, (fake_static if compiled else fake_dynamic)(model, n), n, call),
+                lambda n=context: Decoder(model, fake(model, n), n, call),
             )
         return
     layers = model.config.num_hidden_layers
@@ -228,11 +229,8 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     for row in measure(prepare()):
                         add(StepRecord(**origin, **cell, **row))
-                        print(f"{impl:22} {plan:14} {context:7} {row['phase']:9}", end=" ")
-                        print(
-                            f"{row['wall_ms']:8.2f} ms wall {row['gpu_ms']:8.2f} ms GPU {row['launches']:7.1f} launches",
-                            flush=True,
-                        )
+                        times = f"{row['wall_ms']:8.2f} ms wall {row['gpu_ms']:8.2f} ms GPU {row['launches']:7.1f} launches"
+                        print(f"{impl:22} {plan:14} {context:7} {row['phase']:9} {times}", flush=True)
                 except torch.OutOfMemoryError as error:
                     print(f"{impl:22} {plan:14} {context:7} out of memory: {str(error).splitlines()[0]}", flush=True)
                     failed.append(impl)

@@ -1,5 +1,6 @@
 """The benchmark scripts: the CSV they share, the report, and a run over tiny cells from end to end."""
 
+import csv
 import math
 import sys
 from dataclasses import replace
@@ -196,7 +197,7 @@ def test_steps_of_a_whole_model(tmp_path, monkeypatch, capsys):
     path, contexts = tmp_path / "step.csv", (700, 1400)
     arguments = ["--device", "cpu", "--model", "tiny", "--context", "700,1400", "--csv", str(path), "--commit", "abc"]
     assert step.main([*arguments, "--impl", "zigzag_eager,transformers_eager"]) == 0
-    rows = [dict(zip(path.read_text().splitlines()[0].split(","), line.split(","))) for line in path.read_text().splitlines()[1:]]
+    rows = list(csv.DictReader(path.open()))
     assert len(rows) == 2 * len(contexts) * (len(step.PLANS) + 1) and {row["phase"] for row in rows} == {"step", "generate"}
     assert all(float(row["wall_ms"]) > 0 for row in rows if row["phase"] == "step")
     per_token, ring = 2 * 2 * 64 * 4, step.SINK + step.WINDOW  # K and V, 2 heads of 64, float32
@@ -210,7 +211,7 @@ def test_steps_of_a_whole_model(tmp_path, monkeypatch, capsys):
 
 
 def test_a_faked_context_decodes_like_a_real_one():
-    """The step after `fake_zigzag` attends to every faked key: it equals a step on the same keys that were put there by append."""
+    """The step after `fake_zigzag` attends to every faked key: it equals a step on the same keys after a real prompt."""
     model, plan = step.build_model("tiny", "cpu"), step.even_plan(4, 0.5)
     with torch.no_grad(), step.zz.zigzag(model, plan):
         cache = step.fake_zigzag(model, plan, 500)
