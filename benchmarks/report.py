@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of CSV files")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args(argv)
-    sources = {path: rows for path in sorted(args.results.glob("*.csv")) if (rows := records.read(path))}
+    files = [path for path in sorted(args.results.glob("*.csv")) if not path.name.startswith("step")]  # those have other columns
+    sources = {path: rows for path in files if (rows := records.read(path))}
     if not sources:
         print(f"no results in {args.results}: run benchmarks/run.py or bench_decode first", file=sys.stderr)
         return 1

@@ -94,26 +94,32 @@ class _Step:
         for name, static in self.tensors.items():
             static.copy_(inputs[name])
         self.view.refresh(cache)
-        if self.view.device.type == "cpu":
-            return tree_map(lambda leaf: cache if leaf is self.view else leaf, self._run())
-        if self.last_forward + 1 != cache.num_forwards:  # the first step after a prompt
-            self._capture_if_needed()
-        self.last_forward = cache.num_forwards
-        self.graph.replay()
-        return tree_map(
-            lambda leaf: cache if leaf is self.view else leaf.clone() if isinstance(leaf, Tensor) else leaf, self.output
-        )
+        on_gpu = self.view.device.type == "cuda"
+        output = self._replay(cache.num_forwards) if on_gpu else self._run()
+
+        def to_caller(leaf):
+            if leaf is self.view:
+                return cache
+            return leaf.clone() if on_gpu and isinstance(leaf, Tensor) else leaf  # the next replay overwrites it
+
+        return tree_map(to_caller, output)
 
     def _run(self):
         current.cache, cache = self.view, current.cache
         try:
             return self.compiled(self.inputs)
         except TorchDynamoException as error:
-            raise RuntimeError(
-                f"{type(self.model).__name__} cannot decode as one compiled graph; enable it without compile=True: {error}"
-            ) from error
+            name = type(self.model).__name__
+            raise RuntimeError(f"{name} cannot decode as one compiled graph; enable it without compile=True. {error}") from error
         finally:
             current.cache = cache
+
+    def _replay(self, forward: int):
+        if self.last_forward + 1 != forward:  # the first step after a prompt
+            self._capture_if_needed()
+        self.last_forward = forward
+        self.graph.replay()
+        return self.output
 
     def _capture_if_needed(self) -> None:
         if self.captured_on == (now := _fingerprint(self.model)):
@@ -140,9 +146,8 @@ def check_compilable(model: nn.Module) -> None:
         kinds = getattr(module, "rope_type", None)
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if found := kinds & _ROPE_BY_LENGTH:
-            raise ValueError(
-                f"{family}: compile=True does not serve '{found.pop()}' RoPE ({name}), which the host scales by length"
-            )
+            kind = found.pop()
+            raise ValueError(f"{family}: compile=True does not serve '{kind}' RoPE ({name}): its frequencies follow the length")
 
 
 def _retire(retired: list, parts: tuple) -> None:
