@@ -24,8 +24,9 @@ CHOICES = ("auto", "zigzag", *BACKENDS)
 
 # Below this many new tokens our kernel has too few blocks to read a long cache at full speed (it does not split the keys:
 # 64 tokens x 32/8 heads are 16 blocks, an H100 has 132 multiprocessors); flash splits them. Above, the measurement decides.
+# `python benchmarks/prefill.py --scenario short` compares the routes on both sides of the two limits.
 SHORT_CHUNK = 1024
-LONG_CACHE = 4096  # keys; a short chunk on a shorter cache takes our kernel, whose single launch costs less than two
+LONG_CACHE = 4096  # keys; on a shorter cache a short chunk takes our kernel: one call instead of two
 # cuDNN builds a plan per new shape, 40 to 70 ms on the host (https://github.com/flashinfer-ai/flashinfer/pull/5245,
 # https://github.com/pytorch/pytorch/pull/191576), shared by the layers of a forward. Each layer must gain its share of that.
 PLAN_FLOPS = 2e12  # about 3 ms on an H100
