@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("transformers")
 
 from zigzag_ext import demo  # noqa: E402
-from zigzag_ext.evaluate.perplexity import perplexity  # noqa: E402
+from zigzag_ext.evaluate.text_perplexity import text_perplexity  # noqa: E402
 from zigzag_ext.plan import Plan  # noqa: E402
 
-TOKENS, WINDOW = 512, 64  # 7,000 tokens take half an hour on two cores: python -m zigzag_ext.evaluate.perplexity TEXT_FILE
+TOKENS, WINDOW = 512, 64  # 7,000 tokens take half an hour on two cores: python -m zigzag_ext.evaluate.text_perplexity TEXT_FILE
 TEXT = Path(__file__).parent.parent / "LICENSE"
 
 
@@ -23,15 +23,15 @@ def test_smollm2_has_one_perplexity_for_every_chunk_size():
     assert ids.shape[1] == TOKENS
     plans = demo.demo_plans()
     plan = Plan(plans["good plan"].kinds, sink=4, window=WINDOW)
-    once = perplexity(model, ids, plan)
+    once = text_perplexity(model, ids, plan)
     for chunk in (64, 200):
-        assert abs(perplexity(model, ids, plan, chunk) - once) <= 1e-3, chunk
-    assert 1.5 < once < 30 and abs(perplexity(model, ids, plans["full"]) - once) > 1e-3
+        assert abs(text_perplexity(model, ids, plan, chunk) - once) <= 1e-3, chunk
+    assert 1.5 < once < 30 and abs(text_perplexity(model, ids, plans["full"]) - once) > 1e-3
 
 
 def test_misuse_raises():
     for ids in (torch.zeros(1, 1, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long), torch.zeros(5, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"token_ids must be \[1, N\]"):
-            perplexity(None, ids, None)
+            text_perplexity(None, ids, None)
     with pytest.raises(ValueError, match="chunk must be at least 1 token, got 0"):
-        perplexity(None, torch.zeros(1, 5, dtype=torch.long), None, 0)
+        text_perplexity(None, torch.zeros(1, 5, dtype=torch.long), None, 0)
