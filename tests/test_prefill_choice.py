@@ -75,4 +75,4 @@ def test_choice_by_shape(monkeypatch, ranked, flash):
     without_plans = next(name for name in ranked if name != "cudnn")
     assert choose(1024, 0) == choose(8192, 0) == without_plans, "too little work for a plan"
     assert choose(16_384, 0) == choose(8192, 131_072) == choose(4096, 32_768) == ranked[0]
-    assert choose(16_384, 0, heads=8) == without_plans
+    assert choose(16_384, 0, heads=8) == choose(32_768, 5) == without_plans
