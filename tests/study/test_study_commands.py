@@ -2,7 +2,6 @@
 
 import re
 
-import matplotlib.image
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -48,6 +47,7 @@ def test_identify_solve_eval_plot(model, tokenizer, model_folder, tmp_path):
     shown = re.search(r"third +passkey +500 +4 +(\d+)% +(-[\d.]+)", result.output)
     assert float(shown[2]) == pytest.approx((again[0].logprob + again[1].logprob) / 2, abs=1e-3)
 
+    pytest.importorskip("matplotlib")
     result = zigzag("plot", rows, "-o", tmp_path / "figures")
     assert result.exit_code == 0, result.output
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"passkey_exact.png", "passkey_logprob.png"}
@@ -89,13 +89,14 @@ def some_rows():
 
 
 def test_figures_have_ink_and_series_the_right_points(tmp_path):
+    imread = pytest.importorskip("matplotlib.image").imread
     rows = some_rows()
     written = plots.draw_all(rows, tmp_path / "new")
     assert {path.name for path in written} == {
         f"passkey_{quantity}{kind}.png" for quantity in ("exact", "logprob") for kind in ("", "_budget")
     }
     for path in written:
-        image = matplotlib.image.imread(path)
+        image = imread(path)
         assert min(image.shape[:2]) > 300 and len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 50
     series = plots.by_series(rows, "logprob")
     assert list(series) == ["full", "a", "b"] and [share for share, *_ in series["a"]] == [0.25, 0.5, 0.75]
