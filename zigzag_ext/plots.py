@@ -86,6 +86,8 @@ def heat_maps(rows: Sequence[Row], quantity: str, path: Path) -> Path:
             axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         for axis in axes.flat[len(names) :]:
             axis.set_axis_off()
+        for axis in axes.flat[max(len(names) - across, 0) : len(names)]:
+            axis.tick_params(labelbottom=True)  # also where the panel below is empty
         figure.supxlabel("tokens of the prompt", fontsize=11)
         figure.supylabel("depth of the needle", fontsize=11)
         figure.colorbar(image, ax=axes, label=f"{rows[0].task}: {_LABEL[quantity]}")
@@ -99,10 +101,11 @@ def curves(lines: Mapping[str, Sequence[Point]], task: str, quantity: str, path:
     plt = _pyplot()
     scale = 100.0 if quantity == "exact" else 1.0
     with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+        figure, axis = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
         for index, (name, points) in enumerate(lines.items()):
             color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index // len(_COLORS) % len(_MARKERS)]
-            shares = [100.0 * share for share, *_ in points]
+            shift = 0.6 * (index - (len(lines) - 1) / 2)  # percent; intervals side by side, not on top of each other
+            shares = [100.0 * share + shift for share, *_ in points]
             values = [scale * value for _, value, *_ in points]
             if len(points) == 1:
                 axis.axhline(values[0], color=color, linestyle="--", linewidth=1.2, label=name)
@@ -113,7 +116,7 @@ def curves(lines: Mapping[str, Sequence[Point]], task: str, quantity: str, path:
         axis.set_ylabel(f"{task}: {_LABEL[quantity]}")
         axis.grid(color="#DDDDDD")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=9)
+        figure.legend(loc="outside right upper", fontsize=9)
         figure.savefig(path)
         plt.close(figure)
     return path
