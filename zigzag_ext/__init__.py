@@ -13,6 +13,7 @@ from ._C import build_info
 from .identify import identify
 from .modules import ZigzagAttention
 from .plan import Plan
+from .prefill import prefill_options
 from .scores.io import load_scores, save_scores
 from .solve import objectives, solve
 
@@ -34,6 +35,7 @@ __all__ = [
     "load_scores",
     "objectives",
     "ops",
+    "prefill_options",
     "reference",
     "save_scores",
     "solve",
