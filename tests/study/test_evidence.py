@@ -14,6 +14,8 @@ from .conftest import KV_HEADS, LAYERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+pytest.importorskip("matplotlib")
+
 import evidence  # noqa: E402
 import evidence_plans  # noqa: E402
 import evidence_report  # noqa: E402
@@ -69,6 +71,7 @@ def test_a_run_a_second_run_and_its_report(model_folder, tmp_path, capsys):
     page.write_text(f"before\n{evidence_report.BEGIN}\nold\n{evidence_report.END}\nafter\n")
     assert evidence_report.write(results, page) == 0
     text = page.read_text()
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {"evidence_exact.png", "evidence_logprob.png"}
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     for words in ("full", "all streaming", "lazy, mean", "lazy, per head", "random", "ablation_heads, transport", "passkey 700"):
         assert words in text

@@ -52,11 +52,11 @@ def enable(
         The model, for chaining. `disable(model)` undoes it.
 
     Raises:
-        TypeError: `model` is no transformers model, `plan` no Plan, `max_len` or `prefill_chunk` no integer, or `compile` no bool.
-        ValueError: layer counts differ, `max_len` or `prefill_chunk` < 1, the dtype is not supported, or the family cannot be computed exactly
-            (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention, shared
-            KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE whose frequencies
-            follow the length ("dynamic", "longrope").
+        TypeError: `model` is no transformers model, `plan` no Plan, `max_len` or `prefill_chunk` no integer, `compile` no bool.
+        ValueError: layer counts differ, `max_len` or `prefill_chunk` < 1, the dtype is not supported, or the family cannot be
+            computed exactly (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention,
+            shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE whose
+            frequencies follow the length ("dynamic", "longrope").
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface. With
             `compile`, from the first step: the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).
 
