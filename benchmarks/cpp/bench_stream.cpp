@@ -12,7 +12,7 @@ constexpr const char* kSummary =
     "double precision first; caches are cold. Example:\n"
     "  bench_stream --device cuda --batch 1,64 --sink 64 --window 256,1024 --csv stream.csv";
 
-std::vector<Cell> make_cells(const Arguments& arguments) {
+std::vector<Job> make_jobs(const Arguments& arguments) {
   std::vector<Cell> cells;
   for (const Cell& shape : shape_axes(arguments)) {
     for (int batch : arguments.integers("batch")) {
@@ -20,7 +20,8 @@ std::vector<Cell> make_cells(const Arguments& arguments) {
         for (int window : arguments.integers("window")) {
           ZZ_CHECK(batch >= 1 && window >= 1, "--batch and --window take numbers from 1; got ", batch, " and ", window);
           Cell cell = shape;
-          cell.scenario = "ring_" + std::to_string(sink) + "+" + std::to_string(window);
+          cell.scenario =
+              "ring_" + std::to_string(sink) + "+" + std::to_string(window) + (cell.token_major ? "_tokens" : "");
           cell.sink = sink, cell.window = window;
           cell.kv_lens.assign(static_cast<std::size_t>(batch), sink + window);
           // Wrapped a few times and not aligned to anything: the usual state of a long generation.
@@ -30,7 +31,7 @@ std::vector<Cell> make_cells(const Arguments& arguments) {
       }
     }
   }
-  return cells;
+  return jobs(cells);
 }
 
 }  // namespace
@@ -40,5 +41,5 @@ int main(int argc, char** argv) {
                      {{"batch", "1", "list: rows"},
                       {"sink", "64", "list: first tokens kept"},
                       {"window", "256,1024", "list: last tokens kept"}},
-                     make_cells);
+                     make_jobs);
 }

@@ -1,6 +1,8 @@
 // The slow, obvious attention that every cell is compared with before it is timed.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "cell.h"
 #include "core/error.h"
@@ -23,28 +25,32 @@ Tolerance tolerance(DType dtype) {
   return {0, 0};
 }
 
-std::vector<char> fetch(Device& device, const void* data, int64_t offset, int64_t count, DType dtype) {
-  const int64_t size = static_cast<int64_t>(element_size(dtype));
-  std::vector<char> host(static_cast<std::size_t>(count * size));
-  device.download(host.data(), static_cast<const char*>(data) + offset * size, count * size);
-  return host;
+constexpr int64_t kFetchBytes = 64 << 20;  // downloaded at once
+
+// Tokens [0, count) of one row and head, packed.
+std::vector<char> fetch(Device& device, const void* data, const Strides& stride, int row, int head, int count,
+                        const AttentionParams& p) {
+  const int64_t size = static_cast<int64_t>(element_size(p.dtype)), bytes = size * p.head_dim;
+  const char* first = static_cast<const char*>(data) + (row * stride.batch + head * stride.head) * size;
+  std::vector<char> packed(static_cast<std::size_t>(count * bytes)), span;
+  const int64_t step = std::max<int64_t>(1, kFetchBytes / (stride.token * size));
+  for (int64_t begin = 0; begin < count; begin += step) {
+    const int64_t tokens = std::min<int64_t>(step, count - begin);
+    span.resize(static_cast<std::size_t>((tokens - 1) * stride.token * size + bytes));
+    device.download(span.data(), first + begin * stride.token * size, static_cast<int64_t>(span.size()));
+    for (int64_t i = 0; i < tokens; ++i) {
+      std::memcpy(packed.data() + (begin + i) * bytes, span.data() + i * stride.token * size,
+                  static_cast<std::size_t>(bytes));
+    }
+  }
+  return packed;
 }
 
-// Keys or values of one KV head: the cache before the call, then the new tokens.
-struct HeadTokens {
-  std::vector<char> cached, fresh;
-
-  HeadTokens(Device& device, const AttentionParams& p, const void* cache, const void* fresh_tokens, int row, int head)
-      : cached(fetch(device, cache, row * p.k_cache_stride.batch + head * p.k_cache_stride.head,
-                     int64_t{p.slots} * p.head_dim, p.dtype)),
-        fresh(fetch(device, fresh_tokens, row * p.k_new_stride.batch + head * p.k_new_stride.head,
-                    int64_t{p.q_len} * p.head_dim, p.dtype)) {}
-
-  const char* token(const AttentionParams& p, int index) const {
-    const int64_t bytes = static_cast<int64_t>(element_size(p.dtype)) * p.head_dim;
-    return index < p.slots ? cached.data() + index * bytes : fresh.data() + (index - p.slots) * bytes;
-  }
-};
+// Slots first, then the new tokens.
+const char* token(const HeadTokens& tokens, const AttentionParams& p, int index) {
+  const int64_t bytes = static_cast<int64_t>(element_size(p.dtype)) * p.head_dim;
+  return index < p.slots ? tokens.cached.data() + index * bytes : tokens.fresh.data() + (index - p.slots) * bytes;
+}
 
 // Attention of one query over every token whose position it sees. `out` receives head_dim values; returns the
 // log-sum-exp.
@@ -59,7 +65,7 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
     double dot = 0;
     for (int d = 0; d < p.head_dim; ++d) {
       dot += double{load_element(q.data(), int64_t{column} * p.head_dim + d, p.dtype)} *
-             double{load_element(k.token(p, i), d, p.dtype)};
+             double{load_element(token(k, p, i), d, p.dtype)};
     }
     logits[static_cast<std::size_t>(i)] = dot * double{p.scale};
     highest = std::max(highest, dot * double{p.scale});
@@ -71,32 +77,31 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
     if (weight == 0) continue;
     sum += weight;
     for (int d = 0; d < p.head_dim; ++d)
-      out[static_cast<std::size_t>(d)] += weight * double{load_element(v.token(p, i), d, p.dtype)};
+      out[static_cast<std::size_t>(d)] += weight * double{load_element(token(v, p, i), d, p.dtype)};
   }
   for (double& value : out) value /= sum;
   return highest + std::log(sum);
 }
 
 // The new tokens must now be in their slots, bit for bit.
-void check_append(Device& device, const AttentionParams& p, const void* cache, const HeadTokens& before, int row,
+void check_append(Device& device, const AttentionParams& p, const void* cache, const HeadTokens& tokens, int row,
                   int head, int length) {
   const RingLayout ring{p.sink, p.window};
   for (int i = 0; i < p.q_len; ++i) {
     if (!ring.survives(length + i, length + p.q_len)) continue;
     const int slot = ring.slot(length + i);
-    const int64_t offset = row * p.k_cache_stride.batch + head * p.k_cache_stride.head + slot * p.k_cache_stride.token;
-    const std::vector<char> appended = fetch(device, cache, offset, p.head_dim, p.dtype);
-    ZZ_CHECK(std::memcmp(appended.data(), before.token(p, p.slots + i), appended.size()) == 0, "row ", row,
+    const int64_t element = slot * p.k_cache_stride.token;
+    const void* at = static_cast<const char*>(cache) + element * static_cast<int64_t>(element_size(p.dtype));
+    const std::vector<char> appended = fetch(device, at, p.k_cache_stride, row, head, 1, p);
+    ZZ_CHECK(std::memcmp(appended.data(), token(tokens, p, p.slots + i), appended.size()) == 0, "row ", row,
              ", KV head ", head, ": position ", length + i, " was not appended to slot ", slot);
   }
 }
 
 double check_head(Device& device, const AttentionParams& p, const HeadTokens& k, const HeadTokens& v, int row,
                   int q_head, int length) {
-  const int64_t elements = int64_t{p.q_len} * p.head_dim;
-  const std::vector<char> q = fetch(device, p.q, row * p.q_stride.batch + q_head * p.q_stride.head, elements, p.dtype);
-  const std::vector<char> out =
-      fetch(device, p.out, row * p.out_stride.batch + q_head * p.out_stride.head, elements, p.dtype);
+  const std::vector<char> q = fetch(device, p.q, p.q_stride, row, q_head, p.q_len, p);
+  const std::vector<char> out = fetch(device, p.out, p.out_stride, row, q_head, p.q_len, p);
   std::vector<float> lse(static_cast<std::size_t>(p.q_len));
   device.download(lse.data(), p.lse + (int64_t{row} * p.num_q_heads + q_head) * p.q_len,
                   p.q_len * int64_t{sizeof(float)});
@@ -122,26 +127,33 @@ double check_head(Device& device, const AttentionParams& p, const HeadTokens& k,
 
 }  // namespace
 
-double check(Device& device, const Cell& cell, const AttentionParams& p) {
-  // First and last row, first and last KV head, every query head of those.
-  const int group = p.num_q_heads / p.num_kv_heads;
-  std::vector<std::pair<int, int>> samples = {{0, 0}, {p.batch - 1, p.num_kv_heads - 1}};
-  if (samples[0] == samples[1]) samples.pop_back();
-  std::vector<HeadTokens> keys, values;
-  for (const auto& [row, head] : samples) {
-    keys.emplace_back(device, p, p.k_cache, p.k_new, row, head);
-    values.emplace_back(device, p, p.v_cache, p.v_new, row, head);
+// First and last row, first and last KV head, every query head of those.
+Check::Check(Device& device, const Cell& cell, const AttentionParams& p)
+    : device_(device), params_(p), seq_lens_(cell.seq_lens) {
+  std::vector<std::pair<int, int>> heads = {{0, 0}, {p.batch - 1, p.num_kv_heads - 1}};
+  if (heads[0] == heads[1]) heads.pop_back();
+  for (const auto& [row, head] : heads) {
+    samples_.push_back({row,
+                        head,
+                        {fetch(device, p.k_cache, p.k_cache_stride, row, head, p.slots, p), {}},
+                        {fetch(device, p.v_cache, p.v_cache_stride, row, head, p.slots, p), {}}});
   }
-  device.attention(p);
+}
+
+double Check::worst_error() {
+  const AttentionParams& p = params_;
+  const int group = p.num_q_heads / p.num_kv_heads;
   double worst = 0;
-  for (std::size_t i = 0; i < samples.size(); ++i) {
-    const auto [row, head] = samples[i];
-    const int length = cell.seq_lens[static_cast<std::size_t>(row)];
+  for (Sample& sample : samples_) {
+    const int length = seq_lens_[static_cast<std::size_t>(sample.row)];
+    sample.k.fresh = fetch(device_, p.k_new, p.k_new_stride, sample.row, sample.head, p.q_len, p);
+    sample.v.fresh = fetch(device_, p.v_new, p.v_new_stride, sample.row, sample.head, p.q_len, p);
     for (int member = 0; member < group; ++member) {
-      worst = std::max(worst, check_head(device, p, keys[i], values[i], row, head * group + member, length));
+      worst =
+          std::max(worst, check_head(device_, p, sample.k, sample.v, sample.row, sample.head * group + member, length));
     }
-    check_append(device, p, p.k_cache, keys[i], row, head, length);
-    check_append(device, p, p.v_cache, values[i], row, head, length);
+    check_append(device_, p, p.k_cache, sample.k, sample.row, sample.head, length);
+    check_append(device_, p, p.v_cache, sample.v, sample.row, sample.head, length);
   }
   return worst;
 }

@@ -10,10 +10,16 @@
 
 namespace zigzag::bench {
 
-// Parses the command line with `options` added to the common ones, builds the cells, runs them. Returns the exit status
+// One measurement: checks, times and reports.
+using Job = std::function<void(Device& device, const Bandwidth& bandwidth, Table& table)>;
+
+// Parses the command line with `options` added to the common ones, makes the jobs, runs them. Returns the exit status
 // of main: 0, or 1 after printing the reason to stderr.
 int run_program(int argc, const char* const* argv, const std::string& summary, const std::vector<Option>& options,
-                const std::function<std::vector<Cell>(const Arguments&)>& make_cells);
+                const std::function<std::vector<Job>(const Arguments&)>& make_jobs);
+
+// The job that every cell of a decode benchmark is.
+std::vector<Job> jobs(const std::vector<Cell>& cells);
 
 // Cells of every combination of the common axes; batch, lengths, sink and window are left to the caller.
 std::vector<Cell> shape_axes(const Arguments& arguments);
