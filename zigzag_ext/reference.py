@@ -1,4 +1,4 @@
-"""The specification: every op as a short torch function with the same signature and the same effect on its arguments.
+"""The specification: every op as a short torch function with the same arguments and the same effect on them.
 
 Tests compare the compiled kernels with these functions in float64; read them to learn what a kernel means. They are written
 to be obvious, not fast. Source of the sink + window pattern: StreamingLLM (https://arxiv.org/abs/2309.17453); of the
@@ -33,6 +33,19 @@ def visible(key: Tensor, query: Tensor, sink: int, window: int) -> Tensor:
     return seen if window == 0 else seen & ((key < sink) | (query - key < window))
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of x [batch, heads, q_len, head_dim] by tables [batch or 1, q_len, rotary_dim], rounded once to the dtype of x.
+
+    The first rotary_dim dims become x * cos + rotate_half(x) * sin, where rotate_half swaps the halves and negates the new
+    first one (RoFormer, https://arxiv.org/abs/2104.09864, in the layout of Llama); the others pass through.
+    """
+    dim = cos.shape[-1]
+    turned, rest = x.double()[..., :dim], x[..., dim:]
+    half = torch.cat([-turned[..., dim // 2 :], turned[..., : dim // 2]], -1)
+    turned = turned * cos.double()[:, None] + half * sin.double()[:, None]
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
 def append_(
     k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, pad: Tensor | None, sink: int, window: int
 ) -> None:
@@ -63,12 +76,16 @@ def attention_(
     sink: int,
     window: int,
     scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the new tokens over the cache and themselves, then append. Computes in float64.
 
-    q [batch, num_q_heads, q_len, head_dim]; the rest as in `append_`. Returns out like q and lse [batch, num_q_heads, q_len]
-    float32 (natural logarithm); padding columns give 0 and -inf.
+    q [batch, num_q_heads, q_len, head_dim]; cos, sin as in `rotate`, or None; the rest as in `append_`. Returns out like q
+    and lse [batch, num_q_heads, q_len] float32 (natural logarithm); padding columns give 0 and -inf.
     """
+    if cos is not None:
+        q, k_new = rotate(q, cos, sin), rotate(k_new, cos, sin)
     batch, num_q_heads, q_len, head_dim = q.shape
     group = num_q_heads // k_new.shape[1]
     out = torch.zeros(batch, num_q_heads, q_len, head_dim, dtype=torch.float64, device=q.device)

@@ -9,13 +9,14 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 
 #include "core/parallel.h"
 #include "core/params.h"
+#include "device/cpu_buffer.h"
 #include "device/cpu_tile.h"
 #include "kernels/append/append_cpu.h"
+#include "kernels/rotary_cpu.h"
 #include "kv/key_runs.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
@@ -23,20 +24,6 @@ namespace zigzag::ZIGZAG_CPU_ISA {
 inline constexpr int kMinSplitKeys = 256;  // below this a merge costs more than another thread gains
 inline constexpr int kTargetTasks = 128;   // enough for 64 threads to end at about the same time
 inline constexpr int kDirectRows = 8;      // up to here keys are converted where they are used, above once per tile
-
-struct FreeMemory {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], FreeMemory>;
-
-template <class T>
-inline Buffer<T> allocate(int64_t count) {
-  const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, std::max<std::size_t>(bytes, 64));
-  if (p == nullptr) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(p));
-}
 
 // Where row b's tasks and partial states start, and how its keys are split.
 struct RowPlan {
@@ -281,7 +268,13 @@ class CpuAttention {
 
 // Attention, then append, with `block_tokens` query tokens per block of rows.
 inline void attention_blocks(const AttentionParams& p, const ParallelFor& parallel, int block_tokens) {
-  dispatch_dtype(p.dtype, [&](auto element) { CpuAttention<decltype(element)>(p, block_tokens).run(parallel); });
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (p.rotary.dim == 0) return CpuAttention<T>(p, block_tokens).run(parallel);
+    const RotatedInputs<T> rotated(p, parallel);
+    const AttentionParams after_rope = rotated.params();
+    CpuAttention<T>(after_rope, block_tokens).run(parallel);
+  });
 }
 
 }  // namespace zigzag::ZIGZAG_CPU_ISA
