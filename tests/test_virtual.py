@@ -30,7 +30,7 @@ def test_a_terabyte_costs_nothing_until_it_is_used(where):
     page = buffer._buffer.page_bytes
     assert buffer.memory_bytes <= 2 * page and buffer.slots == 0
     buffer.commit(1)
-    assert buffer.memory_bytes == 2 * page
+    assert buffer.memory_bytes == 2 * page  # on CUDA too: 2048 slots that a kernel may read are less than a page
     buffer.commit(3 * page // 256 + 1)  # 256 bytes a slot
     assert buffer.memory_bytes == 2 * 4 * page
 
@@ -65,7 +65,7 @@ def test_out_of_memory_leaves_the_buffer_as_it_was(where):
     buffer.commit(300)
     buffer.tensor[:, :, :300] = 3
     held = buffer.memory_bytes
-    with pytest.raises(MemoryError, match=r"out of memory: the buffer grows by \d+ bytes, .*\d+ bytes are free"):
+    with pytest.raises(MemoryError, match=r"out of memory: the buffer grows by \d+ bytes, .* \d+ bytes are free now"):
         buffer.commit(1 << 35)
     assert buffer.memory_bytes == held and buffer.slots == 300
     assert buffer.tensor[:, :, :300].eq(3).all()
@@ -81,27 +81,54 @@ def test_the_tensor_keeps_the_memory_alive(where):
     assert alive() is None and tensor[:, :, :4].eq(5).all()
 
 
-@pytest.mark.parametrize("window", [0, 7])
-def test_attention_over_a_growing_cache_is_attention(where, window):
-    """The kernels append to and read the strided, half-committed tensor as they do a plain one."""
+@pytest.mark.parametrize("batch, num_kv_heads, head_dim", [(1, 8, 256), (2, 2, 64), (1, 5, 80), (40, 1, 64)], ids=str)
+def test_attention_touches_committed_memory_only(where, batch, num_kv_heads, head_dim):
+    """Appends to and reads a tensor that is committed to the last token as it does a plain one. 8 x 256 bf16 is a CPU page."""
     torch.manual_seed(0)
-    dtype, slots = torch.bfloat16, 3 + window if window else 1 << 20
-    keys, values = (GrowingBuffer(2, 2, slots, 64, dtype, where) for _ in range(2))
-    seen = torch.zeros(2, dtype=torch.int32, device=where)
-    plain = [torch.zeros(2, 2, 10 if window else 60, 64, dtype=dtype, device=where) for _ in range(2)]
+    dtype, plain_slots = torch.bfloat16, 60
+    keys, values = (GrowingBuffer(batch, num_kv_heads, 1 << 20, head_dim, dtype, where) for _ in range(2))
+    plain = [torch.zeros(batch, num_kv_heads, plain_slots, head_dim, dtype=dtype, device=where) for _ in range(2)]
+    lengths = torch.zeros(batch, dtype=torch.int32, device=where)
     held = 0
-    for q_len in (1, 20, 3, 1):
+    for q_len in (1, 15, 20, 3, 1, 1):
         held += q_len
         for buffer in (keys, values):
-            buffer.commit(min(held, slots))
-        q, k, v = (torch.randn(2, heads, q_len, 64).to(where, dtype) for heads in (4, 2, 2))
-        out, lse = ops.attention(q, k, v, keys.tensor, values.tensor, seen, sink=3 if window else 0, window=window)
-        expected, expected_lse = ops.attention(q, k, v, *plain, seen, sink=3 if window else 0, window=window)
-        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
-        seen += q_len
-    used = min(held, plain[0].shape[2])
+            buffer.commit(held)
+        heads = (2 * num_kv_heads, num_kv_heads, num_kv_heads)
+        q, k, v = (torch.randn(batch, h, q_len, head_dim).to(where, dtype) for h in heads)
+        out, lse = ops.attention(q, k, v, keys.tensor, values.tensor, lengths)
+        expected, expected_lse = ops.attention(q, k, v, *plain, lengths)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(lse, expected_lse)
+        lengths += q_len
     for buffer, cache in zip((keys, values), plain, strict=True):
-        assert torch.equal(buffer.tensor[:, :, :used], cache[:, :, :used])
+        assert torch.equal(buffer.tensor[:, :, :held], cache[:, :, :held])
+
+
+@needs_cuda
+@pytest.mark.parametrize("num_kv_heads, head_dim", [(8, 128), (16, 256), (5, 80), (1, 64)], ids=str)
+def test_attention_at_the_last_slot_of_a_page(num_kv_heads, head_dim):
+    """Keys up to the end of the committed memory and one short of it, where the next slot has none."""
+    keys, values = (GrowingBuffer(1, num_kv_heads, 1 << 24, head_dim, torch.bfloat16, "cuda") for _ in range(2))
+    q, k, v = (torch.randn(1, heads, 1, head_dim).to("cuda", torch.bfloat16) for heads in (4 * num_kv_heads, *[num_kv_heads] * 2))
+    page = keys._buffer.page_bytes // (num_kv_heads * head_dim * 2)
+    for held in (1, page - 1, page, page + 1, 2 * page, 5 * page):
+        for buffer in (keys, values):
+            before = buffer.slots
+            buffer.commit(held)
+            buffer.tensor[:, :, before:held].normal_()
+        lengths = torch.tensor([held - 1], dtype=torch.int32, device="cuda")
+        out, _ = ops.attention(q, k, v, keys.tensor, values.tensor, lengths)
+        plain = [buffer.tensor[:, :, :held].contiguous() for buffer in (keys, values)]
+        torch.testing.assert_close(out, ops.attention(q, k, v, *plain, lengths)[0], atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "length, batch, heads, slots", [(1, 1, 8, 2048), (2621, 1, 5, 2624), (17, 32, 8, 32), (4096, 1, 8, 4096)]
+)
+def test_readable_slots(length, batch, heads, slots):
+    """Whole tiles of 16, and the read-ahead of the clusters that small batches run in."""
+    assert _C.readable_slots(length, batch, heads) == slots
 
 
 @pytest.mark.parametrize(

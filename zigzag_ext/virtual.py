@@ -72,12 +72,18 @@ class GrowingBuffer:
             self._buffer.commit(row_bytes)
 
     def commit(self, slots: int) -> None:
-        """Makes the first `slots` slots of every row usable; fewer than before change nothing. What they hold stays."""
-        if not 0 <= slots <= self.tensor.shape[2]:
-            raise ValueError(f"commit takes 0 to {self.tensor.shape[2]} slots, got {slots}")
-        if slots > self.slots:
-            self._commit(slots * self._token_bytes)
-            self.slots = slots
+        """Makes the first `slots` slots of every row usable; fewer than before change nothing. What they hold stays.
+
+        Enough for attention on rows that hold `slots` tokens after the call. A ring is read whole, so commit it whole.
+        """
+        batch, num_kv_heads, max_slots, _ = self.tensor.shape
+        if not 0 <= slots <= max_slots:
+            raise ValueError(f"commit takes 0 to {max_slots} slots, got {slots}")
+        if slots <= self.slots:
+            return
+        read = _C.readable_slots(slots, batch, num_kv_heads) if self.device.type == "cuda" else slots
+        self._commit(min(read, max_slots) * self._token_bytes)
+        self.slots = slots
 
     def release(self) -> None:
         """Gives all memory back, after the device has done all queued work. The tensor keeps its addresses, without memory."""

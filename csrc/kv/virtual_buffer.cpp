@@ -8,11 +8,9 @@ namespace {
 
 int64_t round_up(int64_t bytes, int64_t page) { return (bytes + page - 1) / page * page; }
 
-void check_free(int64_t wanted, int64_t free) {
-  if (wanted > free) {
-    throw OutOfMemory(concat("out of memory: the buffer grows by ", wanted, " bytes, ", free,
-                             " bytes are free; it is left as it was"));
-  }
+OutOfMemory out_of_memory(int64_t wanted, int64_t given, int64_t free) {
+  return OutOfMemory(concat("out of memory: the buffer grows by ", wanted, " bytes, ", given,
+                            " of them were found and ", free, " bytes are free now; it is left as it was"));
 }
 
 }  // namespace
@@ -42,18 +40,14 @@ void VirtualBuffer::commit(int64_t bytes) {
   ZZ_CHECK(bytes >= 0 && bytes <= row_bytes_, "commit takes 0 to ", row_bytes_, " bytes per row, got ", bytes);
   const int64_t target = round_up(bytes, page_bytes()), growth = target - committed_row_bytes_;
   if (growth <= 0) return;
-  check_free(rows_ * growth, space_->free_bytes());
+  const int64_t wanted = rows_ * growth;
+  if (!space_->could_map(wanted)) throw out_of_memory(wanted, 0, space_->free_bytes());
   mapped_.reserve(mapped_.size() + static_cast<std::size_t>(rows_));
   const std::size_t before = mapped_.size();
   try {
     for (int64_t row = 0; row < rows_; ++row) {
       const AddressSpace::Range range{row * row_stride_ + committed_row_bytes_, growth};
-      // Less was free than it seemed, or another process was faster: at most what is free now can have been missing.
-      if (!space_->map(range)) {
-        throw OutOfMemory(concat("out of memory: the buffer grows by ", rows_ * growth, " bytes, ", row * growth,
-                                 " of them were given and ", space_->free_bytes(),
-                                 " bytes are free now; it is left as it was"));
-      }
+      if (!space_->map(range)) throw out_of_memory(wanted, row * growth, space_->free_bytes());
       mapped_.push_back(range);
     }
   } catch (...) {

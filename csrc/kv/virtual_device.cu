@@ -96,6 +96,8 @@ class DeviceAddressSpace final : public AddressSpace {
     return static_cast<int64_t>(free);
   }
 
+  bool could_map(int64_t) const override { return true; }  // map() gives memory or fails
+
   char* reserve(int64_t bytes) override {
     const DeviceScope scope(device_);
     const CUresult status = driver().address_reserve(&data_, static_cast<size_t>(bytes), 0, 0, 0);

@@ -32,6 +32,8 @@ class HostAddressSpace final : public AddressSpace {
     return std::numeric_limits<int64_t>::max();
   }
 
+  bool could_map(int64_t bytes) const override { return bytes <= free_bytes(); }
+
   char* reserve(int64_t bytes) override {
     void* data = mmap(nullptr, static_cast<std::size_t>(bytes), PROT_NONE, kFlags, -1, 0);
     ZZ_CHECK(data != MAP_FAILED, "cannot reserve ", bytes, " bytes of addresses: ", std::strerror(errno));

@@ -18,6 +18,8 @@ class AddressSpace {
   virtual int64_t page_bytes() const = 0;
   // Memory that is free now, in bytes. On the CPU an estimate of the operating system's.
   virtual int64_t free_bytes() const = 0;
+  // Whether it makes sense to map that much. False where map() would succeed and the memory be missing later.
+  virtual bool could_map(int64_t bytes) const = 0;
   // Once, before all others. Returns the first address. Throws zigzag::Error where the range does not fit.
   virtual char* reserve(int64_t bytes) = 0;
   // Puts memory of unspecified contents under a range that has none. False, with nothing changed, where memory is out;

@@ -41,6 +41,7 @@ class PaperSpace final : public AddressSpace {
   explicit PaperSpace(Ledger& ledger) : ledger_(ledger) {}
   int64_t page_bytes() const override { return 16; }
   int64_t free_bytes() const override { return ledger_.free; }
+  bool could_map(int64_t bytes) const override { return bytes <= ledger_.free; }
   char* reserve(int64_t bytes) override {
     reserved_ = bytes;
     return reinterpret_cast<char*>(uintptr_t{4096});
@@ -106,10 +107,11 @@ TEST_CASE("VirtualBuffer: out of memory leaves it as it was") {
   buffer.commit(16);
   const auto before = ledger.ranges;
   CHECK(error_of<OutOfMemory>([&] { buffer.commit(1000); }) ==
-        "out of memory: the buffer grows by 2976 bytes, 1000 bytes are free; it is left as it was");
+        "out of memory: the buffer grows by 2976 bytes, 0 of them were found and 1000 bytes are free now; it is left "
+        "as it was");
   CHECK(ledger.unmapped_calls == 0);
   ledger.maps_until_failure = 2;  // the third row finds none
-  CHECK(error_of<OutOfMemory>([&] { buffer.commit(48); }).find("grows by 96 bytes, 64 of them were given and 1000") !=
+  CHECK(error_of<OutOfMemory>([&] { buffer.commit(48); }).find("grows by 96 bytes, 64 of them were found and 1000") !=
         std::string::npos);
   CHECK(ledger.ranges == before);
   CHECK(buffer.committed_row_bytes() == 16);
