@@ -70,7 +70,7 @@ Chain make_chain(const Arguments& arguments, const Cell& shape, const std::vecto
   const int held = RingLayout{ring.sink, ring.window}.used_slots(kv_len);
   ring.kv_lens.assign(static_cast<std::size_t>(batch), held);
   const auto retrieval = std::count(kinds.begin(), kinds.end(), LayerKind::kRetrieval);
-  chain.scenario = concat(batch, "x", context, "_", retrieval, "of", kinds.size(), shape.token_major ? "_tokens" : "");
+  chain.scenario = concat(batch, "x", context, "_", retrieval, "of", kinds.size(), suffix(shape));
   return chain;
 }
 
@@ -103,6 +103,7 @@ int main(int argc, char** argv) {
        {"kinds", "", "list: chains such as 0110, 1 retrieval and 0 streaming; replaces the two above"},
        {"sink", "64", "first tokens that a streaming layer keeps"},
        {"window", "256", "last tokens that a streaming layer keeps"},
+       {"rope", "on", "on: the op also rotates queries and keys"},
        {"gemm", "0", "width of the model: projections between the layers, by cuBLAS; 0: attention alone"}},
       make_jobs);
 }

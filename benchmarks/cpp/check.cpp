@@ -52,6 +52,28 @@ const char* token(const HeadTokens& tokens, const AttentionParams& p, int index)
   return index < p.slots ? tokens.cached.data() + index * bytes : tokens.fresh.data() + (index - p.slots) * bytes;
 }
 
+// RoPE of the tokens of one head, in place, rounded to the element type.
+void rotate(Device& device, const AttentionParams& p, int row, std::vector<char>& tokens) {
+  const Rotary& r = p.rotary;
+  if (r.dim == 0) return;
+  AttentionParams table = p;  // the tables' tokens, for fetch
+  table.head_dim = r.dim, table.dtype = r.dtype;
+  const std::vector<char> cos = fetch(device, r.cos, {r.cos_batch, 0, r.cos_token}, row, 0, p.q_len, table);
+  const std::vector<char> sin = fetch(device, r.sin, {r.sin_batch, 0, r.sin_token}, row, 0, p.q_len, table);
+  for (int column = 0; column < p.q_len; ++column) {
+    const std::vector<char> before = tokens;
+    const int64_t first = int64_t{column} * p.head_dim, angle = int64_t{column} * r.dim;
+    for (int d = 0; d < r.dim; ++d) {
+      const bool low = d < r.dim / 2;
+      const double partner = load_element(before.data(), first + (low ? d + r.dim / 2 : d - r.dim / 2), p.dtype);
+      const double x = load_element(before.data(), first + d, p.dtype);
+      const double turned = x * double{load_element(cos.data(), angle + d, r.dtype)} +
+                            (low ? -partner : partner) * double{load_element(sin.data(), angle + d, r.dtype)};
+      store_element(tokens.data(), first + d, p.dtype, static_cast<float>(turned));
+    }
+  }
+}
+
 // Attention of one query over every token whose position it sees. `out` receives head_dim values; returns the
 // log-sum-exp.
 double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTokens& k, const HeadTokens& v,
@@ -83,7 +105,7 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
   return highest + std::log(sum);
 }
 
-// The new tokens must now be in their slots, bit for bit.
+// The new tokens must now be in their slots, bit for bit; rotated keys to one rounding.
 void check_append(Device& device, const AttentionParams& p, const void* cache, const HeadTokens& tokens, int row,
                   int head, int length) {
   const RingLayout ring{p.sink, p.window};
@@ -93,14 +115,23 @@ void check_append(Device& device, const AttentionParams& p, const void* cache, c
     const int64_t element = slot * p.k_cache_stride.token;
     const void* at = static_cast<const char*>(cache) + element * static_cast<int64_t>(element_size(p.dtype));
     const std::vector<char> appended = fetch(device, at, p.k_cache_stride, row, head, 1, p);
-    ZZ_CHECK(std::memcmp(appended.data(), token(tokens, p, p.slots + i), appended.size()) == 0, "row ", row,
-             ", KV head ", head, ": position ", length + i, " was not appended to slot ", slot);
+    const char* expected = token(tokens, p, p.slots + i);
+    bool same = std::memcmp(appended.data(), expected, appended.size()) == 0;
+    if (cache == p.k_cache && p.rotary.dim > 0) {
+      same = true;
+      for (int d = 0; d < p.head_dim; ++d) {
+        const double want = load_element(expected, d, p.dtype), got = load_element(appended.data(), d, p.dtype);
+        same = same && std::fabs(got - want) <= tolerance(p.dtype).out * std::fabs(want) + 1e-6;
+      }
+    }
+    ZZ_CHECK(same, "row ", row, ", KV head ", head, ": position ", length + i, " was not appended to slot ", slot);
   }
 }
 
 double check_head(Device& device, const AttentionParams& p, const HeadTokens& k, const HeadTokens& v, int row,
                   int q_head, int length) {
-  const std::vector<char> q = fetch(device, p.q, p.q_stride, row, q_head, p.q_len, p);
+  std::vector<char> q = fetch(device, p.q, p.q_stride, row, q_head, p.q_len, p);
+  rotate(device, p, row, q);
   const std::vector<char> out = fetch(device, p.out, p.out_stride, row, q_head, p.q_len, p);
   std::vector<float> lse(static_cast<std::size_t>(p.q_len));
   device.download(lse.data(), p.lse + (int64_t{row} * p.num_q_heads + q_head) * p.q_len,
@@ -147,6 +178,7 @@ double Check::worst_error() {
   for (Sample& sample : samples_) {
     const int length = seq_lens_[static_cast<std::size_t>(sample.row)];
     sample.k.fresh = fetch(device_, p.k_new, p.k_new_stride, sample.row, sample.head, p.q_len, p);
+    rotate(device_, p, sample.row, sample.k.fresh);
     sample.v.fresh = fetch(device_, p.v_new, p.v_new_stride, sample.row, sample.head, p.q_len, p);
     for (int member = 0; member < group; ++member) {
       worst =

@@ -56,6 +56,11 @@ ChainProblem::ChainProblem(Device& device, const Chain& chain)
   shared_.q_stride = shared_.k_new_stride = shared_.v_new_stride = {qkv * cell.q_len, cell.head_dim, qkv};
   shared_.out_stride = {out * cell.q_len, cell.head_dim, out};
   shared_.batch = cell.batch(), shared_.q_len = cell.q_len;
+  if (cell.rope) {  // one table for all layers, as in a model
+    const int64_t table = num_tokens(cell) * cell.head_dim, row = int64_t{cell.q_len} * cell.head_dim;
+    const void *cos = random(table, 1), *sin = random(table, 1);
+    shared_.rotary = {cos, sin, row, cell.head_dim, row, cell.head_dim, cell.head_dim, cell.dtype};
+  }
   shared_.scale = 1.0f / std::sqrt(static_cast<float>(cell.head_dim));
 }
 

@@ -39,6 +39,8 @@ std::vector<Option> with_common(const std::vector<Option>& options) {
 
 std::vector<Cell> shape_axes(const Arguments& arguments) {
   std::vector<Cell> cells;
+  const std::string& rope = arguments.text("rope");
+  ZZ_CHECK(rope == "on" || rope == "off", "--rope takes on or off; got '", rope, "'");
   for (const std::string& layout : arguments.list("layout")) {
     ZZ_CHECK(layout == "heads" || layout == "tokens", "--layout takes heads or tokens; got '", layout, "'");
   }
@@ -51,17 +53,10 @@ std::vector<Cell> shape_axes(const Arguments& arguments) {
             ZZ_CHECK(q_len >= 1 && q_len <= kMaxDecodeQueries, "--q-len takes 1 to ", kMaxDecodeQueries, "; got ",
                      q_len);
             for (const std::string& layout : arguments.list("layout")) {
-              cells.push_back({"",
-                               parse_dtype(dtype),
-                               num_q_heads,
-                               num_kv_heads,
-                               head_dim,
-                               q_len,
-                               0,
-                               0,
-                               {},
-                               {},
-                               layout == "tokens"});
+              Cell cell = {"", parse_dtype(dtype), num_q_heads, num_kv_heads, head_dim, q_len, 0, 0, rope == "on", {},
+                           {}};
+              cell.token_major = layout == "tokens";
+              cells.push_back(cell);
             }
           }
         }

@@ -21,7 +21,12 @@ int run_program(int argc, const char* const* argv, const std::string& summary, c
 // The job that every cell of a decode benchmark is.
 std::vector<Job> jobs(const std::vector<Cell>& cells);
 
-// Cells of every combination of the common axes; batch, lengths, sink and window are left to the caller.
+// Cells of every combination of the common axes; batch, lengths, sink, window and the name are left to the caller, who
+// ends the name with suffix(cell).
 std::vector<Cell> shape_axes(const Arguments& arguments);
+
+inline std::string suffix(const Cell& cell) {
+  return std::string(cell.rope ? "_rope" : "") + (cell.token_major ? "_tokens" : "");
+}
 
 }  // namespace zigzag::bench

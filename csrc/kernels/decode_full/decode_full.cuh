@@ -1,9 +1,8 @@
 // Split-KV decode over a full cache in one launch. Two ways to spread a (batch, KV head, row block) -- a row group --
 // over blocks:
 //
-//   cluster   8 blocks per row group, merged through distributed shared memory: fastest where the row groups times 8
-//   fill
-//             the GPU without a second wave
+//   cluster   8 or 16 blocks per row group, merged through distributed shared memory: fastest where they fill
+//             nearly half of the GPU and need no second wave
 //   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
 //             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks
 //             share is merged by the block that comes last, in block order
@@ -201,7 +200,7 @@ void configure(Params& p, device::LaunchConfig& config, int cluster) {
   const device::LaunchOptions& options = device::launch_options();
   int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
   const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster); };
-  while (warps > 1 && layout().total > device.shared_bytes) warps /= 2;
+  while (warps > 1 && layout().total > device.shared_bytes) --warps;
   p.layout = layout();
   p.cluster_log2 = device::floor_log2(cluster);
   config.cluster = cluster;
@@ -227,13 +226,16 @@ void launch_shape(const AttentionParams& a, void* stream) {
   const bool modern = device.arch >= 90 && !options.force_plain;
   const auto kernel = a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>;
 
-  // 8 blocks per row group on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.
+  // Blocks on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.
   device::LaunchConfig config = {};
   config.dependent_launch = modern && options.dependent_launch;
-  const int cluster = options.cluster > 0 ? 1 << device::floor_log2(std::min(options.cluster, kMaxCluster)) : 8;
-  if (modern && cluster > 1 && groups * cluster * 9 / 4 >= device.sm_count && groups * cluster <= device.sm_count) {
-    configure<Split>(p, config, cluster);
-    if (groups <= device::max_active_clusters(kernel, config)) return device::launch(kernel, config, p, stream);
+  const int asked = options.cluster > 0 ? 1 << device::floor_log2(std::min(options.cluster, kMaxCluster)) : 0;
+  for (int cluster = asked > 0 ? asked : 8; modern && cluster > 1 && cluster <= kMaxCluster; cluster *= 2) {
+    if (groups * cluster * 9 / 4 >= device.sm_count && groups * cluster <= device.sm_count) {
+      configure<Split>(p, config, cluster);
+      if (groups <= device::max_active_clusters(kernel, config)) return device::launch(kernel, config, p, stream);
+    }
+    if (asked > 0) break;
   }
   configure<Split>(p, config, 1);
   device::launch(decode_full_kernel<Split>, config, p, stream);

@@ -80,7 +80,7 @@ void launch_shape(const AttentionParams& a, void* stream) {
 
   Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0};
   if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
-  if (modern && options.cluster > 0) p.cluster_log2 = device::floor_log2(std::min(options.cluster, 8));
+  if (modern && options.cluster > 0) p.cluster_log2 = device::floor_log2(std::min(options.cluster, kMaxRingCluster));
   const int block_tiles = (tiles + p.cluster() - 1) / p.cluster();
   const int max_warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
   const int rounds = (block_tiles + max_warps - 1) / max_warps;
