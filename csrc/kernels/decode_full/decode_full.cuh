@@ -15,11 +15,14 @@
 #include "core/dispatch.h"
 #include "device/launch.h"
 #include "kernels/attend.cuh"
+#include "kernels/attention.h"
 #include "kernels/decode_full/workspace.h"
 
 namespace zigzag::decode_full {
 
 using namespace attend;
+
+static_assert(kTileKeys == kReadTile && kMaxCluster * kMaxWarps * kTileKeys <= kReadAhead, "readable_slots() says so");
 
 // How the tiles of all row groups are cut into runs.
 struct Split {
