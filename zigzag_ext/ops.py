@@ -79,6 +79,57 @@ def attention(
     return torch.ops.zigzag.attention_(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale)
 
 
+def new_output(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised out and lse for `attention_heads`, as `attention` would return them for `q`."""
+    batch, num_q_heads, q_len, head_dim = q.shape
+    out = q.new_empty(batch, q_len, num_q_heads, head_dim).transpose(1, 2)
+    return out, q.new_empty(batch, num_q_heads, q_len, dtype=torch.float32)
+
+
+def attention_heads(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    heads: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    pad: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    scale: float | None = None,
+    workspace: Tensor | None = None,
+) -> None:
+    """`attention` for some KV heads of a layer: one call per kind of cache serves a layer of both kinds of heads, without a copy.
+
+    Args:
+        heads: [n] int32 on the device of q, distinct: cache head i belongs to KV head heads[i] of k_new and v_new, and to its
+            group of query heads. On the CPU the numbers are checked; on CUDA, where reading them would wait for the GPU, one
+            that does not exist means the last head.
+        k_cache, v_cache: [batch, n, slots, head_dim].
+        out, lse: like what `attention` returns (`new_output` makes them), out in any strides with head_dim contiguous. Only the
+            query heads of `heads` are written.
+        others: as in `attention`; q, k_new and v_new hold all heads of the layer.
+
+    Raises:
+        RuntimeError: like `attention`.
+
+    Source: layers with heads of both kinds are DuoAttention's (https://arxiv.org/abs/2410.10819).
+    """
+    refuse_autograd(q, k_new, v_new)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if workspace is None:
+        workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
+    tensors = (q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, out, lse)
+    torch.ops.zigzag.attention_heads_(*tensors, workspace, sink, window, scale)
+
+
 def append(
     k_new: Tensor,
     v_new: Tensor,
@@ -122,9 +173,12 @@ def refuse_autograd(*tensors: Tensor) -> None:
 
 @torch.library.register_fake("zigzag::attention_")
 def _attention_fake(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale):
-    batch, num_q_heads, q_len, head_dim = q.shape
-    out = q.new_empty(batch, q_len, num_q_heads, head_dim).transpose(1, 2)
-    return out, q.new_empty(batch, num_q_heads, q_len, dtype=torch.float32)
+    return new_output(q)
+
+
+@torch.library.register_fake("zigzag::attention_heads_")
+def _attention_heads_fake(*arguments):
+    return None
 
 
 @torch.library.register_fake("zigzag::append_")

@@ -106,6 +106,34 @@ def attention_(
     return out.to(q.dtype), lse.float()
 
 
+def attention_heads_(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    pad: Tensor | None,
+    heads: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: int,
+    window: int,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """`attention_` of the KV heads `heads` [n] and their query heads, whose out and lse it writes.
+
+    k_cache, v_cache [batch, n, slots, head_dim]; the others hold all heads.
+    """
+    group = q.shape[1] // k_new.shape[1]
+    kv = heads.long()
+    own = (kv[:, None] * group + torch.arange(group, device=kv.device)).flatten()
+    tensors = (q[:, own], k_new[:, kv], v_new[:, kv], k_cache, v_cache, seq_lens, pad)
+    out[:, own], lse[:, own] = attention_(*tensors, sink, window, scale, cos, sin)
+
+
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """State over the union of two disjoint key sets from the states over each. out [..., head_dim], lse [...]; -inf is empty."""
     lse = torch.logaddexp(lse_a.double(), lse_b.double())

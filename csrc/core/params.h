@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "core/host_device.h"
 #include "core/types.h"
 
 namespace zigzag {
@@ -23,6 +24,21 @@ struct Rotary {
   DType dtype;    // float32, or the element type
 };
 
+// Which KV heads a call serves where it does not serve all of them: head h of the caches is head of[h] of q (its
+// group), k_new, v_new, out and lse, whose other heads are neither read nor written. So the heads of one layer that
+// need different caches take one call each, and nothing is gathered or joined. As a default: all heads, in order.
+struct HeadMap {
+  const int32_t* of;  // [num_kv_heads] distinct, on the device; nullptr: head h is head h
+  int total;          // KV heads of q, k_new, v_new, out and lse; unused where `of` is null
+
+  // The CPU entries check the numbers; on CUDA one that does not exist means the last head.
+  ZZ_HOST_DEVICE int operator()(int head) const {
+    if (of == nullptr) return head;
+    const int mapped = of[head];
+    return mapped >= 0 && mapped < total ? mapped : total - 1;
+  }
+};
+
 // Attention of `q_len` new tokens per row over the cache and over themselves, then append of those tokens to the cache.
 //
 // Row b holds seq_lens[b] tokens before the call. Of its q_len chunk columns the first pad[b] are padding: they are
@@ -32,7 +48,7 @@ struct Rotary {
 // window == 0 marks a full cache (retrieval layer): slot = position, every earlier position is visible.
 // window >= 1 marks a ring (streaming layer): see kv/ring.h for slots and for which positions are visible.
 struct AttentionParams {
-  const void* q;            // [batch, num_q_heads, q_len, head_dim]
+  const void* q;            // [batch, num_q_heads, q_len, head_dim], or more heads: see HeadMap
   const void* k_new;        // [batch, num_kv_heads, q_len, head_dim]
   const void* v_new;        // [batch, num_kv_heads, q_len, head_dim]
   void* k_cache;            // [batch, num_kv_heads, slots, head_dim]
@@ -44,13 +60,17 @@ struct AttentionParams {
   void* workspace;          // zero before its first use ever; kernels leave it reusable. Unused on the CPU
   int64_t workspace_bytes;  // at least attention_workspace_bytes(...) of kernels/attention.h
   Strides q_stride, k_new_stride, v_new_stride, k_cache_stride, v_cache_stride, out_stride;
-  int batch, num_q_heads, num_kv_heads, q_len, head_dim;
+  int batch, num_q_heads, num_kv_heads, q_len, head_dim;  // heads that this call serves
   int slots;      // capacity of a full cache; sink + window of a ring; 0: nothing is cached
   int sink;       // first tokens that a ring keeps for ever; ignored when window == 0
   int window;     // last tokens that a ring keeps, the newest one included; 0 marks a full cache
   float scale;    // factor on q . k before the softmax
   DType dtype;    // of q, k, v, the caches and out
   Rotary rotary;  // what is attended and appended are the rotated keys; q_len <= kMaxDecodeQueries only
+  HeadMap heads;
+
+  // Query heads of lse, of which `group` share a KV head.
+  ZZ_HOST_DEVICE int lse_heads(int group) const { return heads.of == nullptr ? num_q_heads : heads.total * group; }
 };
 
 // Append of q_len tokens per row without attention; the fields mean what they mean in AttentionParams.
@@ -64,6 +84,7 @@ struct AppendParams {
   Strides k_new_stride, v_new_stride, k_cache_stride, v_cache_stride;
   int batch, num_kv_heads, q_len, head_dim, slots, sink, window;
   DType dtype;
+  HeadMap heads;
 };
 
 // Merge of two partial attention states over disjoint key sets into the state over their union.

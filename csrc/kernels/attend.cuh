@@ -21,7 +21,7 @@ namespace zigzag::attend {
 // they hold: a row of Q only meets its own row of the result.
 template <class S>
 __device__ __forceinline__ void stage_queries(const Params& p, const Segment& segment, uint32_t buffer) {
-  const int rows = rows_of<S>(p, segment), head = segment.keys.kv_head * p.group;
+  const int rows = rows_of<S>(p, segment), head = segment.keys.head * p.group;
   const int head_step = static_cast<int>(2 * p.q_stride.head);  // fits: check_strides()
   const int column_step = static_cast<int>(2 * p.q_stride.token);
   const char* base =
@@ -57,7 +57,7 @@ struct RotatedQueries {
   }
 
   __device__ __forceinline__ void load(const Params& p, const Segment& segment, int first_pass) {
-    const int rows = rows_of<S>(p, segment), head = segment.keys.kv_head * p.group;
+    const int rows = rows_of<S>(p, segment), head = segment.keys.head * p.group;
     const int lane_pair = threadIdx.x % 32 % S::kChunks, turning = turning_pairs(p);
     const QuadPair quads = quads_of(lane_pair, turning);
     const char* base =

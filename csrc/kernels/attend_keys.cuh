@@ -64,7 +64,9 @@ __device__ __forceinline__ uint32_t advance_chunks(uint32_t address, int chunks)
 }
 
 struct Keys {
-  int batch, kv_head;
+  int batch;
+  int kv_head;    // of the caches
+  int head;       // of q (its group), k_new, v_new, out and lse
   const char* k;  // slot 0 of this head
   const char* v;
   int stored;        // cache slots in the list
@@ -93,6 +95,7 @@ __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch,
   if (p.pad != nullptr) keys.first = __ldg(p.pad + batch);
   keys.batch = batch;
   keys.kv_head = kv_head;
+  keys.head = p.heads(kv_head);
   keys.k = static_cast<const char*>(p.k_cache) + 2 * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
   keys.v = static_cast<const char*>(p.v_cache) + 2 * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
   keys.stored = p.slots;
@@ -149,8 +152,7 @@ struct TileLanes {
 __device__ __forceinline__ const char* new_tokens(const AttentionParams& p, const Keys& keys, bool is_v) {
   const int64_t batch_stride = is_v ? p.v_new_stride.batch : p.k_new_stride.batch;
   const int64_t head_stride = is_v ? p.v_new_stride.head : p.k_new_stride.head;
-  return static_cast<const char*>(is_v ? p.v_new : p.k_new) +
-         2 * (keys.batch * batch_stride + keys.kv_head * head_stride);
+  return static_cast<const char*>(is_v ? p.v_new : p.k_new) + 2 * (keys.batch * batch_stride + keys.head * head_stride);
 }
 
 // Starts the copy of tile `item` of the list into a stage of the calling warp's ring. Keys that are neither cached nor

@@ -228,9 +228,9 @@ struct OutputRow {
 template <class S>
 __device__ __forceinline__ OutputRow output_row(const Params& p, const Segment& segment, int row) {
   const auto [column, group_head] = unpack_row<S>(p, segment, row);
-  const int batch = segment.keys.batch, head = segment.keys.kv_head * p.group + group_head;
+  const int batch = segment.keys.batch, head = segment.keys.head * p.group + group_head;
   const int64_t offset = batch * p.out_stride.batch + head * p.out_stride.head + column * p.out_stride.token;
-  const int64_t row_index = (static_cast<int64_t>(batch) * p.num_q_heads + head) * p.q_len + column;
+  const int64_t row_index = (static_cast<int64_t>(batch) * p.lse_heads(p.group) + head) * p.q_len + column;
   return {static_cast<char*>(p.out) + 2 * offset, p.lse + row_index, column < segment.keys.first};
 }
 

@@ -5,6 +5,7 @@
 #include <iterator>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "core/error.h"
 #include "kernels/append/append.h"
@@ -51,6 +52,23 @@ void check_rotary(const AttentionParams& p) {
            p.q_len, "; apply RoPE before and leave them out");
 }
 
+void check_heads(const HeadMap& heads, int num_kv_heads) {
+  if (heads.of == nullptr) return;
+  ZZ_CHECK(num_kv_heads <= heads.total, "heads names ", num_kv_heads, " KV heads, k_new and v_new have ", heads.total);
+}
+
+// Only where the host can read them.
+void check_head_numbers(const HeadMap& heads, int num_kv_heads) {
+  if (heads.of == nullptr) return;
+  std::vector<bool> seen(heads.total);
+  for (int i = 0; i < num_kv_heads; ++i) {
+    const int head = heads.of[i];
+    ZZ_CHECK(head >= 0 && head < heads.total && !seen[head], "heads must hold distinct KV heads below ", heads.total,
+             ", heads[", i, "] is ", head);
+    seen[head] = true;
+  }
+}
+
 // Only where the host can read the lengths. On CUDA that would wait for the GPU: kernels take a negative length as 0.
 void check_lengths(const int32_t* seq_lens, int batch, int q_len) {
   for (int b = 0; b < batch; ++b) {
@@ -73,11 +91,13 @@ void check_params(const AttentionParams& p) {
   check_geometry(p.num_q_heads, p.num_kv_heads, p.head_dim);
   check_layout(p.slots, p.sink, p.window);
   check_rotary(p);
+  check_heads(p.heads, p.num_kv_heads);
 }
 
 void check_params(const AppendParams& p) {
   check_head_dim(p.head_dim);
   check_layout(p.slots, p.sink, p.window);
+  check_heads(p.heads, p.num_kv_heads);
 }
 
 void check_params(const MergeParams& p) { check_head_dim(p.head_dim); }
@@ -91,6 +111,7 @@ int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, 
 void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
   check_params(p);
   check_lengths(p.seq_lens, p.batch, p.q_len);
+  check_head_numbers(p.heads, p.num_kv_heads);
   if (p.batch == 0 || p.q_len == 0) return;
   switch (select_attention_kernel(p.window, p.q_len)) {
     case AttentionKernel::kDecodeFull: return decode_full_cpu(p, parallel);
@@ -102,6 +123,7 @@ void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
 void append_cpu(const AppendParams& p, const ParallelFor& parallel) {
   check_params(p);
   check_lengths(p.seq_lens, p.batch, p.q_len);
+  check_head_numbers(p.heads, p.num_kv_heads);
   if (p.batch == 0 || p.q_len == 0) return;
   append_kernel_cpu(p, parallel);
 }

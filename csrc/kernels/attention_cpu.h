@@ -145,6 +145,8 @@ class CpuAttention {
     return std::min(plan_.block_tokens, p_.q_len - block * plan_.block_tokens) * plan_.group;
   }
 
+  int query_head(const Task& t, int row) const { return p_.heads(t.head) * plan_.group + row % plan_.group; }
+
   float* partial(const Task& t) const {
     const RowPlan& row = plan_.rows[t.b];
     const int64_t index = (static_cast<int64_t>(t.head) * plan_.blocks + t.block) * row.splits + t.split;
@@ -199,7 +201,7 @@ class CpuAttention {
   void load_queries(const Task& t, const RowBlock& block) const {
     const Vec factor = Vec::fill(p_.scale * 1.44269504088896341f);
     for (int r = 0; r < block.rows; ++r) {
-      const int column = t.block * plan_.block_tokens + r / plan_.group, head = t.head * plan_.group + r % plan_.group;
+      const int column = t.block * plan_.block_tokens + r / plan_.group, head = query_head(t, r);
       const T* q = static_cast<const T*>(p_.q) + offset(p_.q_stride, t.b, head, column);
       for (int x = 0; x < p_.head_dim; x += Vec::kWidth)
         (Vec::load(q + x) * factor).store(block.q + r * p_.head_dim + x);
@@ -209,8 +211,9 @@ class CpuAttention {
   void attend_keys(const Task& t, Worker& worker, const KeyRun& run, int row, int count) const {
     const Strides& k_stride = run.cached ? p_.k_cache_stride : p_.k_new_stride;
     const Strides& v_stride = run.cached ? p_.v_cache_stride : p_.v_new_stride;
-    const T* k = static_cast<const T*>(run.cached ? p_.k_cache : p_.k_new) + offset(k_stride, t.b, t.head, row);
-    const T* v = static_cast<const T*>(run.cached ? p_.v_cache : p_.v_new) + offset(v_stride, t.b, t.head, row);
+    const int head = run.cached ? t.head : p_.heads(t.head);
+    const T* k = static_cast<const T*>(run.cached ? p_.k_cache : p_.k_new) + offset(k_stride, t.b, head, row);
+    const T* v = static_cast<const T*>(run.cached ? p_.v_cache : p_.v_new) + offset(v_stride, t.b, head, row);
     if (worker.block.rows <= kDirectRows) {
       return attend_tile(worker.block, k, k_stride.token, v, v_stride.token, k + kTileKeys * k_stride.token);
     }
@@ -247,14 +250,14 @@ class CpuAttention {
 
   void write_block(const Task& t, const RowBlock& block) const {
     for (int r = 0; r < block.rows; ++r) {
-      const int column = t.block * plan_.block_tokens + r / plan_.group, head = t.head * plan_.group + r % plan_.group;
+      const int column = t.block * plan_.block_tokens + r / plan_.group, head = query_head(t, r);
       const bool empty = block.sum[r] == 0.0f;
       const Vec factor = Vec::fill(empty ? 0.0f : 1.0f / block.sum[r]);
       T* out = static_cast<T*>(p_.out) + offset(p_.out_stride, t.b, head, column);
       for (int x = 0; x < p_.head_dim; x += Vec::kWidth) {
         (Vec::load(block.out + r * p_.head_dim + x) * factor).store(out + x);
       }
-      p_.lse[(static_cast<int64_t>(t.b) * p_.num_q_heads + head) * p_.q_len + column] =
+      p_.lse[(static_cast<int64_t>(t.b) * p_.lse_heads(plan_.group) + head) * p_.q_len + column] =
           empty ? -INFINITY : (block.max[r] + std::log2(block.sum[r])) * 0.693147180559945309f;
     }
   }

@@ -40,7 +40,10 @@ template <class T>
 class RotatedInputs {
  public:
   RotatedInputs(const AttentionParams& p, const ParallelFor& parallel)
-      : p_(p), tokens_(static_cast<int64_t>(p.batch) * p.q_len), heads_(p.num_q_heads + p.num_kv_heads) {
+      : p_(p),
+        tokens_(static_cast<int64_t>(p.batch) * p.q_len),
+        q_heads_(p.lse_heads(p.num_q_heads / p.num_kv_heads)),
+        heads_(q_heads_ + (p.heads.of == nullptr ? p.num_kv_heads : p.heads.total)) {
     rows_ = allocate<T>(tokens_ * heads_ * p.head_dim);
     parallel.run(tokens_, [this](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
@@ -52,7 +55,7 @@ class RotatedInputs {
   AttentionParams params() const {
     AttentionParams p = p_;
     const int64_t token = static_cast<int64_t>(heads_) * p.head_dim;
-    p.q = rows_.get(), p.k_new = rows_.get() + static_cast<int64_t>(p.num_q_heads) * p.head_dim;
+    p.q = rows_.get(), p.k_new = rows_.get() + static_cast<int64_t>(q_heads_) * p.head_dim;
     p.q_stride = p.k_new_stride = {p.q_len * token, p.head_dim, token};
     p.rotary = {};
     return p;
@@ -69,17 +72,17 @@ class RotatedInputs {
     dispatch_dtype(r.dtype, widen);
     T* to = rows_.get() + (static_cast<int64_t>(b) * p_.q_len + column) * heads_ * p_.head_dim;
     for (int head = 0; head < heads_; ++head, to += p_.head_dim) {
-      const bool is_q = head < p_.num_q_heads;
+      const bool is_q = head < q_heads_;
       const T* from = static_cast<const T*>(is_q ? p_.q : p_.k_new);
-      from += is_q ? offset(p_.q_stride, b, head, column) : offset(p_.k_new_stride, b, head - p_.num_q_heads, column);
+      from += is_q ? offset(p_.q_stride, b, head, column) : offset(p_.k_new_stride, b, head - q_heads_, column);
       rotate_row(from, cos, sin, r.dim, p_.head_dim, to);
     }
   }
 
   const AttentionParams& p_;
   const int64_t tokens_;
-  const int heads_;
-  Buffer<T> rows_;  // [batch, q_len, num_q_heads + num_kv_heads, head_dim]
+  const int q_heads_, heads_;  // of q, and of q and k_new: all of them, also those that the call does not serve
+  Buffer<T> rows_;             // [batch, q_len, heads_, head_dim]
 };
 
 }  // namespace zigzag::ZIGZAG_CPU_ISA

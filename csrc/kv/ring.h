@@ -12,11 +12,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define ZZ_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define ZZ_HOST_DEVICE inline
-#endif
+#include "core/host_device.h"
 
 namespace zigzag {
 

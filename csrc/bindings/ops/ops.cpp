@@ -58,26 +58,31 @@ void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, co
   run(k_new, p, append_cuda, append_cpu);
 }
 
-std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
-                                      const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
-                                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                                      const Tensor& workspace, int64_t sink, int64_t window, double scale) {
+// The body of both attention ops. `heads`: the KV heads to serve, all of them where it is empty. `result`: out and lse
+// to write to; made, and filled in, where it is empty.
+void attend(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
+            const Tensor& seq_lens, const std::optional<Tensor>& pad, const std::optional<Tensor>& cos,
+            const std::optional<Tensor>& sin, const std::optional<Tensor>& heads,
+            std::optional<std::tuple<Tensor, Tensor>>& result, const Tensor& workspace, int64_t sink, int64_t window,
+            double scale) {
   ZZ_CHECK(q.dim() == 4, "q must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(q));
   ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
   ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
   const int64_t batch = q.size(0), q_heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
-  const int64_t kv_heads = k_new.size(1), slots = k_cache.size(2);
+  const int64_t kv_heads = k_new.size(1), cache_heads = heads ? k_cache.size(1) : kv_heads, slots = k_cache.size(2);
   AttentionParams p = {};
+  if (heads) p.heads = check_heads_served(*heads, cache_heads, kv_heads, q);
   p.q_stride = check_heads("q", q, {batch, q_heads, q_len, head_dim}, q);
   p.k_new_stride = check_heads("k_new", k_new, {batch, kv_heads, q_len, head_dim}, q);
   p.v_new_stride = check_heads("v_new", v_new, {batch, kv_heads, q_len, head_dim}, q);
-  p.k_cache_stride = check_cache("k_cache", k_cache, {batch, kv_heads, slots, head_dim}, q);
-  p.v_cache_stride = check_cache("v_cache", v_cache, {batch, kv_heads, slots, head_dim}, q);
+  p.k_cache_stride = check_cache("k_cache", k_cache, {batch, cache_heads, slots, head_dim}, q);
+  p.v_cache_stride = check_cache("v_cache", v_cache, {batch, cache_heads, slots, head_dim}, q);
   p.seq_lens = check_lengths("seq_lens", seq_lens, batch, q);
   p.pad = pad_pointer(pad, batch, q);
   p.batch = to_int("batch", batch);
-  p.num_q_heads = to_int("num_q_heads", q_heads);
-  p.num_kv_heads = to_int("num_kv_heads", kv_heads);
+  check_geometry(to_int("num_q_heads", q_heads), to_int("num_kv_heads", kv_heads), to_int("head_dim", head_dim));
+  p.num_q_heads = to_int("num_q_heads", q_heads / kv_heads * cache_heads);
+  p.num_kv_heads = to_int("num_kv_heads", cache_heads);
   p.q_len = to_int("q_len", q_len);
   p.head_dim = to_int("head_dim", head_dim);
   p.slots = to_int("slots", slots);
@@ -97,19 +102,41 @@ std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, cons
     p.workspace = workspace.mutable_data_ptr();
     p.workspace_bytes = workspace.numel();
   }
-  // Memory order [batch, q_len, num_q_heads, head_dim]: what the output projection reads, without a copy.
-  Tensor out = torch::stable::transpose(torch::stable::new_empty(q, {batch, q_len, q_heads, head_dim}), 1, 2);
-  Tensor lse = torch::stable::new_empty(q, {batch, q_heads, q_len}, ScalarType::Float);
+  if (!result) {
+    // Memory order [batch, q_len, num_q_heads, head_dim]: what the output projection reads, without a copy.
+    result.emplace(torch::stable::transpose(torch::stable::new_empty(q, {batch, q_len, q_heads, head_dim}), 1, 2),
+                   torch::stable::new_empty(q, {batch, q_heads, q_len}, ScalarType::Float));
+  }
+  auto& [out, lse] = *result;
+  p.out_stride = check_cache("out", out, {batch, q_heads, q_len, head_dim}, q);
+  check_lse(lse, {batch, q_heads, q_len}, q);
   p.q = q.const_data_ptr();
   p.k_new = k_new.const_data_ptr();
   p.v_new = v_new.const_data_ptr();
   p.k_cache = k_cache.mutable_data_ptr();
   p.v_cache = v_cache.mutable_data_ptr();
   p.out = out.mutable_data_ptr();
-  p.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   run(q, p, attention_cuda, attention_cpu);
-  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
+                                      const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
+                                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                                      const Tensor& workspace, int64_t sink, int64_t window, double scale) {
+  std::optional<std::tuple<Tensor, Tensor>> result;
+  attend(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, std::nullopt, result, workspace, sink, window,
+         scale);
+  return *result;
+}
+
+void attention_heads_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
+                      const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
+                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const Tensor& heads,
+                      const Tensor& out, const Tensor& lse, const Tensor& workspace, int64_t sink, int64_t window,
+                      double scale) {
+  std::optional<std::tuple<Tensor, Tensor>> result(std::in_place, out, lse);
+  attend(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, result, workspace, sink, window, scale);
 }
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
@@ -146,6 +173,7 @@ template <class Library>
 void implement(Library& m) {
   m.impl("append_", TORCH_BOX(&append_));
   m.impl("attention_", TORCH_BOX(&attention_));
+  m.impl("attention_heads_", TORCH_BOX(&attention_heads_));
   m.impl("merge_states", TORCH_BOX(&merge_states));
 }
 
@@ -159,6 +187,10 @@ STABLE_TORCH_LIBRARY(zigzag, m) {
       "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
       "Tensor? pad, Tensor? cos, Tensor? sin, "
       "Tensor(c!) workspace, int sink, int window, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_heads_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
+      "Tensor? pad, Tensor? cos, Tensor? sin, Tensor heads, Tensor(c!) out, Tensor(d!) lse, "
+      "Tensor(e!) workspace, int sink, int window, float scale) -> ()");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 }
 

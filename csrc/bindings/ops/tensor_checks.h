@@ -91,6 +91,24 @@ inline const int32_t* check_lengths(const char* name, const Tensor& tensor, int6
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
+// The KV heads that a call serves: as many as its caches have, of the `total` that k_new has.
+inline HeadMap check_heads_served(const Tensor& heads, int64_t cache_heads, int64_t total, const Tensor& like) {
+  check_shape("heads", heads, {cache_heads});
+  ZZ_CHECK(heads.scalar_type() == ScalarType::Int && heads.is_contiguous(), "heads must be contiguous int32");
+  ZZ_CHECK(heads.is_cuda() == like.is_cuda() && heads.get_device_index() == like.get_device_index(),
+           "heads must be on the device of q");
+  ZZ_CHECK(cache_heads >= 1 && cache_heads <= total, "heads names ", cache_heads,
+           " KV heads, as many as the caches have; it may name 1 to num_kv_heads = ", total);
+  return {static_cast<const int32_t*>(heads.const_data_ptr()), to_int("num_kv_heads", total)};
+}
+
+inline void check_lse(const Tensor& lse, std::initializer_list<int64_t> shape, const Tensor& like) {
+  check_shape("lse", lse, shape);
+  ZZ_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), "lse must be contiguous float32");
+  ZZ_CHECK(lse.is_cuda() == like.is_cuda() && lse.get_device_index() == like.get_device_index(),
+           "lse must be on the device of q");
+}
+
 // cos or sin: [batch or 1, q_len, rotary_dim] on the device of q; the dtype and rotary_dim are checked by check_params.
 inline void check_table(const char* name, const Tensor& table, const Tensor& q) {
   ZZ_CHECK(table.dim() == 3 && (table.size(0) == q.size(0) || table.size(0) == 1) && table.size(1) == q.size(2), name,

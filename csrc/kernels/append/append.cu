@@ -42,11 +42,12 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const int slot = RingLayout{p.sink, p.window}.slot(length + column - pad);
   if (slot >= p.slots) return;
 
-  const auto offset = [&](const Strides& stride, int token) {
+  const auto offset = [&](const Strides& stride, int head, int token) {
     return batch * stride.batch + head * stride.head + token * stride.token + element;
   };
-  copy_16(p.k_cache, offset(p.k_cache_stride, slot), p.k_new, offset(p.k_new_stride, column));
-  copy_16(p.v_cache, offset(p.v_cache_stride, slot), p.v_new, offset(p.v_new_stride, column));
+  const int new_head = p.heads(head);
+  copy_16(p.k_cache, offset(p.k_cache_stride, head, slot), p.k_new, offset(p.k_new_stride, new_head, column));
+  copy_16(p.v_cache, offset(p.v_cache_stride, head, slot), p.v_new, offset(p.v_new_stride, new_head, column));
 }
 
 }  // namespace

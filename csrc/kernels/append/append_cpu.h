@@ -26,10 +26,11 @@ template <class Params>
 inline void append_head(const Params& p, int b, int head) {
   const RingLayout layout{p.sink, p.window};
   const int64_t size = static_cast<int64_t>(element_size(p.dtype)), row_bytes = p.head_dim * size;
+  const int new_head = p.heads(head);
   const auto copy = [&](const void* from, const Strides& from_stride, int column, void* to, const Strides& to_stride,
                         int slot) {
     std::memcpy(static_cast<char*>(to) + offset(to_stride, b, head, slot) * size,
-                static_cast<const char*>(from) + offset(from_stride, b, head, column) * size, row_bytes);
+                static_cast<const char*>(from) + offset(from_stride, b, new_head, column) * size, row_bytes);
   };
   const int pad = padding(p, b), length = p.seq_lens[b], last = length + p.q_len - pad;
   for (int position = length; position < last; ++position) {

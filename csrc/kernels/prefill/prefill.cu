@@ -38,6 +38,7 @@ void prefill_cuda(const AttentionParams& p, void* stream) {
   append.sink = p.sink;
   append.window = p.window;
   append.dtype = p.dtype;
+  append.heads = p.heads;
   append_kernel_cuda(append, stream);
 }
 

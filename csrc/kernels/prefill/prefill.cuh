@@ -234,7 +234,8 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
       }
       if (lane % 4 == 0 && column < p.q_len) {
         constexpr float kLn2 = 0.693147180559945f;
-        const int64_t index = (static_cast<int64_t>(tile.batch) * p.num_q_heads + tile.head(row)) * p.q_len + column;
+        const int64_t index =
+            (static_cast<int64_t>(tile.batch) * p.lse_heads(tile.group) + tile.head(row)) * p.q_len + column;
         p.lse[index] = column < tile.pad ? -INFINITY : (state.top[m][half] + log2f(sum)) * kLn2;
       }
     }

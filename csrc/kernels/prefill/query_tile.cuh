@@ -47,8 +47,9 @@ struct KeySource {
 };
 
 struct QueryTile {
-  int batch, kv_head, group;
-  int length;  // tokens cached before the call
+  int batch, group;
+  int kv_head;  // of q (its group), k_new, v_new, out and lse
+  int length;   // tokens cached before the call
   int pad;
   int first_column, first_member;  // of row 0: its chunk column and its head within the group
   int reciprocal;                  // 65536 / group, rounded up: exact division of the numbers below 256 that occur here
@@ -64,10 +65,10 @@ struct QueryTile {
   __device__ __forceinline__ int position(int column) const { return length + column - pad; }
 
   __device__ __forceinline__ KeySource key_source(const void* k, const Strides& k_stride, const void* v,
-                                                  const Strides& v_stride) const {
+                                                  const Strides& v_stride, int head) const {
     constexpr int kElementBytes = 2;  // float16 and bfloat16
-    const int64_t k_head = batch * k_stride.batch + kv_head * k_stride.head;
-    const int64_t v_head = batch * v_stride.batch + kv_head * v_stride.head;
+    const int64_t k_head = batch * k_stride.batch + head * k_stride.head;
+    const int64_t v_head = batch * v_stride.batch + head * v_stride.head;
     return {static_cast<const char*>(k) + k_head * kElementBytes, static_cast<const char*>(v) + v_head * kElementBytes,
             k_stride.token * kElementBytes, v_stride.token * kElementBytes};
   }
@@ -79,14 +80,15 @@ struct QueryTile {
     tile.group = p.num_q_heads / p.num_kv_heads;
     const int num_tiles = (p.q_len * tile.group + rows_per_tile - 1) / rows_per_tile;
     const int pair = blockIdx.x / p.num_kv_heads;
-    tile.kv_head = blockIdx.x - pair * p.num_kv_heads;
+    const int cache_head = blockIdx.x - pair * p.num_kv_heads;
+    tile.kv_head = p.heads(cache_head);
     tile.batch = pair % p.batch;
     const int first_row = (num_tiles - 1 - pair / p.batch) * rows_per_tile;
     tile.first_column = first_row / tile.group;
     tile.first_member = first_row - tile.first_column * tile.group;
     tile.reciprocal = 65536 / tile.group + 1;
-    tile.source[0] = tile.key_source(p.k_new, p.k_new_stride, p.v_new, p.v_new_stride);
-    tile.source[1] = tile.key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride);
+    tile.source[0] = tile.key_source(p.k_new, p.k_new_stride, p.v_new, p.v_new_stride, tile.kv_head);
+    tile.source[1] = tile.key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride, cache_head);
 
     const RingLayout layout{p.sink, p.window};
     tile.length = max(0, p.seq_lens[tile.batch]);
