@@ -59,8 +59,8 @@ def test_the_quantile_trap(tmp_path):
 def test_from_duo_refuses_what_is_no_plan(tmp_path):
     with pytest.raises(FileNotFoundError, match="full_attention_heads.tsv"):
         from_duo(tmp_path)
-    save_scores([[1, 1], [0, 1]], tmp_path)
-    with pytest.raises(ValueError, match="layer 1 is not all ones or all zeros"):
+    save_scores([[1, 1], [0, 0.5]], tmp_path)
+    with pytest.raises(ValueError, match="layer 1 is not all ones and zeros"):
         from_duo(tmp_path)
     save_scores([[1, 1], [0, 0]], tmp_path, sink=2, window=3)
     assert from_duo(tmp_path).kinds == ("retrieval", "streaming")

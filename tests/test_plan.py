@@ -166,7 +166,7 @@ def content(**changes) -> dict:
         ("3", '"format": "zigzag-plan"'),
         (content(format=...), '"format": "zigzag-plan"'),
         (content(format="zigzag-scores"), '"format": "zigzag-plan"'),
-        (content(version=2), "version 2, from a newer zigzag_ext; this one supports version 1"),
+        (content(version=4), "version 4, from a newer zigzag_ext; this one supports versions up to 3"),
         (content(version=...), "version is None; supported: 1"),
         (content(version=0), "version is 0; supported: 1"),
         (content(version="1"), "version is '1'"),

@@ -200,7 +200,7 @@ GOOD = [[0.1, 0.2], [0.3, 0.4]]
         ({"objective": "knapsack", "values": [1, math.inf]}, ValueError, "values must be finite"),
         ({"values": [1, 2]}, ValueError, 'values belong to objective "knapsack"'),
         ({"objective": "transport", "threshold": 1.0}, ValueError, "nothing to move"),
-        ({"level": "head"}, ValueError, "level 'head' is not supported; supported: 'layer'"),
+        ({"level": "token"}, ValueError, "level 'token' is not supported; supported: 'layer'"),
         ({"sink": -1}, ValueError, "sink"),
         ({"window": 0}, ValueError, "window"),
         ({"window": 1.5}, TypeError, "window"),

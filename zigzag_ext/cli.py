@@ -134,6 +134,7 @@ def solve(
     ] = "",
     threshold: Annotated[float | None, typer.Option(help="Head mask of count and transport: scores that retrieve.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Head mask by DuoAttention's rule: share of streaming heads.")] = None,
+    level: Annotated[str, typer.Option(help="layer, or head: every KV head for itself (DuoAttention).")] = "layer",
     top_heads: Annotated[int | None, typer.Option(help="Heads per layer that cvar averages; default a quarter.")] = None,
     sink: Annotated[int, typer.Option(help="First tokens that streaming layers keep.")] = 64,
     window: Annotated[int, typer.Option(help="Last tokens that streaming layers keep.")] = 256,
@@ -150,7 +151,7 @@ def solve(
         context=context, head_dim=head_dim, force_retrieval=_layers("--force-retrieval", force_retrieval),
         force_streaming=_layers("--force-streaming", force_streaming), max_streaming_run=max_streaming_run,
         stages=stage_list[0] if len(stage_list) == 1 else stage_list or None, threshold=threshold, sparsity=sparsity,
-        top_heads=top_heads, sink=sink, window=window,
+        top_heads=top_heads, level=level, sink=sink, window=window,
     )  # fmt: skip
     plan.save(output)
     console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from .plan import Plan
 from .scores.io import DUO_SCORES, load_scores, save_scores
+from .solve import solve
 
 
 def to_duo(plan: Plan, folder: str | os.PathLike, kv_heads: int) -> None:
-    """Writes `plan` as a DuoAttention pattern: `full_attention_heads.tsv` with rows of ones (retrieval) and zeros, `config.json`.
+    """Writes `plan` as a DuoAttention pattern: `full_attention_heads.tsv`, a one per retrieval head, and `config.json`.
 
     DuoAttention's own loader reads it, with `sink` and `window` as sink_size and recent_size. **Give its sparsify step exactly
     `1 - plan.retrieval_ratio` as sparsity** (also stored in config.json): its threshold is the interpolated quantile of the
@@ -21,30 +22,38 @@ def to_duo(plan: Plan, folder: str | os.PathLike, kv_heads: int) -> None:
     Args:
         folder: made where it does not exist. kv_heads: KV heads of every layer, >= 1.
 
+    Raises:
+        ValueError: kv_heads < 1, or the plan has mixed layers of another number of heads. Nothing was written.
+
     Source: https://github.com/mit-han-lab/duo-attention (duo_attn/utils.py, load_attn_pattern and sparsify_attention_heads).
     """
     if kv_heads < 1:
         raise ValueError(f"kv_heads must be at least 1, got {kv_heads}")
+    scores = [[float(head) for head in layer] for layer in plan.retrieval_heads(kv_heads)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_scores([[float(kind == "retrieval")] * kv_heads for kind in plan.kinds], folder / DUO_SCORES)
-    sparsity = len(plan.streaming_layers) / plan.num_layers
-    config = {"sink_size": plan.sink, "recent_size": plan.window, "sparsity": sparsity}
+    save_scores(scores, folder / DUO_SCORES)
+    config = {"sink_size": plan.sink, "recent_size": plan.window, "sparsity": 1 - plan.retrieval_ratio}
     (folder / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
 
 
-def from_duo(folder: str | os.PathLike) -> Plan:
-    """The plan of a DuoAttention folder whose layers are whole: every row all ones or all zeros.
+def from_duo(folder: str | os.PathLike, *, threshold: float | None = None, sparsity: float | None = None) -> Plan:
+    """The plan per KV head of a DuoAttention folder, with the sink and window of its config.json.
+
+    Args:
+        threshold: heads that score at least this retrieve.
+        sparsity: share of the heads that stream: DuoAttention's quantile, see `solve(level="head")`.
+
+    Without either, the folder must hold a plan: ones and zeros only.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a layer holds anything else (give `load_scores(folder)` to `solve`), or config.json lacks the sizes.
+        ValueError: both arguments are given, or neither and there is another number; or config.json lacks the sizes.
+
+    Source: https://github.com/mit-han-lab/duo-attention (duo_attn/utils.py).
     """
     folder = Path(folder)
     scores, config = load_scores(folder), folder / "config.json"
-    for layer, row in enumerate(scores.tolist()):
-        if set(row) not in ({0.0}, {1.0}):
-            raise ValueError(f"{folder}: layer {layer} is not all ones or all zeros; these are scores for solve(), not a plan")
     if not config.is_file():
         raise FileNotFoundError(f"{folder} has no config.json with sink_size and recent_size")
     try:
@@ -52,8 +61,12 @@ def from_duo(folder: str | os.PathLike) -> Plan:
         sink, window = sizes["sink_size"], sizes["recent_size"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config} must be a JSON object with sink_size and recent_size: {error!r}") from error
-    kinds = ["retrieval" if row[0] else "streaming" for row in scores]
-    return Plan(kinds, sink=sink, window=window, provenance={"source": "DuoAttention folder"})
+    if threshold is not None or sparsity is not None:
+        return solve(scores, level="head", threshold=threshold, sparsity=sparsity, sink=sink, window=window)
+    for layer, row in enumerate(scores.tolist()):
+        if set(row) - {0.0, 1.0}:
+            raise ValueError(f"{folder}: layer {layer} is not all ones and zeros; give a threshold or sparsity, or use solve()")
+    return Plan.from_heads(scores, sink=sink, window=window, provenance={"source": "DuoAttention folder"})
 
 
 def to_layer_types(plan: Plan) -> dict:
@@ -64,10 +77,14 @@ def to_layer_types(plan: Plan) -> dict:
         as transformers (https://huggingface.co/docs/transformers/main_classes/configuration), vLLM and SGLang read them for
         families with sliding windows, Qwen2 for one. A window counts the newest token there as here.
 
+    Raises:
+        ValueError: the plan has mixed layers.
+
     Warns:
         UserWarning: the plan has sink tokens. Such engines drop them, and quality beyond the window usually collapses without
         them (https://arxiv.org/abs/2309.17453).
     """
+    plan.require_whole_layers("layer_types")
     if plan.sink and plan.streaming_layers:
         warnings.warn(
             f"layer_types have no sink tokens: {len(plan.streaming_layers)} layers lose the first {plan.sink} tokens and keep "
@@ -85,8 +102,9 @@ def to_layer_types(plan: Plan) -> dict:
 def to_layer_string(plan: Plan) -> str:
     """One character per layer, "1" for streaming: `layer_type` of LongCat's `streaming_sparse_attention` configuration.
 
-    Source: https://arxiv.org/abs/2512.23966 (LoZA).
+    Raises ValueError for a plan with mixed layers. Source: https://arxiv.org/abs/2512.23966 (LoZA).
     """
+    plan.require_whole_layers("a layer string")
     return "".join("1" if kind == "streaming" else "0" for kind in plan.kinds)
 
 

@@ -1,6 +1,7 @@
 """`Plan`: which layers retrieve and which stream, and the one file format that records it.
 
 A plan file is JSON: `{"format": "zigzag-plan", "version": 1, "kinds": [...], "sink": 64, "window": 256, "provenance": {...}}`.
+A plan with layers of both kinds of heads has version 3; such a layer is a list of kinds, one per KV head.
 """
 
 import json
@@ -14,7 +15,8 @@ from typing import Any
 from . import _C
 
 FORMAT = "zigzag-plan"
-VERSION = 1
+VERSION = 3  # of a plan with mixed layers; without them 1 is written, so that older readers take it
+KINDS = ("retrieval", "streaming")
 _REQUIRED = {"format", "version", "kinds", "sink", "window"}
 _KNOWN = _REQUIRED | {"provenance"}
 
@@ -24,9 +26,11 @@ class Plan:
     """The kind of every layer of a model, with the cache size of its streaming layers. Immutable and hashable.
 
     Args:
-        kinds: "retrieval" (keeps every token) or "streaming" (keeps `sink` + `window` tokens) for each layer, in order.
-        sink: first tokens that streaming layers keep for ever, >= 0.
-        window: last tokens that streaming layers keep, the newest one included, >= 1.
+        kinds: "retrieval" (keeps every token) or "streaming" (keeps `sink` + `window` tokens) for each layer, in order. A list of
+            kinds, one per KV head, makes a *mixed* layer: two caches and two attention calls instead of one, as in DuoAttention
+            (https://arxiv.org/abs/2410.10819). A list of one kind only becomes that kind.
+        sink: first tokens that streaming layers and heads keep for ever, >= 0.
+        window: last tokens that streaming layers and heads keep, the newest one included, >= 1.
         provenance: where the plan comes from; any JSON object.
 
     Raises:
@@ -38,18 +42,39 @@ class Plan:
         ((0,), (1, 2))
     """
 
-    kinds: tuple[str, ...]
+    kinds: tuple[str | tuple[str, ...], ...]
     sink: int = field(kw_only=True)
     window: int = field(kw_only=True)
     provenance: dict[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self):
-        kinds = _tuple_of_str(self.kinds)
+        kinds = _checked_kinds(self.kinds)
         sink, window = token_count("sink", self.sink), token_count("window", self.window)
-        _C.check_plan(kinds, sink, window)
+        _C.check_plan([kind if isinstance(kind, str) else KINDS[0] for kind in kinds], sink, window)
         values = {"kinds": kinds, "sink": sink, "window": window, "provenance": _json_object(self.provenance)}
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_heads(cls, retrieval, *, sink: int, window: int, provenance: dict[str, Any] | None = None) -> "Plan":
+        """A plan per KV head.
+
+        Args:
+            retrieval: [layers][kv_heads] of bool, nested or an array: whether the head keeps every token.
+            sink, window, provenance: as in `Plan`.
+
+        Raises:
+            ValueError: `retrieval` is empty or ragged. Else as `Plan`.
+
+        Example:
+            >>> Plan.from_heads([[True, True], [True, False]], sink=64, window=256).kinds
+            ('retrieval', ('retrieval', 'streaming'))
+        """
+        rows = [[bool(head) for head in layer] for layer in retrieval]
+        if not rows or not rows[0] or len({len(row) for row in rows}) != 1:
+            raise ValueError(f"retrieval must be [layers][kv_heads], all layers alike, got rows of {[len(row) for row in rows]}")
+        kinds = [["retrieval" if head else "streaming" for head in row] for row in rows]
+        return cls(kinds, sink=sink, window=window, provenance=provenance or {})
 
     @property
     def num_layers(self) -> int:
@@ -57,18 +82,45 @@ class Plan:
 
     @property
     def retrieval_layers(self) -> tuple[int, ...]:
-        """Indices of the retrieval layers, ascending."""
+        """Indices of the layers all of whose heads retrieve, ascending."""
         return tuple(layer for layer, kind in enumerate(self.kinds) if kind == "retrieval")
 
     @property
     def streaming_layers(self) -> tuple[int, ...]:
-        """Indices of the streaming layers, ascending."""
+        """Indices of the layers all of whose heads stream, ascending."""
         return tuple(layer for layer, kind in enumerate(self.kinds) if kind == "streaming")
 
     @property
+    def mixed_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with heads of both kinds, ascending."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if not isinstance(kind, str))
+
+    @property
+    def kv_heads(self) -> int | None:
+        """KV heads per layer of the models that the plan fits; None without mixed layers, when it fits any number."""
+        return next((len(self.kinds[layer]) for layer in self.mixed_layers), None)
+
+    def retrieval_heads(self, kv_heads: int) -> tuple[tuple[bool, ...], ...]:
+        """[layers][kv_heads]: which heads retrieve. Raises ValueError if the plan is for another number of KV heads."""
+        self.check_kv_heads(kv_heads)
+        rows = ((kind,) * kv_heads if isinstance(kind, str) else kind for kind in self.kinds)
+        return tuple(tuple(kind == "retrieval" for kind in row) for row in rows)
+
+    def check_kv_heads(self, kv_heads: int) -> None:
+        """Raises ValueError if the plan has mixed layers and is for another number of KV heads."""
+        if self.kv_heads not in (None, kv_heads):
+            raise ValueError(f"the plan is for layers of {self.kv_heads} KV heads, these have {kv_heads}")
+
+    def require_whole_layers(self, use: str) -> None:
+        """Raises ValueError if there are mixed layers, which `use` cannot express."""
+        if self.mixed_layers:
+            raise ValueError(f"{use} needs layers of one kind; layers {_ranges(self.mixed_layers)} mix heads of both kinds")
+
+    @property
     def retrieval_ratio(self) -> float:
-        """Share of the layers that are retrieval layers, 0 to 1."""
-        return len(self.retrieval_layers) / self.num_layers
+        """Share of the KV heads that keep every token, 0 to 1. Without mixed layers that is the share of retrieval layers."""
+        shares = [kind == "retrieval" if isinstance(kind, str) else kind.count("retrieval") / len(kind) for kind in self.kinds]
+        return sum(shares) / self.num_layers
 
     @property
     def objective_value(self) -> float | None:
@@ -85,7 +137,8 @@ class Plan:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {path.parent} to save a plan in")
-        content = {"format": FORMAT, "version": VERSION, "kinds": self.kinds, "sink": self.sink, "window": self.window}
+        version = VERSION if self.mixed_layers else 1
+        content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window}
         content["provenance"] = self.provenance
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
         partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
@@ -118,10 +171,12 @@ class Plan:
 
     def summary(self) -> str:
         """A small table of text: the layers of each kind, sink, window, and what `solve` recorded."""
+        mixed, share = self.mixed_layers, len(self.retrieval_layers) / self.num_layers
         rows = [
             ("layers", str(self.num_layers)),
-            ("retrieval", f"{len(self.retrieval_layers)} ({self.retrieval_ratio:.0%}): {_ranges(self.retrieval_layers)}"),
+            ("retrieval", f"{len(self.retrieval_layers)} ({share:.0%}): {_ranges(self.retrieval_layers)}"),
             ("streaming", f"{len(self.streaming_layers)}: {_ranges(self.streaming_layers)}"),
+            *([("mixed", f"{len(mixed)}: {_ranges(mixed)}"), ("heads", f"{self.retrieval_ratio:.1%} retrieve")] if mixed else []),
             ("sink", f"{self.sink} tokens"),
             ("window", f"{self.window} tokens"),
         ]
@@ -132,19 +187,33 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     def __repr__(self) -> str:
-        pattern = "".join(kind[0].upper() for kind in self.kinds)
+        pattern = "".join(kind[0].upper() if isinstance(kind, str) else "M" for kind in self.kinds)
         counts = f"{len(self.retrieval_layers)} retrieval, {len(self.streaming_layers)} streaming"
+        counts += f", {len(self.mixed_layers)} mixed" if self.mixed_layers else ""
         return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}>"
 
 
-def _tuple_of_str(kinds) -> tuple[str, ...]:
+def _checked_kinds(kinds) -> tuple[str | tuple[str, ...], ...]:
+    """Kinds per layer, a tuple of kinds for a mixed one. Names of whole layers are checked by the core."""
     if isinstance(kinds, str) or not hasattr(kinds, "__iter__"):
         raise TypeError(f"kinds must be a list of 'retrieval' and 'streaming', one per layer, got {kinds!r}")
-    kinds = tuple(kinds)
-    for layer, kind in enumerate(kinds):
-        if not isinstance(kind, str):
-            raise TypeError(f"kinds must hold strings, got {kind!r} for layer {layer}")
-    return kinds
+    layers = tuple(_layer_kind(layer, kind) for layer, kind in enumerate(kinds))
+    sizes = {layer: len(kind) for layer, kind in enumerate(layers) if not isinstance(kind, str)}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"layers must have one number of KV heads, got {sizes} (layer: heads)")
+    return layers
+
+
+def _layer_kind(layer: int, kind) -> str | tuple[str, ...]:
+    if isinstance(kind, str):
+        return kind
+    if not isinstance(kind, list | tuple) or not all(isinstance(head, str) for head in kind):
+        raise TypeError(f"kinds must hold strings, or lists of them for the KV heads of a layer; got {kind!r} for layer {layer}")
+    if not kind:
+        raise ValueError(f"layer {layer} has no KV heads")
+    if unknown := [head for head in kind if head not in KINDS]:
+        raise ValueError(f'layer {layer} has a KV head of the kind "{unknown[0]}"; supported: {", ".join(KINDS)}')
+    return kind[0] if len(set(kind)) == 1 else tuple(kind)
 
 
 def token_count(name: str, value) -> int:
@@ -176,9 +245,9 @@ def _check_header(content) -> None:
         raise ValueError(f'it is not a JSON object with "format": "{FORMAT}"')
     version = content.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"its version is {version!r}; supported: {VERSION}")
+        raise ValueError(f"its version is {version!r}; supported: 1 to {VERSION}")
     if version > VERSION:
-        raise ValueError(f"it has version {version}, from a newer zigzag_ext; this one supports version {VERSION}")
+        raise ValueError(f"it has version {version}, from a newer zigzag_ext; this one supports versions up to {VERSION}")
     if missing := sorted(_REQUIRED - content.keys()):
         raise ValueError(f"missing fields: {', '.join(missing)}")
     if unknown := sorted(content.keys() - _KNOWN):
@@ -192,7 +261,7 @@ def _as_text(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _value_rows(kinds: tuple[str, ...], values) -> list[tuple[str, str]]:
+def _value_rows(kinds: tuple, values) -> list[tuple[str, str]]:
     """Eight layers a row, retrieval layers marked; none unless there is one number per layer."""
     if not isinstance(values, list) or len(values) != len(kinds) or not all(isinstance(value, int | float) for value in values):
         return []

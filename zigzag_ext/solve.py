@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from . import _C
 from .costs import kv_costs, ms_costs
 from .plan import Plan
+from .solve_heads import solve_heads
 
 _TICKS = 10_000  # per millisecond: costs are compared in whole steps of 0.1 us, finer than a measurement resolves
 _MOST = {"kv_bytes": 2**52, "ms": 2**52 / _TICKS}
@@ -71,7 +72,10 @@ def solve(
             or all but DuoAttention's share `sparsity` (the quantile). By default as many heads as the plan's layers hold.
         top_heads: heads that "cvar" averages per layer; default a quarter of them, rounded up.
         values: [layers], what a retrieval layer is worth to "knapsack"; default its mean score.
-        level: "layer", the only one so far.
+        level: "layer", or "head": DuoAttention's rule, every KV head for itself. Then `retrieval_ratio` is the share of heads
+            (rounded to the nearest number of heads, halves up), `kv_bytes` the largest number of heads that fits, `threshold` and
+            `sparsity` are budgets of their own; the other budgets, objectives and constraints are for layers. Heads are taken by
+            score, of equal ones the lower layer first, then the lower head.
         sink, window: tokens that streaming layers keep, see `Plan`.
 
     Under kv_bytes and ms, the best set of layers that fits is chosen. "even", "count" and "transport" can compare sets of one
@@ -95,11 +99,13 @@ def solve(
         >>> solve([[0.9, 0.8], [0.1, 0.3], [0.2, 0.7]], retrieval_ratio=1 / 3).retrieval_layers
         (0,)
     """
-    if level != "layer":
-        raise ValueError(f"level {level!r} is not supported; supported: 'layer' (whole layers retrieve or stream)")
+    if level not in ("layer", "head"):
+        raise ValueError(f"level {level!r} is not supported; supported: 'layer' (whole layers retrieve or stream), 'head'")
     matrix = _matrix(scores)
     layers, kv_heads = matrix.shape if matrix.ndim == 2 else (0, 0)
     given = {"retrieval_ratio": retrieval_ratio, "retrieval_layers": retrieval_layers, "kv_bytes": kv_bytes, "ms": ms}
+    if level == "head":
+        given |= {"threshold": threshold, "sparsity": sparsity}
     budget = _budget(given, costs)
     constraints = {
         "force_retrieval": _integers("force_retrieval", force_retrieval),
@@ -122,6 +128,12 @@ def solve(
     _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
     bytes_of = kv_costs(layers, kv_heads, **sizes, slots=sink + window)
     ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
+    if level == "head":
+        for_layers = {"objective": objective != "mean", "ms": ms, "retrieval_layers": retrieval_layers, **constraints}
+        for_layers |= {"top_heads": top_heads, "values": own["values"], "costs": costs}
+        if unknown := [name for name, value in for_layers.items() if value not in (None, [], False)]:
+            raise ValueError(f"{', '.join(unknown)} cannot be used with level='head': they are about whole layers")
+        return solve_heads(matrix, budget, bytes_of, {**sizes, "scores": _fingerprint(matrix)}, sink=sink, window=window)
     options = _options(objective, {**constraints, **own}, budget, layers, bytes_of, ticks_of)
     solution = _C.solve(matrix, options)
     provenance = {
@@ -136,11 +148,15 @@ def solve(
         "kv_bytes": _total(bytes_of, solution.kinds),
         "ms": {} if ticks_of is None else _total(ticks_of, solution.kinds) / _TICKS,
         **sizes,
-        "scores": {"shape": list(matrix.shape), "sha256": hashlib.sha256(np.ascontiguousarray(matrix)).hexdigest()},
+        "scores": _fingerprint(matrix),
         "layer_values": solution.layer_values,
     }
     recorded = {name: value for name, value in provenance.items() if value != {}}
     return Plan(solution.kinds, sink=sink, window=window, provenance=recorded)
+
+
+def _fingerprint(matrix: np.ndarray) -> dict:
+    return {"shape": list(matrix.shape), "sha256": hashlib.sha256(np.ascontiguousarray(matrix)).hexdigest()}
 
 
 def _budget(given: dict, costs) -> dict:
