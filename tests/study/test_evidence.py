@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 import evidence  # noqa: E402
 import evidence_plans  # noqa: E402
 import evidence_report  # noqa: E402
+import solver_table  # noqa: E402
 from evidence_plans import OBJECTIVES, all_plans, canonical, distinct  # noqa: E402
 
 SMALL = ["--device", "cpu", "--lengths", 420, 500, "--prompts", 10, "--ratios", 0.5, "--identify-tokens", 1600]
@@ -102,3 +103,13 @@ def test_report_pools_prompts(model, tokenizer):
     mean = (rows[0].logprob + rows[1].logprob) / 2
     half = ((rows[0].logprob_high - rows[0].logprob) ** 2 + (rows[1].logprob_high - rows[1].logprob) ** 2) ** 0.5 / 2
     assert evidence_report.logprob(rows) == f"{mean:.2f} ± {half:.2f}"
+
+
+def test_the_solver_table(tmp_path):
+    scores = np.array([[1.0, 0.0], [0.6, 0.6], [0.2, 0.3], [0.1, 0.2]])
+    zz.save_scores(scores, tmp_path / "model")
+    [*_, line] = solver_table.table([tmp_path / "model"]).splitlines()
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    kept = (1.0 + 0.6 + 0.6 + 0.3) / 3.0, (1.0 + 1.2) / 3.0  # four heads; layers 0 and 1
+    assert cells[:4] == ["model", "4 x 2", f"{kept[0]:.3f}", f"{kept[1]:.3f}"]
+    assert cells[8:] == ["2 of 4", "0 layers"]
