@@ -53,7 +53,8 @@ class GrowingBuffer:
             batch, max_slots * self._token_bytes, self.device.index if self.device.type == "cuda" else None
         )
         strides = (self._buffer.row_stride // dtype.itemsize, head_dim, num_kv_heads * head_dim, 1)
-        self.tensor = self._all_elements(dtype).as_strided(shape, strides)
+        with torch.inference_mode(False):  # a buffer outlives the mode it was made in
+            self.tensor = self._all_elements(dtype).as_strided(shape, strides)
 
     def _all_elements(self, dtype: torch.dtype) -> Tensor:
         """The reservation as a flat tensor, which keeps the buffer alive."""
@@ -84,6 +85,20 @@ class GrowingBuffer:
         read = _C.readable_slots(slots, batch, num_kv_heads) if self.device.type == "cuda" else slots
         self._commit(min(read, max_slots) * self._token_bytes)
         self.slots = slots
+
+    def with_batch(self, batch: int) -> "GrowingBuffer":
+        """Another one for another number of rows, with memory for as many slots and nothing in it yet."""
+        _, num_kv_heads, max_slots, head_dim = self.tensor.shape
+        other = GrowingBuffer(batch, num_kv_heads, max_slots, head_dim, self.tensor.dtype, self.device)
+        other.commit(self.slots)
+        return other
+
+    def __deepcopy__(self, memo: dict) -> "GrowingBuffer":
+        """Copies what is committed. References to `tensor` that are copied later become references to the copy's."""
+        other = self.with_batch(self.tensor.shape[0])
+        other.tensor[:, :, : self.slots] = self.tensor[:, :, : self.slots]
+        memo[id(self)], memo[id(self.tensor)] = other, other.tensor
+        return other
 
     def release(self) -> None:
         """Gives all memory back, after the device has done all queued work. The tensor keeps its addresses, without memory."""
