@@ -16,7 +16,7 @@ from .virtual import GrowingBuffer
 
 _GROWTH_STEP = 256  # tokens that a retrieval layer asks memory for at once; it comes in pages
 _ENDLESS = 1 << 38  # bytes of addresses per buffer where no max_len is given: more than a machine has memory for
-_MOST_TOKENS = (1 << 31) - 1 - _GROWTH_STEP  # positions are int32
+_MOST_TOKENS = 1 << 30  # positions are int32
 
 
 class ZigzagLayer(CacheLayerMixin):
