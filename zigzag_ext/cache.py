@@ -12,12 +12,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from . import ops, prefill
 from .plan import Plan, token_count
 from .rows import Rows, Steps, in_normal_mode
+from .virtual import GrowingBuffer
 
-_GROWTH_STEP = 256  # tokens; the smallest capacity of a cache that may grow
+_GROWTH_STEP = 256  # tokens that a retrieval layer asks memory for at once; it comes in pages
+_ENDLESS = 1 << 38  # bytes of addresses per buffer where no max_len is given: more than a machine has memory for
+_MOST_TOKENS = 1 << 30  # positions are int32
 
 
 class ZigzagLayer(CacheLayerMixin):
-    """The cache of one layer: keys and values [batch, num_kv_heads, slots, head_dim], allocated at first use from the keys."""
+    """The cache of one layer: keys and values [batch, num_kv_heads, slots, head_dim], allocated at first use from the keys.
+
+    Those of a retrieval layer are addresses for all tokens to come and memory for `slots` of them: slice before looking at them.
+    """
 
     is_compileable = False
     is_croppable = False
@@ -26,6 +32,11 @@ class ZigzagLayer(CacheLayerMixin):
     def __init__(self, rows: Rows, index: int, sink: int, window: int):
         super().__init__()
         self.rows, self.index, self.sink, self.window = rows, index, sink, window
+        self.growing: list[GrowingBuffer] = []  # keys and values of a retrieval layer
+
+    def __getstate__(self) -> dict:
+        """For copies: growing buffers first, as keys and values are views that only they can copy."""
+        return {"growing": self.growing, **self.__dict__}
 
     def __repr__(self) -> str:
         return f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
@@ -46,10 +57,15 @@ class ZigzagLayer(CacheLayerMixin):
         batch, num_kv_heads, _, head_dim = key_states.shape
         if self.rows.batch is None:
             self.rows.start(batch)
-        shape = (batch, num_kv_heads, self.slots, head_dim)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if self.window or not self.rows.stores:
+            shape = (batch, num_kv_heads, self.slots, head_dim)
+            self.keys, self.values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
+        else:
+            most = self.rows.max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * self.dtype.itemsize), _MOST_TOKENS)
+            self.growing = [GrowingBuffer(batch, num_kv_heads, most, head_dim, self.dtype, self.device) for _ in "kv"]
+            self.grow(self.slots)
+            self.keys, self.values = (buffer.tensor for buffer in self.growing)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -100,29 +116,41 @@ class ZigzagLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.rows.forget()
 
+    def release(self) -> None:
+        """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""
+        for buffer in self.growing:
+            buffer.release()
+
     def drop(self) -> None:
         self.keys = self.values = None
+        self.growing = []
         self.is_initialized = False
 
-    @in_normal_mode
     def grow(self, capacity: int) -> None:
-        """Moves what is held to buffers of `capacity` slots. Only a retrieval layer of a cache without `max_len` ever does."""
-        held, old = self.rows.longest, (self.keys, self.values)
-        new = [buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3]) for buffer in old]  # both, or it stays as it is
-        for target, source in zip(new, old, strict=True):
-            target[:, :, :held] = source[:, :, :held]
-        self.keys, self.values = new
+        """Memory for `capacity` slots of a retrieval layer, where its keys and values stand."""
+        for buffer in self.growing:
+            buffer.commit(capacity)
+
+    @property
+    def memory_bytes(self) -> int:
+        if self.growing:
+            return sum(buffer.memory_bytes for buffer in self.growing)
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
         held = self.slots if self.window else min(self.rows.longest, self.slots)
         index = index.to(self.keys.device)
-        for name in ("keys", "values"):
+        for i, name in enumerate(("keys", "values")):
             buffer = getattr(self, name)
             chosen = buffer[:, :, :held].index_select(0, index)
             if len(index) != buffer.shape[0]:
-                buffer = buffer.new_empty(len(index), *buffer.shape[1:])
+                if self.growing:
+                    self.growing[i] = self.growing[i].with_batch(len(index))
+                    buffer = self.growing[i].tensor
+                else:
+                    buffer = buffer.new_empty(len(index), *buffer.shape[1:])
                 setattr(self, name, buffer)
             buffer[:, :, :held] = chosen
 
@@ -133,19 +161,21 @@ class ZigzagCache(Cache):
     Args:
         config: the model's config; a retrieval or streaming layer is made for each of its `num_hidden_layers`.
         plan: `zigzag_ext.Plan`. The plan of the cache wins over the plan given to `enable`.
-        max_len: most tokens a row may hold (padding does not count), allocated once, at the first forward. None: retrieval
-            layers start at the prompt's size and double when full, which copies them; at most twice the needed bytes.
+        max_len: most tokens a row may hold (padding does not count). None: as many as there is memory for.
 
-    Rings always take sink + window tokens. Buffers are [batch, num_kv_heads, slots, head_dim] and live where the keys live.
+    Rings always take sink + window tokens. Retrieval layers reserve addresses for all tokens to come and take memory as tokens
+    come (`zigzag_ext.virtual`): they never move and are never copied, and only slots in use may be looked at. Buffers are
+    [batch, num_kv_heads, slots, head_dim] and live where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
-    pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps the
-    memory. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`, needed
-    by assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
+    pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its
+    addresses. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`,
+    needed by assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
 
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
         ValueError: layer counts differ, layers share KV caches, or `max_len` < 1.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
+        MemoryError: no memory for the tokens of a forward; what is held stays as it was.
 
     Example:
         >>> zz.enable(model, plan)
@@ -228,9 +258,8 @@ class ZigzagCache(Cache):
         return cache
 
     def memory_bytes(self) -> int:
-        """Bytes of all key and value buffers as allocated now."""
-        buffers = [b for layer in self.layers if layer.is_initialized for b in (layer.keys, layer.values)]
-        return sum(buffer.untyped_storage().nbytes() for buffer in buffers)
+        """Bytes of memory that all key and value buffers take now."""
+        return sum(layer.memory_bytes for layer in self.layers)
 
     def begin(self, batch: int, q_len: int, attention_mask: Tensor | None = None) -> None:
         """Opens a forward pass of `q_len` new columns: checks, grows the buffers, and notes the padding. Writes no token.
@@ -290,16 +319,15 @@ class ZigzagCache(Cache):
         rows = self._rows
         if not rows.stores or needed <= rows.capacity or all(layer.window for layer in self.layers):
             return
-        if rows.max_len is not None:
+        if rows.max_len is not None and needed > rows.max_len:
             raise RuntimeError(
                 f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); "
                 "nothing was written. Make the ZigzagCache with a larger max_len"
             )
-        capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
-        rows.steps.clear()
+        capacity = -(-needed // _GROWTH_STEP) * _GROWTH_STEP
+        capacity = capacity if rows.max_len is None else min(capacity, rows.max_len)
         for layer in self.layers:
-            if layer.is_initialized and not layer.window and layer.keys.shape[2] < capacity:
-                layer.grow(capacity)
+            layer.grow(capacity)
         rows.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
     def end(self, failed: bool = False) -> None:
@@ -313,7 +341,9 @@ class ZigzagCache(Cache):
             rows.advance(q_len)
 
     def reset(self) -> None:
-        """Empties the cache and keeps its memory."""
+        """Empties the cache, gives the memory of retrieval layers back and keeps all addresses."""
+        for layer in self.layers:
+            layer.release()
         self._rows.forget()
 
     def _select_rows(self, index: Tensor) -> None:

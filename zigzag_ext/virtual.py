@@ -12,11 +12,12 @@ from . import _C
 
 
 class GrowingBuffer:
-    """Keys or values of one layer: `tensor` [batch, num_kv_heads, max_slots, head_dim] at fixed addresses.
+    """Keys or values of one layer: `tensor` [batch, num_kv_heads, slots, head_dim] at fixed addresses.
 
-    In memory the order is [batch, max_slots, num_kv_heads, head_dim], so that the slots in use are one region per row of the
-    batch, and a row costs at most one page more than its tokens. In the order of `tensor` every head would be a region of its
-    own: with 8 KV heads, 16 layers and 2 MiB pages at least 512 MiB for keys and values, instead of 64.
+    It has `max_slots` slots, rounded up to whole pages. In memory the order is [batch, slots, num_kv_heads, head_dim], so that
+    the slots in use are one region per row of the batch, and a row costs at most one page more than its tokens. In the order of
+    `tensor` every head would be a region of its own: with 8 KV heads, 16 layers and 2 MiB pages at least 512 MiB for keys and
+    values, instead of 64.
 
     Only the slots passed to `commit` have memory. Reading or writing others is a crash of the process (CPU) or of the CUDA
     context, also by printing, copying or comparing the whole `tensor`: slice it to the committed slots first.
@@ -47,13 +48,15 @@ class GrowingBuffer:
             raise ValueError(f"a growing buffer lives on cpu or cuda, got {self.device}")
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.slots = 0  # committed so far
+        self.slots, self.max_slots = 0, max_slots  # committed so far and at most
         self._token_bytes = num_kv_heads * head_dim * dtype.itemsize
         self._buffer = _C.VirtualBuffer(
-            batch, max_slots * self._token_bytes, self.device.index if self.device.type == "cuda" else None
+            batch, max_slots * self._token_bytes, self.device.index if self.device.type == "cuda" else None, self._token_bytes
         )
+        shape = (batch, num_kv_heads, self._buffer.row_stride // self._token_bytes, head_dim)
         strides = (self._buffer.row_stride // dtype.itemsize, head_dim, num_kv_heads * head_dim, 1)
-        self.tensor = self._all_elements(dtype).as_strided(shape, strides)
+        with torch.inference_mode(False):  # a buffer outlives the mode it was made in
+            self.tensor = self._all_elements(dtype).as_strided(shape, strides)
 
     def _all_elements(self, dtype: torch.dtype) -> Tensor:
         """The reservation as a flat tensor, which keeps the buffer alive."""
@@ -76,14 +79,28 @@ class GrowingBuffer:
 
         Enough for attention on rows that hold `slots` tokens after the call. A ring is read whole, so commit it whole.
         """
-        batch, num_kv_heads, max_slots, _ = self.tensor.shape
-        if not 0 <= slots <= max_slots:
-            raise ValueError(f"commit takes 0 to {max_slots} slots, got {slots}")
+        batch, num_kv_heads, reserved, _ = self.tensor.shape
+        if not 0 <= slots <= self.max_slots:
+            raise ValueError(f"commit takes 0 to {self.max_slots} slots, got {slots}")
         if slots <= self.slots:
             return
         read = _C.readable_slots(slots, batch, num_kv_heads) if self.device.type == "cuda" else slots
-        self._commit(min(read, max_slots) * self._token_bytes)
+        self._commit(min(read, reserved) * self._token_bytes)
         self.slots = slots
+
+    def with_batch(self, batch: int) -> "GrowingBuffer":
+        """Another one for another number of rows, with memory for as many slots and nothing in it yet."""
+        _, num_kv_heads, _, head_dim = self.tensor.shape
+        other = GrowingBuffer(batch, num_kv_heads, self.max_slots, head_dim, self.tensor.dtype, self.device)
+        other.commit(self.slots)
+        return other
+
+    def __deepcopy__(self, memo: dict) -> "GrowingBuffer":
+        """Copies what is committed. References to `tensor` that are copied later become references to the copy's."""
+        other = self.with_batch(self.tensor.shape[0])
+        other.tensor[:, :, : self.slots] = self.tensor[:, :, : self.slots]
+        memo[id(self)], memo[id(self.tensor)] = other, other.tensor
+        return other
 
     def release(self) -> None:
         """Gives all memory back, after the device has done all queued work. The tensor keeps its addresses, without memory."""

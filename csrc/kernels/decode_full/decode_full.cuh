@@ -1,8 +1,9 @@
 // Split-KV decode over a full cache in one launch. Two ways to spread a (batch, KV head, row block) -- a row group --
 // over blocks:
 //
-//   cluster   8 or 16 blocks per row group, merged through distributed shared memory: fastest where they fill
-//             nearly half of the GPU and need no second wave
+//   cluster   2 to 16 blocks per row group, merged through distributed shared memory: fastest where they fill nearly
+//             half of the GPU and need no second wave. For one row only: each row of a batch would get the same number
+//             of blocks, however different their lengths
 //   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
 //             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks
 //             share is merged by the block that comes last, in block order
@@ -226,16 +227,15 @@ void launch_shape(const AttentionParams& a, void* stream) {
   const bool modern = device.arch >= 90 && !options.force_plain;
   const auto kernel = a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>;
 
-  // Blocks on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.
+  // Blocks on at least nearly half of the SMs saturate the memory; a second wave of clusters would not. 16 comes last,
+  // for few row groups: few places of a GPU take such a cluster.
   device::LaunchConfig config = {};
   config.dependent_launch = modern && options.dependent_launch;
-  const int asked = options.cluster > 0 ? 1 << device::floor_log2(std::min(options.cluster, kMaxCluster)) : 0;
-  for (int cluster = asked > 0 ? asked : 8; modern && cluster > 1 && cluster <= kMaxCluster; cluster *= 2) {
-    if (groups * cluster * 9 / 4 >= device.sm_count && groups * cluster <= device.sm_count) {
-      configure<Split>(p, config, cluster);
-      if (groups <= device::max_active_clusters(kernel, config)) return device::launch(kernel, config, p, stream);
-    }
-    if (asked > 0) break;
+  for (const int cluster : {8, 4, 2, 16}) {
+    if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1)) continue;
+    if (groups * cluster * 9 / 4 < device.sm_count || groups * cluster > device.sm_count) continue;
+    configure<Split>(p, config, cluster);
+    if (groups <= device::max_active_clusters(kernel, config)) return device::launch(kernel, config, p, stream);
   }
   configure<Split>(p, config, 1);
   device::launch(decode_full_kernel<Split>, config, p, stream);
