@@ -1,8 +1,9 @@
 """ZigzagCache: full buffers for retrieval layers, rings for streaming layers, one set of per-row lengths for all of them.
 
 `update` copies nothing: it hands the new keys and values on, and the attention function that `zigzag_ext.enable` installs
-attends and appends in one launch per layer through `ZigzagLayer.attend`. A forward pass is bracketed by `begin`, which makes
-every check on the host before anything is written, and `end`, which advances the lengths by one in-place device add.
+attends and appends in one launch per layer through `ZigzagLayer.attend` (two where the heads of a layer differ in kind). A forward
+pass is bracketed by `begin`, which makes every check on the host before anything is written, and `end`, which advances the
+lengths by one in-place device add.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops, prefill
+from .mixed import MixedLayer
 from .plan import Plan, token_count
 from .rows import Rows, Steps, in_normal_mode
 from .virtual import GrowingBuffer
@@ -23,15 +25,17 @@ class ZigzagLayer(CacheLayerMixin):
     """The cache of one layer: keys and values [batch, num_kv_heads, slots, head_dim], allocated at first use from the keys.
 
     Those of a retrieval layer are addresses for all tokens to come and memory for `slots` of them: slice before looking at them.
+    As a part of a `MixedLayer` it holds the KV heads `heads` only.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False  # mask sizes are the same for every layer: masks are never built
 
-    def __init__(self, rows: Rows, index: int, sink: int, window: int):
+    def __init__(self, rows: Rows, index: int, sink: int, window: int, heads: tuple[int, ...] | None = None):
         super().__init__()
         self.rows, self.index, self.sink, self.window = rows, index, sink, window
+        self.heads, self.head_numbers = heads, None  # the latter on the device
         self.growing: list[GrowingBuffer] = []  # keys and values of a retrieval layer
 
     def __getstate__(self) -> dict:
@@ -40,6 +44,11 @@ class ZigzagLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
+
+    @property
+    def parts(self) -> "list[ZigzagLayer]":
+        """Itself: what it is to code that also serves a `MixedLayer`."""
+        return [self]
 
     @property
     def slots(self) -> int:
@@ -55,6 +64,9 @@ class ZigzagLayer(CacheLayerMixin):
                 f"layer {self.index}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} must have one shape"
             )
         batch, num_kv_heads, _, head_dim = key_states.shape
+        if self.heads is not None:
+            num_kv_heads = len(self.heads)
+            self.head_numbers = torch.tensor(self.heads, dtype=torch.int32, device=key_states.device)
         if self.rows.batch is None:
             self.rows.start(batch)
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -77,16 +89,24 @@ class ZigzagLayer(CacheLayerMixin):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
         rows = self.rows
-        if k.shape[0] != rows.batch or k.shape[2] != rows.q_len:
-            raise ValueError(
-                f"layer {self.index} was given keys of {k.shape[0]} rows x {k.shape[2]} tokens in a forward of "
-                f"{rows.batch} rows x {rows.q_len} tokens"
-            )
-        if self.index in rows.attended:
-            raise RuntimeError(f"layer {self.index} attended twice in one forward: shared KV caches are not supported")
+        rows.check_chunk(self.index, k)
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        tensors = (q, k, v, self.keys, self.values, rows.lengths_on(q.device))
+        tensors, options = self._arguments(q, k, v, scale)
+        if q.shape[2] == 1:
+            out, _ = ops.attention(*tensors, **options)
+        else:
+            out = prefill.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
+        rows.attended.add(self.index)
+        return out
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor, lse: Tensor) -> None:
+        """The same for `heads` only, which `q`, `k` and `v` are not the only ones of, into their place in `out` and `lse`."""
+        tensors, options = self._arguments(q, k, v, scale)
+        prefill.attend_heads(*tensors, self.head_numbers, out, lse, **options)
+
+    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[tuple, dict]:
+        rows = self.rows
         options = {
             "pad": rows.pad_on(q.device),
             "sink": self.sink,
@@ -94,12 +114,7 @@ class ZigzagLayer(CacheLayerMixin):
             "scale": scale,
             "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
         }
-        if q.shape[2] == 1:
-            out, _ = ops.attention(*tensors, **options)
-        else:
-            out = prefill.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
-        rows.attended.add(self.index)
-        return out
+        return (q, k, v, self.keys, self.values, rows.lengths_on(q.device)), options
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.rows.columns + query_length, 0
@@ -159,7 +174,7 @@ class ZigzagCache(Cache):
     """KV cache of a plan, for `model.generate(..., past_key_values=cache)` on a model prepared by `zigzag_ext.enable`.
 
     Args:
-        config: the model's config; a retrieval or streaming layer is made for each of its `num_hidden_layers`.
+        config: the model's config; a retrieval, streaming or mixed layer is made for each of its `num_hidden_layers`.
         plan: `zigzag_ext.Plan`. The plan of the cache wins over the plan given to `enable`.
         max_len: most tokens a row may hold (padding does not count). None: as many as there is memory for.
 
@@ -173,7 +188,7 @@ class ZigzagCache(Cache):
 
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
-        ValueError: layer counts differ, layers share KV caches, or `max_len` < 1.
+        ValueError: layer or KV head counts differ, layers share KV caches, or `max_len` < 1.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
         MemoryError: no memory for the tokens of a forward; what is held stays as it was.
 
@@ -205,14 +220,23 @@ class ZigzagCache(Cache):
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
         self._rows = Rows(max_len, stores)
-        windows = [(plan.sink, plan.window) if kind == "streaming" else (0, 0) for kind in plan.kinds]
-        super().__init__(layers=[ZigzagLayer(self._rows, i, *window) for i, window in enumerate(windows)])
+        plan.check_kv_heads(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        windows = {"retrieval": (0, 0), "streaming": (plan.sink, plan.window)}
+
+        def layer(index: int, kind) -> ZigzagLayer | MixedLayer:
+            if isinstance(kind, str):
+                return ZigzagLayer(self._rows, index, *windows[kind])
+            heads = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in windows}
+            parts = [ZigzagLayer(self._rows, index, *window, heads[name]) for name, window in windows.items()]
+            return MixedLayer(self._rows, index, parts)
+
+        super().__init__(layers=[layer(index, kind) for index, kind in enumerate(plan.kinds)])
 
     @property
     def seq_lens(self) -> Tensor | None:
         """[batch] int32 on the device: tokens held per row, padding not counted. None before the first forward."""
         first = self.layers[0]
-        return self._rows.lengths_on(first.keys.device) if first.is_initialized else None
+        return self._rows.lengths_on(first.device) if first.is_initialized else None
 
     @property
     def decodes(self) -> bool:
@@ -244,12 +268,12 @@ class ZigzagCache(Cache):
         self._rows.attended.update(layer.index for layer in self.layers)
 
     @property
-    def parts(self) -> tuple[Rows, list[ZigzagLayer]]:
+    def parts(self) -> tuple[Rows, list[ZigzagLayer | MixedLayer]]:
         """The buffers and what they hold, without the cache itself: `from_parts` makes another one of them."""
         return self._rows, self.layers
 
     @classmethod
-    def from_parts(cls, rows: Rows, layers: list[ZigzagLayer]) -> "ZigzagCache":
+    def from_parts(cls, rows: Rows, layers: list[ZigzagLayer | MixedLayer]) -> "ZigzagCache":
         """An empty cache on the memory of one that is gone."""
         cache = cls.__new__(cls)
         cache._rows = rows
@@ -278,42 +302,12 @@ class ZigzagCache(Cache):
             rows.start(batch)
         pad, longest = None, rows.longest + q_len
         if attention_mask is not None:
-            pad, longest = self._read_mask(attention_mask, q_len)
+            pad, longest = rows.read_mask(attention_mask, q_len)
         self._ensure_capacity(longest)
         rows.pad = {} if pad is None else {pad.device: pad}
         rows.q_len, rows.longest_after = q_len, longest
         rows.num_forwards += 1
         rows.attended.clear()
-
-    @in_normal_mode
-    def _read_mask(self, mask: Tensor, q_len: int) -> tuple[Tensor | None, int]:
-        """Padding columns of this chunk per row, or None if there are none, and the tokens of the longest row after it."""
-        rows = self._rows
-        if mask.dim() != 2 or tuple(mask.shape) != (rows.batch, rows.columns + q_len):
-            used = rows.columns and (
-                f". The cache already holds {rows.columns} tokens; pass the whole conversation, or reset() "
-                "(prefill_chunk_size needs an empty cache)"
-            )
-            raise ValueError(
-                f"attention_mask must be [batch, tokens seen + new tokens] = [{rows.batch}, {rows.columns + q_len}] of zeros "
-                f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
-            )
-        if q_len == 1:
-            rows.uniform = False  # until the next prompt's mask is read: looking at this one would wait for the device
-            return (mask[:, -1] == 0).int(), rows.longest + 1
-        mask = mask.bool()
-        padding = (~mask).sum(1)
-        held = rows.lengths_on(mask.device)
-        interior = (mask[:, :-1] & ~mask[:, 1:]).any()
-        changed = (padding.clamp(max=rows.columns) != rows.columns - held).any()
-        interior, changed, least, most = torch.stack([interior.long(), changed.long(), padding.min(), padding.max()]).tolist()
-        if interior:
-            raise ValueError("attention_mask has zeros after ones: only left padding is supported (padding_side='left')")
-        if changed:
-            raise ValueError("attention_mask masks other tokens than those the cache left out before: start from an empty cache")
-        rows.uniform = most == 0
-        pad = (padding - rows.columns).clamp(0, q_len).int() if most > rows.columns else None
-        return pad, max(0, rows.columns + q_len - least)
 
     def _ensure_capacity(self, needed: int) -> None:
         rows = self._rows

@@ -54,7 +54,7 @@ def prefill_options(backend: str | None = None, duo_attention: bool = False) -> 
         backend: of retrieval layers. "auto" measures once per device, dtype and head geometry; "zigzag" is our kernel; "cudnn",
             "flash" and "torch_cpu" are torch's; "fa3" is FlashAttention-3 (package `flash_attn_3` or `fa3-fwd`). None: the
             environment variable ZIGZAG_PREFILL_BACKEND, else "auto". Padded rows and up to `ops.MAX_DECODE_QUERIES` new tokens
-            always take our kernels.
+            always take our kernels, and so do layers with heads of both kinds.
         duo_attention: streaming layers attend a chunk of two or more tokens as DuoAttention's code does: to all of the chunk
             that came before, and to the sink and window tokens cached before the chunk. So the first chunk is full attention,
             and results depend on how a prompt is cut. INEXACT, quadratic in the chunk, off by default: only for comparison
@@ -130,6 +130,32 @@ def attend(
         out = _attend_parts(backend, q, (k_cache[:, :, :held], v_cache[:, :, :held]), (k_new, v_new), scale)
         ops.append(k_new, v_new, k_cache, v_cache, seq_lens, sink=sink, window=window)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attend_heads(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    heads: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    pad: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    scale: float | None = None,
+    workspace: Tensor | None = None,
+) -> None:
+    """`ops.attention_heads`, or under `prefill_options(duo_attention=True)` what that says. Always our kernels."""
+    tensors, options = (heads, out, lse), {"pad": pad, "scale": scale, "workspace": workspace}
+    if not (window > 0 and q.shape[2] > 1 and _options.get().whole_chunk):
+        return ops.attention_heads(q, k_new, v_new, k_cache, v_cache, seq_lens, *tensors, sink=sink, window=window, **options)
+    ops.attention_heads(q, k_new, v_new, k_cache, v_cache, seq_lens.clamp(max=k_cache.shape[2]), *tensors, **options)
+    own = (new.index_select(1, heads) for new in (k_new, v_new))
+    ops.append(*own, k_cache, v_cache, seq_lens, pad=pad, sink=sink, window=window)
 
 
 def choose(q: Tensor, k_new: Tensor, past: int) -> str:

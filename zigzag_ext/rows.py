@@ -54,6 +54,16 @@ class Rows:
         for lengths in self.seq_lens.values():
             lengths.zero_()
 
+    def check_chunk(self, index: int, k: Tensor) -> None:
+        """Raises unless layer `index` may attend new keys k [batch, num_kv_heads, q_len, head_dim] in the forward under way."""
+        if k.shape[0] != self.batch or k.shape[2] != self.q_len:
+            raise ValueError(
+                f"layer {index} was given keys of {k.shape[0]} rows x {k.shape[2]} tokens in a forward of "
+                f"{self.batch} rows x {self.q_len} tokens"
+            )
+        if index in self.attended:
+            raise RuntimeError(f"layer {index} attended twice in one forward: shared KV caches are not supported")
+
     def lengths_on(self, device: torch.device) -> Tensor:
         if device not in self.seq_lens:
             self._copy_to(device)
@@ -68,6 +78,35 @@ class Rows:
     def _copy_to(self, device: torch.device) -> None:
         known = next(iter(self.seq_lens.values()), None)
         self.seq_lens[device] = torch.zeros(self.batch, dtype=torch.int32, device=device) if known is None else known.to(device)
+
+    @in_normal_mode
+    def read_mask(self, mask: Tensor, q_len: int) -> tuple[Tensor | None, int]:
+        """Padding columns of this chunk per row, or None if there are none, and the tokens of the longest row after it."""
+        if mask.dim() != 2 or tuple(mask.shape) != (self.batch, self.columns + q_len):
+            used = self.columns and (
+                f". The cache already holds {self.columns} tokens; pass the whole conversation, or reset() "
+                "(prefill_chunk_size needs an empty cache)"
+            )
+            raise ValueError(
+                f"attention_mask must be [batch, tokens seen + new tokens] = [{self.batch}, {self.columns + q_len}] of zeros "
+                f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
+            )
+        if q_len == 1:
+            self.uniform = False  # until the next prompt's mask is read: looking at this one would wait for the device
+            return (mask[:, -1] == 0).int(), self.longest + 1
+        mask = mask.bool()
+        padding = (~mask).sum(1)
+        held = self.lengths_on(mask.device)
+        interior = (mask[:, :-1] & ~mask[:, 1:]).any()
+        changed = (padding.clamp(max=self.columns) != self.columns - held).any()
+        interior, changed, least, most = torch.stack([interior.long(), changed.long(), padding.min(), padding.max()]).tolist()
+        if interior:
+            raise ValueError("attention_mask has zeros after ones: only left padding is supported (padding_side='left')")
+        if changed:
+            raise ValueError("attention_mask masks other tokens than those the cache left out before: start from an empty cache")
+        self.uniform = most == 0
+        pad = (padding - self.columns).clamp(0, q_len).int() if most > self.columns else None
+        return pad, max(0, self.columns + q_len - least)
 
     def workspace(self, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
         key = (num_q_heads, num_kv_heads, head_dim, device)

@@ -1,7 +1,7 @@
 """What a plan means, computed without a line of zigzag_ext: stock DynamicCache, stock eager attention, dense [N x N] masks.
 
 `with dense_oracle(model, kinds, sink, window): model.generate(...)` keeps every token and masks the ones that a streaming
-layer must not see. Positions count real tokens only, so the sink of a left-padded row is its first real tokens.
+layer or head must not see. Positions count real tokens only, so the sink of a left-padded row is its first real tokens.
 """
 
 from contextlib import contextmanager
@@ -15,13 +15,16 @@ _active = {}
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     kind, sink, window = _active["kinds"][module.layer_idx], _active["sink"], _active["window"]
+    seen = attention_mask == 0  # [batch, 1, q_len, kv_len]: causal and not padding
+    kinds = [kind] * key.shape[1] if isinstance(kind, str) else kind  # of the KV heads
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    seen = attention_mask == 0  # [batch, 1, q_len, kv_len]: causal and not padding
-    if kind == "streaming":
+    streams = torch.tensor([each == "streaming" for each in kinds], device=key.device).repeat_interleave(group)
+    if "streaming" in kinds:
         position = seen[:, 0, -1].cumsum(-1) - 1  # the last query sees every real token of its row
         position_q, position_k = position[:, -query.shape[2] :, None], position[:, None, :]
-        seen = seen & ((position_k < sink) | (position_q - position_k < window))[:, None]
+        near = (position_k < sink) | (position_q - position_k < window)
+        seen = seen & (near[:, None] | ~streams[:, None, None])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, torch.finfo(query.dtype).min)
     return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None

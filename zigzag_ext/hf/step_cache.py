@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
 from ..cache import ZigzagCache, ZigzagLayer
+from ..mixed import MixedLayer
 
 
 class _Shared:
@@ -15,14 +16,25 @@ class _Shared:
         self.seq_lens, self.pad, self.columns, self.workspaces = seq_lens, pad, columns, workspaces
 
 
+class _Part:
+    """Buffers of one kind: those of a whole layer, or of some KV heads of it."""
+
+    def __init__(self, part: ZigzagLayer):
+        self.keys, self.values, self.heads = part.keys, part.values, part.head_numbers
+        self.ring = {"sink": part.sink, "window": part.window}
+        if not part.window:  # one compilation for every capacity
+            torch._dynamo.maybe_mark_dynamic(part.keys, 2)
+            torch._dynamo.maybe_mark_dynamic(part.values, 2)
+
+
 class StepLayer(CacheLayerMixin):
     """One layer of a StepCache. `update` hands the new token on; `attend` attends and appends it, like `ZigzagLayer.attend`."""
 
     is_sliding = False
 
-    def __init__(self, layer: ZigzagLayer, shared: _Shared):
+    def __init__(self, layer: ZigzagLayer | MixedLayer, shared: _Shared):
         super().__init__()
-        self.keys, self.values, self.sink, self.window = layer.keys, layer.values, layer.sink, layer.window
+        self.parts = [_Part(part) for part in layer.parts]
         self.shared = shared
         self.is_initialized = True
 
@@ -34,19 +46,15 @@ class StepLayer(CacheLayerMixin):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         shared = self.shared
-        out, _ = ops.attention(
-            q,
-            k,
-            v,
-            self.keys,
-            self.values,
-            shared.seq_lens,
-            pad=shared.pad,
-            sink=self.sink,
-            window=self.window,
-            scale=scale,
-            workspace=shared.workspaces[q.shape[1], k.shape[1], q.shape[3]],
-        )
+        workspace = shared.workspaces[q.shape[1], k.shape[1], q.shape[3]]
+        options = {"pad": shared.pad, "scale": scale, "workspace": workspace}
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            return ops.attention(q, k, v, part.keys, part.values, shared.seq_lens, **options, **part.ring)[0]
+        out, lse = ops.new_output(q)
+        for part in self.parts:
+            tensors = (part.keys, part.values, shared.seq_lens, part.heads, out, lse)
+            ops.attention_heads(q, k, v, *tensors, **options, **part.ring)
         return out
 
     def get_seq_length(self) -> Tensor:
@@ -69,10 +77,6 @@ class StepCache(Cache):
         pad = None if cache.padding is None else cache.padding.clone()
         workspaces = {key[:3]: workspace for key, workspace in rows.workspaces.items()}
         shared = _Shared(cache.seq_lens, pad, columns, workspaces)
-        for layer in cache.layers:
-            if not layer.window:  # one compilation for every capacity
-                torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
-                torch._dynamo.maybe_mark_dynamic(layer.values, 2)
         super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
 
     def refresh(self, cache: ZigzagCache) -> None:
