@@ -1,7 +1,7 @@
 """ZigzagCache: full buffers for retrieval layers, rings for streaming layers, one set of per-row lengths for all of them.
 
 `update` copies nothing: it hands the new keys and values on, and the attention function that `zigzag_ext.enable` installs
-attends and appends in one launch per layer through `ZigzagLayer.attend` (two where the heads of a layer differ in kind). A forward
+attends and appends in one launch per layer through `ZigzagLayer.attend` (two where a layer mixes heads of both kinds). A forward
 pass is bracketed by `begin`, which makes every check on the host before anything is written, and `end`, which advances the
 lengths by one in-place device add.
 """
