@@ -8,6 +8,14 @@
 
 namespace zigzag {
 
+// The format of a key or value cache. Where it is not kPlain the cache holds codes, its strides count bytes, and new
+// tokens are attended as their codes too: they are the same keys whatever the chunking.
+struct KvStore {
+  KvFormat format;
+  float* scale;          // [batch, num_kv_heads, slots]; nullptr where the format is kPlain
+  Strides scale_stride;  // in floats
+};
+
 // Attention of `q_len` new tokens per row over the cache and over themselves, then append of those tokens to the cache.
 //
 // Row b holds seq_lens[b] tokens before the call. Of its q_len chunk columns the first pad[b] are padding: they are
@@ -34,7 +42,8 @@ struct AttentionParams {
   int sink;     // first tokens that a ring keeps for ever; ignored when window == 0
   int window;   // last tokens that a ring keeps, the newest one included; 0 marks a full cache
   float scale;  // factor on q . k before the softmax
-  DType dtype;  // of q, k, v, the caches and out
+  DType dtype;  // of q, k, v, plain caches and out
+  KvStore k_store, v_store;
 };
 
 // Append of q_len tokens per row without attention; the fields mean what they mean in AttentionParams.
@@ -48,6 +57,7 @@ struct AppendParams {
   Strides k_new_stride, v_new_stride, k_cache_stride, v_cache_stride;
   int batch, num_kv_heads, q_len, head_dim, slots, sink, window;
   DType dtype;
+  KvStore k_store, v_store;
 };
 
 // Merge of two partial attention states over disjoint key sets into the state over their union.
