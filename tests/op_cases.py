@@ -6,7 +6,7 @@ import torch
 
 from zigzag_ext import ops, reference
 
-TENSORS = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")
+TENSORS = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad", "cos", "sin")
 # Added to twice the error of torch's own attention in the same dtype: relative size of one rounding of the output.
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -25,6 +25,9 @@ class Case:
     pad: tuple[int, ...] | None = None
     spare_slots: int = 3  # free slots of a full cache after the call
     strided: bool = False  # caches and q are views into larger, differently ordered memory
+    rotary_dim: int = 0  # > 0: the op applies RoPE, by random tables whose halves differ
+    table_dtype: torch.dtype | None = None  # of cos and sin; None: that of q
+    shared_table: bool = False  # one table for all rows of the batch
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     tensors: dict = field(default_factory=dict, compare=False, repr=False)
@@ -34,7 +37,7 @@ class Case:
         return self.sink + self.window if self.window else max(self.seq_lens) + self.q_len + self.spare_slots
 
     def build(self, seed: int = 0) -> dict[str, torch.Tensor | None]:
-        """q, k_new, v_new, k_cache, v_cache, seq_lens and pad by name."""
+        """q, k_new, v_new, k_cache, v_cache, seq_lens and pad by name; with RoPE also cos and sin."""
         rng = torch.Generator().manual_seed(seed)
         batch, num_q_heads = len(self.seq_lens), self.num_kv_heads * self.group
 
@@ -56,6 +59,11 @@ class Case:
             built[f"{name}_cache"] = cache
         built["seq_lens"] = torch.tensor(self.seq_lens, dtype=torch.int32, device=self.device)
         built["pad"] = None if self.pad is None else torch.tensor(self.pad, dtype=torch.int32, device=self.device)
+        if self.rotary_dim:
+            for name in ("cos", "sin"):
+                size = (1 if self.shared_table else batch, self.q_len, self.rotary_dim + 8)  # rows apart by more than they hold
+                table = torch.rand(size, generator=rng) * 2 - 1
+                built[name] = table.to(self.table_dtype or self.dtype).to(self.device)[..., : self.rotary_dim]
         return built
 
     def on(self, device: str, dtype: torch.dtype) -> "Case":
@@ -66,10 +74,19 @@ def call(op_inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return ops.attention(**op_inputs, sink=case.sink, window=case.window, scale=case.head_dim**-0.5)
 
 
+def after_rope(inputs: dict) -> dict:
+    """The inputs of the call without cos and sin that means the same."""
+    if inputs.get("cos") is None:
+        return inputs
+    turned = {n: reference.rotate(inputs[n], inputs["cos"], inputs["sin"]) for n in ("q", "k_new")}
+    return {n: t for n, t in inputs.items() if n not in ("cos", "sin")} | turned
+
+
 def specification(inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, lse, k_cache, v_cache of `reference.attention_` in float64 on the CPU."""
+    inputs = after_rope(inputs)  # before the step to float64: rotated queries and keys are rounded to the dtype
     wide = {n: None if t is None else t.cpu() if t.dtype == torch.int32 else t.cpu().double() for n, t in inputs.items()}
-    out, lse = reference.attention_(*(wide[n] for n in TENSORS), case.sink, case.window, case.head_dim**-0.5)
+    out, lse = reference.attention_(*(wide.get(n) for n in TENSORS), case.sink, case.window, case.head_dim**-0.5)
     return out, lse, wide["k_cache"], wide["v_cache"]
 
 
@@ -77,7 +94,7 @@ def torch_error(inputs: dict, case: Case, expected: torch.Tensor) -> float:
     """Relative error of torch's masked attention in the case's dtype, the yardstick for ours."""
     import torch.nn.functional as F
 
-    worst = 0.0
+    worst, inputs = 0.0, after_rope(inputs)
     for b, length in enumerate(case.seq_lens):
         first = case.pad[b] if case.pad else 0
         if first == case.q_len:
@@ -113,4 +130,17 @@ def check(case: Case, seed: int = 0) -> None:
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
     torch.testing.assert_close(lse[~padding].double(), expected_lse[~padding].double(), atol=2e-3, rtol=1e-4)
     for name, expected in (("k_cache", expected_k), ("v_cache", expected_v)):
-        torch.testing.assert_close(inputs[name].cpu().double(), expected, rtol=0, atol=0, equal_nan=True, msg=f"{name} differs")
+        cached = inputs[name].cpu().double()
+        if name == "k_cache" and case.rotary_dim:
+            check_rotated(cached, expected, case.dtype)
+        else:
+            torch.testing.assert_close(cached, expected, rtol=0, atol=0, equal_nan=True, msg=f"{name} differs")
+
+
+def check_rotated(cached: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Keys rotated in float32 may differ from those rotated in float64 where a tie is near: by one rounding, and rarely."""
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(cached, expected, rtol=eps, atol=2e-6, equal_nan=True, msg="rotated keys differ")
+    if dtype != torch.float32:
+        written = ~expected.isnan()
+        assert (cached[written] != expected[written]).double().mean() < 2e-3

@@ -13,8 +13,8 @@ def arguments(case):
     workspace = ops.new_workspace(
         len(case.seq_lens), case.group * case.num_kv_heads, case.num_kv_heads, case.head_dim, case.device
     )
-    names = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")
-    return (*(inputs[n] for n in names), workspace, case.sink, case.window, 0.125)
+    names = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad", "cos", "sin")
+    return (*(inputs.get(n) for n in names), workspace, case.sink, case.window, 0.125)
 
 
 def clean(case):
@@ -26,6 +26,12 @@ def clean(case):
 @pytest.mark.parametrize("q_len", [1, 30])
 def test_opcheck_attention(device, dtype, q_len, window):
     torch.library.opcheck(torch.ops.zigzag.attention_, clean(Case((5, 20), q_len, sink=2, window=window).on(device, dtype)))
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_opcheck_attention_with_rope(device, dtype, window):
+    case = Case((5, 20), 2, sink=2, window=window, rotary_dim=32, table_dtype=torch.float32)
+    torch.library.opcheck(torch.ops.zigzag.attention_, clean(case.on(device, dtype)))
 
 
 @pytest.mark.parametrize("window", [0, 8])

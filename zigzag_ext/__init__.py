@@ -12,6 +12,7 @@ from . import exchange, ops, reference
 from ._C import build_info
 from .modules import ZigzagAttention
 from .plan import Plan
+from .prefill import prefill_options
 from .scores.io import load_scores, save_scores
 from .solve import objectives, solve
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_scores",
     "objectives",
     "ops",
+    "prefill_options",
     "reference",
     "save_scores",
     "solve",

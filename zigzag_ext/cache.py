@@ -5,82 +5,15 @@ attends and appends in one launch per layer through `ZigzagLayer.attend`. A forw
 every check on the host before anything is written, and `end`, which advances the lengths by one in-place device add.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from . import ops
+from . import ops, prefill
 from .plan import Plan, token_count
+from .rows import Rows, Steps, in_normal_mode
 
 _GROWTH_STEP = 256  # tokens; the smallest capacity of a cache that may grow
-
-
-def _in_normal_mode(function):
-    """Tensors made under `torch.inference_mode` cannot be written outside it; a cache outlives the mode it was made in."""
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return wrapper
-
-
-class _Rows:
-    """What all layers share: how many tokens each row holds, on the device, with a host mirror that never waits for it."""
-
-    def __init__(self, max_len: int | None, stores: bool):
-        self.max_len, self.stores = max_len, stores
-        self.capacity = max_len or 0  # slots of a retrieval layer
-        self.attended: set[int] = set()  # layers that the forward pass under way has written
-        self.start(None)
-
-    def start(self, batch: int | None) -> None:
-        self.batch = batch
-        self.seq_lens: dict[torch.device, Tensor] = {}  # [batch] int32; one copy per device that holds layers
-        self.pad: dict[torch.device, Tensor] = {}  # [batch] int32, of this chunk; empty without padding
-        self.workspaces: dict[tuple, Tensor] = {}
-        self.forget()
-
-    def forget(self) -> None:
-        self.columns = 0  # tokens seen per row, padding included
-        self.longest = self.longest_after = 0  # tokens held by the longest row, an upper bound: now, after this forward
-        self.q_len = 0  # columns of the forward pass under way, 0 outside one
-        self.broken = False
-        for lengths in self.seq_lens.values():
-            lengths.zero_()
-
-    def lengths_on(self, device: torch.device) -> Tensor:
-        if device not in self.seq_lens:
-            self._copy_to(device)
-        return self.seq_lens[device]
-
-    def pad_on(self, device: torch.device) -> Tensor | None:
-        if self.pad and device not in self.pad:
-            self.pad[device] = next(iter(self.pad.values())).to(device)
-        return self.pad.get(device)
-
-    @_in_normal_mode
-    def _copy_to(self, device: torch.device) -> None:
-        known = next(iter(self.seq_lens.values()), None)
-        self.seq_lens[device] = torch.zeros(self.batch, dtype=torch.int32, device=device) if known is None else known.to(device)
-
-    def workspace(self, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
-        key = (num_q_heads, num_kv_heads, head_dim, device)
-        if key not in self.workspaces:
-            with torch.inference_mode(False):
-                self.workspaces[key] = ops.new_workspace(self.batch, num_q_heads, num_kv_heads, head_dim, device)
-        return self.workspaces[key]
-
-    def advance(self, q_len: int) -> None:
-        for device, lengths in self.seq_lens.items():
-            lengths.add_(q_len)
-            if self.pad:
-                lengths.sub_(self.pad_on(device))
-        self.columns += q_len
-        self.longest = self.longest_after
 
 
 class ZigzagLayer(CacheLayerMixin):
@@ -90,7 +23,7 @@ class ZigzagLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False  # mask sizes are the same for every layer: masks are never built
 
-    def __init__(self, rows: _Rows, index: int, sink: int, window: int):
+    def __init__(self, rows: Rows, index: int, sink: int, window: int):
         super().__init__()
         self.rows, self.index, self.sink, self.window = rows, index, sink, window
 
@@ -103,7 +36,7 @@ class ZigzagLayer(CacheLayerMixin):
             return 0
         return self.sink + self.window if self.window else self.rows.capacity
 
-    @_in_normal_mode
+    @in_normal_mode
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Device, dtype and the local number of heads come from the keys, so it works under device_map and tensor parallelism."""
         if key_states.shape != value_states.shape:
@@ -137,19 +70,18 @@ class ZigzagLayer(CacheLayerMixin):
             raise RuntimeError(f"layer {self.index} attended twice in one forward: shared KV caches are not supported")
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        out, _ = ops.attention(
-            q,
-            k,
-            v,
-            self.keys,
-            self.values,
-            rows.lengths_on(q.device),
-            pad=rows.pad_on(q.device),
-            sink=self.sink,
-            window=self.window,
-            scale=scale,
-            workspace=rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
-        )
+        tensors = (q, k, v, self.keys, self.values, rows.lengths_on(q.device))
+        options = {
+            "pad": rows.pad_on(q.device),
+            "sink": self.sink,
+            "window": self.window,
+            "scale": scale,
+            "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
+        }
+        if q.shape[2] == 1:
+            out, _ = ops.attention(*tensors, **options)
+        else:
+            out = prefill.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
         rows.attended.add(self.index)
         return out
 
@@ -172,7 +104,7 @@ class ZigzagLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
 
-    @_in_normal_mode
+    @in_normal_mode
     def grow(self, capacity: int) -> None:
         """Moves what is held to buffers of `capacity` slots. Only a retrieval layer of a cache without `max_len` ever does."""
         held, old = self.rows.longest, (self.keys, self.values)
@@ -181,7 +113,7 @@ class ZigzagLayer(CacheLayerMixin):
             target[:, :, :held] = source[:, :, :held]
         self.keys, self.values = new
 
-    @_in_normal_mode
+    @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
         held = self.slots if self.window else min(self.rows.longest, self.slots)
@@ -242,7 +174,7 @@ class ZigzagCache(Cache):
             raise ValueError(f"the plan has {len(plan.kinds)} layers, the model has {config.num_hidden_layers}")
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
-        self._rows = _Rows(max_len, stores)
+        self._rows = Rows(max_len, stores)
         windows = [(plan.sink, plan.window) if kind == "streaming" else (0, 0) for kind in plan.kinds]
         super().__init__(layers=[ZigzagLayer(self._rows, i, *window) for i, window in enumerate(windows)])
 
@@ -251,6 +183,40 @@ class ZigzagCache(Cache):
         """[batch] int32 on the device: tokens held per row, padding not counted. None before the first forward."""
         first = self.layers[0]
         return self._rows.lengths_on(first.keys.device) if first.is_initialized else None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the forward under way adds one token per row to what is held already."""
+        rows = self._rows
+        return rows.q_len == 1 and rows.columns > 0 and rows.stores
+
+    @property
+    def padding(self) -> Tensor | None:
+        """[batch] int32, of the forward under way: leading columns to skip. None without an attention mask or padding."""
+        return self._rows.pad_on(self.layers[0].device)
+
+    @property
+    def steps(self) -> Steps:
+        """Decode steps compiled on the present buffers; emptied when these are replaced."""
+        return self._rows.steps
+
+    def mark_attended(self) -> None:
+        """Notes that every layer has appended this forward's tokens: a compiled step cannot note it layer by layer."""
+        self._rows.attended.update(layer.index for layer in self.layers)
+
+    @property
+    def parts(self) -> tuple[Rows, list[ZigzagLayer]]:
+        """The buffers and what they hold, without the cache itself: `from_parts` makes another one of them."""
+        return self._rows, self.layers
+
+    @classmethod
+    def from_parts(cls, rows: Rows, layers: list[ZigzagLayer]) -> "ZigzagCache":
+        """An empty cache on the memory of one that is gone."""
+        cache = cls.__new__(cls)
+        cache._rows = rows
+        super(ZigzagCache, cache).__init__(layers=layers)
+        cache.reset()
+        return cache
 
     def memory_bytes(self) -> int:
         """Bytes of all key and value buffers as allocated now."""
@@ -280,7 +246,7 @@ class ZigzagCache(Cache):
         rows.q_len, rows.longest_after = q_len, longest
         rows.attended.clear()
 
-    @_in_normal_mode
+    @in_normal_mode
     def _read_mask(self, mask: Tensor, q_len: int) -> tuple[Tensor | None, int]:
         """Padding columns of this chunk per row, or None if there are none, and the tokens of the longest row after it."""
         rows = self._rows
@@ -294,6 +260,7 @@ class ZigzagCache(Cache):
                 f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
             )
         if q_len == 1:
+            rows.uniform = False  # until the next prompt's mask is read: looking at this one would wait for the device
             return (mask[:, -1] == 0).int(), rows.longest + 1
         mask = mask.bool()
         padding = (~mask).sum(1)
@@ -305,6 +272,7 @@ class ZigzagCache(Cache):
             raise ValueError("attention_mask has zeros after ones: only left padding is supported (padding_side='left')")
         if changed:
             raise ValueError("attention_mask masks other tokens than those the cache left out before: start from an empty cache")
+        rows.uniform = most == 0
         pad = (padding - rows.columns).clamp(0, q_len).int() if most > rows.columns else None
         return pad, max(0, rows.columns + q_len - least)
 
@@ -318,6 +286,7 @@ class ZigzagCache(Cache):
                 "nothing was written. Make the ZigzagCache with a larger max_len"
             )
         capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
+        rows.steps.clear()
         for layer in self.layers:
             if layer.is_initialized and not layer.window and layer.keys.shape[2] < capacity:
                 layer.grow(capacity)
@@ -348,17 +317,18 @@ class ZigzagCache(Cache):
             rows.seq_lens[device] = lengths.copy_(chosen) if len(index) == rows.batch else chosen
         if len(index) != rows.batch:
             rows.batch, rows.workspaces = len(index), {}
+            rows.steps.clear()
 
-    @_in_normal_mode
+    @in_normal_mode
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select_rows(beam_idx)
 
-    @_in_normal_mode
+    @in_normal_mode
     def batch_select_indices(self, indices: Tensor) -> None:
         indices = torch.as_tensor(indices)
         self._select_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices.flatten())
 
-    @_in_normal_mode
+    @in_normal_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self._rows.batch is not None:
             self._select_rows(torch.arange(self._rows.batch).repeat_interleave(repeats))

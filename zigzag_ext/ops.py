@@ -63,6 +63,8 @@ def attention(
     seq_lens: Tensor,
     *,
     pad: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     sink: int = 0,
     window: int = 0,
     scale: float | None = None,
@@ -73,14 +75,18 @@ def attention(
     """Attends `q_len` new tokens to the cache and to themselves, then appends their keys and values to the cache, in place.
 
     Args:
-        q: [batch, num_q_heads, q_len, head_dim], float16 or bfloat16 (or float32 on the CPU), after RoPE. Up to
-            `MAX_DECODE_QUERIES` query tokens take a decode kernel (one launch), more the prefill kernel.
-        k_new, v_new: [batch, num_kv_heads, q_len, head_dim], keys after RoPE. num_q_heads is 1 to 16 times num_kv_heads.
+        q: [batch, num_q_heads, q_len, head_dim], float16 or bfloat16 (or float32 on the CPU), after RoPE unless `cos` and
+            `sin` are given. Up to `MAX_DECODE_QUERIES` query tokens take a decode kernel (one launch), more the prefill kernel.
+        k_new, v_new: [batch, num_kv_heads, q_len, head_dim], keys like q. num_q_heads is 1 to 16 times num_kv_heads.
         k_cache, v_cache: [batch, num_kv_heads, slots, head_dim], any strides with head_dim contiguous; written to. Each either
             in the dtype of q or quantised: float8_e4m3fn, int8, or uint8 [batch, num_kv_heads, slots, head_dim / 2] for int4
             (see `new_cache`). Attention over a quantised cache attends the new tokens, too, as their codes.
         seq_lens: [batch] int32, tokens in each row's cache before the call. Not changed: all layers of a model share it.
         pad: [batch] int32, leading columns of this chunk to skip (left padding). Their output is 0, their lse -inf.
+        cos, sin: [batch or 1, q_len, rotary_dim], float32 or the dtype of q: tables of the positions of this chunk (what
+            transformers passes around as `position_embeddings`). The op then applies RoPE itself: x * cos +
+            rotate_half(x) * sin to the first rotary_dim dims of q and k_new, in float32, rounded once; the rotated keys are
+            attended and cached. rotary_dim is a multiple of 8, at most head_dim. Up to `MAX_DECODE_QUERIES` tokens.
         sink, window: `window=0` marks a full cache (retrieval layer). `window >= 1` marks a ring of sink + window slots
             (streaming layer): the query at position p sees [0, sink) and (p - window, p].
         scale: factor on q . k; default head_dim ** -0.5.
@@ -99,13 +105,13 @@ def attention(
     Based on FlashAttention-2 (https://arxiv.org/abs/2307.08691), Flash-Decoding and StreamingLLM
     (https://arxiv.org/abs/2309.17453); deviation from StreamingLLM: keys keep their absolute RoPE positions.
     """
-    _refuse_autograd(q, k_new, v_new)
+    refuse_autograd(q, k_new, v_new)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if workspace is None:
         workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
     return torch.ops.zigzag.attention_(
-        q, k_new, v_new, k_cache, v_cache, seq_lens, pad, workspace, sink, window, scale, k_scale, v_scale
+        q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale, k_scale, v_scale
     )
 
 
@@ -126,7 +132,7 @@ def append(
 
     O(q_len): nothing already in the cache moves. Raises RuntimeError like `attention`.
     """
-    _refuse_autograd(k_new, v_new)
+    refuse_autograd(k_new, v_new)
     torch.ops.zigzag.append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window, k_scale, v_scale)
 
 
@@ -143,17 +149,19 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     Raises:
         RuntimeError: shapes, dtypes or devices differ or are not supported.
     """
-    _refuse_autograd(out_a, out_b)
+    refuse_autograd(out_a, out_b)
     return torch.ops.zigzag.merge_states(out_a, lse_a, out_b, lse_b)
 
 
-def _refuse_autograd(*tensors: Tensor) -> None:
+def refuse_autograd(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError("zigzag_ext attention has no backward pass: call it under torch.inference_mode() or torch.no_grad()")
 
 
 @torch.library.register_fake("zigzag::attention_")
-def _attention_fake(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, workspace, sink, window, scale, k_scale=None, v_scale=None):
+def _attention_fake(
+    q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale, k_scale=None, v_scale=None
+):
     batch, num_q_heads, q_len, head_dim = q.shape
     out = q.new_empty(batch, q_len, num_q_heads, head_dim).transpose(1, 2)
     return out, q.new_empty(batch, num_q_heads, q_len, dtype=torch.float32)

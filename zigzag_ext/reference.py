@@ -33,6 +33,19 @@ def visible(key: Tensor, query: Tensor, sink: int, window: int) -> Tensor:
     return seen if window == 0 else seen & ((key < sink) | (query - key < window))
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of x [batch, heads, q_len, head_dim] by tables [batch or 1, q_len, rotary_dim], rounded once to the dtype of x.
+
+    The first rotary_dim dims become x * cos + rotate_half(x) * sin, where rotate_half swaps the halves and negates the new
+    first one (RoFormer, https://arxiv.org/abs/2104.09864, in the layout of Llama); the others pass through.
+    """
+    dim = cos.shape[-1]
+    turned, rest = x.double()[..., :dim], x[..., dim:]
+    half = torch.cat([-turned[..., dim // 2 :], turned[..., : dim // 2]], -1)
+    turned = turned * cos.double()[:, None] + half * sin.double()[:, None]
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
 MAX_CODE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0, torch.uint8: 7.0}  # uint8 holds two int4 codes
 
 
@@ -118,6 +131,8 @@ def attention_(
     v_cache: Tensor,
     seq_lens: Tensor,
     pad: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     sink: int,
     window: int,
     scale: float,
@@ -126,10 +141,12 @@ def attention_(
 ) -> tuple[Tensor, Tensor]:
     """Attention of the new tokens over the cache and themselves, then append. Computes in float64.
 
-    q [batch, num_q_heads, q_len, head_dim]; the rest as in `append_`. Returns out like q and lse [batch, num_q_heads, q_len]
-    float32 (natural logarithm); padding columns give 0 and -inf. With a quantised cache new tokens too are attended as their
-    codes, so that every chunking of a prompt attends the same keys and values.
+    q [batch, num_q_heads, q_len, head_dim]; cos, sin as in `rotate`, or None; the rest as in `append_`. Returns out like q
+    and lse [batch, num_q_heads, q_len] float32 (natural logarithm); padding columns give 0 and -inf. With a quantised cache
+    new tokens too are attended as their codes, so that every chunking of a prompt attends the same keys and values.
     """
+    if cos is not None:
+        q, k_new = rotate(q, cos, sin), rotate(k_new, cos, sin)
     batch, num_q_heads, q_len, head_dim = q.shape
     group = num_q_heads // k_new.shape[1]
     out = torch.zeros(batch, num_q_heads, q_len, head_dim, dtype=torch.float64, device=q.device)

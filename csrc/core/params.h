@@ -8,6 +8,21 @@
 
 namespace zigzag {
 
+// Tables of the rotary position embedding that attention applies to q and k_new, or nothing (dim 0, both pointers
+// null).
+//
+// Of each row the first `dim` dims are rotated: x * cos + rotate_half(x) * sin, where rotate_half(x) is -x[d + dim / 2]
+// in the first half and x[d - dim / 2] in the second. The halves of a table need not be equal. Computed in float32,
+// rounded once to the element type.
+struct Rotary {
+  const void* cos;  // [batch or 1, q_len, dim], entry [b, i] belongs to chunk column i
+  const void* sin;
+  int64_t cos_batch, cos_token, sin_batch,
+      sin_token;  // strides in elements; batch stride 0 where all rows share a table
+  int dim;        // a multiple of 8, at most head_dim
+  DType dtype;    // float32, or the element type
+};
+
 // The format of a key or value cache. Where it is not kPlain the cache holds codes, its strides count bytes, and new
 // tokens are attended as their codes too: they are the same keys whatever the chunking.
 struct KvStore {
@@ -38,11 +53,12 @@ struct AttentionParams {
   int64_t workspace_bytes;  // at least attention_workspace_bytes(...) of kernels/attention.h
   Strides q_stride, k_new_stride, v_new_stride, k_cache_stride, v_cache_stride, out_stride;
   int batch, num_q_heads, num_kv_heads, q_len, head_dim;
-  int slots;    // capacity of a full cache; sink + window of a ring; 0: nothing is cached
-  int sink;     // first tokens that a ring keeps for ever; ignored when window == 0
-  int window;   // last tokens that a ring keeps, the newest one included; 0 marks a full cache
-  float scale;  // factor on q . k before the softmax
-  DType dtype;  // of q, k, v, plain caches and out
+  int slots;      // capacity of a full cache; sink + window of a ring; 0: nothing is cached
+  int sink;       // first tokens that a ring keeps for ever; ignored when window == 0
+  int window;     // last tokens that a ring keeps, the newest one included; 0 marks a full cache
+  float scale;    // factor on q . k before the softmax
+  DType dtype;    // of q, k, v, plain caches and out
+  Rotary rotary;  // what is attended and appended are the rotated keys; q_len <= kMaxDecodeQueries only
   KvStore k_store, v_store;
 };
 

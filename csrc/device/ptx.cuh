@@ -105,6 +105,24 @@ __device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
   return r;
 }
 
+// The inverse of pack2.
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t x);
+
+template <>
+__device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t x) {
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack2<__half>(uint32_t x) {
+  float low, high;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+      : "=f"(low), "=f"(high)
+      : "r"(x));
+  return make_float2(low, high);
+}
+
 // ---- arithmetic ----
 
 __device__ __forceinline__ float exp2_approx(float x) {

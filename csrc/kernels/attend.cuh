@@ -36,6 +36,58 @@ __device__ __forceinline__ void stage_queries(const Params& p, const Segment& se
   }
 }
 
+// The segment's query rows on their way through RoPE to the warp's own buffer: kTall rows a pass, a pair of quads a
+// lane.
+template <class S>
+struct RotatedQueries {
+  static constexpr int kTall = 32 / S::kChunks;  // where kChunks does not divide 32, the last lanes idle
+  static constexpr int kPasses = (S::kRows + kTall - 1) / kTall;
+  // Passes under way together. One new token's are all, and are asked for long before they are used; else they are
+  // few, since the previous segment's state still takes up the registers.
+  static constexpr int kBatch = S::kSingle ? kPasses : 2;
+
+  uint4 pair[kBatch];
+  Turn<typename S::Element>
+      turn[S::kSingle ? 1 : kBatch];  // turn[0] is that of pair `lane` where there is one new token
+
+  __device__ __forceinline__ static int row_of(int pass) {
+    const int row = threadIdx.x % 32 / S::kChunks;
+    return row < kTall ? pass * kTall + row : S::kRows;
+  }
+
+  __device__ __forceinline__ void load(const Params& p, const Segment& segment, int first_pass) {
+    const int rows = rows_of<S>(p, segment), head = segment.keys.kv_head * p.group;
+    const int lane_pair = threadIdx.x % 32 % S::kChunks, turning = turning_pairs(p);
+    const QuadPair quads = quads_of(lane_pair, turning);
+    const char* base =
+        static_cast<const char*>(p.q) + 2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = row_of(first_pass + i);
+      if (row >= rows) continue;
+      const auto [column, group_head] = unpack_row<S>(p, segment, row);
+      pair[i] = load_pair(base + 2 * (group_head * p.q_stride.head + column * p.q_stride.token), quads);
+      if (lane_pair < turning && (!S::kSingle || i == 0)) {
+        turn[S::kSingle ? 0 : i].load(p, segment.keys.batch, column, quads);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const Params& p, const Segment& segment, int first_pass, char* buffer) const {
+    const int rows = rows_of<S>(p, segment);
+    const int lane_pair = threadIdx.x % 32 % S::kChunks, turning = turning_pairs(p);
+    const QuadPair quads = quads_of(lane_pair, turning);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = row_of(first_pass + i);
+      if (row >= rows) continue;
+      const uint4 x = lane_pair < turning ? turn[S::kSingle ? 0 : i].apply(p, pair[i]) : pair[i];
+      *quad_at<S>(buffer, row, quads.low) = make_uint2(x.x, x.y);
+      *quad_at<S>(buffer, row, quads.high) = make_uint2(x.z, x.w);
+    }
+  }
+};
+
 // B fragments of Q^T: in registers where they fit beside the accumulators, else read again for every tile.
 template <class S>
 struct Queries {
@@ -200,6 +252,7 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
   // This warp's tiles: begin + offset, then every step-th.
   const int offset = S::kSingle ? warp << p.cluster_log2 : warp, step = S::kSingle ? warps << p.cluster_log2 : warps;
 
+  const bool rotate = turning_pairs(p) > 0;
   NewToken<S> new_token;
   // One cp.async group a tile. The queries travel with the first: alone in front they would hold up the keys, behind
   // all tiles they would arrive last.
@@ -208,7 +261,9 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
     if (item < segment.end) load_tile<S>(p, segment.keys, item, ring);
     device::grid_dependency_wait();
     device::grid_dependency_launch();
-    stage_queries<S>(p, segment, query_buffer);
+    RotatedQueries<S> rotated;
+    if (!rotate) stage_queries<S>(p, segment, query_buffer);
+    if (S::kSingle && rotate) rotated.load(p, segment, 0);
     device::cp_async_commit();
     if (in_place<S>(p)) new_token.load(p, segment.keys);
     if constexpr (S::kSingle) job.settle(segment);
@@ -217,6 +272,14 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
       item += step;
       if (item < segment.end) load_tile<S>(p, segment.keys, item, ring + i * S::kStageBytes);
       device::cp_async_commit();
+    }
+    if (rotate) {  // hides behind the loads of the keys
+#pragma unroll 1
+      for (int pass = 0; pass < RotatedQueries<S>::kPasses; pass += RotatedQueries<S>::kBatch) {
+        if (!S::kSingle) rotated.load(p, segment, pass);
+        rotated.store(p, segment, pass, shared_memory + (query_buffer - base));
+      }
+      if (in_place<S>(p)) new_token.rotate(p, rotated.turn[0]);
     }
     job.loaded(segment);
   };
@@ -255,6 +318,10 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
       __syncwarp();
       if constexpr (S::kRing || S::kSingle) {
         repair_tile<S>(p, segment.keys, item, shared_memory + (stage - base), new_token);
+        __syncwarp();
+      }
+      if (!S::kSingle && rotate && masked) {
+        rotate_tile<S>(p, segment.keys, item, shared_memory + (stage - base));
         __syncwarp();
       }
       const bool first = item == segment.begin + offset;

@@ -14,6 +14,7 @@
 
 #include "core/params.h"
 #include "device/ptx.cuh"
+#include "kernels/attend_rotary.cuh"
 #include "kv/ring.h"
 
 namespace zigzag::attend {
@@ -206,29 +207,46 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
   }
 }
 
-// The one new token of a list in place, K row then V row, spread over the lanes of a warp.
+// Address of a quad in a swizzled row of shared memory.
+template <class S>
+__device__ __forceinline__ uint2* quad_at(char* rows, int row, int quad) {
+  return reinterpret_cast<uint2*>(rows + swizzled(row, quad / 2, S::kRowBytes) + quad % 2 * 8);
+}
+
+// The one new token of a list in place, K row then V row, spread over the lanes of a warp by pairs of quads: lane
+// `pair` holds K's pair of that number.
 template <class S>
 struct NewToken {
   static constexpr int kPieces = (2 * S::kChunks + 31) / 32;
   uint4 piece[kPieces];
+
+  __device__ __forceinline__ static QuadPair quads(const AttentionParams& p, int chunk) {
+    return chunk < S::kChunks ? quads_of(chunk, turning_pairs(p)) : quads_of(chunk - S::kChunks, 0);
+  }
 
   __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int chunk = threadIdx.x % 32 + 32 * i;
       if (chunk >= 2 * S::kChunks) continue;
-      const char* row = new_tokens(p, keys, chunk >= S::kChunks);
-      piece[i] = *reinterpret_cast<const uint4*>(row + chunk % S::kChunks * 16);
+      piece[i] = load_pair(new_tokens(p, keys, chunk >= S::kChunks), quads(p, chunk));
     }
   }
 
-  __device__ __forceinline__ void store(char* stage, int row) const {
+  // `turn` is that of pair `lane` at the token's position.
+  __device__ __forceinline__ void rotate(const AttentionParams& p, const Turn<typename S::Element>& turn) {
+    if (threadIdx.x % 32 < turning_pairs(p)) piece[0] = turn.apply(p, piece[0]);
+  }
+
+  __device__ __forceinline__ void store(const AttentionParams& p, char* stage, int row) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int chunk = threadIdx.x % 32 + 32 * i;
       if (chunk >= 2 * S::kChunks) continue;
-      char* target = stage + (chunk < S::kChunks ? 0 : S::kTileBytes) + swizzled(row, chunk % S::kChunks, S::kRowBytes);
-      *reinterpret_cast<uint4*>(target) = piece[i];
+      char* rows = stage + (chunk < S::kChunks ? 0 : S::kTileBytes);
+      const QuadPair to = quads(p, chunk);
+      *quad_at<S>(rows, row, to.low) = make_uint2(piece[i].x, piece[i].y);
+      *quad_at<S>(rows, row, to.high) = make_uint2(piece[i].z, piece[i].w);
     }
   }
 
@@ -239,8 +257,8 @@ struct NewToken {
       const int chunk = threadIdx.x % 32 + 32 * i;
       if (chunk >= 2 * S::kChunks) continue;
       const bool is_v = chunk >= S::kChunks;
-      const int64_t offset = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token) + chunk % S::kChunks * 8;
-      *reinterpret_cast<uint4*>(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * offset) = piece[i];
+      const int64_t offset = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token);
+      store_pair(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * offset, quads(p, chunk), piece[i]);
     }
   }
 };
@@ -262,8 +280,26 @@ __device__ __forceinline__ void repair_tile(const AttentionParams& p, const Keys
     }
   }
   if (keys.replaced >= tile && keys.replaced < tile + kTileKeys) {
-    token.store(stage, keys.replaced - tile);
+    token.store(p, stage, keys.replaced - tile);
     if (keys.replaced < p.slots) token.append(p, keys, keys.replaced);
+  }
+}
+
+// Rotates the new keys of a loaded tile, of a list that has them after the slots.
+template <class S>
+__device__ __forceinline__ void rotate_tile(const AttentionParams& p, const Keys& keys, int item, char* stage) {
+  const int tile = item * kTileKeys, turning = turning_pairs(p);
+  const int from = max(keys.stored - tile, 0), until = min(keys.stored + keys.listed - tile, kTileKeys);
+#pragma unroll 1
+  for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
+    const int row = i / S::kChunks, pair = i % S::kChunks;
+    if (pair >= turning) continue;
+    const QuadPair quads = quads_of(pair, turning);
+    Turn<typename S::Element> turn;
+    turn.load(p, keys.batch, keys.first + tile + row - keys.stored, quads);
+    uint2 *low = quad_at<S>(stage, row, quads.low), *high = quad_at<S>(stage, row, quads.high);
+    const uint4 turned = turn.apply(p, make_uint4(low->x, low->y, high->x, high->y));
+    *low = make_uint2(turned.x, turned.y), *high = make_uint2(turned.z, turned.w);
   }
 }
 
@@ -273,16 +309,22 @@ template <class S>
 __device__ __forceinline__ void append_new_tokens(const AttentionParams& p, const Keys& keys, int thread, int count) {
   const RingLayout layout = ring_layout(p);
   for (int i = thread; i < keys.fresh * 2 * S::kChunks; i += count) {
-    const int token = i / (2 * S::kChunks), chunk = i % S::kChunks;
+    const int token = i / (2 * S::kChunks), pair = i % S::kChunks;
     const bool is_v = i / S::kChunks % 2 != 0;
     const int position = keys.length + token;
     const int slot = layout.slot(position);
     if (slot >= p.slots || !layout.survives(position, keys.length + keys.fresh)) continue;
     const char* base = new_tokens(p, keys, is_v);
-    const int64_t source = (keys.first + token) * (is_v ? p.v_new_stride.token : p.k_new_stride.token) + chunk * 8;
-    const int64_t target = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token) + chunk * 8;
-    const uint4 data = *reinterpret_cast<const uint4*>(base + 2 * source);
-    *reinterpret_cast<uint4*>(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * target) = data;
+    const int column = keys.first + token, turning = is_v ? 0 : turning_pairs(p);
+    const QuadPair quads = quads_of(pair, turning);
+    uint4 data = load_pair(base + 2 * column * (is_v ? p.v_new_stride.token : p.k_new_stride.token), quads);
+    if (pair < turning) {
+      Turn<typename S::Element> turn;
+      turn.load(p, keys.batch, column, quads);
+      data = turn.apply(p, data);
+    }
+    const int64_t target = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token);
+    store_pair(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * target, quads, data);
   }
 }
 

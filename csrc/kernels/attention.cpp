@@ -36,6 +36,21 @@ void check_layout(int slots, int sink, int window) {
            slots);
 }
 
+void check_rotary(const AttentionParams& p) {
+  const Rotary& r = p.rotary;
+  ZZ_CHECK((r.cos != nullptr) == (r.sin != nullptr) && (r.cos != nullptr) == (r.dim != 0),
+           "cos and sin must be given both or neither");
+  if (r.dim == 0) return;
+  ZZ_CHECK(r.dim > 0 && r.dim % 8 == 0 && r.dim <= p.head_dim,
+           "rotary_dim (last size of cos and sin) must be a multiple "
+           "of 8, at most head_dim = ",
+           p.head_dim, "; got ", r.dim);
+  ZZ_CHECK(r.dtype == DType::kFloat32 || r.dtype == p.dtype, "cos and sin must be float32 or have the dtype of q, ",
+           name(p.dtype), "; got ", name(r.dtype));
+  ZZ_CHECK(p.q_len <= kMaxDecodeQueries, "cos and sin serve up to ", kMaxDecodeQueries, " new tokens a call, got ",
+           p.q_len, "; apply RoPE before and leave them out");
+}
+
 // Only where the host can read the lengths. On CUDA that would wait for the GPU: kernels take a negative length as 0.
 void check_lengths(const int32_t* seq_lens, int batch, int q_len) {
   for (int b = 0; b < batch; ++b) {
@@ -57,6 +72,7 @@ void check_geometry(int num_q_heads, int num_kv_heads, int head_dim) {
 void check_params(const AttentionParams& p) {
   check_geometry(p.num_q_heads, p.num_kv_heads, p.head_dim);
   check_layout(p.slots, p.sink, p.window);
+  check_rotary(p);
 }
 
 void check_params(const AppendParams& p) {

@@ -17,6 +17,7 @@
 #include "device/cpu_tile.h"
 #include "kernels/append/append_cpu.h"
 #include "kernels/kv_rows_cpu.h"
+#include "kernels/rotary_cpu.h"
 #include "kv/key_runs.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
@@ -267,8 +268,13 @@ class CpuAttention {
 
 // Attention, then append, with `block_tokens` query tokens per block of rows.
 inline void attention_blocks(const AttentionParams& p, const ParallelFor& parallel, int block_tokens) {
-  dispatch_dtype(p.dtype,
-                 [&](auto element) { CpuAttention<decltype(element)>(p, parallel, block_tokens).run(parallel); });
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (p.rotary.dim == 0) return CpuAttention<T>(p, parallel, block_tokens).run(parallel);
+    const RotatedInputs<T> rotated(p, parallel);
+    const AttentionParams after_rope = rotated.params();
+    CpuAttention<T>(after_rope, parallel, block_tokens).run(parallel);
+  });
 }
 
 }  // namespace zigzag::ZIGZAG_CPU_ISA

@@ -14,18 +14,25 @@ from transformers.cache_utils import DynamicCache
 from ..cache import ZigzagCache
 from ..plan import Plan
 from .attention import NAME, current
+from .chunking import TOKEN_ARGUMENTS, check_chunk, new_tokens, prefill_ahead
+from .compiled import CompiledDecoding
 from .families import check_family
 
 _sessions: "WeakKeyDictionary[nn.Module, _Session]" = WeakKeyDictionary()
 
 
-def enable(model: nn.Module, plan, max_len: int | None = None) -> nn.Module:
+def enable(
+    model: nn.Module, plan, max_len: int | None = None, prefill_chunk: int | str | None = None, compile: bool = False
+) -> nn.Module:
     """Makes `model` run the plan: after this `model.generate(...)` keeps full caches for retrieval layers, rings for the others.
 
     Args:
         model: a transformers decoder-only language model (`AutoModelForCausalLM`). Served exactly or refused: see Raises.
         plan: `zigzag_ext.Plan` with one kind per layer.
         max_len: tokens per row of the caches made for calls without `past_key_values`; None lets them grow.
+        prefill_chunk: most new tokens per row that go through the model at once, in forwards that ask for the logits of the last
+            tokens only, as generate() does. Peak memory beside the KV then does not depend on the prompt; the result is that of
+            one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows.
 
     Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
     `past_key_values=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. Inference only.
@@ -34,10 +41,10 @@ def enable(model: nn.Module, plan, max_len: int | None = None) -> nn.Module:
         The model, for chaining. `disable(model)` undoes it.
 
     Raises:
-        TypeError: `model` is no transformers model, `plan` no Plan, or `max_len` no integer.
-        ValueError: layer counts differ, `max_len` < 1, the dtype is not supported, or the family cannot be computed exactly
-            (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention, shared
-            KV caches, encoders, unsupported head_dim or group size).
+        TypeError: `model` is no transformers model, `plan` no Plan, or `max_len` or `prefill_chunk` no integer.
+        ValueError: layer counts differ, `max_len` or `prefill_chunk` < 1, the dtype is not supported, or the family cannot be
+            computed exactly (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention,
+            shared KV caches, encoders, unsupported head_dim or group size).
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface.
 
     Source: ZigzagAttention (https://arxiv.org/abs/2508.12407).
@@ -49,12 +56,15 @@ def enable(model: nn.Module, plan, max_len: int | None = None) -> nn.Module:
     if model in _sessions:
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
     check_family(model)
+    prefill_chunk = check_chunk(model, prefill_chunk)
     ZigzagCache(model.config, plan, max_len)
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
-    _sessions[model] = _Session(model, plan, max_len, previous)
+    _sessions[model] = _Session(model, plan, max_len, prefill_chunk, previous)
+    if compile:
+        model.forward = CompiledDecoding(model, model.forward)
     return model
 
 
@@ -65,14 +75,16 @@ def disable(model: nn.Module) -> nn.Module:
     session = _sessions.pop(model)
     for hook in session.hooks:
         hook.remove()
+    if isinstance(model.forward, CompiledDecoding):
+        model.forward = model.forward.forward
     model.set_attn_implementation(session.previous)
     return model
 
 
 @contextmanager
-def zigzag(model: nn.Module, plan, max_len: int | None = None):
+def zigzag(model: nn.Module, plan, max_len: int | None = None, prefill_chunk: int | str | None = None, compile: bool = False):
     """`with zigzag(model, plan): model.generate(...)`: `enable` at the start, `disable` at the end."""
-    enable(model, plan, max_len)
+    enable(model, plan, max_len, prefill_chunk, compile)
     try:
         yield model
     finally:
@@ -82,8 +94,8 @@ def zigzag(model: nn.Module, plan, max_len: int | None = None):
 class _Session:
     """The hooks of one enabled model."""
 
-    def __init__(self, model: nn.Module, plan, max_len: int | None, previous: str):
-        self.plan, self.max_len, self.previous = plan, max_len, previous
+    def __init__(self, model: nn.Module, plan, max_len: int | None, prefill_chunk: int | str | None, previous: str):
+        self.plan, self.max_len, self.prefill_chunk, self.previous = plan, max_len, prefill_chunk, previous
         parameters = inspect.signature(model.forward).parameters.values()
         self.parameters = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.stand_ins: WeakKeyDictionary[DynamicCache, ZigzagCache] = WeakKeyDictionary()
@@ -97,11 +109,12 @@ class _Session:
         kwargs = self.by_name(model, args, kwargs)
         if kwargs.get("output_attentions"):
             raise ValueError("zigzag attention has no attention weights to return: output_attentions must be off")
-        tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
-        if tokens is None:
+        if all(kwargs.get(name) is None for name in TOKEN_ARGUMENTS):
             raise ValueError(f"{type(model).__name__} was called without input_ids and without inputs_embeds; pass one of them")
-        cache = self.cache_for(model.config, kwargs)
-        cache.begin(*tokens.shape[:2], kwargs.get("attention_mask"))
+        cache = self.cache_for(model, kwargs)
+        if self.prefill_chunk is not None:
+            kwargs = prefill_ahead(model, cache, kwargs, self.prefill_chunk)
+        cache.begin(*new_tokens(kwargs), kwargs.get("attention_mask"))
         current.cache = cache
         return (), kwargs
 
@@ -121,9 +134,13 @@ class _Session:
             current.cache = None
             cache.end(failed=output is None)
 
-    def cache_for(self, config, kwargs: dict) -> ZigzagCache:
+    def new_cache(self, model: nn.Module) -> ZigzagCache:
+        make = model.forward.new_cache if isinstance(model.forward, CompiledDecoding) else ZigzagCache
+        return make(model.config, self.plan, self.max_len)
+
+    def cache_for(self, model: nn.Module, kwargs: dict) -> ZigzagCache:
         """The cache of this forward, also put in place of `past_key_values` unless the caller wants none."""
-        given = kwargs.get("past_key_values")
+        config, given = model.config, kwargs.get("past_key_values")
         if isinstance(given, ZigzagCache):
             if len(given.layers) != config.num_hidden_layers:
                 raise ValueError(f"the ZigzagCache has {len(given.layers)} layers, the model has {config.num_hidden_layers}")
@@ -132,7 +149,7 @@ class _Session:
             use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
             if not use_cache:
                 return ZigzagCache.without_memory(config, self.plan)
-            cache = ZigzagCache(config, self.plan, self.max_len)
+            cache = self.new_cache(model)
         elif type(given) is not DynamicCache:
             raise TypeError(f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}")
         elif given in self.stand_ins:
@@ -140,6 +157,6 @@ class _Session:
         elif given.get_seq_length():
             raise ValueError(f"the DynamicCache holds {given.get_seq_length()} tokens of another attention; pass a ZigzagCache")
         else:
-            cache = self.stand_ins[given] = ZigzagCache(config, self.plan, self.max_len)
+            cache = self.stand_ins[given] = self.new_cache(model)
         kwargs["past_key_values"] = cache
         return cache

@@ -64,6 +64,7 @@ void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, co
 
 std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
                                       const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
+                                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                                       const Tensor& workspace, int64_t sink, int64_t window, double scale,
                                       const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   ZZ_CHECK(q.dim() == 4, "q must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(q));
@@ -89,6 +90,7 @@ std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, cons
   p.window = to_int("window", window);
   p.scale = static_cast<float>(scale);
   p.dtype = to_dtype(q.scalar_type());
+  p.rotary = check_rotary(cos, sin, q);
   check_params(p);
   if (q.is_cuda()) {
     const int64_t needed = attention_workspace_bytes(p.batch, p.num_q_heads, p.num_kv_heads, p.head_dim);
@@ -162,7 +164,7 @@ STABLE_TORCH_LIBRARY(zigzag, m) {
       "int sink, int window, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()");
   m.def(
       "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
-      "Tensor? pad, "
+      "Tensor? pad, Tensor? cos, Tensor? sin, "
       "Tensor(c!) workspace, int sink, int window, float scale, Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) "
       "-> (Tensor, Tensor)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");

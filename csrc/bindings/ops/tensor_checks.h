@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "core/error.h"
@@ -25,6 +26,11 @@ inline DType to_dtype(ScalarType type) {
       throw Error(concat("dtype ", torch::headeronly::toString(type),
                          " is not supported; supported: float16, bfloat16, and float32 on the CPU"));
   }
+}
+
+inline int to_int(const char* name, int64_t value) {
+  ZZ_CHECK(value >= 0 && value <= std::numeric_limits<int>::max(), name, " must be in [0, 2^31), got ", value);
+  return static_cast<int>(value);
 }
 
 inline std::string shape_string(const Tensor& tensor) {
@@ -88,9 +94,40 @@ inline const int32_t* check_lengths(const char* name, const Tensor& tensor, int6
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
-inline int to_int(const char* name, int64_t value) {
-  ZZ_CHECK(value >= 0 && value <= std::numeric_limits<int>::max(), name, " must be in [0, 2^31), got ", value);
-  return static_cast<int>(value);
+// cos or sin: [batch or 1, q_len, rotary_dim] on the device of q; the dtype and rotary_dim are checked by check_params.
+inline void check_table(const char* name, const Tensor& table, const Tensor& q) {
+  ZZ_CHECK(table.dim() == 3 && (table.size(0) == q.size(0) || table.size(0) == 1) && table.size(1) == q.size(2), name,
+           " must be [batch or 1, q_len, rotary_dim] = [", q.size(0), " or 1, ", q.size(2), ", rotary_dim], got ",
+           shape_string(table));
+  ZZ_CHECK(table.is_cuda() == q.is_cuda() && table.get_device_index() == q.get_device_index(), name,
+           " must be on the device of q");
+  ZZ_CHECK(table.size(2) <= 1 || table.stride(2) == 1, name, " must be contiguous in rotary_dim, its stride there is ",
+           table.stride(2));
+  const int64_t bytes = static_cast<int64_t>(element_size(to_dtype(table.scalar_type())));
+  bool aligned = reinterpret_cast<uintptr_t>(table.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim < 2; ++dim) aligned &= table.size(dim) <= 1 || table.stride(dim) * bytes % 16 == 0;
+  ZZ_CHECK(!table.is_cuda() || aligned || table.numel() == 0, name,
+           " must start at a multiple of 16 bytes in every row on CUDA; call .contiguous() on it");
+}
+
+inline Rotary check_rotary(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const Tensor& q) {
+  ZZ_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given both or neither");
+  if (!cos) return {};
+  check_table("cos", *cos, q);
+  check_table("sin", *sin, q);
+  ZZ_CHECK(cos->size(2) == sin->size(2) && cos->scalar_type() == sin->scalar_type(),
+           "cos and sin must have the same rotary_dim and dtype, got ", shape_string(*cos), " and ",
+           shape_string(*sin));
+  const auto batch_stride = [](const Tensor& table) { return table.size(0) == 1 ? 0 : table.stride(0); };
+  ZZ_CHECK(cos->size(2) > 0, "rotary_dim (last size of cos and sin) must be positive");
+  return {cos->const_data_ptr(),
+          sin->const_data_ptr(),
+          batch_stride(*cos),
+          cos->stride(1),
+          batch_stride(*sin),
+          sin->stride(1),
+          to_int("rotary_dim", cos->size(2)),
+          to_dtype(cos->scalar_type())};
 }
 
 }  // namespace zigzag::bindings

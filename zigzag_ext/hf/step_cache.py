@@ -1,0 +1,81 @@
+"""What a compiled decode step sees of a ZigzagCache: tensors at fixed addresses, and nothing that changes from step to step."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .. import ops
+from ..cache import ZigzagCache, ZigzagLayer
+
+
+class _Shared:
+    """Read by all layers: tokens held and padding per row [batch] int32 (or None), columns seen (0-d int64), scratch by geometry."""
+
+    def __init__(self, seq_lens: Tensor, pad: Tensor | None, columns: Tensor, workspaces: dict[tuple, Tensor]):
+        self.seq_lens, self.pad, self.columns, self.workspaces = seq_lens, pad, columns, workspaces
+
+
+class StepLayer(CacheLayerMixin):
+    """One layer of a StepCache. `update` hands the new token on; `attend` attends and appends it, like `ZigzagLayer.attend`."""
+
+    is_sliding = False
+
+    def __init__(self, layer: ZigzagLayer, shared: _Shared):
+        super().__init__()
+        self.keys, self.values, self.sink, self.window = layer.keys, layer.values, layer.sink, layer.window
+        self.shared = shared
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise RuntimeError("a decode step runs on a cache that holds a prompt, this one is empty")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        shared = self.shared
+        out, _ = ops.attention(
+            q,
+            k,
+            v,
+            self.keys,
+            self.values,
+            shared.seq_lens,
+            pad=shared.pad,
+            sink=self.sink,
+            window=self.window,
+            scale=scale,
+            workspace=shared.workspaces[q.shape[1], k.shape[1], q.shape[3]],
+        )
+        return out
+
+    def get_seq_length(self) -> Tensor:
+        """A tensor: right in arithmetic on the device, and the compiler's error where a model wants it on the host."""
+        return self.shared.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Tensor, int]:
+        return self.shared.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class StepCache(Cache):
+    """The buffers of `cache`, after its first forward, and inputs of its own (`pad`, columns) that `refresh` sets."""
+
+    def __init__(self, cache: ZigzagCache, pad: Tensor | None):
+        rows, device = cache.layers[0].rows, cache.layers[0].device
+        workspaces = {key[:3]: workspace for key, workspace in rows.workspaces.items()}
+        columns = torch.zeros((), dtype=torch.int64, device=device)
+        pad = None if pad is None else pad.clone()
+        self.shared = _Shared(cache.seq_lens, pad, columns, workspaces)
+        for layer in cache.layers:
+            if not layer.window:  # one graph for every capacity
+                torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
+                torch._dynamo.maybe_mark_dynamic(layer.values, 2)
+        super().__init__(layers=[StepLayer(layer, self.shared) for layer in cache.layers])
+
+    def refresh(self, columns: int, pad: Tensor | None) -> None:
+        self.shared.columns.fill_(columns)
+        if pad is not None:
+            self.shared.pad.copy_(pad)

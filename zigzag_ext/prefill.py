@@ -1,0 +1,182 @@
+"""Attention of a prompt chunk: our kernel or the best backend of torch, chosen by shape and by measurement.
+
+A streaming layer always runs our kernel, which is linear in the chunk. A retrieval layer whose rows all hold the same known
+number of tokens may run a backend: one call where the backend aligns its causal mask with the last key (flash, fa3), otherwise
+the past (dense) and the chunk (causal) separately, merged by their log-sum-exp. No mask is built and no key or value is
+repeated for grouped heads. Everything else runs our kernel: padded or ragged rows, graph capture, up to
+`ops.MAX_DECODE_QUERIES` new tokens, and the CPU unless a backend is asked for.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .prefill_backends import BACKENDS, ranking, serves
+
+ENVIRONMENT = "ZIGZAG_PREFILL_BACKEND"
+CHOICES = ("auto", "zigzag", *BACKENDS)
+
+# Below this many new tokens our kernel has too few blocks to read a long cache at full speed (it does not split the keys:
+# 64 tokens x 32/8 heads are 16 blocks, an H100 has 132 multiprocessors); flash splits them. Above, the measurement decides.
+SHORT_CHUNK = 1024
+LONG_CACHE = 4096  # keys; a short chunk on a shorter cache takes our kernel, whose single launch costs less than two
+# cuDNN builds a plan per new shape, 40 to 70 ms on the host (https://github.com/flashinfer-ai/flashinfer/pull/5245,
+# https://github.com/pytorch/pytorch/pull/191576), shared by the layers of a forward. Each layer must gain its share of that.
+PLAN_FLOPS = 2e12  # about 3 ms on an H100
+PLAN_KEYS = 65536  # the past goes to such a backend in blocks: its shapes repeat from chunk to chunk, a merge costs below 1 %
+
+
+@dataclass(frozen=True)
+class _Options:
+    backend: str | None = None
+    whole_chunk: bool = False
+
+
+_DEFAULTS = _Options()
+_options: ContextVar[_Options] = ContextVar("zigzag_prefill_options", default=_DEFAULTS)
+
+
+@contextmanager
+def prefill_options(backend: str | None = None, duo_attention: bool = False) -> Iterator[None]:
+    """`with zz.prefill_options(...): model.generate(...)` changes how prompt chunks are computed, in this thread.
+
+    Args:
+        backend: of retrieval layers. "auto" measures once per device, dtype and head geometry; "zigzag" is our kernel; "cudnn",
+            "flash" and "torch_cpu" are torch's; "fa3" is FlashAttention-3 (package `flash_attn_3` or `fa3-fwd`). None: the
+            environment variable ZIGZAG_PREFILL_BACKEND, else "auto". Padded rows and up to `ops.MAX_DECODE_QUERIES` new tokens
+            always take our kernels.
+        duo_attention: streaming layers attend a chunk of two or more tokens as DuoAttention's code does: to all of the chunk
+            that came before, and to the sink and window tokens cached before the chunk. So the first chunk is full attention,
+            and results depend on how a prompt is cut. INEXACT, quadratic in the chunk, off by default: only for comparison
+            with published accuracy. Decode steps keep this package's rule, whose window counts the new token.
+
+    Raises:
+        ValueError: unknown backend; or, in the forward, one that cannot serve the device, dtype or head_dim, by name.
+        ImportError: in the forward, fa3 is not installed.
+
+    Source of `duo_attention`: https://github.com/mit-han-lab/duo-attention (arXiv 2410.10819).
+    """
+    if backend is not None:
+        _known(backend, "backend")
+    token = _options.set(_Options(backend, bool(duo_attention)))
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+def attend(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    past: int | None,
+    pad: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    scale: float | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """`ops.attention` without its lse, through the chosen backend. Attends, then appends, in place.
+
+    Args:
+        past: tokens that every row holds before the call, if the host knows that they are equally many; None if it does not.
+        others: as in `ops.attention`.
+
+    Returns:
+        out [batch, num_q_heads, q_len, head_dim] in the dtype of q, memory order tokens before heads.
+
+    Raises:
+        What `ops.attention` and `prefill_options` raise. ValueError: a full cache has fewer than past + q_len slots.
+    """
+    q_len, slots = q.shape[2], k_cache.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    whole_chunk = window > 0 and q_len > 1 and _options.get().whole_chunk
+    held = None if past is None else min(past, slots)
+    name = "zigzag"
+    if (whole_chunk or not window) and held is not None and pad is None and _is_regular(q, k_new, v_new):
+        if not window and slots and past + q_len > slots:
+            raise ValueError(f"a full cache of {slots} slots cannot take {q_len} tokens after {past}; nothing was written")
+        name = choose(q, k_new, held)
+    if name == "zigzag":
+        arguments = {"pad": pad, "scale": scale, "workspace": workspace}
+        if not whole_chunk:
+            return ops.attention(q, k_new, v_new, k_cache, v_cache, seq_lens, sink=sink, window=window, **arguments)[0]
+        # A ring is a full cache in another order. What this call appends to free slots is where the ring wants it.
+        out, _ = ops.attention(q, k_new, v_new, k_cache, v_cache, seq_lens.clamp(max=slots), **arguments)
+        ops.append(k_new, v_new, k_cache, v_cache, seq_lens, pad=pad, sink=sink, window=window)
+        return out
+    ops.refuse_autograd(q, k_new, v_new)
+    backend = BACKENDS[name]
+    if not window and held and backend.bottom_right:
+        ops.append(k_new, v_new, k_cache, v_cache, seq_lens)
+        keys, values = k_cache[:, :, : held + q_len], v_cache[:, :, : held + q_len]
+        out = backend.call(q, keys, values, True, scale)[0]
+    else:
+        out = _attend_parts(backend, q, (k_cache[:, :, :held], v_cache[:, :, :held]), (k_new, v_new), scale)
+        ops.append(k_new, v_new, k_cache, v_cache, seq_lens, sink=sink, window=window)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def choose(q: Tensor, k_new: Tensor, past: int) -> str:
+    """Name of the implementation that computes q [batch, num_q_heads, q_len, head_dim] over `past` keys and the chunk."""
+    wanted = _options.get().backend or os.environ.get(ENVIRONMENT) or "auto"
+    _known(wanted, ENVIRONMENT)
+    batch, num_q_heads, q_len, head_dim = q.shape
+    if q_len <= ops.MAX_DECODE_QUERIES or wanted == "zigzag" or _is_captured(q):
+        return "zigzag"
+    if wanted != "auto":
+        BACKENDS[wanted].require(q, wanted)
+        return wanted
+    if not q.is_cuda:
+        return "zigzag"
+    if q_len < SHORT_CHUNK:
+        return "flash" if past + q_len >= LONG_CACHE and serves("flash", q.device, q.dtype, head_dim) else "zigzag"
+    flops = 4 * batch * num_q_heads * q_len * (past + q_len / 2) * head_dim
+    names = ranking(q.device, q.dtype, num_q_heads, k_new.shape[1], head_dim)
+    return next(name for name in names if name == "zigzag" or flops >= PLAN_FLOPS or not BACKENDS[name].plans)
+
+
+def _attend_parts(backend, q: Tensor, past: tuple[Tensor, Tensor], chunk: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Attention over the past (dense) and the chunk (causal), each [batch, num_kv_heads, tokens, head_dim], merged."""
+    out, lse = _in_token_order(backend.call(q, *chunk, True, scale))
+    held = past[0].shape[2]
+    block = PLAN_KEYS if backend.plans else max(held, 1)
+    for start in range(0, held, block):
+        keys, values = (t[:, :, start : start + block] for t in past)
+        out, lse = ops.merge_states(out, lse, *_in_token_order(backend.call(q, keys, values, False, scale)))
+    return out.transpose(1, 2)
+
+
+def _in_token_order(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """out [batch, q_len, num_q_heads, head_dim] and its lse: contiguous where the backend wrote tokens before heads."""
+    return tuple(t.transpose(1, 2) for t in state)
+
+
+def _is_regular(q: Tensor, k_new: Tensor, v_new: Tensor) -> bool:
+    """Whether backends can read the tensors as they are. What is wrong rather than unusual is named by our op's checks."""
+    batch, num_q_heads, q_len, head_dim = q.shape
+    like = k_new.shape == v_new.shape == (batch, k_new.shape[1], q_len, head_dim) and q.dtype == k_new.dtype == v_new.dtype
+    group, rest = divmod(num_q_heads, k_new.shape[1])
+    if not like or rest or group > ops.MAX_GROUP_SIZE or head_dim not in ops.HEAD_DIMS or not q.numel():
+        return False
+    return all(t.stride(3) == 1 and not any(s % 8 for s in t.stride()[:3]) and t.data_ptr() % 16 == 0 for t in (q, k_new, v_new))
+
+
+def _is_captured(q: Tensor) -> bool:
+    """A graph must serve every length, so nothing may depend on what the host knows now."""
+    return torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _known(name: str, origin: str) -> None:
+    if name not in CHOICES:
+        raise ValueError(f"unknown prefill {origin} '{name}'; known: {', '.join(CHOICES)}")
