@@ -186,8 +186,8 @@ def test_opcheck(device, dtype, kv_format, window):
         inputs[name].view(torch.uint8).clamp_(max=0x70)
     scales = [torch.nan_to_num(inputs[n]) for n in ("k_scale", "v_scale")]
     inputs_in_order = [inputs[n] for n in ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")]
-    workspace = ops.new_workspace(2, 8, 2, 64, device)
-    torch.library.opcheck(torch.ops.zigzag.attention_, (*inputs_in_order, None, None, workspace, case.sink, window, 0.125, *scales))
+    tail = (None, None, ops.new_workspace(2, 8, 2, 64, device), case.sink, window, 0.125, *scales)
+    torch.library.opcheck(torch.ops.zigzag.attention_, (*inputs_in_order, *tail))
     torch.library.opcheck(torch.ops.zigzag.append_, (*inputs_in_order[1:], case.sink, window, *scales))
 
 

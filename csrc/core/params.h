@@ -60,6 +60,9 @@ struct AttentionParams {
   DType dtype;    // of q, k, v, plain caches and out
   Rotary rotary;  // what is attended and appended are the rotated keys; q_len <= kMaxDecodeQueries only
   KvStore k_store, v_store;
+  // Where a launch serves a part of the call's columns: how many earlier launches have attended and appended, and how
+  // many later ones will. seq_lens and pad are those of the call; lse has columns_before + q_len + columns_after columns.
+  int columns_before, columns_after;
 };
 
 // Append of q_len tokens per row without attention; the fields mean what they mean in AttentionParams.

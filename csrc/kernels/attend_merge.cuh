@@ -191,8 +191,8 @@ __device__ __forceinline__ void store_partial(const SharedLayout& layout, State<
       if (g == 0) norm[row] = make_float2(state.max[n][e], state.sum[n][e]);
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
-        out[row * (S::kHeadDim + 4) + step * 16 + g] = state.out[step][n][e];
-        out[row * (S::kHeadDim + 4) + step * 16 + g + 8] = state.out[step][n][e + 2];
+        out[row * (S::kHeadDim + 4) + S::out_dim(step, g, 0)] = state.out[step][n][e];
+        out[row * (S::kHeadDim + 4) + S::out_dim(step, g, 1)] = state.out[step][n][e + 2];
       }
     }
   }
@@ -227,7 +227,9 @@ __device__ __forceinline__ OutputRow output_row(const Params& p, const Segment& 
   const auto [column, group_head] = unpack_row<S>(p, segment, row);
   const int batch = segment.keys.batch, head = segment.keys.kv_head * p.group + group_head;
   const int64_t offset = batch * p.out_stride.batch + head * p.out_stride.head + column * p.out_stride.token;
-  const int64_t row_index = (static_cast<int64_t>(batch) * p.num_q_heads + head) * p.q_len + column;
+  const int before = S::kCodes ? p.columns_before : 0, after = S::kCodes ? p.columns_after : 0;
+  const int64_t row_index =
+      (static_cast<int64_t>(batch) * p.num_q_heads + head) * (before + p.q_len + after) + before + column;
   return {static_cast<char*>(p.out) + 2 * offset, p.lse + row_index, column < segment.keys.first};
 }
 
@@ -269,7 +271,7 @@ __device__ __forceinline__ void finish_in_block(const Params& p, const Segment& 
 // ---- within a cluster ----
 
 // Sends the calling warp's state to the blocks that merge it: unit u of the output is merged by block u % cluster. The
-// floats of a unit are ordered as the lanes hold them: 4 * (dim % 8) + dim / 8 within its 32 dims.
+// floats of a unit are ordered as the lanes hold them: S::out_dim() of two steps, both halves, for each g.
 template <class S>
 __device__ __forceinline__ void send_to_cluster(const Params& p, const State<S>& state, int rows) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -349,7 +351,7 @@ __device__ __forceinline__ void merge_unit(const Params& p, int unit, const Outp
   float out = odd ? high : low;
   out += __shfl_xor_sync(0xffffffffu, odd ? low : high, 8);
 
-  const int dim = unit % Units<S>::kPerRow * 32 + slice * 8 + quad;
+  const int dim = S::out_dim(unit % Units<S>::kPerRow * 2 + slice / 2, quad, slice % 2);
   const bool empty = total.y == 0.f || target.padding;
   if (dim < S::kHeadDim)
     reinterpret_cast<Element*>(target.out)[dim] = Element(empty ? 0.f : out * device::reciprocal_approx(total.y));

@@ -4,8 +4,14 @@
 //                sign  exponent  mantissa         largest 448 = 0x7e; 0x7f and 0xff are NaN and never written
 #pragma once
 
+#include <type_traits>
+
 #include "core/types.h"
 #include "kv/code_bits.h"
+
+#if defined(__CUDACC__)
+#include "device/ptx.cuh"
+#endif
 
 namespace zigzag {
 
@@ -29,6 +35,19 @@ struct Fp8 {
     const float normal = bits_float((magnitude << 20) + (120u << 23));
     return bits_float(float_bits(magnitude < 8 ? subnormal : normal) | (code & 0x80u) << 24);
   }
+
+#if defined(__CUDACC__)
+  // Two codes, each in both bytes of its half of x, as two elements: exact. The exponent lands in its field with the
+  // wrong bias, which one multiplication corrects, for subnormal codes too.
+  template <class Element>
+  __device__ __forceinline__ static uint32_t widen2(uint32_t x) {
+    constexpr bool kHalf = std::is_same_v<Element, __half>;
+    constexpr uint32_t kShift = kHalf ? 1 : 4, kMagnitude = kHalf ? 0x3f803f80u : 0x07f007f0u;
+    constexpr uint32_t kFactor = kHalf ? 0x5c005c00u : 0x7b807b80u;  // 2^8 and 2^120
+    const uint32_t moved = (x & 0x80008000u) | ((x >> kShift) & kMagnitude);
+    return device::fma2<Element>(moved, kFactor, 0x80008000u);
+  }
+#endif
 };
 
 }  // namespace zigzag

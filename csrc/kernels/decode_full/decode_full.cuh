@@ -56,7 +56,7 @@ struct Job {
   unsigned at, stop;  // tiles, numbered through all row groups: the run is done up to `at` and ends at `stop`
 
   __device__ __forceinline__ Keys find_keys(int batch, int kv_head) const {
-    Keys keys = locate_keys(p, batch, kv_head);
+    Keys keys = locate_keys<S>(p, batch, kv_head);
     settle_keys<S>(p, keys);
     return keys;
   }

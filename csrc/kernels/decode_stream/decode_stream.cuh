@@ -23,7 +23,7 @@ struct Job {
 
   __device__ __forceinline__ Segment start() const {
     Segment segment;
-    segment.keys = locate_keys(p, blockIdx.z, blockIdx.y);
+    segment.keys = locate_keys<S>(p, blockIdx.z, blockIdx.y);
     settle_keys<S>(p, segment.keys);
     segment.row_block = 0;
     const int items = count_items<S>(p, segment.keys);
