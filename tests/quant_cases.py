@@ -44,8 +44,8 @@ def specification(inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor,
     for name in "kv":
         if wide[f"{name}_scale"] is None:
             wide[f"{name}_cache"] = wide[f"{name}_cache"].double()
-    tail = (case.sink, case.window, case.head_dim**-0.5, wide["k_scale"], wide["v_scale"])
-    out, lse = reference.attention_(*(wide.get(n) for n in TENSORS), *tail)
+    arguments = (*(wide[n] for n in TENSORS), case.sink, case.window, case.head_dim**-0.5)
+    out, lse = reference.attention_(*arguments, k_scale=wide["k_scale"], v_scale=wide["v_scale"])
     return out, lse, wide
 
 

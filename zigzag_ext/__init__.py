@@ -10,6 +10,7 @@ from importlib import import_module
 
 from . import exchange, ops, reference
 from ._C import build_info
+from .identify import identify
 from .modules import ZigzagAttention
 from .plan import Plan
 from .prefill import prefill_options
@@ -28,7 +29,9 @@ __all__ = [
     "build_info",
     "disable",
     "enable",
+    "evaluate",
     "exchange",
+    "identify",
     "load_scores",
     "objectives",
     "ops",
@@ -41,6 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name == "evaluate":  # a subpackage that needs torch and transformers
+        return import_module(".evaluate", __name__)
     if name not in _HF_NAMES:
         raise AttributeError(f"module 'zigzag_ext' has no attribute '{name}'")
     try:

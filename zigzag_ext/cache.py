@@ -196,6 +196,15 @@ class ZigzagCache(Cache):
         return self._rows.pad_on(self.layers[0].device)
 
     @property
+    def num_forwards(self) -> int:
+        """Forward passes opened so far, on these buffers."""
+        return self._rows.num_forwards
+
+    def lives_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the buffers, if there are any, are what a model of this device and dtype needs."""
+        return all((layer.device, layer.dtype) == (device, dtype) for layer in self.layers if layer.is_initialized)
+
+    @property
     def steps(self) -> Steps:
         """Decode steps compiled on the present buffers; emptied when these are replaced."""
         return self._rows.steps
@@ -244,6 +253,7 @@ class ZigzagCache(Cache):
         self._ensure_capacity(longest)
         rows.pad = {} if pad is None else {pad.device: pad}
         rows.q_len, rows.longest_after = q_len, longest
+        rows.num_forwards += 1
         rows.attended.clear()
 
     @in_normal_mode

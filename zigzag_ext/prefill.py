@@ -103,7 +103,8 @@ def attend(
     whole_chunk = window > 0 and q_len > 1 and _options.get().whole_chunk
     held = None if past is None else min(past, slots)
     name = "zigzag"
-    if (whole_chunk or not window) and held is not None and pad is None and _is_regular(q, k_new, v_new):
+    host_knows = held is not None and pad is None and not _is_captured(q)
+    if (whole_chunk or not window) and host_knows and _is_regular(q, k_new, v_new):
         if not window and slots and past + q_len > slots:
             raise ValueError(f"a full cache of {slots} slots cannot take {q_len} tokens after {past}; nothing was written")
         name = choose(q, k_new, held)
@@ -132,7 +133,7 @@ def choose(q: Tensor, k_new: Tensor, past: int) -> str:
     wanted = _options.get().backend or os.environ.get(ENVIRONMENT) or "auto"
     _known(wanted, ENVIRONMENT)
     batch, num_q_heads, q_len, head_dim = q.shape
-    if q_len <= ops.MAX_DECODE_QUERIES or wanted == "zigzag" or _is_captured(q):
+    if q_len <= ops.MAX_DECODE_QUERIES or wanted == "zigzag":
         return "zigzag"
     if wanted != "auto":
         BACKENDS[wanted].require(q, wanted)
@@ -169,7 +170,12 @@ def _is_regular(q: Tensor, k_new: Tensor, v_new: Tensor) -> bool:
     group, rest = divmod(num_q_heads, k_new.shape[1])
     if not like or rest or group > ops.MAX_GROUP_SIZE or head_dim not in ops.HEAD_DIMS or not q.numel():
         return False
-    return all(t.stride(3) == 1 and not any(s % 8 for s in t.stride()[:3]) and t.data_ptr() % 16 == 0 for t in (q, k_new, v_new))
+    return all(t.stride(3) == 1 and _is_aligned(t) for t in (q, k_new, v_new))
+
+
+def _is_aligned(t: Tensor) -> bool:
+    """Whether every row of head_dim elements starts at a multiple of 16 bytes."""
+    return t.data_ptr() % 16 == 0 and not any(t.stride(i) * t.itemsize % 16 for i in range(3) if t.shape[i] > 1)
 
 
 def _is_captured(q: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The specification: every op as a short torch function with the same signature and the same effect on its arguments.
+"""The specification: every op as a short torch function with the same arguments and the same effect on them.
 
 Tests compare the compiled kernels with these functions in float64; read them to learn what a kernel means. They are written
 to be obvious, not fast. Source of the sink + window pattern: StreamingLLM (https://arxiv.org/abs/2309.17453); of the
@@ -131,11 +131,11 @@ def attention_(
     v_cache: Tensor,
     seq_lens: Tensor,
     pad: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
     sink: int,
     window: int,
     scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ class Rows:
         self.max_len, self.stores = max_len, stores
         self.capacity = max_len or 0  # slots of a retrieval layer
         self.attended: set[int] = set()  # layers that the forward pass under way has written
+        self.num_forwards = 0
         self.start(None)
 
     def start(self, batch: int | None) -> None:

@@ -7,7 +7,8 @@ using namespace zigzag::bench;
 namespace {
 
 constexpr const char* kSummary =
-    "Times decode attention over a sink + window ring, one launch per call, append included. Each cell is checked "
+    "Times decode attention over a sink + window ring, one launch per call, RoPE and append included. Each cell is "
+    "checked "
     "against\n"
     "double precision first; caches are cold. Example:\n"
     "  bench_stream --device cuda --batch 1,64 --sink 64 --window 256,1024 --csv stream.csv";
@@ -20,7 +21,7 @@ std::vector<Cell> make_cells(const Arguments& arguments) {
         for (int window : arguments.integers("window")) {
           ZZ_CHECK(batch >= 1 && window >= 1, "--batch and --window take numbers from 1; got ", batch, " and ", window);
           Cell cell = shape;
-          cell.scenario = "ring_" + std::to_string(sink) + "+" + std::to_string(window);
+          cell.scenario = "ring_" + std::to_string(sink) + "+" + std::to_string(window) + rope_suffix(cell);
           cell.sink = sink, cell.window = window;
           cell.kv_lens.assign(static_cast<std::size_t>(batch), sink + window);
           // Wrapped a few times and not aligned to anything: the usual state of a long generation.
@@ -39,6 +40,7 @@ int main(int argc, char** argv) {
   return run_program(argc, argv, kSummary,
                      {{"batch", "1", "list: rows"},
                       {"sink", "64", "list: first tokens kept"},
-                      {"window", "256,1024", "list: last tokens kept"}},
+                      {"window", "256,1024", "list: last tokens kept"},
+                      {"rope", "on", "on: the op also rotates queries and keys"}},
                      make_cells);
 }

@@ -47,6 +47,9 @@ Problem::Problem(Device& device, const Cell& cell) {
   char* out = allocate(sets * query * size);
   char* lse = allocate(sets * rows * static_cast<int64_t>(sizeof(float)));
   char* seq_lens = allocate(batch * static_cast<int64_t>(sizeof(int32_t)));
+  const int64_t table = batch * cell.q_len * cell.head_dim;
+  char *cos = nullptr, *sin = nullptr;
+  if (cell.rope) cos = random(table, 1), sin = random(table, 1);
   device.upload(seq_lens, cell.seq_lens.data(), batch * static_cast<int64_t>(sizeof(int32_t)));
 
   AttentionParams p = {};
@@ -60,11 +63,17 @@ Problem::Problem(Device& device, const Cell& cell) {
   p.q_len = cell.q_len, p.head_dim = cell.head_dim, p.slots = cell.slots(), p.sink = cell.sink, p.window = cell.window;
   p.scale = 1.0f / std::sqrt(static_cast<float>(cell.head_dim));
   p.dtype = cell.dtype;
+  if (cell.rope) {
+    p.rotary.dim = cell.head_dim, p.rotary.dtype = cell.dtype;
+    p.rotary.cos_token = p.rotary.sin_token = cell.head_dim;
+    p.rotary.cos_batch = p.rotary.sin_batch = int64_t{cell.q_len} * cell.head_dim;
+  }
   for (int64_t set = 0; set < sets; ++set) {
     p.q = q + set * query * size, p.out = out + set * query * size;
     p.k_new = k_new + set * fresh * size, p.v_new = v_new + set * fresh * size;
     p.k_cache = k_cache + set * cache * size, p.v_cache = v_cache + set * cache * size;
     p.lse = reinterpret_cast<float*>(lse) + set * rows;
+    if (cell.rope) p.rotary.cos = cos + set * table * size, p.rotary.sin = sin + set * table * size;
     params_.push_back(p);
   }
 }

@@ -15,6 +15,7 @@ struct Cell {
   DType dtype;
   int num_q_heads, num_kv_heads, head_dim, q_len;
   int sink, window;           // window == 0: full cache
+  bool rope;                  // the op rotates queries and keys itself, tables in the element type
   std::vector<int> kv_lens;   // per row: keys that the last new token attends
   std::vector<int> seq_lens;  // per row: tokens cached before the call
 

@@ -30,15 +30,38 @@ std::vector<char> fetch(Device& device, const void* data, int64_t offset, int64_
   return host;
 }
 
+// RoPE of the tokens of one head, in place, rounded to the element type.
+void rotate(Device& device, const AttentionParams& p, int row, std::vector<char>& tokens) {
+  const Rotary& r = p.rotary;
+  if (r.dim == 0) return;
+  for (int column = 0; column < p.q_len; ++column) {
+    const std::vector<char> cos = fetch(device, r.cos, row * r.cos_batch + column * r.cos_token, r.dim, r.dtype);
+    const std::vector<char> sin = fetch(device, r.sin, row * r.sin_batch + column * r.sin_token, r.dim, r.dtype);
+    const std::vector<char> before = tokens;
+    const int64_t first = int64_t{column} * p.head_dim;
+    for (int d = 0; d < r.dim; ++d) {
+      const bool low = d < r.dim / 2;
+      const double partner = load_element(before.data(), first + (low ? d + r.dim / 2 : d - r.dim / 2), p.dtype);
+      const double x = load_element(before.data(), first + d, p.dtype);
+      const double turned = x * double{load_element(cos.data(), d, r.dtype)} +
+                            (low ? -partner : partner) * double{load_element(sin.data(), d, r.dtype)};
+      store_element(tokens.data(), first + d, p.dtype, static_cast<float>(turned));
+    }
+  }
+}
+
 // Keys or values of one KV head: the cache before the call, then the new tokens.
 struct HeadTokens {
   std::vector<char> cached, fresh;
 
-  HeadTokens(Device& device, const AttentionParams& p, const void* cache, const void* fresh_tokens, int row, int head)
+  HeadTokens(Device& device, const AttentionParams& p, const void* cache, const void* fresh_tokens, int row, int head,
+             bool rotated)
       : cached(fetch(device, cache, row * p.k_cache_stride.batch + head * p.k_cache_stride.head,
                      int64_t{p.slots} * p.head_dim, p.dtype)),
         fresh(fetch(device, fresh_tokens, row * p.k_new_stride.batch + head * p.k_new_stride.head,
-                    int64_t{p.q_len} * p.head_dim, p.dtype)) {}
+                    int64_t{p.q_len} * p.head_dim, p.dtype)) {
+    if (rotated) rotate(device, p, row, fresh);
+  }
 
   const char* token(const AttentionParams& p, int index) const {
     const int64_t bytes = static_cast<int64_t>(element_size(p.dtype)) * p.head_dim;
@@ -77,7 +100,7 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
   return highest + std::log(sum);
 }
 
-// The new tokens must now be in their slots, bit for bit.
+// The new tokens must now be in their slots, bit for bit; rotated keys to one rounding.
 void check_append(Device& device, const AttentionParams& p, const void* cache, const HeadTokens& before, int row,
                   int head, int length) {
   const RingLayout ring{p.sink, p.window};
@@ -86,15 +109,24 @@ void check_append(Device& device, const AttentionParams& p, const void* cache, c
     const int slot = ring.slot(length + i);
     const int64_t offset = row * p.k_cache_stride.batch + head * p.k_cache_stride.head + slot * p.k_cache_stride.token;
     const std::vector<char> appended = fetch(device, cache, offset, p.head_dim, p.dtype);
-    ZZ_CHECK(std::memcmp(appended.data(), before.token(p, p.slots + i), appended.size()) == 0, "row ", row,
-             ", KV head ", head, ": position ", length + i, " was not appended to slot ", slot);
+    const char* expected = before.token(p, p.slots + i);
+    bool same = std::memcmp(appended.data(), expected, appended.size()) == 0;
+    if (cache == p.k_cache && p.rotary.dim > 0) {
+      same = true;
+      for (int d = 0; d < p.head_dim; ++d) {
+        const double want = load_element(expected, d, p.dtype), got = load_element(appended.data(), d, p.dtype);
+        same = same && std::fabs(got - want) <= tolerance(p.dtype).out * std::fabs(want) + 1e-6;
+      }
+    }
+    ZZ_CHECK(same, "row ", row, ", KV head ", head, ": position ", length + i, " was not appended to slot ", slot);
   }
 }
 
 double check_head(Device& device, const AttentionParams& p, const HeadTokens& k, const HeadTokens& v, int row,
                   int q_head, int length) {
   const int64_t elements = int64_t{p.q_len} * p.head_dim;
-  const std::vector<char> q = fetch(device, p.q, row * p.q_stride.batch + q_head * p.q_stride.head, elements, p.dtype);
+  std::vector<char> q = fetch(device, p.q, row * p.q_stride.batch + q_head * p.q_stride.head, elements, p.dtype);
+  rotate(device, p, row, q);
   const std::vector<char> out =
       fetch(device, p.out, row * p.out_stride.batch + q_head * p.out_stride.head, elements, p.dtype);
   std::vector<float> lse(static_cast<std::size_t>(p.q_len));
@@ -129,8 +161,8 @@ double check(Device& device, const Cell& cell, const AttentionParams& p) {
   if (samples[0] == samples[1]) samples.pop_back();
   std::vector<HeadTokens> keys, values;
   for (const auto& [row, head] : samples) {
-    keys.emplace_back(device, p, p.k_cache, p.k_new, row, head);
-    values.emplace_back(device, p, p.v_cache, p.v_new, row, head);
+    keys.emplace_back(device, p, p.k_cache, p.k_new, row, head, true);
+    values.emplace_back(device, p, p.v_cache, p.v_new, row, head, false);
   }
   device.attention(p);
   double worst = 0;

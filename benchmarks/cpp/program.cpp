@@ -36,6 +36,8 @@ std::vector<Option> with_common(const std::vector<Option>& options) {
 
 std::vector<Cell> shape_axes(const Arguments& arguments) {
   std::vector<Cell> cells;
+  const std::string& rope = arguments.text("rope");
+  ZZ_CHECK(rope == "on" || rope == "off", "--rope takes on or off; got '", rope, "'");
   for (const std::string& dtype : arguments.list("dtype")) {
     for (int num_q_heads : arguments.integers("num-q-heads")) {
       for (int num_kv_heads : arguments.integers("num-kv-heads")) {
@@ -44,7 +46,8 @@ std::vector<Cell> shape_axes(const Arguments& arguments) {
           for (int q_len : arguments.integers("q-len")) {
             ZZ_CHECK(q_len >= 1 && q_len <= kMaxDecodeQueries, "--q-len takes 1 to ", kMaxDecodeQueries, "; got ",
                      q_len);
-            cells.push_back({"", parse_dtype(dtype), num_q_heads, num_kv_heads, head_dim, q_len, 0, 0, {}, {}});
+            cells.push_back(
+                {"", parse_dtype(dtype), num_q_heads, num_kv_heads, head_dim, q_len, 0, 0, rope == "on", {}, {}});
           }
         }
       }

@@ -15,7 +15,10 @@ namespace zigzag::bench {
 int run_program(int argc, const char* const* argv, const std::string& summary, const std::vector<Option>& options,
                 const std::function<std::vector<Cell>(const Arguments&)>& make_cells);
 
-// Cells of every combination of the common axes; batch, lengths, sink and window are left to the caller.
+// Cells of every combination of the common axes; batch, lengths, sink, window and the name are left to the caller, who
+// ends the name with rope_suffix(cell).
 std::vector<Cell> shape_axes(const Arguments& arguments);
+
+inline const char* rope_suffix(const Cell& cell) { return cell.rope ? "_rope" : ""; }
 
 }  // namespace zigzag::bench

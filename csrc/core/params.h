@@ -61,7 +61,8 @@ struct AttentionParams {
   Rotary rotary;  // what is attended and appended are the rotated keys; q_len <= kMaxDecodeQueries only
   KvStore k_store, v_store;
   // Where a launch serves a part of the call's columns: how many earlier launches have attended and appended, and how
-  // many later ones will. seq_lens and pad are those of the call; lse has columns_before + q_len + columns_after columns.
+  // many later ones will. seq_lens and pad are those of the call; lse has columns_before + q_len + columns_after
+  // columns.
   int columns_before, columns_after;
 };
 
@@ -91,6 +92,11 @@ struct MergeParams {
   int head_dim;
   DType dtype;
 };
+
+template <class Params>
+constexpr bool is_quantised(const Params& p) {
+  return p.k_store.format != KvFormat::kPlain || p.v_store.format != KvFormat::kPlain;
+}
 
 static_assert(std::is_trivially_copyable_v<AttentionParams>);
 static_assert(std::is_trivially_copyable_v<AppendParams>);

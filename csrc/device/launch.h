@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <set>
 #include <tuple>
 #include <vector>
 
@@ -55,9 +56,9 @@ inline const DeviceInfo& device_info() {
 struct LaunchOptions {
   bool force_plain;       // ZIGZAG_FORCE_PLAIN=1: nothing above sm_80 (no clusters, no programmatic dependent launch)
   bool dependent_launch;  // ZIGZAG_DEPENDENT_LAUNCH=1: programmatic dependent launch where the kernel supports it
-  int cluster;  // ZIGZAG_CLUSTER: blocks per cluster of decode_stream; 1 also keeps decode_full from using clusters
-  int warps;    // ZIGZAG_WARPS: warps per block
-  int blocks;   // ZIGZAG_BLOCKS: blocks of the split kernel
+  int cluster;            // ZIGZAG_CLUSTER: blocks per cluster; decode_full takes this size or no clusters
+  int warps;              // ZIGZAG_WARPS: warps per block
+  int blocks;             // ZIGZAG_BLOCKS: blocks of the split kernel
 };
 
 inline const LaunchOptions& launch_options() {
@@ -85,6 +86,19 @@ inline void allow_shared_memory(const void* kernel, int bytes) {
   if (bytes <= limit) return;
   ZZ_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   limit = bytes;
+}
+
+// Lets `kernel` run in clusters of more than 8 blocks, which is what CUDA promises on every GPU that has clusters.
+inline void allow_cluster(const void* kernel, int cluster) {
+  if (cluster <= 8) return;
+  static std::mutex mutex;
+  static std::set<std::tuple<const void*, int>> allowed;
+  int device = 0;
+  ZZ_CUDA(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return;
+  ZZ_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  allowed.insert({kernel, device});
 }
 
 constexpr int floor_log2(int x) {
@@ -131,21 +145,29 @@ struct LaunchAttributes {
   }
 };
 
-// How many clusters of `config` run on the current device at once. Asked for once per kernel and shared memory size.
+// How many clusters of `config` run on the current device at once. Asked for once per kernel, shared memory and cluster
+// size. 0 where the GPU has no such clusters.
 template <class Params>
 int max_active_clusters(void (*kernel)(Params), const LaunchConfig& config) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int>, int> known;
+  static std::map<std::tuple<const void*, int, int, int>, int> known;
   allow_shared_memory(reinterpret_cast<const void*>(kernel), config.shared_bytes);
+  allow_cluster(reinterpret_cast<const void*>(kernel), config.cluster);
   int device = 0;
   ZZ_CUDA(cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
   const auto [entry, is_new] =
-      known.try_emplace({reinterpret_cast<const void*>(kernel), device, config.shared_bytes}, 0);
+      known.try_emplace({reinterpret_cast<const void*>(kernel), device, config.shared_bytes, config.cluster}, 0);
   if (is_new) {
     LaunchAttributes attributes;
     const cudaLaunchConfig_t launch_config = attributes.fill(config, nullptr);
-    ZZ_CUDA(cudaOccupancyMaxActiveClusters(&entry->second, kernel, &launch_config));
+    const cudaError_t status = cudaOccupancyMaxActiveClusters(&entry->second, kernel, &launch_config);
+    if (status != cudaSuccess && config.cluster > 8) {
+      cudaGetLastError();  // this GPU refuses the size, which is an answer
+      entry->second = 0;
+    } else {
+      ZZ_CUDA(status);
+    }
   }
   return entry->second;
 }
@@ -155,6 +177,7 @@ int max_active_clusters(void (*kernel)(Params), const LaunchConfig& config) {
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params, void* stream) {
   allow_shared_memory(reinterpret_cast<const void*>(kernel), config.shared_bytes);
+  allow_cluster(reinterpret_cast<const void*>(kernel), config.cluster);
   LaunchAttributes attributes;
   const cudaLaunchConfig_t launch_config = attributes.fill(config, stream);
   ZZ_CUDA(cudaLaunchKernelEx(&launch_config, kernel, params));

@@ -2,16 +2,18 @@
 // back dequantised.
 //
 // Both mma are free in the order of what they sum over or spread out: a lane takes the four neighbouring codes it can
-// load at once, and the queries (for S^T = K Q^T) or the place of the result (for O^T = V^T P^T) follow. Lane = 4 g + t:
+// load at once, and the queries (for S^T = K Q^T) or the place of the result (for O^T = V^T P^T) follow. Lane = 4 g +
+// t:
 //
 //   K    dims 16 step + 4 t .. + 3 of keys g and g + 8
 //   V    dims 32 i + 4 g .. + 3 of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9, for the steps 2 i and 2 i + 1
 //
 // Scales: that of a key multiplies its logit s. With that of a value, sV, the weight is 2^(s + log2 sV - m), where m is
-// the running maximum of the same sum: it is at most 1 whatever the values' magnitude, in either 16-bit type. The sum of
-// exponentials adds the weight over sV.
+// the running maximum of the same sum: it is at most 1 whatever the values' magnitude, in either 16-bit type. The sum
+// of exponentials adds the weight over sV.
 #pragma once
 
+#include "core/dispatch.h"
 #include "kernels/attend.cuh"
 #include "kernels/code_tile.cuh"
 
@@ -28,11 +30,33 @@ struct CodeShape : Shape<Element, kHeadDim, kRowTiles, kRing, false> {
   static constexpr int kFree = 227 * 1024 / kMaxWarps - Base::kRows * (Base::kRowBytes + 4 * (kHeadDim + 4) + 8);
   static constexpr int kStages = kFree / kStageBytes < 3 ? 3 : kFree / kStageBytes > 6 ? 6 : kFree / kStageBytes;
 
+  __device__ __forceinline__ static void append(const AttentionParams& p, const Keys& keys, int thread, int count) {
+    append_codes<CodeShape>(p, keys, thread, count);
+  }
+
   __device__ __forceinline__ static constexpr int out_dim(int step, int g, int half) {
     if ((step | 1) >= Base::kSteps) return 16 * step + 2 * g + half;
     return 32 * (step / 2) + 4 * g + 2 * (step % 2) + half;
   }
 };
+
+// f(shape) with the CodeShape of a call. A row of codes must be whole 16-byte pieces: check_codes() has seen to it.
+template <class KFormat, class VFormat, bool kRing, class F>
+void dispatch_code_shape(const AttentionParams& a, F&& f) {
+  dispatch_head_dim(a.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = head_dim.value;
+    if constexpr (kHeadDim * KFormat::kBits % 128 == 0 && kHeadDim * VFormat::kBits % 128 == 0) {
+      dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
+        constexpr int kRowTiles = two_row_tiles.value ? 2 : 1;
+        if (a.dtype == DType::kBFloat16) {
+          f(CodeShape<__nv_bfloat16, KFormat, VFormat, kHeadDim, kRowTiles, kRing>{});
+        } else {
+          f(CodeShape<__half, KFormat, VFormat, kHeadDim, kRowTiles, kRing>{});
+        }
+      });
+    }
+  });
+}
 
 // B fragments of Q^T in the order of the keys' codes.
 template <class S>

@@ -98,8 +98,10 @@ __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch,
   keys.batch = batch;
   keys.kv_head = kv_head;
   constexpr int kUnit = S::kCodes ? 1 : 2;  // bytes per unit of a cache's stride
-  keys.k = static_cast<const char*>(p.k_cache) + kUnit * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
-  keys.v = static_cast<const char*>(p.v_cache) + kUnit * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
+  keys.k =
+      static_cast<const char*>(p.k_cache) + kUnit * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
+  keys.v =
+      static_cast<const char*>(p.v_cache) + kUnit * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
   keys.stored = p.slots;
   return keys;
 }
@@ -319,6 +321,7 @@ __device__ __forceinline__ void rotate_tile(const AttentionParams& p, const Keys
 // a ring would overwrite within this chunk and what lies past the capacity.
 template <class S>
 __device__ __forceinline__ void append_new_tokens(const AttentionParams& p, const Keys& keys, int thread, int count) {
+  if constexpr (S::kCodes) return S::append(p, keys, thread, count);
   const RingLayout layout = ring_layout(p);
   for (int i = thread; i < keys.fresh * 2 * S::kChunks; i += count) {
     const int token = i / (2 * S::kChunks), pair = i % S::kChunks;

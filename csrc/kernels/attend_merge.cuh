@@ -8,7 +8,8 @@
 namespace zigzag::attend {
 
 inline constexpr int kMaxWarps = 8;
-inline constexpr int kMaxCluster = 8;
+inline constexpr int kMaxCluster = 16;     // more than 8 is beyond what CUDA promises: asked for and checked at launch
+inline constexpr int kMaxRingCluster = 8;  // of decode_stream, whose merge is on the critical path
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 inline constexpr float kEmptyMax =
@@ -50,7 +51,7 @@ struct Params : AttentionParams {
   SharedLayout layout;
   int group;         // query heads per KV head
   int row_blocks;    // row blocks per KV head
-  int cluster_log2;  // the blocks that merge as a cluster: 1, 2, 4 or 8
+  int cluster_log2;  // the blocks that merge as a cluster: a power of two up to kMaxCluster
 
   __host__ __device__ __forceinline__ int cluster() const { return 1 << cluster_log2; }
 };
@@ -311,34 +312,44 @@ __device__ __forceinline__ void send_to_cluster(const Params& p, const State<S>&
 template <class S>
 __device__ __forceinline__ void merge_unit(const Params& p, int unit, const OutputRow& target) {
   using Element = typename S::Element;
-  static_assert(kMaxWarps * kMaxCluster <= 64, "two sources a lane");
+  constexpr int kSets = kMaxWarps * (S::kRing ? kMaxRingCluster : kMaxCluster) / 32;  // of 32 sources, one a lane
   const int lane = threadIdx.x % 32, slice = lane / 8, quad = lane % 8;
   const int sources = (blockDim.x / 32) << p.cluster_log2;
   const int first = (unit >> p.cluster_log2) * sources;
   const float2* norms = reinterpret_cast<const float2*>(shared_memory + p.layout.norm) + first;
   const float4* parts = reinterpret_cast<const float4*>(shared_memory + p.layout.partial) + first * 8;
 
-  const float2 none = make_float2(kEmptyMax, 0.f);
-  const float2 norm[2] = {lane < sources ? norms[lane] : none, lane + 32 < sources ? norms[lane + 32] : none};
-  float2 total = make_float2(fmaxf(norm[0].x, norm[1].x), 0.f);
+  float2 norm[kSets];
+  float2 total = make_float2(kEmptyMax, 0.f);
+#pragma unroll
+  for (int i = 0; i < kSets; ++i) {
+    norm[i] = lane + 32 * i < sources ? norms[lane + 32 * i] : make_float2(kEmptyMax, 0.f);
+    total.x = fmaxf(total.x, norm[i].x);
+  }
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
     total.x = fmaxf(total.x, __shfl_xor_sync(0xffffffffu, total.x, offset));
   }
-  const float weight[2] = {lane < sources ? device::exp2_approx(norm[0].x - total.x) : 0.f,
-                           lane + 32 < sources ? device::exp2_approx(norm[1].x - total.x) : 0.f};
-  total.y = weight[0] * norm[0].y + weight[1] * norm[1].y;
+  float weight[kSets];
+#pragma unroll
+  for (int i = 0; i < kSets; ++i) {
+    weight[i] = lane + 32 * i < sources ? device::exp2_approx(norm[i].x - total.x) : 0.f;
+    total.y += weight[i] * norm[i].y;
+  }
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) total.y += __shfl_xor_sync(0xffffffffu, total.y, offset);
 
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 1
-  for (int half = 0; half * 32 < sources; ++half) {
-    const float4* mine = parts + (half * 32 + slice) * 8 + quad;
-    const int rest = sources - half * 32 - slice;
+  for (int set = 0; set * 32 < sources; ++set) {
+    const float4* mine = parts + (set * 32 + slice) * 8 + quad;
+    const int rest = sources - set * 32 - slice;
+    float set_weight = weight[0];
 #pragma unroll
-    for (int i = 0; i < 32; i += 4) {  // all loads of a half are under way together
-      const float w = __shfl_sync(0xffffffffu, half == 0 ? weight[0] : weight[1], i + slice);
+    for (int i = 1; i < kSets; ++i) set_weight = set == i ? weight[i] : set_weight;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {  // all loads of a set are under way together
+      const float w = __shfl_sync(0xffffffffu, set_weight, i + slice);
       const float4 part = i < rest ? mine[i * 8] : make_float4(0.f, 0.f, 0.f, 0.f);
       sum.x += w * part.x, sum.y += w * part.y, sum.z += w * part.z, sum.w += w * part.w;
     }

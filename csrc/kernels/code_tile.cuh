@@ -1,5 +1,5 @@
-// A tile of 16 quantised keys or values in shared memory, and how it gets there: cached codes by cp.async, 16 bytes at a
-// time, new tokens encoded on the way.
+// A tile of 16 quantised keys or values in shared memory, and how it gets there: cached codes by cp.async, 16 bytes at
+// a time, new tokens encoded on the way.
 #pragma once
 
 #include "kernels/attend_keys.cuh"
@@ -7,8 +7,8 @@
 
 namespace zigzag::attend {
 
-// Rows of `kBytes` bytes at a pitch of a power of two, their 16-byte pieces swizzled so that neither 8 rows at one piece
-// (keys) nor every second row at two neighbouring pieces (values) meet on a bank.
+// Rows of `kBytes` bytes at a pitch of a power of two, their 16-byte pieces swizzled so that neither 8 rows at one
+// piece (keys) nor every second row at two neighbouring pieces (values) meet on a bank.
 template <class Format_, int kHeadDim>
 struct CodeTile {
   using Format = Format_;
@@ -20,9 +20,9 @@ struct CodeTile {
 
   // Byte `byte` of row `row`.
   __device__ __forceinline__ static int place(int row, int byte) {
-    int turn = row % 8;                                                      // whole 128-byte lines
-    if constexpr (kPitch == 64) turn = row / 2 % 4 | (row / 2 % 2) << 2;     // two rows a line
-    if constexpr (kPitch == 32) turn = row / 4 % 2;                          // four rows a line
+    int turn = row % 8;                                                   // whole 128-byte lines
+    if constexpr (kPitch == 64) turn = row / 2 % 4 | (row / 2 % 2) << 2;  // two rows a line
+    if constexpr (kPitch == 32) turn = row / 4 % 2;                       // four rows a line
     return (row * kPitch + byte) ^ (turn << 4);
   }
 };

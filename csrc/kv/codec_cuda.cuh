@@ -23,8 +23,8 @@ __device__ __forceinline__ void widen_quad(uint32_t quad, uint32_t& first, uint3
   }
 }
 
-// Elements 0 .. 3 of a row in the order in which widen_quad delivers them: two registers of two elements, from registers
-// that hold (0, 1) and (2, 3).
+// Elements 0 .. 3 of a row in the order in which widen_quad delivers them: two registers of two elements, from
+// registers that hold (0, 1) and (2, 3).
 template <class Format>
 __device__ __forceinline__ void element_pairs(uint2 row, uint32_t& first, uint32_t& second) {
   if constexpr (Format::kBits == 8) {

@@ -24,8 +24,8 @@ struct Int4 {
   ZZ_HOST_DEVICE static float decode(uint32_t nibble) { return static_cast<float>(static_cast<int>(nibble) - 8); }
 
 #if defined(__CUDACC__)
-  // The codes in the low nibbles of the halves of x as two elements: exact. A nibble in the low mantissa bits of a power
-  // of two is that power plus the nibble.
+  // The codes in the low nibbles of the halves of x as two elements: exact. A nibble in the low mantissa bits of a
+  // power of two is that power plus the nibble.
   template <class Element>
   __device__ __forceinline__ static uint32_t widen2(uint32_t x) {
     constexpr bool kHalf = std::is_same_v<Element, __half>;

@@ -1,5 +1,6 @@
 // The list of quantised formats. A format is one file with a struct: kFormat, kBits (4 or 8) per element, kMaxCode,
-// encode and decode of one element, and widen2 for the tensor cores of a GPU. What turns vectors into codes and back is written once over this interface.
+// encode and decode of one element, and widen2 for the tensor cores of a GPU. What turns vectors into codes and back is
+// written once over this interface.
 #pragma once
 
 #include "kv/format_fp8.h"

@@ -27,12 +27,15 @@ namespace {
 struct DecodeCase {
   int num_kv_heads, group, q_len, head_dim, slots, sink, window;
   std::vector<int32_t> seq_lens, pad;  // pad may be empty
+  int rotary_dim = 0;                  // 0: no RoPE
+  bool float_table = false;            // cos and sin in float32
 };
 
 std::string describe(const DecodeCase& c) {
   std::string text = concat("heads ", c.num_kv_heads, " group ", c.group, " q_len ", c.q_len, " head_dim ", c.head_dim,
                             " slots ", c.slots, " sink ", c.sink, " window ", c.window, " lengths");
   for (const int32_t length : c.seq_lens) text += concat(" ", length);
+  if (c.rotary_dim > 0) text += concat(" rotary_dim ", c.rotary_dim, c.float_table ? " float32" : "");
   return text;
 }
 
@@ -83,6 +86,7 @@ struct Tensors {
   DecodeCase shape;
   int batch, row;  // row: elements from token to token
   std::vector<T> q, k_new, v_new, k_cache, v_cache, out;
+  std::vector<T> cos, sin;  // [batch, q_len, rotary_dim]; few bits, so that float32 rotates without rounding
   std::vector<float> lse;
 
   Tensors(const DecodeCase& c, unsigned seed)
@@ -105,6 +109,30 @@ struct Tensors {
       for (int slot = 0; slot < used; ++slot)
         fill(k_cache, head * c.slots + slot, 1.0), fill(v_cache, head * c.slots + slot, 1.0);
     }
+    std::uniform_real_distribution<double> uniform(-1.0, 1.0);
+    for (int i = 0; i < batch * c.q_len * c.rotary_dim; ++i) {
+      cos.push_back(from_double<T>(uniform(engine))), sin.push_back(from_double<T>(uniform(engine)));
+    }
+  }
+
+  // What the call means without tables: q and k_new after RoPE.
+  void rotate() {
+    const DecodeCase& c = shape;
+    const int half = c.rotary_dim / 2;
+    const auto turn = [&](std::vector<T>& tensor, int heads) {
+      for (int i = 0; i < batch * heads * c.q_len; ++i) {
+        const int b = i / (heads * c.q_len), column = i % c.q_len;
+        T* x = &tensor[static_cast<size_t>(i) * row];
+        const T *cosine = &cos[static_cast<size_t>(b * c.q_len + column) * c.rotary_dim],
+                *sine = &sin[static_cast<size_t>(b * c.q_len + column) * c.rotary_dim];
+        const std::vector<T> before(x, x + c.rotary_dim);
+        for (int d = 0; d < c.rotary_dim; ++d) {
+          const double partner = d < half ? -to_double(before[d + half]) : to_double(before[d - half]);
+          x[d] = from_double<T>(to_double(before[d]) * to_double(cosine[d]) + partner * to_double(sine[d]));
+        }
+      }
+    };
+    if (c.rotary_dim > 0) turn(q, c.num_kv_heads * c.group), turn(k_new, c.num_kv_heads);
   }
 
   Strides strides(int heads, int tokens) const {
@@ -119,6 +147,11 @@ struct Tensors {
     const DeviceArray<int32_t> d_lens(c.seq_lens), d_pad(c.pad);
     const int64_t bytes = attention_workspace_bytes(batch, num_q_heads, c.num_kv_heads, c.head_dim);
     const DeviceArray<char> workspace(std::vector<char>(static_cast<size_t>(bytes), 0));
+    const DeviceArray<T> d_cos(cos), d_sin(sin);
+    std::vector<float> wide_cos, wide_sin;
+    for (const T& x : cos) wide_cos.push_back(static_cast<float>(to_double(x)));
+    for (const T& x : sin) wide_sin.push_back(static_cast<float>(to_double(x)));
+    const DeviceArray<float> d_wide_cos(wide_cos), d_wide_sin(wide_sin);
     const Tensors before = *this;
     for (int repeat = 0; repeat < 2; ++repeat) {
       const DeviceArray<T> d_k(before.k_cache), d_v(before.v_cache), d_out(before.out);
@@ -134,6 +167,14 @@ struct Tensors {
       p.head_dim = c.head_dim, p.slots = c.slots, p.sink = c.sink, p.window = c.window;
       p.scale = static_cast<float>(1.0 / std::sqrt(c.head_dim));
       p.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+      if (c.rotary_dim > 0) {
+        Rotary& r = p.rotary;
+        r.cos = c.float_table ? static_cast<const void*>(d_wide_cos.data) : d_cos.data;
+        r.sin = c.float_table ? static_cast<const void*>(d_wide_sin.data) : d_sin.data;
+        r.cos_token = r.sin_token = r.dim = c.rotary_dim;
+        r.cos_batch = r.sin_batch = static_cast<int64_t>(c.q_len) * c.rotary_dim;
+        r.dtype = c.float_table ? DType::kFloat32 : p.dtype;
+      }
       attention_cuda(p, nullptr);
       check(cudaDeviceSynchronize());
       if (repeat == 0) {
@@ -211,6 +252,7 @@ void check_case(const DecodeCase& c, unsigned seed) {
   INFO(describe(c));
   Tensors<T> expected(c, seed), got = expected;
   got.run();
+  expected.rotate();
   const double tolerance = std::is_same_v<T, __half> ? 1e-3 : 6e-3;
   for (int row = 0; row < static_cast<int>(got.lse.size()); ++row) {
     const int column = row % c.q_len, head = row / c.q_len, b = head / (c.num_kv_heads * c.group);
@@ -261,6 +303,38 @@ TEST_CASE("decode_full: every head_dim, with one and two row tiles") {
   check_both_dtypes(cases);
 }
 
+TEST_CASE("RoPE: every head_dim, partial and whole, full caches and rings, one and several new tokens") {
+  std::vector<DecodeCase> cases;
+  for (const int head_dim : kHeadDims) {
+    cases.push_back({2, 4, 1, head_dim, 200, 0, 0, {0, 1, 16, 150}, {}, head_dim, true});
+    cases.push_back({1, 3, 5, head_dim, 300, 0, 0, {290, 129}, {}, head_dim / 2, false});
+    cases.push_back({2, 4, 1, head_dim, 68, 4, 64, {0, 3, 4, 67, 68, 132, 1000}, {}, head_dim, false});
+    cases.push_back({1, 5, 7, head_dim, 68, 4, 64, {0, 2, 61, 64, 1000}, {}, 8, true});
+  }
+  check_both_dtypes(cases);
+}
+
+TEST_CASE("RoPE: clusters, splits, many rows, padding, no free slot, no cache") {
+  check_both_dtypes({
+      {8, 4, 1, 128, 1100, 0, 0, {1099}, {}, 128, true},
+      {8, 16, 1, 128, 64, 0, 0, {63}, {}, 72, false},
+      {3, 1, 1, 96, 2000, 0, 0, {1999, 0, 7, 900}, {}, 96, false},
+      {2, 16, 16, 64, 100, 0, 0, {60, 0}, {}, 64, true},
+      {2, 7, 6, 128, 100, 0, 0, {50, 20, 0, 3}, {0, 6, 3, 5}, 64, false},
+      {1, 4, 4, 128, 34, 0, 0, {30, 31, 34}, {}, 128, false},
+      {1, 4, 1, 128, 34, 0, 0, {34, 33}, {}, 128, false},
+      {2, 4, 3, 128, 0, 0, 0, {0, 0}, {}, 128, false},
+      {1, 4, 16, 128, 3, 0, 3, {0, 1, 2, 50}, {}, 128, false},
+      {8, 4, 1, 128, 320, 64, 256, {100, 5000}, {}, 128, true},
+      {2, 16, 16, 80, 320, 64, 256, {319, 5000}, {}, 80, false},
+      {2, 3, 6, 128, 40, 8, 32, {0, 39, 40, 500}, {6, 5, 0, 2}, 24, false},
+      {2, 3, 1, 128, 40, 8, 32, {0, 39, 40, 500}, {1, 0, 1, 0}, 24, true},
+      {64, 1, 1, 64, 48, 16, 32, {20, 47, 100}, {}, 64, false},
+      {2, 4, 5, 128, 0, 8, 32, {0, 0}, {}, 64, false},
+      {2, 4, 1, 128, 0, 8, 32, {0, 0}, {}, 64, false},
+  });
+}
+
 TEST_CASE("decode_full: clusters and splits of a head, several heads of a block") {
   check_both_dtypes({
       {8, 4, 1, 128, 1100, 0, 0, {1099}, {}},                // one cluster per head
@@ -268,6 +342,16 @@ TEST_CASE("decode_full: clusters and splits of a head, several heads of a block"
       {1, 16, 1, 64, 5000, 0, 0, {4999}, {}},                // many blocks on one head
       {3, 1, 1, 96, 2000, 0, 0, {1999, 0, 7, 900, 64}, {}},  // ragged: blocks span heads, heads span blocks
       {40, 2, 1, 80, 50, 0, 0, {49, 1, 20, 33}, {}},         // more heads than SMs
+  });
+}
+
+TEST_CASE("decode_full: clusters of 16 where there are few heads") {
+  check_both_dtypes({
+      {4, 4, 1, 128, 1300, 0, 0, {1299}, {}},
+      {4, 16, 1, 128, 1300, 0, 0, {1200}, {}, 128, true},
+      {5, 7, 2, 80, 1300, 0, 0, {1298}, {}},
+      {2, 3, 1, 256, 700, 0, 0, {5, 690, 0}, {}},
+      {4, 4, 4, 64, 400, 0, 0, {300}, {2}},
   });
 }
 

@@ -99,6 +99,11 @@ TEST_CASE("check_params: accepts what the kernels serve") {
   CHECK_NOTHROW(check_params(good_append()));
 }
 
+void set_tables(AttentionParams& p, int dim, DType dtype) {
+  p.rotary.cos = p.rotary.sin = &p;
+  p.rotary.dim = dim, p.rotary.dtype = dtype;
+}
+
 TEST_CASE("check_params: names what was given and what is supported") {
   struct Case {
     const char* what;
@@ -120,6 +125,18 @@ TEST_CASE("check_params: names what was given and what is supported") {
       {"sink", [](AttentionParams& p) { p.sink = -1; }, {"sink", "-1"}},
       {"window", [](AttentionParams& p) { p.window = -2; }, {"window", "-2"}},
       {"ring slots", [](AttentionParams& p) { p.slots = 319; }, {"320 slots", "319"}},
+      {"cos alone",
+       [](AttentionParams& p) { p.rotary.cos = &p, p.rotary.dim = 8; },
+       {"cos and sin", "both or neither"}},
+      {"tables without a size", [](AttentionParams& p) { p.rotary.cos = p.rotary.sin = &p; }, {"both or neither"}},
+      {"rotary_dim 20", [](AttentionParams& p) { set_tables(p, 20, p.dtype); }, {"multiple of 8", "got 20"}},
+      {"rotary_dim 264", [](AttentionParams& p) { set_tables(p, 264, p.dtype); }, {"at most head_dim", "got 264"}},
+      {"dtype of the tables",
+       [](AttentionParams& p) { set_tables(p, 64, p.dtype == DType::kFloat16 ? DType::kBFloat16 : DType::kFloat16); },
+       {"float32 or have the dtype of q", "float16"}},
+      {"RoPE of a prefill",
+       [](AttentionParams& p) { set_tables(p, 64, p.dtype), p.q_len = 17; },
+       {"up to 16 new tokens", "got 17"}},
   };
   for (const Case& c : cases) {
     CAPTURE(c.what);

@@ -223,6 +223,8 @@ TEST_CASE(
   const Scheduler scheduler(LayerPlan({R, S}, 4, 8), {6, 2, 80, DType::kFloat16});
   AttentionParams tensors{};
   tensors.slots = 1000;
+  const float table = 0;
+  tensors.rotary = {&table, &table, 0, 16, 0, 16, 16, DType::kFloat32};
   tensors.sink = tensors.window = tensors.num_q_heads = tensors.num_kv_heads = tensors.head_dim = 7;
   const AttentionParams full = scheduler.layer_params(0, tensors), ring = scheduler.layer_params(1, tensors);
   CHECK(full.window == 0);
@@ -235,6 +237,8 @@ TEST_CASE(
     CHECK(params.num_kv_heads == 2);
     CHECK(params.head_dim == 80);
     CHECK(params.dtype == DType::kFloat16);
+    CHECK(params.rotary.cos == &table);
+    CHECK(params.rotary.dim == 16);
     CHECK_NOTHROW(check_params(params));
   }
 }

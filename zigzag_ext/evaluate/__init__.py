@@ -1,1 +1,18 @@
-"""Offline, seeded evaluation tasks, one per file, and a timed generate()."""
+"""Offline, seeded evaluation of a model under a plan: tasks, one per file, and the CSV rows they give.
+
+rows = zz.evaluate.passkey(model, tokenizer, plan, lengths=[1024, 4096], prompts=20)
+zz.evaluate.append("rows.csv", rows)
+"""
+
+from ..hf.heads import HeadPlan
+from .multikey import multikey
+from .multivalue import multivalue
+from .passkey import passkey
+from .perplexity import perplexity
+from .rows import Row, append, read
+from .scoring import score
+from .task import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (passkey, multikey, multivalue, perplexity)}
+
+__all__ = ["TASKS", "HeadPlan", "Row", "Task", "append", "multikey", "multivalue", "passkey", "perplexity", "read", "score"]

@@ -8,6 +8,9 @@ import random
 import re
 from dataclasses import dataclass
 
+from .haystack import Sample, encode, hide
+from .task import Task
+
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -64,3 +67,13 @@ def is_hit(prompt: PasskeyPrompt, answer: str) -> bool:
     """Whether the first number of the answer is the key: a longer number that contains the key is a miss."""
     number = re.search(r"\d+", answer)
     return number is not None and number.group() == prompt.key
+
+
+def _build(tokenizer, length: int, depth: float, rng: random.Random) -> Sample:
+    key = str(rng.randint(10000, 99999))
+    needle = " " + NEEDLE.format(key=key).strip()
+    filler = encode(tokenizer, " " + FILLER.strip())
+    return hide(tokenizer, length, TASK.strip(), filler, [(depth, needle)], [(QUESTION, False), (f" {key}", True)])
+
+
+passkey = Task("passkey", _build)

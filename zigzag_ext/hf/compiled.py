@@ -5,6 +5,7 @@ The CUDA graph is captured here rather than by mode="reduce-overhead": one graph
 records anew for every other cache, outputs that stay valid, and no guards to evaluate between two tokens.
 """
 
+import contextlib
 import functools
 import types
 import weakref
@@ -12,117 +13,154 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_map
 
 from ..cache import ZigzagCache
 from .attention import current
 from .step_cache import StepCache
 
+_ROPE_BY_LENGTH = {"dynamic", "longrope"}
+
 
 class CompiledDecoding:
-    """Stands before the forward of one model: decode steps go to their compiled `_Step`, all other calls to `forward`."""
+    """Stands before the forward of one model: decode steps go to their compiled `_Step`, all other calls to `forward`.
 
-    def __init__(self, model: nn.Module, forward: Callable):
+    Lives in `model.forward` and nowhere else, since it refers to the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.replaced, forward = model.__dict__.get("forward"), model.forward
+
         def step(inputs: dict):
             return forward(**inputs)
 
         # Compiled code is filed under its code object, and only a few variants of one are allowed: each model gets its own.
         own = types.FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
         self.compiled = torch.compile(own, fullgraph=True, options={"triton.cudagraphs": False})
-        self.forward, self.fingerprint = forward, functools.partial(_fingerprint, model)
-        self.trains = lambda: torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+        self.model, self.forward = model, forward
         self.retired: list[tuple] = []  # parts of the last cache that is gone
         functools.update_wrapper(self, forward)  # generate() reads the signature
 
-    def new_cache(self, config, plan, max_len: int | None) -> ZigzagCache:
-        """An empty cache, on the memory of the last one that is gone if there is one: what was compiled on it goes on serving."""
-        cache = ZigzagCache.from_parts(*self.retired.pop()) if self.retired else ZigzagCache(config, plan, max_len)
-        finalizer = weakref.finalize(cache, _retire, self.retired, cache.parts)
-        finalizer.atexit = False
+    def remove(self) -> None:
+        """Gives the model its former forward back."""
+        del self.model.forward
+        if self.replaced is not None:
+            self.model.forward = self.replaced
+
+    def new_cache(self, plan, max_len: int | None) -> ZigzagCache:
+        """An empty cache, on the memory of the last one that is gone if it fits: what was compiled on it goes on serving."""
+        model, cache = self.model, None
+        with contextlib.suppress(IndexError):
+            cache = ZigzagCache.from_parts(*self.retired.pop())
+        if cache is None or not cache.lives_on(model.device, model.dtype):
+            cache = ZigzagCache(model.config, plan, max_len)
+        weakref.finalize(cache, _retire, self.retired, cache.parts).atexit = False
         return cache
 
     def __call__(self, *args, **kwargs):
         cache = getattr(current, "cache", None)
-        if cache is None or args or not cache.decodes or self.trains():
+        if cache is None or not cache.decodes or self._differentiates():
             return self.forward(*args, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "past_key_values")}
+        inputs = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "past_key_values")}
         with torch.inference_mode(False), torch.no_grad():
-            steps = cache.steps.setdefault(self, {})
-            signature = _signature(kwargs, cache)
+            steps, signature = cache.steps.setdefault(self, {}), _signature(inputs, cache)
             if signature not in steps:
-                steps[signature] = _Step(self.compiled, self.fingerprint, cache, kwargs)
-            output = steps[signature](cache, kwargs)
+                steps[signature] = _Step(self.model, self.compiled, cache, inputs)
+            output = steps[signature](cache, inputs)
         cache.mark_attended()
         return output
 
+    def _differentiates(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
+
 
 class _Step:
-    """A decode step of one cache: fixed inputs, and on a GPU the graph that was captured with them."""
+    """A decode step on the buffers of one cache: inputs at fixed addresses, and on a GPU the graph captured with them."""
 
-    def __init__(self, compiled: Callable, fingerprint: Callable, cache: ZigzagCache, kwargs: dict):
-        self.compiled, self.fingerprint = compiled, fingerprint
-        self.view = StepCache(cache, cache.padding)
-        self.tensors = {name: value.clone() for name, value in kwargs.items() if isinstance(value, Tensor)}
-        self.inputs = kwargs | self.tensors | {"past_key_values": self.view}
-        self.device = self.view.layers[0].keys.device
-        self.graph = self.output = self.captured_with = None
-        self.next_column = None  # the cache's length if nothing but this step has run on it since
+    def __init__(self, model: nn.Module, compiled: Callable, cache: ZigzagCache, inputs: dict):
+        self.model, self.compiled = model, compiled
+        self.view = StepCache(cache)
+        self.tensors = {
+            name: value.clone(memory_format=torch.contiguous_format)  # strides of a slice would be compiled for
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
+        self.inputs = inputs | self.tensors | {"past_key_values": self.view}
+        self.graph = self.output = self.captured_on = None
+        self.last_forward = -1
 
-    def __call__(self, cache: ZigzagCache, kwargs: dict):
-        columns = cache.get_seq_length()
+    def __call__(self, cache: ZigzagCache, inputs: dict):
         for name, static in self.tensors.items():
-            static.copy_(kwargs[name])
-        self.view.refresh(columns, cache.padding)
-        if self.device.type == "cpu":
-            output, copy = self._run(), False
-        else:
-            self._replay(unchanged=columns == self.next_column)
-            output, copy = self.output, True
-        self.next_column = columns + 1
+            static.copy_(inputs[name])
+        self.view.refresh(cache)
+        if self.view.device.type == "cpu":
+            return tree_map(lambda leaf: cache if leaf is self.view else leaf, self._run())
+        if self.last_forward + 1 != cache.num_forwards:  # the first step after a prompt
+            self._capture_if_needed()
+        self.last_forward = cache.num_forwards
+        self.graph.replay()
         return tree_map(
-            lambda leaf: cache if leaf is self.view else leaf.clone() if copy and isinstance(leaf, Tensor) else leaf, output
+            lambda leaf: cache if leaf is self.view else leaf.clone() if isinstance(leaf, Tensor) else leaf, self.output
         )
 
     def _run(self):
         current.cache, cache = self.view, current.cache
         try:
             return self.compiled(self.inputs)
+        except TorchDynamoException as error:
+            raise RuntimeError(
+                f"{type(self.model).__name__} cannot decode as one compiled graph; enable it without compile=True: {error}"
+            ) from error
         finally:
             current.cache = cache
 
-    def _replay(self, unchanged: bool) -> None:
-        if not unchanged and self.captured_with != (fingerprint := self.fingerprint()):
-            self._capture()
-            self.captured_with = fingerprint
-        self.graph.replay()
-
-    def _capture(self) -> None:
-        """The run before the capture compiles and loads everything. A step may run twice: it appends at the lengths it is given."""
-        stream, caller = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        self.graph = self.output = None
+    def _capture_if_needed(self) -> None:
+        if self.captured_on == (now := _fingerprint(self.model)):
+            return
+        self.graph = self.output = self.captured_on = None
+        device = self.view.device
+        graph, stream, caller = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        # Compiles and loads what a capture must not. Running the step twice is harmless: it appends at the lengths it is given.
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             self._run()
         caller.wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.output = self._run()
+        self.graph, self.captured_on = graph, now
+
+
+def check_compilable(model: nn.Module) -> None:
+    """Raises ValueError by name for what can be served, but not as one graph."""
+    family, devices = model.config.model_type, sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(f"{family}: compile=True needs the whole model on one device, it is on {', '.join(devices)}")
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        if found := kinds & _ROPE_BY_LENGTH:
+            raise ValueError(
+                f"{family}: compile=True does not serve '{found.pop()}' RoPE ({name}), which the host scales by length"
+            )
 
 
 def _retire(retired: list, parts: tuple) -> None:
     retired[:] = [parts]
 
 
-def _signature(kwargs: dict, cache: ZigzagCache) -> Hashable:
-    """What a captured step depends on besides values of tensors."""
+def _signature(inputs: dict, cache: ZigzagCache) -> Hashable:
+    """What a captured step depends on besides the values of tensors. Raises TypeError for an input that cannot be compared."""
     device = cache.layers[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    shapes = tuple((n, v.shape, v.dtype, v.device) if isinstance(v, Tensor) else (n, v) for n, v in kwargs.items())
-    return shapes, cache.padding is None, autocast
+    given = tuple((n, v.shape, v.dtype, v.device) if isinstance(v, Tensor) else (n, v) for n, v in inputs.items())
+    for name, value, *_ in given:
+        if not isinstance(value, Hashable):
+            raise TypeError(f"a compiled decode step takes tensors and plain values, {name} is a {type(value).__name__}")
+    return given, cache.padding is None, autocast
 
 
 def _fingerprint(model: nn.Module) -> tuple:
     """Changes when weights move or modules are exchanged, which a captured graph would not notice."""
     tensors = tuple(t.data_ptr() for group in (model.parameters(), model.buffers()) for t in group)
-    modules = tuple((id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in model.modules())
-    return tensors, modules
+    return tensors, tuple((id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in model.modules())

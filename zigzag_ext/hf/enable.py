@@ -15,7 +15,7 @@ from ..cache import ZigzagCache
 from ..plan import Plan
 from .attention import NAME, current
 from .chunking import TOKEN_ARGUMENTS, check_chunk, new_tokens, prefill_ahead
-from .compiled import CompiledDecoding
+from .compiled import CompiledDecoding, check_compilable
 from .families import check_family
 
 _sessions: "WeakKeyDictionary[nn.Module, _Session]" = WeakKeyDictionary()
@@ -33,6 +33,8 @@ def enable(
         prefill_chunk: most new tokens per row that go through the model at once, in forwards that ask for the logits of the last
             tokens only, as generate() does. Peak memory beside the KV then does not depend on the prompt; the result is that of
             one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows.
+        compile: decode steps run as one compiled graph, on a GPU as one captured CUDA graph that serves every length (see
+            `zigzag_ext.hf.compiled`). Needs `max_len`, or caches that have one; prompts stay eager. Same tokens as without.
 
     Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
     `past_key_values=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. Inference only.
@@ -55,8 +57,12 @@ def enable(
         raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
     if model in _sessions:
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile must be True or False, got {compile!r}")
     check_family(model)
     prefill_chunk = check_chunk(model, prefill_chunk)
+    if compile:
+        check_compilable(model)
     ZigzagCache(model.config, plan, max_len)
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -64,7 +70,7 @@ def enable(
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
     _sessions[model] = _Session(model, plan, max_len, prefill_chunk, previous)
     if compile:
-        model.forward = CompiledDecoding(model, model.forward)
+        model.forward = CompiledDecoding(model)
     return model
 
 
@@ -75,8 +81,8 @@ def disable(model: nn.Module) -> nn.Module:
     session = _sessions.pop(model)
     for hook in session.hooks:
         hook.remove()
-    if isinstance(model.forward, CompiledDecoding):
-        model.forward = model.forward.forward
+    if isinstance(compiled := model.__dict__.get("forward"), CompiledDecoding):
+        compiled.remove()
     model.set_attn_implementation(session.previous)
     return model
 
@@ -135,8 +141,9 @@ class _Session:
             cache.end(failed=output is None)
 
     def new_cache(self, model: nn.Module) -> ZigzagCache:
-        make = model.forward.new_cache if isinstance(model.forward, CompiledDecoding) else ZigzagCache
-        return make(model.config, self.plan, self.max_len)
+        if isinstance(model.forward, CompiledDecoding):
+            return model.forward.new_cache(self.plan, self.max_len)
+        return ZigzagCache(model.config, self.plan, self.max_len)
 
     def cache_for(self, model: nn.Module, kwargs: dict) -> ZigzagCache:
         """The cache of this forward, also put in place of `past_key_values` unless the caller wants none."""

@@ -9,7 +9,7 @@ from ..cache import ZigzagCache, ZigzagLayer
 
 
 class _Shared:
-    """Read by all layers: tokens held and padding per row [batch] int32 (or None), columns seen (0-d int64), scratch by geometry."""
+    """Read by all layers: tokens held and padding per row ([batch] int32, or None), columns seen (0-d int64), scratch."""
 
     def __init__(self, seq_lens: Tensor, pad: Tensor | None, columns: Tensor, workspaces: dict[tuple, Tensor]):
         self.seq_lens, self.pad, self.columns, self.workspaces = seq_lens, pad, columns, workspaces
@@ -61,21 +61,23 @@ class StepLayer(CacheLayerMixin):
 
 
 class StepCache(Cache):
-    """The buffers of `cache`, after its first forward, and inputs of its own (`pad`, columns) that `refresh` sets."""
+    """The buffers of `cache`, after its first forward, and inputs of its own (padding, columns) that `refresh` sets."""
 
-    def __init__(self, cache: ZigzagCache, pad: Tensor | None):
-        rows, device = cache.layers[0].rows, cache.layers[0].device
+    def __init__(self, cache: ZigzagCache):
+        rows, self.device = cache.layers[0].rows, cache.layers[0].device
+        columns = torch.zeros((), dtype=torch.int64, device=self.device)
+        pad = None if cache.padding is None else cache.padding.clone()
         workspaces = {key[:3]: workspace for key, workspace in rows.workspaces.items()}
-        columns = torch.zeros((), dtype=torch.int64, device=device)
-        pad = None if pad is None else pad.clone()
-        self.shared = _Shared(cache.seq_lens, pad, columns, workspaces)
+        shared = _Shared(cache.seq_lens, pad, columns, workspaces)
         for layer in cache.layers:
-            if not layer.window:  # one graph for every capacity
+            if not layer.window:  # one compilation for every capacity
                 torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
                 torch._dynamo.maybe_mark_dynamic(layer.values, 2)
-        super().__init__(layers=[StepLayer(layer, self.shared) for layer in cache.layers])
+        super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
 
-    def refresh(self, columns: int, pad: Tensor | None) -> None:
-        self.shared.columns.fill_(columns)
-        if pad is not None:
-            self.shared.pad.copy_(pad)
+    def refresh(self, cache: ZigzagCache) -> None:
+        """Copies in what the forward under way has noted."""
+        shared = self.layers[0].shared
+        shared.columns.fill_(cache.get_seq_length())
+        if shared.pad is not None:
+            shared.pad.copy_(cache.padding)

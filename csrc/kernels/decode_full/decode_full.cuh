@@ -1,9 +1,8 @@
 // Split-KV decode over a full cache in one launch. Two ways to spread a (batch, KV head, row block) -- a row group --
 // over blocks:
 //
-//   cluster   8 blocks per row group, merged through distributed shared memory: fastest where the row groups times 8
-//   fill
-//             the GPU without a second wave
+//   cluster   8 or 16 blocks per row group, merged through distributed shared memory: fastest where they fill
+//             nearly half of the GPU and need no second wave
 //   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
 //             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks
 //             share is merged by the block that comes last, in block order
@@ -198,7 +197,7 @@ void configure(Params& p, device::LaunchConfig& config, int cluster) {
   const device::LaunchOptions& options = device::launch_options();
   int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
   const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster); };
-  while (warps > 1 && layout().total > device.shared_bytes) warps /= 2;
+  while (warps > 1 && layout().total > device.shared_bytes) --warps;
   p.layout = layout();
   p.cluster_log2 = device::floor_log2(cluster);
   config.cluster = cluster;
@@ -212,28 +211,41 @@ void configure(Params& p, device::LaunchConfig& config, int cluster) {
   }
 }
 
-template <class Element, int kHeadDim, int kRowTiles>
-void launch_shape(const AttentionParams& a, void* stream) {
-  using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
-  using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
+// Launches `split`, or `in_cluster` where a cluster per row group fills the GPU.
+template <class Split>
+void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_cluster)(Params), void* stream) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
   Params p = {a, {}, group, (rows + Split::kRows - 1) / Split::kRows, 0};
   const int groups = a.batch * p.num_kv_heads * p.row_blocks;
   const bool modern = device.arch >= 90 && !options.force_plain;
-  const auto kernel = a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>;
 
-  // 8 blocks per row group on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.
+  // Blocks on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.
   device::LaunchConfig config = {};
-  config.dependent_launch = modern && options.dependent_launch;
-  const int cluster = options.cluster > 0 ? 1 << device::floor_log2(std::min(options.cluster, kMaxCluster)) : 8;
-  if (modern && cluster > 1 && groups * cluster * 9 / 4 >= device.sm_count && groups * cluster <= device.sm_count) {
-    configure<Split>(p, config, cluster);
-    if (groups <= device::max_active_clusters(kernel, config)) return device::launch(kernel, config, p, stream);
+  // A launch that reads what the one before it appended must not start early.
+  const bool whole = a.columns_before + a.columns_after == 0;
+  config.dependent_launch = modern && options.dependent_launch && whole;
+  const int asked = options.cluster > 0 ? 1 << device::floor_log2(std::min(options.cluster, kMaxCluster)) : 0;
+  for (int cluster = asked > 0 ? asked : 8; modern && cluster > 1 && cluster <= kMaxCluster; cluster *= 2) {
+    if (groups * cluster * 9 / 4 >= device.sm_count && groups * cluster <= device.sm_count) {
+      configure<Split>(p, config, cluster);
+      if (groups <= device::max_active_clusters(in_cluster, config)) {
+        return device::launch(in_cluster, config, p, stream);
+      }
+    }
+    if (asked > 0) break;
   }
   configure<Split>(p, config, 1);
-  device::launch(decode_full_kernel<Split>, config, p, stream);
+  device::launch(split, config, p, stream);
+}
+
+template <class Element, int kHeadDim, int kRowTiles>
+void launch_shape(const AttentionParams& a, void* stream) {
+  using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
+  using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
+  launch_kernels<Split>(a, decode_full_kernel<Split>,
+                        a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>, stream);
 }
 
 template <class Element>

@@ -1,0 +1,139 @@
+"""Tables of docs/evidence.md from the results of evidence.py: every plan at half of the layers, and quality over the budget."""
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import report
+from evidence_plans import canonical
+
+from zigzag_ext.evaluate import Row, read
+from zigzag_ext.evaluate.rows import wilson
+
+BEGIN, END = "<!-- results:evidence -->", "<!-- /results:evidence -->"
+REFERENCES = (("", "full"), ("", "streaming"))
+NONE = "–"
+
+
+class Results:
+    """Rows by plan, task and length; plans by name."""
+
+    def __init__(self, folder: Path):
+        self.rows: dict[tuple, Row] = {}
+        for row in read(folder / "rows.csv"):
+            self.rows[canonical(row.kinds), row.task, row.length] = row
+        with (folder / "plans.csv").open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        self.names = [(line["source"], line["rule"], float(line["ratio"])) for line in lines]
+        self.kinds = {name: canonical(line["kinds"]) for name, line in zip(self.names, lines, strict=True)}
+        self.cells = sorted({(task, length) for _, task, length in self.rows}, key=lambda cell: (_ORDER[cell[0]], cell[1]))
+        self.run = json.loads((folder / "runs.jsonl").read_text().splitlines()[-1])
+
+    def of(self, name: tuple, task: str, length: int | None = None) -> list[Row]:
+        """Rows of a plan: one, or one per length."""
+        kinds = self.kinds.get(name)
+        return [row for (k, t, n), row in self.rows.items() if (k, t) == (kinds, task) and length in (None, n)]
+
+
+_ORDER = {"passkey": 0, "multikey": 1, "multivalue": 2, "perplexity": 3}
+
+
+def exact(rows: Sequence[Row]) -> str:
+    """Percent of exact matches over all prompts, with the Wilson interval."""
+    if not rows:
+        return NONE
+    trials = sum(row.prompts for row in rows)
+    hits = sum(round(row.exact * row.prompts) for row in rows)
+    low, high = wilson(hits, trials)
+    return f"{100 * hits / trials:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def logprob(rows: Sequence[Row]) -> str:
+    """Mean log-probability per token over all prompts, with the half width of its 95% interval."""
+    if not rows:
+        return NONE
+    trials = sum(row.prompts for row in rows)
+    mean = sum(row.logprob * row.prompts for row in rows) / trials
+    half = math.sqrt(sum(((row.logprob_high - row.logprob) * row.prompts) ** 2 for row in rows)) / trials
+    return f"{mean:.2f} ± {half:.2f}"
+
+
+def perplexity(rows: Sequence[Row]) -> str:
+    return f"{math.exp(-fmean(row.logprob for row in rows)):.2f}" if rows else NONE
+
+
+def title(source: str, rule: str) -> str:
+    if rule == "heads":
+        return f"{source}, per head"
+    return f"{source}, {rule}" if source else {"streaming": "all streaming"}.get(rule, rule)
+
+
+def detail_table(results: Results, ratio: float) -> str:
+    """Every plan that streams `ratio` of the layers, in every cell. Random plans are pooled."""
+    columns = [f"{task} {length}" for task, length in results.cells]
+    lines = []
+
+    def add(label: str, names: Iterable[tuple]) -> None:
+        found = {cell: [row for name in names for row in results.of(name, *cell)] for cell in results.cells}
+        shown = [perplexity(found[cell]) if cell[0] == "perplexity" else exact(found[cell]) for cell in results.cells]
+        if any(found.values()):
+            key = [row for cell, rows in found.items() if cell[0] == "passkey" for row in rows]
+            lines.append([label, *shown, logprob(key)])
+
+    at_ratio = [name for name in results.names if name[2] == ratio]
+    random = [name for name in at_ratio if name[1] == "random"]
+    for name in [n for n in results.names if n[:2] in REFERENCES] + [n for n in at_ratio if n not in random]:
+        add(title(*name[:2]), [name])
+    add(f"random, {len(random)} plans", random)
+    return report.table(["plan", *columns, "key's log-probability"], lines)
+
+
+def budget_table(results: Results, task: str, show) -> str:
+    """One line per source at objective mean, per head, and without scores; one column per share of streaming layers."""
+    ratios = sorted({ratio for *_, ratio in results.names} - {0.0, 1.0})
+    pairs = list(dict.fromkeys((source, rule) for source, rule, _ in results.names if rule in ("mean", "heads", "even")))
+    full, streaming = (next(n for n in results.names if n[:2] == pair) for pair in REFERENCES)
+    ends = [show(results.of(full, task)), show(results.of(streaming, task))]
+    lines = [[title(*pair), ends[0], *(show(results.of((*pair, ratio), task)) for ratio in ratios), ends[1]] for pair in pairs]
+    random = {
+        ratio: [row for name in results.names if name[1:] == ("random", ratio) for row in results.of(name, task)]
+        for ratio in ratios
+    }
+    lines.append(["random", ends[0], *(show(random[ratio]) for ratio in ratios), ends[1]])
+    return report.table(["streaming", "0%", *(f"{ratio:.0%}" for ratio in ratios), "100%"], lines)
+
+
+def text(results: Results) -> str:
+    run = results.run
+    parts = [f"**{run['model']}, {run['dtype']}, {run['gpu']}**, torch {run['torch']}, commit {run['commit']}"]
+    for ratio in sorted({ratio for *_, ratio in results.names} - {0.0, 1.0}, key=lambda ratio: abs(ratio - 0.5))[:1]:
+        parts += [
+            f"### All plans at {ratio:.0%} streaming layers",
+            "Exact matches in percent with 95% intervals; perplexity; the passkey's log-probability per token, over all lengths.",
+            detail_table(results, ratio),
+        ]
+    parts += [
+        "### Passkey over the budget: exact matches in percent, all lengths", budget_table(results, "passkey", exact),
+        "### Passkey over the budget: log-probability per token, all lengths", budget_table(results, "passkey", logprob),
+        "### Perplexity over the budget", budget_table(results, "perplexity", perplexity),
+    ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def write(folder: Path, target: Path) -> int:
+    """Puts the tables between the markers of `target`."""
+    if not (folder / "rows.csv").exists():
+        print(f"no results in {folder}: run benchmarks/evidence.py first", file=sys.stderr)
+        return 1
+    before, begin, rest = target.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        print(f"{target} has no {BEGIN} ... {END}", file=sys.stderr)
+        return 1
+    target.write_text(f"{before}{BEGIN}\n{text(Results(folder))}\n{END}{after}")
+    print(f"{target}: updated")
+    return 0

@@ -1,0 +1,235 @@
+"""Times prompt chunks against their peers:  python benchmarks/prefill.py --csv benchmarks/results/prefill.csv
+
+Every output is checked before it is timed (sampled rows in float64). Implementations take turns; medians are reported with their
+20th and 80th percentiles. zigzag and route_* include the append of the new tokens, peers attend keys already in place. A run
+that was interrupted goes on where it stopped: scenarios that the file already holds for this commit, GPU and torch are skipped.
+"""
+
+import argparse
+import csv
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import clock
+import machine
+import torch
+from prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
+from problem import Unsupported
+
+MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 15, 3, 4.0  # samples per implementation; time for one scenario
+CALLS, CALLS_SECONDS = 20, 2e-3  # a sample of short calls holds as many as fit in this time, at most CALLS
+HOLD_CYCLES = 4_000_000  # about 2 ms on an H100: the host enqueues all calls of a sample meanwhile
+TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class PrefillRecord:
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    impl: str
+    scenario: str
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tokens: int
+    past: int
+    sink: int
+    window: int
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    flops: int
+    tflops: float
+
+
+COLUMNS = [field.name for field in fields(PrefillRecord)]
+_TYPES = {field.name: field.type for field in fields(PrefillRecord)}
+
+
+def read(path: Path) -> list[PrefillRecord]:
+    """Rows of a CSV file, none if it does not exist. Raises ValueError naming the file if its columns are others."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = csv.reader(file)
+        if (header := next(rows, [])) != COLUMNS:
+            raise ValueError(f"{path}: columns are {header}, expected {COLUMNS}")
+        return [PrefillRecord(**{name: _TYPES[name](value) for name, value in zip(COLUMNS, row, strict=True)}) for row in rows]
+
+
+def append(path: Path, records: list[PrefillRecord]) -> None:
+    """All rows of a scenario at once, so that an interrupted scenario leaves none."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            rows.writeheader()
+        rows.writerows({n: round(v, 3) if _TYPES[n] is float else v for n, v in asdict(r).items()} for r in records)
+
+
+def sampler(run: Callable[[], object], device: str) -> Callable[[], float]:
+    """sample() -> microseconds per call. On a GPU, between events, with the queue held until the host has enqueued everything."""
+    start = time.perf_counter()
+    run()
+    if device == "cpu":
+
+        def sample_cpu():
+            begin = time.perf_counter()
+            run()
+            return (time.perf_counter() - begin) * 1e6
+
+        return sample_cpu
+    torch.cuda.synchronize()
+    calls = max(1, min(CALLS, int(CALLS_SECONDS / (time.perf_counter() - start))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def sample():
+        torch.cuda._sleep(HOLD_CYCLES)
+        events[0].record()
+        for _ in range(calls):
+            run()
+        events[1].record()
+        torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1]) * 1e3 / calls
+
+    return sample
+
+
+def prepare_all(problem: PrefillProblem) -> tuple[dict, dict[str, str]]:
+    """Samplers of the implementations whose output is right, and for the others the reason why they are not timed."""
+    samplers, reasons = {}, {}
+    for impl in problem.cell.impls:
+        try:
+            begin = time.perf_counter()
+            run = prepare(impl, problem)
+            error = problem.error(run(), impl)
+            seconds = time.perf_counter() - begin
+            if not error <= TOLERANCE[problem.cell.dtype]:
+                reasons[impl] = f"wrong: relative error {error:.1e}, allowed {TOLERANCE[problem.cell.dtype]:.0e}"
+                continue
+            samplers[impl] = sampler(run, problem.device)
+            print(f"  {impl:16} error {error:.1e}, first call and check {seconds:.2f} s")
+        except ImportError as error:
+            reasons[impl] = f"missing: {error}"
+        except Unsupported as error:
+            reasons[impl] = f"unsupported: {error}"
+        except Exception as error:  # a peer's failure must not end the run
+            reasons[impl] = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return samplers, reasons
+
+
+def measure(samplers: dict[str, Callable[[], float]]) -> dict[str, clock.Quantiles]:
+    samples: dict[str, list[float]] = {impl: [] for impl in samplers}
+    begin = time.perf_counter()
+    for rounds in range(MOST_ROUNDS):
+        if rounds >= LEAST_ROUNDS and time.perf_counter() - begin > SECONDS:
+            break
+        for impl, sample in samplers.items():
+            samples[impl].append(sample())
+    return {impl: clock.quantiles(sample) for impl, sample in samples.items()}
+
+
+def run_cell(cell: PrefillCell, device: str, origin: dict[str, str]) -> tuple[list[PrefillRecord], dict[str, str]]:
+    """Checks, times and prints one scenario. Returns its rows, and the implementations not timed with the reason."""
+    print(f"{cell.scenario}: {cell.tokens} tokens on {cell.past}, sink {cell.sink}, window {cell.window}")
+    problem = PrefillProblem(cell, device)
+    samplers, reasons = prepare_all(problem)
+    rows = []
+    for impl, quantiles in sorted(measure(samplers).items(), key=lambda item: item[1].p50):
+        full = impl.startswith(FULL)
+        shape = {name: getattr(cell, name) for name in ("scenario", "batch", "num_q_heads", "num_kv_heads", "head_dim")}
+        shape |= {
+            "tokens": cell.tokens,
+            "past": cell.past,
+            "sink": 0 if full else cell.sink,
+            "window": 0 if full else cell.window,
+        }
+        times = {"p20_us": quantiles.p20, "p50_us": quantiles.p50, "p80_us": quantiles.p80}
+        flops = cell.flops(impl)
+        rows.append(PrefillRecord(**origin, **shape, **times, impl=impl, flops=flops, tflops=flops / quantiles.p50 * 1e-6))
+        spread = f"[{quantiles.p20:.1f}, {quantiles.p80:.1f}]"
+        print(f"  {impl:16} {quantiles.p50:12.1f} us {spread:26} {rows[-1].tflops:8.2f} TFLOP/s")
+    for impl, reason in reasons.items():
+        print(f"  {impl:16} {reason}")
+    sys.stdout.flush()
+    return rows, reasons
+
+
+def bars(rows: list[PrefillRecord]) -> list[str]:
+    """What the numbers come to, one line per comparison for which there are rows."""
+    time_of = {(row.scenario, row.impl): row.p50_us for row in rows}
+    rate_of = {(row.scenario, row.impl): row.tflops for row in rows}
+    lines = []
+
+    def compare(scenario, best_of, text, form):
+        theirs = [time_of[scenario, impl] for impl in best_of if (scenario, impl) in time_of]
+        if theirs and (scenario, "zigzag") in time_of:
+            lines.append(f"{scenario}: {text} {form(time_of[scenario, 'zigzag'], min(theirs))}")
+
+    for scenario in dict.fromkeys(row.scenario for row in rows):
+        full = [impl for name, impl in time_of if name == scenario and impl.startswith(FULL)]
+        compare(scenario, full, "streaming layer in percent of the best full layer:", lambda a, b: f"{100 * a / b:.2f}")
+        compare(scenario, ["flex_attention"], "times as fast as FlexAttention:", lambda a, b: f"{b / a:.2f}")
+        if scenario.startswith("retrieval"):
+            compare(scenario, ["cudnn", "flash", "fa3", "torch_cpu"], "time over the best peer:", lambda a, b: f"{a / b:.3f}")
+        if scenario.startswith("short"):
+            others = [impl for name, impl in time_of if name == scenario and impl != "zigzag"]
+            compare(scenario, others, "time over the best route:", lambda a, b: f"{a / b:.3f}")
+        if (scenario, "cudnn_dense") in rate_of and (scenario, "zigzag") in rate_of:
+            share = 100 * rate_of[scenario, "zigzag"] / rate_of[scenario, "cudnn_dense"]
+            lines.append(f"{scenario}: percent of cuDNN's dense TFLOP/s: {share:.1f}")
+    if ("streaming_64k", "zigzag") in time_of and ("streaming_256k", "zigzag") in time_of:
+        growth = time_of["streaming_256k", "zigzag"] / time_of["streaming_64k", "zigzag"]
+        lines.append(f"streaming_64k to streaming_256k: {growth:.2f} times the time")
+    return lines
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=sorted(BY_DEVICE), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scenario", help="names or beginnings of names, separated by commas; default: all of the device")
+    parser.add_argument("--csv", type=Path, help="file for the results; rows are added to it")
+    parser.add_argument(
+        "--commit", default=machine.commit(), help="name of the measured source; default from ZIGZAG_COMMIT or git"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    wanted = tuple(args.scenario.split(",")) if args.scenario else ("",)
+    cells = [cell for cell in BY_DEVICE[args.device] if cell.scenario.startswith(wanted)]
+    if not cells:
+        sys.exit(f"unknown scenario {args.scenario}; known: {', '.join(cell.scenario for cell in BY_DEVICE[args.device])}")
+    origin = {"commit": args.commit, "gpu": machine.processor(args.device), "driver": machine.driver(args.device)}
+    origin["torch"] = torch.__version__
+    kept = [r for r in read(args.csv) if origin.items() <= asdict(r).items()] if args.csv else []
+    done, failed = {row.scenario for row in kept}, []
+    with torch.inference_mode():
+        for cell in cells:
+            if cell.scenario in done:
+                print(f"{cell.scenario}: in {args.csv} already")
+                continue
+            rows, reasons = run_cell(cell, args.device, origin)
+            kept += rows
+            failed += [cell.scenario] if "zigzag" in reasons else []
+            if args.csv:
+                append(args.csv, rows)
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    print("\n".join(bars(kept)))
+    if failed:
+        print(f"zigzag failed in: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The evidence run from end to end on a tiny random model: plans, resuming, budget, report."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import zigzag_ext as zz
+from zigzag_ext import evaluate
+
+from .conftest import KV_HEADS, LAYERS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import evidence  # noqa: E402
+import evidence_plans  # noqa: E402
+import evidence_report  # noqa: E402
+from evidence_plans import OBJECTIVES, all_plans, canonical, distinct  # noqa: E402
+
+SMALL = ["--device", "cpu", "--lengths", 600, 700, "--prompts", 10, "--ratios", 0.5, "--identify-tokens", 1600]
+SMALL += ["--identify-prompts", 2]
+
+
+@pytest.fixture(autouse=True)
+def few_random_plans(monkeypatch):
+    monkeypatch.setattr(evidence_plans, "RANDOM_SEEDS", 1)
+
+
+def run(model_folder, results, *options):
+    return evidence.main([str(x) for x in ("--model", model_folder, "--results", results, *SMALL, *options)])
+
+
+def test_all_plans_have_the_budget_they_name():
+    scores = {"a": np.random.default_rng(0).random((12, 2)), "b": np.repeat(np.linspace(0, 1, 12)[:, None], 2, 1)}
+    named = list(all_plans(scores, 12, 2, [0.5, 0.25], 4, 8))
+    assert len(named) == 2 + 2 * (1 + 1 + 2 * (1 + len(OBJECTIVES)))
+    assert len({each.name for each in named}) == len(named)
+    for each in named:
+        kept = each.plan.retrieval_ratio
+        assert kept == pytest.approx(1 - each.ratio)
+        assert (each.plan.sink, each.plan.window) == (4, 8)
+    only = distinct(named)
+    kinds = [canonical(each.kinds) for each in only]
+    assert len(set(kinds)) == len(kinds) < len(named) and set(kinds) == {canonical(each.kinds) for each in named}
+    assert [each.rule for each in only[:3]] == ["full", "streaming", "even"]
+    assert not any(each.source == "b" and each.rule == "heads" for each in only)  # these are whole layers
+
+
+def test_a_run_a_second_run_and_its_report(model_folder, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert run(model_folder, results, "--methods", "lazy", "ablation_heads") == 0
+    rows = evaluate.read(results / "rows.csv")
+    cells = {row.cell for row in rows}
+    assert len(cells) == len(rows)
+    scores = {name: zz.load_scores(results / "head_scores" / f"{name}.tsv") for name in ("lazy", "ablation_heads")}
+    plans = distinct(list(all_plans(scores, LAYERS, KV_HEADS, [0.5], evidence.SINK, evidence.WINDOW)))
+    tasks = [("passkey", 600), ("passkey", 700), ("multikey", 700), ("multivalue", 700), ("perplexity", 700)]
+    assert len(rows) == len(plans) * len(tasks)
+    assert [(row.task, row.length) for row in rows[:5]] == tasks and {row.prompts for row in rows} == {10, 5}
+    assert json.loads((results / "runs.jsonl").read_text())["model"] == "tiny"
+
+    capsys.readouterr()
+    assert run(model_folder, results, "--methods", "lazy", "ablation_heads") == 0
+    assert evaluate.read(results / "rows.csv") == rows and "passkey" not in capsys.readouterr().out
+
+    page = tmp_path / "evidence.md"
+    page.write_text(f"before\n{evidence_report.BEGIN}\nold\n{evidence_report.END}\nafter\n")
+    assert evidence_report.write(results, page) == 0
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    for words in ("full", "all streaming", "lazy, mean", "lazy, per head", "random", "ablation_heads, transport", "passkey 700"):
+        assert words in text
+    page.write_text("no markers")
+    assert evidence_report.write(results, page) == 1
+    assert evidence_report.write(tmp_path, page) == 1
+
+
+def test_the_budget_stops_a_run_and_the_next_one_goes_on(model_folder, tmp_path, monkeypatch):
+    """A clock that jumps by a second per look: the first run ends among the scores, the second among the plans."""
+    now = iter(range(10**9))
+    monkeypatch.setattr(evidence.time, "monotonic", lambda: next(now))
+    sizes = []
+    for budget in (3, 25, None):
+        options = [] if budget is None else ["--budget-seconds", budget]
+        assert run(model_folder, tmp_path, "--methods", "retrieval", *options) == 0
+        path = tmp_path / "rows.csv"
+        sizes.append(len(evaluate.read(path)) if path.exists() else 0)
+    assert sizes[0] == 0 < sizes[1] < sizes[2]
+    rows = evaluate.read(tmp_path / "rows.csv")
+    assert len({row.cell for row in rows}) == len(rows)
+
+
+def test_report_pools_prompts(model, tokenizer):
+    rows = zz.evaluate.passkey(model, tokenizer, lengths=[600, 700], depths=[0.5], prompts=4)
+    assert evidence_report.exact([]) == evidence_report.NONE
+    assert evidence_report.exact(rows) == "0 [0, 32]"
+    mean = (rows[0].logprob + rows[1].logprob) / 2
+    half = ((rows[0].logprob_high - rows[0].logprob) ** 2 + (rows[1].logprob_high - rows[1].logprob) ** 2) ** 0.5 / 2
+    assert evidence_report.logprob(rows) == f"{mean:.2f} ± {half:.2f}"

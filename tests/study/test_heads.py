@@ -1,0 +1,107 @@
+"""Head-level plans in torch: equal to the specification head by head, and to the kernels where whole layers stream."""
+
+import pytest
+import torch
+
+import zigzag_ext as zz
+from zigzag_ext import reference
+from zigzag_ext.evaluate import HeadPlan
+from zigzag_ext.evaluate.scoring import attention_of
+from zigzag_ext.hf.heads import attend_heads, banded, causal
+
+from .conftest import KV_HEADS, LAYERS
+
+
+def inputs(n, heads=6, kv_heads=3, batch=2, dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, n, dim), (batch, kv_heads, n, dim), (batch, kv_heads, n, dim)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def expected(query, key, value, scale, kinds, sink, window):
+    """The specification, KV head by KV head."""
+    group = query.shape[1] // key.shape[1]
+    out = []
+    for head, retrieves in enumerate(kinds):
+        q, k, v = query[:, head * group : (head + 1) * group], key[:, head : head + 1], value[:, head : head + 1]
+        empty = torch.empty(len(q), 1, 0, q.shape[-1], dtype=q.dtype)
+        lengths = torch.zeros(len(q), dtype=torch.int32)
+        ring = (0, 0) if retrieves else (sink, window)
+        out.append(reference.attention_(q, k, v, empty, empty.clone(), lengths, None, *ring, scale)[0])
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 128, 129, 200, 400])
+@pytest.mark.parametrize("sink,window", [(0, 1), (0, 70), (5, 3), (4, 64), (100, 100)])
+def test_banded_is_the_specification(n, sink, window):
+    q, k, v = inputs(n)
+    torch.testing.assert_close(banded(q, k, v, 0.3, sink, window), expected(q, k, v, 0.3, [False] * 3, sink, window))
+
+
+@pytest.mark.parametrize("kinds", [(1, 1, 1), (0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 0, 1)])
+def test_mixed_heads_are_the_specification(kinds):
+    q, k, v = inputs(150)
+    attend = attend_heads(HeadPlan((kinds,), 4, 20))
+    torch.testing.assert_close(attend(0, q, k, v, 0.25), expected(q, k, v, 0.25, kinds, 4, 20))
+
+
+def test_banded_has_the_gradient_of_masked_attention():
+    q, k, v = (x.requires_grad_() for x in inputs(130, batch=1))
+    weight = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((banded(q, k, v, 0.3, 3, 9) * weight).sum(), (q, k, v))
+    position = torch.arange(130)
+    mask = reference.visible(position[None], position[:, None], 3, 9)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+    for a, b in zip(ours, torch.autograd.grad((dense * weight).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_head_plan_of_whole_layers_is_the_kernels_plan(model):
+    ids = torch.randint(0, 100, (2, 300), generator=torch.Generator().manual_seed(3))
+    plan = zz.Plan(["streaming", "retrieval", "streaming"], sink=4, window=32)
+    logits = []
+    with torch.no_grad():
+        for each in (plan, HeadPlan.from_plan(plan, KV_HEADS), None):
+            with attention_of(model, each):
+                logits.append(model(ids, use_cache=False).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert (logits[0] - logits[2]).abs().max() > 0.1
+
+
+def test_the_best_heads_retrieve_and_ties_go_to_the_first():
+    plan = HeadPlan.from_scores([[0.5, 0.9], [0.5, 0.5], [0.1, 0.8]], 3, 4, 8)
+    assert plan.retrieval == ((True, True), (False, False), (False, True)) and plan.retrieval_ratio == 0.5
+
+
+@pytest.mark.parametrize("rows,sink,window", [([], 1, 1), ([[]], 1, 1), ([[1], [1, 0]], 1, 1), ([[1]], -1, 1), ([[1]], 0, 0)])
+def test_impossible_head_plans_are_refused(rows, sink, window):
+    with pytest.raises(ValueError):
+        HeadPlan(rows, sink, window)
+
+
+@torch.no_grad()
+def test_a_probed_model_refuses_what_it_would_ignore(model):
+    ids = torch.ones(1, 5, dtype=torch.long)
+    before = model.config._attn_implementation
+    with attention_of(model, HeadPlan(((True,) * KV_HEADS,) * LAYERS, 1, 1)):
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        with pytest.raises(ValueError, match="use_cache"):
+            model(ids)
+        with pytest.raises(RuntimeError, match="disable"), attention_of(model, HeadPlan(((True,),) * LAYERS, 1, 1)):
+            pass
+    assert model.config._attn_implementation == before
+    with zz.zigzag(model, zz.Plan(["retrieval"] * LAYERS, sink=0, window=1)):  # the interface is free again
+        model(ids)
+    with pytest.raises(ValueError, match="2 layers"), attention_of(model, HeadPlan(((True,) * KV_HEADS,) * 2, 1, 1)):
+        pass
+    three = HeadPlan(((True,) * 3,) * LAYERS, 1, 1)
+    with attention_of(model, three), pytest.raises(ValueError, match="3 KV heads"):
+        model(ids, use_cache=False)
+    with pytest.raises(TypeError, match="HeadPlan"), attention_of(model, "0101"):
+        pass
+
+
+def test_causal_takes_grouped_heads():
+    q, k, v = inputs(20)
+    torch.testing.assert_close(causal(q, k, v, 0.5), expected(q, k, v, 0.5, [True] * 3, 0, 1))

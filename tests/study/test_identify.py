@@ -1,0 +1,181 @@
+"""Identification: every method gives what its definition says, the same bits from a seed, and resumes to the same bits."""
+
+import numpy as np
+import pytest
+import torch
+
+import zigzag_ext as zz
+from zigzag_ext.identify import METHODS, data
+from zigzag_ext.identify.method import weights_of
+from zigzag_ext.reference import visible
+
+from .conftest import KV_HEADS, LAYERS
+
+SMALL = {"sink": 4, "window": 32, "tokens": 1600, "prompts": 3}
+CASES = [(name, {}) for name in METHODS] + [("ablation", {"level": "head"}), ("gates", {"level": "layer", "batch": 2})]
+IDS = [f"{name}-{'-'.join(map(str, options.values())) or 'default'}" for name, options in CASES]
+Q_HEADS = 4
+
+
+@pytest.mark.parametrize("method,options", CASES, ids=IDS)
+def test_scores_are_a_matrix_in_range_the_same_bits_again_and_readable(model, tokenizer, tmp_path, method, options):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = []
+    path = tmp_path / "scores.tsv"
+    scores = zz.identify(model, tokenizer, method, output=path, advance=lambda *at: steps.append(at), **SMALL, **options)
+    assert scores.shape == (LAYERS, KV_HEADS) and scores.dtype == np.float64
+    assert scores.min() >= 0 and scores.max() <= 1 and len(np.unique(scores)) > 1
+    assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1] == len(steps) - 1
+    assert np.array_equal(scores, zz.identify(model, tokenizer, method, **SMALL, **options))
+    assert not np.array_equal(scores, zz.identify(model, tokenizer, method, seed=1, **SMALL, **options))
+    assert np.array_equal(scores, zz.load_scores(path)) and [file.name for file in tmp_path.iterdir()] == ["scores.tsv"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("method,options", CASES, ids=IDS)
+def test_an_interrupted_run_goes_on_to_the_same_bits(model, tokenizer, tmp_path, method, options):
+    path = tmp_path / "scores"  # a DuoAttention folder
+
+    def interrupt(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        zz.identify(model, tokenizer, method, output=path, advance=interrupt, **SMALL, **options)
+    assert not path.exists() and (tmp_path / "scores.partial.npz").exists()
+    with pytest.raises(ValueError, match="other arguments"):
+        zz.identify(model, tokenizer, method, output=path, seed=5, **SMALL, **options)
+    steps = []
+    resumed = zz.identify(model, tokenizer, method, output=path, advance=lambda *at: steps.append(at), **SMALL, **options)
+    assert steps[0][0] == 2
+    assert np.array_equal(resumed, zz.identify(model, tokenizer, method, **SMALL, **options))
+    assert np.array_equal(resumed, zz.load_scores(path))
+
+
+def test_a_damaged_partial_file_is_named(model, tokenizer, tmp_path):
+    for content in (b"nonsense", b"PK\x03\x04nonsense", b""):
+        (tmp_path / "scores.tsv.partial.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="scores.tsv.partial.npz is damaged"):
+            zz.identify(model, tokenizer, "lazy", output=tmp_path / "scores.tsv", **SMALL)
+
+
+def stock_weights(model, ids):
+    """Attention weights [layers, num_q_heads, n, n] of transformers' own eager attention."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            return torch.stack(model(torch.tensor([ids]), output_attentions=True).attentions)[:, 0]
+    finally:
+        model.set_attn_implementation(previous)
+
+
+def numbered(tokenizer, number, tokens=1600, seed=0):
+    import random
+
+    return data.sample(tokenizer, tokens, random.Random(f"identify/{seed}/{number}"))
+
+
+def test_lazy_is_the_mass_outside_sink_and_window(model, tokenizer):
+    scores = zz.identify(model, tokenizer, "lazy", **SMALL | {"prompts": 2}, queries=50)
+    position = torch.arange(1600)
+    seen = visible(position, position[-50:, None], 4, 32)
+    masses = [(stock_weights(model, numbered(tokenizer, i).ids)[:, :, -50:] * seen).sum(-1).mean(-1) for i in range(2)]
+    expected = 1 - torch.stack(masses).mean(0).unflatten(1, (KV_HEADS, -1)).mean(-1)
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
+
+
+def test_retrieval_counts_copies(model, tokenizer):
+    scores = zz.identify(model, tokenizer, "retrieval", **SMALL | {"prompts": 1})
+    sample = numbered(tokenizer, 0)
+    weights, hits = stock_weights(model, sample.ids), torch.zeros(LAYERS, Q_HEADS)
+    for answer, (start, end) in zip(sample.answers, sample.needles, strict=True):
+        for position in answer:
+            for layer in range(LAYERS):
+                for head in range(Q_HEADS):
+                    key = int(weights[layer, head, position - 1].argmax())
+                    hits[layer, head] += start <= key < end and sample.ids[key] == sample.ids[position]
+    expected = (hits / len(sample.targets)).unflatten(1, (KV_HEADS, -1)).amax(-1)
+    assert expected.max() > 0
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-9)
+
+
+@pytest.mark.parametrize("level", ["layer", "head"])
+def test_ablation_compares_with_the_unit_streaming(model, tokenizer, level):
+    scores = zz.identify(model, tokenizer, "ablation", level=level, **SMALL | {"prompts": 2})
+    samples = [numbered(tokenizer, i) for i in range(2)]
+    value = lambda plan: np.mean([verdict.logprob for verdict in zz.evaluate.score(model, samples, plan)])  # noqa: E731
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            retrieval = np.ones((LAYERS, KV_HEADS), bool)
+            retrieval[layer, head if level == "head" else slice(None)] = False
+            drop = value(None) - value(zz.evaluate.HeadPlan(retrieval.tolist(), 4, 32))
+            assert scores[layer, head] == pytest.approx(1 / (1 + np.exp(-drop)), abs=1e-4)
+
+
+def test_gates_learn_which_layer_retrieves(tokenizer):
+    """Queries of layers 0 and 2 are made so weak near, and values so small far, that only layer 1 minds streaming."""
+    torch.manual_seed(0)
+    model = _one_retrieval_layer()
+    scores = zz.identify(
+        model, tokenizer, "gates", level="layer", learning_rate=0.05, regularizer=0.002, **SMALL | {"prompts": 60}
+    )
+    assert scores[1, 0] > 0.9 and max(scores[0, 0], scores[2, 0]) < 0.5, scores
+
+
+def _one_retrieval_layer():
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=KV_HEADS,
+        head_dim=64, vocab_size=100, max_position_embeddings=2048, initializer_range=0.3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for layer in (0, 2):  # attention that adds nothing: full or streaming is all the same
+        torch.nn.init.zeros_(model.model.layers[layer].self_attn.o_proj.weight)
+    return model
+
+
+def test_gates_need_no_gradient_mode_of_the_caller(model, tokenizer):
+    with torch.no_grad():
+        zz.identify(model, tokenizer, "gates", **SMALL | {"prompts": 1})
+
+
+def test_weights_are_causal_and_sum_to_one():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 4, 30, 8, generator=generator), torch.randn(1, 2, 30, 8, generator=generator)
+    weights = weights_of(query, key, torch.tensor([0, 7, 29]), 0.3)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 3))
+    assert not weights[0, :, 1, 8:].any() and weights[0, :, 0, 0].eq(1).all()
+
+
+def test_prompts_hide_every_phrase_and_ask_for_it(tokenizer):
+    sample = numbered(tokenizer, 0)
+    assert len(sample.ids) == 1600 and len(sample.answers) == data.PASSKEYS
+    for answer, (start, end) in zip(sample.answers, sample.needles, strict=True):
+        phrase = [sample.ids[position] for position in answer]
+        needle = list(sample.ids[start:end])
+        assert any(needle[i : i + len(phrase)] == phrase for i in range(len(needle)))
+
+
+@pytest.mark.parametrize(
+    "method,options,named",
+    [
+        ("magic", {}, "lazy, retrieval, ablation, gates"),
+        ("lazy", {"level": "head"}, "no option level; it has queries"),
+        ("retrieval", {"queries": 3}, "it has none"),
+        ("lazy", {"queries": 0}, "queries"),
+        ("ablation", {"level": "model"}, "'layer' or 'head'"),
+        ("gates", {"level": "model"}, "'layer' or 'head'"),
+        ("gates", {"learning_rate": 0}, "learning_rate"),
+        ("lazy", {"tokens": 36}, "more than 36"),
+        ("lazy", {"tokens": 4000}, "context of 2048"),
+        ("lazy", {"tokens": 200}, "at least"),
+        ("lazy", {"prompts": 0}, "prompts"),
+        ("lazy", {"window": 0}, "window"),
+    ],
+)
+def test_impossible_arguments_are_refused(model, tokenizer, method, options, named):
+    with pytest.raises(ValueError, match=named):
+        zz.identify(model, tokenizer, method, **SMALL | options)

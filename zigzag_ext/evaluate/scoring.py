@@ -1,0 +1,111 @@
+"""Answers scored from one prefill forward each: exact match and log-probability, under any plan."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..hf import zigzag
+from ..hf.heads import HeadPlan, attend_heads
+from ..hf.probe import probe
+from ..plan import Plan
+from .haystack import Sample
+
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # a GPU needs this many to be busy
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the model made of one sample."""
+
+    exact: bool  # every target token was the likeliest one
+    logprob: float  # natural log-probability of the target tokens, mean per token
+
+
+@contextmanager
+def attention_of(model: nn.Module, plan: Plan | HeadPlan | None):
+    """The model with the attention of a plan: the zigzag kernels for a `Plan`, torch for a `HeadPlan`, its own for None."""
+    if plan is None:
+        yield model
+    elif isinstance(plan, Plan):
+        with zigzag(model, plan):
+            yield model
+    elif isinstance(plan, HeadPlan):
+        if len(plan.retrieval) != model.config.num_hidden_layers:
+            raise ValueError(f"the plan has {len(plan.retrieval)} layers, the model has {model.config.num_hidden_layers}")
+        with probe(model, attend_heads(plan)):
+            yield model
+    else:
+        raise TypeError(f"plan must be a Plan, a HeadPlan or None, got {plan!r}")
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    plan: Plan | HeadPlan | None = None,
+    batch_tokens: int | None = None,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> list[Verdict]:
+    """Teacher-forced verdicts, in the order of the samples.
+
+    Greedy decoding would answer a sample exactly if and only if every target is the likeliest token given the true ones before
+    it, because prefill and decode attend to the same keys under every plan. So one forward gives the exact match as well.
+
+    Args:
+        batch_tokens: tokens per forward; samples of one length share a batch. None: 4096 on a CPU, 65536 on a GPU.
+        advance: called with the number of samples done, after every batch.
+
+    Raises:
+        ValueError: a sample is longer than the model's context; plan and model do not fit; what `zigzag_ext.enable` raises.
+    """
+    check_length(model, max((len(sample.ids) for sample in samples), default=0))
+    if batch_tokens is None:
+        batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
+    verdicts: dict[int, Verdict] = {}
+    with attention_of(model, plan):
+        for indices in _batches(samples, batch_tokens):
+            found = _score_batch(model, [samples[index] for index in indices])
+            verdicts.update(zip(indices, found, strict=True))
+            advance(len(indices))
+    return [verdicts[index] for index in range(len(samples))]
+
+
+def check_length(model: nn.Module, tokens: int) -> None:
+    """Raises ValueError if the model's context is shorter than `tokens`."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"{tokens} tokens are more than the model's context of {limit}")
+
+
+def _batches(samples: Sequence[Sample], batch_tokens: int) -> list[list[int]]:
+    """Indices of samples of one length, at most `batch_tokens` tokens (or one sample) at a time."""
+    by_length: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_length.setdefault(len(sample.ids), []).append(index)
+    batches = []
+    for length, indices in by_length.items():
+        rows = max(batch_tokens // length, 1)
+        batches += [indices[first : first + rows] for first in range(0, len(indices), rows)]
+    return batches
+
+
+def _score_batch(model: nn.Module, samples: list[Sample]) -> list[Verdict]:
+    ids = torch.tensor([sample.ids for sample in samples], device=model.device)
+    first = min(min(sample.targets) for sample in samples)
+    kept = ids.shape[1] - first + 1  # logits of position p - 1 predict token p; the rest of the vocabulary rows is never computed
+    logits = model(ids, use_cache=False, logits_to_keep=kept).logits
+    found = []
+    for row, sample in enumerate(samples):
+        targets = torch.tensor(sample.targets, device=model.device)
+        chosen = logits[row, targets - first].float()
+        truth = ids[row, targets]
+        logprob = chosen.log_softmax(-1).gather(1, truth[:, None]).double().mean()
+        found.append(torch.stack([(chosen.argmax(-1) == truth).all().double(), logprob]))
+    verdicts = [Verdict(bool(exact), logprob) for exact, logprob in torch.stack(found).tolist()]  # the one transfer of a batch
+    if any(math.isnan(verdict.logprob) for verdict in verdicts):
+        raise ValueError(f"the model's log-probabilities are NaN in {str(model.dtype)[6:]}; try bfloat16 or float32")
+    return verdicts

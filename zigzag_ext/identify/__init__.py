@@ -1,0 +1,70 @@
+"""Head scores from a model: one method per file. Each finds by itself how much every KV head needs the whole context."""
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+
+import numpy as np
+
+METHODS: dict[str, str] = {
+    "lazy": "attention that the last queries pay to tokens outside sink and window (LightTransfer, SimLayerKV)",
+    "retrieval": "how often a head's strongest key is the needle token to be copied (Retrieval Head)",
+    "ablation": "how much likelier the answer is than with this layer or head alone streaming",
+    "gates": "trained gates between full and streaming attention (DuoAttention; per layer: LoZA)",
+}
+
+
+def identify(
+    model,
+    tokenizer,
+    method: str = "lazy",
+    *,
+    seed: int = 0,
+    sink: int = 64,
+    window: int = 256,
+    tokens: int | None = None,
+    prompts: int | None = None,
+    output: str | os.PathLike | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    **options,
+) -> np.ndarray:
+    """Scores every KV head of `model`: near 1, it needs the whole context; near 0, `sink` + `window` tokens do.
+
+    All methods read synthetic prompts: a long text that hides passkeys of several words, then questions and their answers
+    (DuoAttention's data, with a text that comes with Python). Nothing is downloaded, and attention weights are computed for the
+    few queries that need them only.
+
+    Args:
+        model: a causal language model of transformers, in eval mode, on any device and in any dtype.
+        tokenizer: its tokenizer.
+        method: a name in `METHODS`.
+        seed: of the prompts. On a CPU equal arguments give equal bits.
+        sink, window: tokens that a streaming head would keep; the plan should have the same ones.
+        tokens: length of a prompt; None: the method's default.
+        prompts: how many; for "gates", training steps. None: the method's default.
+        output: where to save the scores (.tsv, .csv, .npy or a folder, see `save_scores`). A run that is interrupted leaves
+            `<output>.partial.npz` beside it, and the same call goes on from there, to the same bits.
+        advance: called with (steps done, steps in all).
+        options: of the method: lazy: queries=64; ablation: level="layer" or "head"; gates: level="head" or "layer",
+            learning_rate=0.02, regularizer=0.05, batch=1.
+
+    Returns:
+        float64 [layers, kv_heads] in [0, 1]. Only the order and the gaps within one matrix mean something.
+
+    Raises:
+        ValueError: the method or an option is unknown or out of range, the prompts do not fit the model's context, the partial
+            file belongs to other arguments, or the model's family cannot be computed exactly (see `zigzag_ext.enable`).
+
+    Sources: DuoAttention https://arxiv.org/abs/2410.10819, Retrieval Head https://arxiv.org/abs/2404.15574, LightTransfer
+    https://arxiv.org/abs/2410.13846, LoZA https://arxiv.org/abs/2512.23966. Deviations are named in each method's file.
+
+    Example:
+        >>> scores = zz.identify(model, tokenizer, "retrieval", output="scores.tsv")  # doctest: +SKIP
+        >>> plan = zz.solve(scores, retrieval_ratio=0.5)  # doctest: +SKIP
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; supported: {', '.join(METHODS)}")
+    run = import_module(".run", __name__).run
+    kind = import_module(f".{method}", __name__).METHOD
+    settings = {"seed": seed, "sink": sink, "window": window, "tokens": tokens, "prompts": prompts}
+    return run(kind, method, model, tokenizer, settings, options, output, advance)
