@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops, prefill
+from .kv_format import PLAIN, KvFormat
 from .plan import Plan, token_count
 from .rows import Rows, Steps, in_normal_mode
 
@@ -23,12 +24,20 @@ class ZigzagLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False  # mask sizes are the same for every layer: masks are never built
 
-    def __init__(self, rows: Rows, index: int, sink: int, window: int):
+    def __init__(self, rows: Rows, index: int, sink: int, window: int, kv_format: KvFormat = PLAIN):
         super().__init__()
-        self.rows, self.index, self.sink, self.window = rows, index, sink, window
+        self.rows, self.index, self.sink, self.window, self.kv_format = rows, index, sink, window, kv_format
+        self.key_scales = self.value_scales = None  # [batch, num_kv_heads, slots] float32, of a quantised format
 
     def __repr__(self) -> str:
-        return f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
+        kind = f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
+        return kind if self.kv_format == PLAIN else f"{kind}, {self.kv_format}"
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Everything of the layer that grows with its slots, by attribute."""
+        named = {name: getattr(self, name) for name in ("keys", "values", "key_scales", "value_scales")}
+        return {name: buffer for name, buffer in named.items() if buffer is not None}
 
     @property
     def slots(self) -> int:
@@ -46,10 +55,10 @@ class ZigzagLayer(CacheLayerMixin):
         batch, num_kv_heads, _, head_dim = key_states.shape
         if self.rows.batch is None:
             self.rows.start(batch)
-        shape = (batch, num_kv_heads, self.slots, head_dim)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        geometry = (batch, num_kv_heads, self.slots, head_dim, self.dtype, self.device)
+        self.keys, self.key_scales = ops.new_cache(*geometry, self.kv_format.k)
+        self.values, self.value_scales = ops.new_cache(*geometry, self.kv_format.v)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -76,6 +85,8 @@ class ZigzagLayer(CacheLayerMixin):
             "sink": self.sink,
             "window": self.window,
             "scale": scale,
+            "k_scale": self.key_scales,
+            "v_scale": self.value_scales,
             "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
         }
         if q.shape[2] == 1:
@@ -101,25 +112,24 @@ class ZigzagLayer(CacheLayerMixin):
         self.rows.forget()
 
     def drop(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = self.key_scales = self.value_scales = None
         self.is_initialized = False
 
     @in_normal_mode
     def grow(self, capacity: int) -> None:
         """Moves what is held to buffers of `capacity` slots. Only a retrieval layer of a cache without `max_len` ever does."""
-        held, old = self.rows.longest, (self.keys, self.values)
-        new = [buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3]) for buffer in old]  # both, or it stays as it is
-        for target, source in zip(new, old, strict=True):
-            target[:, :, :held] = source[:, :, :held]
-        self.keys, self.values = new
+        held, old = self.rows.longest, self.buffers
+        new = {n: b.new_empty(*b.shape[:2], capacity, *b.shape[3:]) for n, b in old.items()}  # all, or it stays as it is
+        for name, target in new.items():
+            target[:, :, :held] = old[name][:, :, :held]
+        vars(self).update(new)
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
         held = self.slots if self.window else min(self.rows.longest, self.slots)
         index = index.to(self.keys.device)
-        for name in ("keys", "values"):
-            buffer = getattr(self, name)
+        for name, buffer in self.buffers.items():
             chosen = buffer[:, :, :held].index_select(0, index)
             if len(index) != buffer.shape[0]:
                 buffer = buffer.new_empty(len(index), *buffer.shape[1:])
@@ -136,7 +146,8 @@ class ZigzagCache(Cache):
         max_len: most tokens a row may hold (padding does not count), allocated once, at the first forward. None: retrieval
             layers start at the prompt's size and double when full, which copies them; at most twice the needed bytes.
 
-    Rings always take sink + window tokens. Buffers are [batch, num_kv_heads, slots, head_dim] and live where the keys live.
+    Rings always take sink + window tokens. Keys and values are held in the plan's `kv_format` and `ring_kv_format`. Buffers are
+    [batch, num_kv_heads, slots, head_dim] and live where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
     pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps the
     memory. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`, needed
@@ -175,7 +186,9 @@ class ZigzagCache(Cache):
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
         self._rows = Rows(max_len, stores)
-        windows = [(plan.sink, plan.window) if kind == "streaming" else (0, 0) for kind in plan.kinds]
+        formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
+        retrieval, streaming = (0, 0, formats[0]), (plan.sink, plan.window, formats[1])
+        windows = [streaming if kind == "streaming" else retrieval for kind in plan.kinds]
         super().__init__(layers=[ZigzagLayer(self._rows, i, *window) for i, window in enumerate(windows)])
 
     @property
@@ -229,8 +242,18 @@ class ZigzagCache(Cache):
 
     def memory_bytes(self) -> int:
         """Bytes of all key and value buffers as allocated now."""
-        buffers = [b for layer in self.layers if layer.is_initialized for b in (layer.keys, layer.values)]
-        return sum(buffer.untyped_storage().nbytes() for buffer in buffers)
+        return sum(b.untyped_storage().nbytes() for layer in self.layers if layer.is_initialized for b in layer.buffers.values())
+
+    def memory_report(self) -> str:
+        """A small table of text: layers and bytes as allocated now, by kind and format; a format's bytes include its scales."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for layer in self.layers:
+            key = ("streaming" if layer.window else "retrieval", str(layer.kv_format))
+            groups.setdefault(key, []).append(sum(b.untyped_storage().nbytes() for b in layer.buffers.values()))
+        rows = [(kind, f"{len(sizes)} layers", kv_format, f"{sum(sizes):,} bytes") for (kind, kv_format), sizes in groups.items()]
+        rows.append(("all", f"{len(self.layers)} layers", "", f"{self.memory_bytes():,} bytes"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def begin(self, batch: int, q_len: int, attention_mask: Tensor | None = None) -> None:
         """Opens a forward pass of `q_len` new columns: checks, grows the buffers, and notes the padding. Writes no token.

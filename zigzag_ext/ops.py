@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _ops  # noqa: F401  (importing _ops registers torch.ops.zigzag)
+from .kv_format import FORMATS
 
 HEAD_DIMS: tuple[int, ...] = tuple(_C.HEAD_DIMS)
 DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)  # float32 on the CPU only
@@ -15,12 +16,7 @@ MAX_GROUP_SIZE: int = _C.MAX_GROUP_SIZE
 MAX_DECODE_QUERIES: int = _C.MAX_DECODE_QUERIES
 
 # Formats of a key or value cache and the dtype of its codes; csrc/kv/format_*.h have the byte layouts. uint8: two codes a byte.
-KV_FORMATS: dict[str, torch.dtype | None] = {
-    "none": None,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-    "int4": torch.uint8,
-}
+KV_FORMATS: dict[str, torch.dtype | None] = dict(zip(FORMATS, (None, torch.float8_e4m3fn, torch.int8, torch.uint8), strict=True))
 
 
 def new_workspace(batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Tensor:
