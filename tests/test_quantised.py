@@ -8,7 +8,7 @@ from quant_cases import FORMATS, PAIRS, call, check, quantised, same, specificat
 from zigzag_ext import ops, reference
 
 SAME = [(f, f) for f in FORMATS]
-RINGS = [(0, 1), (1, 1), (3, 4), (4, 16), (5, 64)]
+RINGS = [(0, 1), (3, 4), (5, 64)]
 
 
 def ring_lengths(sink, window):
@@ -64,20 +64,20 @@ def test_formats_of_keys_and_values(device, dtype, q_len, window, pair):
 
 
 @pytest.mark.parametrize("pair", SAME, ids="-".join)
-@pytest.mark.parametrize("q_len", [1, 2, 16, 17, 129])
+@pytest.mark.parametrize("q_len", [1, 16, 129])
 def test_full_cache_lengths(device, dtype, q_len, pair):
     check(Case((0, 1, 15, 16, 17, 63, 64, 65, 1000), q_len).on(device, dtype), pair)
 
 
 @pytest.mark.parametrize("pair", SAME, ids="-".join)
-@pytest.mark.parametrize("q_len", [1, 5, 17, 129])
+@pytest.mark.parametrize("q_len", [1, 5, 129])
 @pytest.mark.parametrize("sink,window", RINGS)
 def test_ring_lengths(device, dtype, sink, window, q_len, pair):
     check(Case(ring_lengths(sink, window), q_len, sink=sink, window=window).on(device, dtype), pair)
 
 
 @pytest.mark.parametrize("pair", SAME, ids="-".join)
-@pytest.mark.parametrize("group", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("group", [1, 9])
 @pytest.mark.parametrize("head_dim", ops.HEAD_DIMS)
 def test_head_dims_and_groups(device, dtype, head_dim, group, pair):
     for window in (0, 24):
@@ -95,8 +95,8 @@ def test_padding(device, dtype, q_len, pair):
 
 @pytest.mark.parametrize("pair", SAME, ids="-".join)
 def test_long_context_in_splits(device, dtype, pair):
-    check(Case((20_000, 3), 1, num_kv_heads=1).on(device, dtype), pair)
-    check(Case((20_000, 3), 3, num_kv_heads=1, sink=64, window=4096).on(device, dtype), pair)
+    check(Case((6000, 3), 1, num_kv_heads=1).on(device, dtype), pair)
+    check(Case((6000, 3), 3, num_kv_heads=1, sink=64, window=1024).on(device, dtype), pair)
 
 
 @pytest.mark.parametrize("pair", SAME, ids="-".join)

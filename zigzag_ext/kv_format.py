@@ -12,7 +12,7 @@ class KvFormat(NamedTuple):
     v: str
 
     def __str__(self) -> str:
-        return self.k if self.k == self.v else f"keys {self.k}, values {self.v}"
+        return self.k if self.k == self.v else f"{self.k}/{self.v}"
 
     def vector_bytes(self, head_dim: int, element_bytes: int) -> int:
         """Bytes of one key and one value of one head, scales included; `element_bytes` of a key in the model's dtype."""
@@ -24,18 +24,20 @@ PLAIN = KvFormat("none", "none")
 
 
 def parse_kv_format(name: str, value) -> KvFormat:
-    """What a caller may write: None, one format for keys and values, or {"k": ..., "v": ...}.
+    """What a caller may write: None, one format for keys and values, "keys/values" as in "int8/int4", or {"k": ..., "v": ...}.
 
     Raises TypeError or ValueError naming the argument `name` and what is supported.
     """
     if value is None:
         return PLAIN
     if isinstance(value, str):
-        value = {"k": value, "v": value}
+        keys, slash, values = value.partition("/")
+        value = {"k": keys, "v": values if slash else keys}
     elif isinstance(value, KvFormat):
         value = value._asdict()
     if not isinstance(value, dict) or value.keys() != {"k", "v"}:
-        raise TypeError(f'{name} must be None, one of {", ".join(FORMATS)}, or {{"k": format, "v": format}}; got {value!r}')
+        supported = f'None, one of {", ".join(FORMATS)}, two of them as "keys/values", or {{"k": format, "v": format}}'
+        raise TypeError(f"{name} must be {supported}; got {value!r}")
     for given in value.values():
         if given not in FORMATS:
             raise ValueError(f"{name} {given!r} is not supported; supported: {', '.join(FORMATS)}")

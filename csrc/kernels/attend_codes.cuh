@@ -225,7 +225,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
         rotated.store(p, segment, pass, shared_memory + query_buffer);
       }
     }
-#pragma unroll
+#pragma unroll 1  // for the sake of code size
     for (int i = 0; i < S::kStages; ++i) load(segment.begin + warp + i * warps, ring + i * S::kStageBytes);
     job.loaded(segment);
   };

@@ -112,6 +112,18 @@ __device__ __forceinline__ void load_codes(const CodeSource& from, int slot, int
   }
 }
 
+// f(tile type, is_v) for the keys and for the values; where their formats are the same, as one piece of code.
+template <class S, class F>
+__device__ __forceinline__ void for_keys_and_values(const F& f) {
+  if constexpr (std::is_same_v<typename S::KTile, typename S::VTile>) {
+#pragma unroll 1
+    for (int is_v = 0; is_v < 2; ++is_v) f(typename S::KTile{}, is_v != 0);
+  } else {
+    f(typename S::KTile{}, false);
+    f(typename S::VTile{}, true);
+  }
+}
+
 // Starts the copy of a tile of the list: codes of keys, codes of values, then 16 scales of each. Keys that are neither
 // cached nor new become zeros of scale zero: what was never written may be anything.
 template <class S>
@@ -138,16 +150,16 @@ __device__ __forceinline__ void load_code_tile(const AttentionParams& p, const K
     device::cp_async_4(scales + 4 * lane, row < cached ? scale + (tile + row) * scale_step : scale, row < cached);
   }
   __syncwarp();
-  char* v_pointer = stage_pointer + S::KTile::kBytes;
-  float* scale_pointer = reinterpret_cast<float*>(v_pointer + S::VTile::kBytes);
-  using Element = typename S::Element;
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
     const int column = keys.first + tile + i - keys.stored;
-    NewVector<typename S::KTile::Format, Element>::template load<S>(p, keys, false, column)
-        .template stage<typename S::KTile>(stage_pointer, scale_pointer, i);
-    NewVector<typename S::VTile::Format, Element>::template load<S>(p, keys, true, column)
-        .template stage<typename S::VTile>(v_pointer, scale_pointer + kTileKeys, i);
+    for_keys_and_values<S>([&](auto tile_type, bool is_v) {
+      using Tile = decltype(tile_type);
+      float* scale_pointer = reinterpret_cast<float*>(stage_pointer + S::KTile::kBytes + S::VTile::kBytes);
+      NewVector<typename Tile::Format, typename S::Element>::template load<S>(p, keys, is_v, column)
+          .template stage<Tile>(stage_pointer + (is_v ? S::KTile::kBytes : 0), scale_pointer + (is_v ? kTileKeys : 0),
+                                i);
+    });
   }
 }
 
@@ -155,15 +167,15 @@ __device__ __forceinline__ void load_code_tile(const AttentionParams& p, const K
 template <class S>
 __device__ __forceinline__ void append_codes(const AttentionParams& p, const Keys& keys, int thread, int count) {
   const RingLayout layout = ring_layout(p);
-  const CodeSource k = code_source(p, keys, false), v = code_source(p, keys, true);
-  using Element = typename S::Element;
 #pragma unroll 1
   for (int token = thread / 32; token < keys.fresh; token += count / 32) {
     const int position = keys.length + token, slot = layout.slot(position);
     if (slot >= p.slots || !layout.survives(position, keys.length + keys.fresh)) continue;
-    const int column = keys.first + token;
-    NewVector<typename S::KTile::Format, Element>::template load<S>(p, keys, false, column).append(k, slot);
-    NewVector<typename S::VTile::Format, Element>::template load<S>(p, keys, true, column).append(v, slot);
+    for_keys_and_values<S>([&](auto tile_type, bool is_v) {
+      using Format = typename decltype(tile_type)::Format;
+      NewVector<Format, typename S::Element>::template load<S>(p, keys, is_v, keys.first + token)
+          .append(code_source(p, keys, is_v), slot);
+    });
   }
 }
 

@@ -1,5 +1,5 @@
-// Decode, prompts in parts, and append over quantised caches on the GPU, against double precision on the CPU. Slots that
-// hold nothing are bytes of 0xff with scales that are NaN; codes and scales are compared bit for bit afterwards.
+// Decode, prompts in parts, and append over quantised caches on the GPU, against double precision on the CPU. Slots
+// that hold nothing are bytes of 0xff with scales that are NaN; codes and scales are compared bit for bit afterwards.
 #include <doctest/doctest.h>
 
 #include "kernels/attention.h"
@@ -72,11 +72,13 @@ struct Problem {
     std::mt19937 engine(static_cast<unsigned>(c.q_len * 31 + c.head_dim));
     std::normal_distribution<double> normal;
     const size_t heads = static_cast<size_t>(batch) * c.num_kv_heads;
-    for (size_t i = 0; i < heads * c.group * c.q_len * c.head_dim; ++i) q.push_back(zigzag::encode(2 * normal(engine), c.dtype));
+    for (size_t i = 0; i < heads * c.group * c.q_len * c.head_dim; ++i)
+      q.push_back(zigzag::encode(2 * normal(engine), c.dtype));
     for (Side* side : {&k, &v}) {
       side->format = side == &k ? c.k : c.v;
       side->head_dim = c.head_dim, side->row_bytes = static_cast<int>(vector_bytes(side->format, c.dtype, c.head_dim));
-      for (size_t i = 0; i < heads * c.q_len * c.head_dim; ++i) side->fresh.push_back(zigzag::encode(normal(engine), c.dtype));
+      for (size_t i = 0; i < heads * c.q_len * c.head_dim; ++i)
+        side->fresh.push_back(zigzag::encode(normal(engine), c.dtype));
       side->codes.assign(heads * c.slots * side->row_bytes, 0xff);
       side->scale.assign(heads * c.slots, std::nanf(""));
       std::vector<double> x(c.head_dim);
@@ -93,7 +95,8 @@ struct Problem {
   int pad(int b) const { return c.pad.empty() ? 0 : c.pad[b]; }
   std::vector<double> fresh(const Side& side, size_t head, int column) const {
     std::vector<double> x(c.head_dim);
-    for (int d = 0; d < c.head_dim; ++d) x[d] = zigzag::decode(side.fresh[(head * c.q_len + column) * c.head_dim + d], c.dtype);
+    for (int d = 0; d < c.head_dim; ++d)
+      x[d] = zigzag::decode(side.fresh[(head * c.q_len + column) * c.head_dim + d], c.dtype);
     return x;
   }
 
@@ -161,7 +164,8 @@ void run(const CodeCase& c, bool attend) {
   const DeviceArray<uint8_t> k_codes(problem.k.codes), v_codes(problem.v.codes);
   const DeviceArray<float> k_scale(problem.k.scale), v_scale(problem.v.scale);
   const int q_heads = c.num_kv_heads * c.group;
-  const DeviceArray<float> lse(std::vector<float>(static_cast<size_t>(problem.batch) * q_heads * c.q_len, std::nanf("")));
+  const DeviceArray<float> lse(
+      std::vector<float>(static_cast<size_t>(problem.batch) * q_heads * c.q_len, std::nanf("")));
   const DeviceArray<int32_t> lens(c.seq_lens), pad(c.pad);
   const int64_t bytes = attention_workspace_bytes(problem.batch, q_heads, c.num_kv_heads, c.head_dim);
   const DeviceArray<char> workspace(std::vector<char>(static_cast<size_t>(bytes), 0));
