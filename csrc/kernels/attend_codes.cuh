@@ -208,11 +208,13 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
   const int query_buffer = warp * S::kRows * S::kRowBytes;
   const int ring = p.layout.ring + warp * p.layout.stages * S::kStageBytes;
   const float scale_log2 = p.scale * kLog2e;
+  CodeReader reader;
   const auto load = [&](int item, int stage) {
-    if (item < segment.end) load_code_tile<S>(p, segment.keys, item, base + stage, shared_memory + stage);
+    if (item < segment.end) load_code_tile<S>(p, segment.keys, reader, item, base + stage, shared_memory + stage);
     device::cp_async_commit();
   };
   const auto fill = [&] {
+    reader.attach(p, segment.keys);
     device::grid_dependency_wait();
     device::grid_dependency_launch();
     if (turning_pairs(p) == 0) {

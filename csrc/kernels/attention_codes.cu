@@ -59,6 +59,10 @@ AttentionParams part(const AttentionParams& p, int begin, int count) {
 void attention_codes_cuda(const AttentionParams& p, void* stream) {
   const bool int4 = p.k_store.format == KvFormat::kInt4 || p.v_store.format == KvFormat::kInt4;
   ZZ_CHECK(!int4 || p.head_dim % 32 == 0, "int4 on CUDA needs a head_dim that is a multiple of 32; got ", p.head_dim);
+  for (const int64_t stride : {p.k_store.scale_stride.token, p.v_store.scale_stride.token}) {
+    ZZ_CHECK(stride >= 0 && stride < (int64_t{1} << 30), "token strides of the scales must be below 2^30, got ",
+             stride);
+  }
   ZZ_CHECK(p.slots > 0 || p.q_len <= kMaxDecodeQueries, "more than ", kMaxDecodeQueries,
            " new tokens over a quantised cache on CUDA need a cache with slots; got ", p.q_len, " tokens and 0 slots");
   for (int begin = 0; begin < p.q_len; begin += kMaxDecodeQueries) {

@@ -91,26 +91,45 @@ struct NewVector {
   }
 };
 
-// Starts the copy of `rows` cached vectors from slot `slot` on; the rest of the tile becomes zeros, but for rows from
-// `encoded` to `encoded_end`, which stay as they are. Every row is copied where `kWhole`.
-template <class Tile, bool kWhole>
-__device__ __forceinline__ void load_codes(const CodeSource& from, int slot, int rows, int encoded, int encoded_end,
-                                           uint32_t tile) {
-  constexpr int kPieces = kTileKeys * Tile::kChunks;
+// The pieces of a tile that a lane copies: `kStep` rows apart, the first at row `row`, byte `byte`. Where a row's
+// pieces do not divide a warp, a piece's row is worked out on its own.
+template <class Tile>
+struct TilePieces {
+  static constexpr int kPieces = kTileKeys * Tile::kChunks;
+  static constexpr bool kEven = 32 % Tile::kChunks == 0;
+
+  __device__ __forceinline__ static int row(int i) {
+    return kEven ? threadIdx.x % 32 / Tile::kChunks + i / Tile::kChunks : (threadIdx.x % 32 + i) / Tile::kChunks;
+  }
+  __device__ __forceinline__ static int byte(int i) {
+    return (kEven ? threadIdx.x % 32 : threadIdx.x % 32 + i) % Tile::kChunks * 16;
+  }
+  __device__ __forceinline__ static bool exists(int i) { return i + 32 <= kPieces || threadIdx.x % 32 + i < kPieces; }
+
+  // Starts the copy of the tile whose rows begin at `codes`.
+  __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile) {
 #pragma unroll
-  for (int i = 0; i < kPieces; i += 32) {
-    const int piece = i + threadIdx.x % 32, row = piece / Tile::kChunks, byte = piece % Tile::kChunks * 16;
-    if (kPieces % 32 != 0 && piece >= kPieces) break;
-    const uint32_t to = tile + Tile::place(row, byte);
-    const char* source = from.codes + static_cast<int64_t>(slot + row) * from.step + byte;
-    if constexpr (kWhole) {
-      device::cp_async_16(to, source, true);
-    } else {
-      if (row >= encoded && row < encoded_end) continue;
-      device::cp_async_16_reused(to, row < rows ? source : from.codes, row < rows);
+    for (int i = 0; i < kPieces; i += 32) {
+      if (!exists(i)) break;
+      device::cp_async_16(tile + Tile::place(row(i), byte(i)), codes + static_cast<int64_t>(row(i)) * step + byte(i),
+                          true);
     }
   }
-}
+
+  // The same for the first `rows` rows. The others become zeros, but for [encoded, encoded_end), which stay as they
+  // are.
+  __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile, int rows, int encoded,
+                                              int encoded_end) {
+#pragma unroll 1
+    for (int i = 0; i < kPieces; i += 32) {
+      if (!exists(i)) break;
+      const int at = row(i);
+      if (at >= encoded && at < encoded_end) continue;
+      const char* source = at < rows ? codes + static_cast<int64_t>(at) * step + byte(i) : codes;
+      device::cp_async_16_reused(tile + Tile::place(at, byte(i)), source, at < rows);
+    }
+  }
+};
 
 // f(tile type, is_v) for the keys and for the values; where their formats are the same, as one piece of code.
 template <class S, class F>
@@ -124,31 +143,45 @@ __device__ __forceinline__ void for_keys_and_values(const F& f) {
   }
 }
 
+// Where a lane reads the codes of a segment: slot 0 of the keys and values, and of the scales of the keys (lanes 0 ..
+// 15) or of the values.
+struct CodeReader {
+  const char *k, *v;
+  const float* scale;
+  int k_step, v_step, scale_step;  // from slot to slot, in bytes and in floats; fit: check_strides()
+
+  __device__ __forceinline__ void attach(const AttentionParams& p, const Keys& keys) {
+    const CodeSource scales = code_source(p, keys, threadIdx.x % 32 >= kTileKeys);
+    k = keys.k, v = keys.v, scale = scales.scale + threadIdx.x % kTileKeys * scales.scale_step;
+    k_step = static_cast<int>(p.k_cache_stride.token), v_step = static_cast<int>(p.v_cache_stride.token);
+    scale_step = static_cast<int>(scales.scale_step);
+  }
+};
+
 // Starts the copy of a tile of the list: codes of keys, codes of values, then 16 scales of each. Keys that are neither
 // cached nor new become zeros of scale zero: what was never written may be anything.
 template <class S>
-__device__ __forceinline__ void load_code_tile(const AttentionParams& p, const Keys& keys, int item, uint32_t stage,
-                                               char* stage_pointer) {
-  const int tile = item * kTileKeys, lane = threadIdx.x % 32;
-  const uint32_t v_stage = stage + S::KTile::kBytes, scales = v_stage + S::VTile::kBytes;
-  const CodeSource k = code_source(p, keys, false), v = code_source(p, keys, true);
-  const int cached = max(0, min(kTileKeys, keys.used - tile));  // rows of the tile that the cache holds
-  const float* scale = lane < kTileKeys ? k.scale : v.scale;
-  const int64_t scale_step = lane < kTileKeys ? k.scale_step : v.scale_step;
-  const int row = lane % kTileKeys;
-  if (cached == kTileKeys) {
-    load_codes<typename S::KTile, true>(k, tile, kTileKeys, 0, 0, stage);
-    load_codes<typename S::VTile, true>(v, tile, kTileKeys, 0, 0, v_stage);
-    device::cp_async_4(scales + 4 * lane, scale + (tile + row) * scale_step, true);
+__device__ __forceinline__ void load_code_tile(const AttentionParams& p, const Keys& keys, const CodeReader& reader,
+                                               int item, uint32_t stage, char* stage_pointer) {
+  const int tile = item * kTileKeys, row = threadIdx.x % kTileKeys;
+  const uint32_t v_stage = stage + S::KTile::kBytes;
+  const uint32_t scale_stage = v_stage + S::VTile::kBytes + 4 * (threadIdx.x % 32);
+  const char* k = reader.k + static_cast<int64_t>(tile) * reader.k_step;
+  const char* v = reader.v + static_cast<int64_t>(tile) * reader.v_step;
+  const float* scale = reader.scale + static_cast<int64_t>(tile) * reader.scale_step;
+  if (tile + kTileKeys <= keys.used) {
+    TilePieces<typename S::KTile>::load(k, reader.k_step, stage);
+    TilePieces<typename S::VTile>::load(v, reader.v_step, v_stage);
+    device::cp_async_4(scale_stage, scale, true);
     return;
   }
-  device::grid_dependency_wait();  // the new tokens may come from the kernel in front
+  device::grid_dependency_wait();               // the new tokens may come from the kernel in front
+  const int cached = max(0, keys.used - tile);  // rows of the tile that the cache holds
   const int begin = max(0, keys.stored - tile), end = min(kTileKeys, keys.stored + keys.listed - tile);
-  load_codes<typename S::KTile, false>(k, tile, cached, begin, end, stage);
-  load_codes<typename S::VTile, false>(v, tile, cached, begin, end, v_stage);
-  if (row < begin || row >= end) {
-    device::cp_async_4(scales + 4 * lane, row < cached ? scale + (tile + row) * scale_step : scale, row < cached);
-  }
+  if (cached == 0) k = reader.k, v = reader.v;
+  TilePieces<typename S::KTile>::load(k, reader.k_step, stage, cached, begin, end);
+  TilePieces<typename S::VTile>::load(v, reader.v_step, v_stage, cached, begin, end);
+  if (row < begin || row >= end) device::cp_async_4(scale_stage, row < cached ? scale : reader.scale, row < cached);
   __syncwarp();
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
