@@ -117,15 +117,15 @@ struct TilePieces {
   }
 
   // The same for the first `rows` rows. The others become zeros, but for [encoded, encoded_end), which stay as they
-  // are.
+  // are. `nowhere` is an address that exists, also where there is no cache.
   __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile, int rows, int encoded,
-                                              int encoded_end) {
+                                              int encoded_end, const void* nowhere) {
 #pragma unroll 1
     for (int i = 0; i < kPieces; i += 32) {
       if (!exists(i)) break;
       const int at = row(i);
       if (at >= encoded && at < encoded_end) continue;
-      const char* source = at < rows ? codes + static_cast<int64_t>(at) * step + byte(i) : codes;
+      const void* source = at < rows ? codes + static_cast<int64_t>(at) * step + byte(i) : nowhere;
       device::cp_async_16_reused(tile + Tile::place(at, byte(i)), source, at < rows);
     }
   }
@@ -178,10 +178,11 @@ __device__ __forceinline__ void load_code_tile(const AttentionParams& p, const K
   device::grid_dependency_wait();               // the new tokens may come from the kernel in front
   const int cached = max(0, keys.used - tile);  // rows of the tile that the cache holds
   const int begin = max(0, keys.stored - tile), end = min(kTileKeys, keys.stored + keys.listed - tile);
-  if (cached == 0) k = reader.k, v = reader.v;
-  TilePieces<typename S::KTile>::load(k, reader.k_step, stage, cached, begin, end);
-  TilePieces<typename S::VTile>::load(v, reader.v_step, v_stage, cached, begin, end);
-  if (row < begin || row >= end) device::cp_async_4(scale_stage, row < cached ? scale : reader.scale, row < cached);
+  TilePieces<typename S::KTile>::load(k, reader.k_step, stage, cached, begin, end, p.q);
+  TilePieces<typename S::VTile>::load(v, reader.v_step, v_stage, cached, begin, end, p.q);
+  if (row < begin || row >= end) {
+    device::cp_async_4(scale_stage, row < cached ? static_cast<const void*>(scale) : p.q, row < cached);
+  }
   __syncwarp();
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
