@@ -3,7 +3,7 @@
     python benchmarks/evidence.py                        # SmolLM2-135M-Instruct, everything: minutes on a GPU, a day on a CPU
     python benchmarks/evidence.py --quick                # one method, one length: an hour on two CPU cores
     python benchmarks/evidence.py --budget-seconds 300   # stops cleanly; the same command goes on later
-    python benchmarks/evidence.py --report               # rewrites the tables of docs/evidence.md from the results
+    python benchmarks/evidence.py --report               # tables and figures of docs/evidence.md from the results
 
 Results are appended to rows.csv in --results and never measured twice; head_scores/ there keeps the scores, plans.csv says which
 plan is which, runs.jsonl on what machine and commit. Full attention and plans of whole layers run on the zigzag kernels,
@@ -17,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-import evidence_report
 import machine
 import torch
 import transformers
@@ -142,7 +141,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=None, help="stop cleanly after this time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="lazy scores, half of the layers, 1024 tokens, 10 prompts")
-    parser.add_argument("--report", action="store_true", help="only rewrite the tables of docs/evidence.md")
+    parser.add_argument("--report", action="store_true", help="only rewrite the tables and figures of docs/evidence.md")
     args = parser.parse_args(argv)
     if args.quick:
         args.methods, args.ratios, args.lengths, args.prompts = ["lazy"], [0.5], [1024], 10
@@ -152,6 +151,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.report:
+        import evidence_report  # needs matplotlib
+
         return evidence_report.write(args.results, ROOT / "docs" / "evidence.md")
     clock = Clock(args.budget_seconds)
     transformers.logging.set_verbosity_error()

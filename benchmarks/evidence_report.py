@@ -1,4 +1,4 @@
-"""Tables of docs/evidence.md from the results of evidence.py: every plan at half of the layers, and quality over the budget."""
+"""Tables and figures of docs/evidence.md from the results of evidence.py: plans at half of the layers, and over the budget."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ from statistics import fmean
 import report
 from evidence_plans import canonical
 
+from zigzag_ext import plots
 from zigzag_ext.evaluate import Row, read
 from zigzag_ext.evaluate.rows import wilson
 
@@ -124,8 +125,26 @@ def text(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Passkey over the budget: layers chosen by mean score per method, evenly spaced, random, and full attention."""
+    written = []
+    for quantity in ("exact", "logprob"):
+        lines: dict[str, dict[float, list[Row]]] = {}
+        for source, rule, ratio in results.names:
+            if rule in ("full", "even", "random", "mean"):
+                label = {"full": "full attention", "mean": source}.get(rule, rule)
+                lines.setdefault(label, {}).setdefault(ratio, []).extend(results.of((source, rule, ratio), "passkey"))
+        points = {
+            label: [(ratio, *plots.mean_interval(rows, quantity)) for ratio, rows in sorted(shares.items()) if rows]
+            for label, shares in lines.items()
+        }
+        path = folder / f"evidence_{quantity}.png"
+        written.append(plots.curves({label: line for label, line in points.items() if line}, "passkey", quantity, path))
+    return written
+
+
 def write(folder: Path, target: Path) -> int:
-    """Puts the tables between the markers of `target`."""
+    """Puts the tables between the markers of `target`, and the figures into figures/ beside it."""
     if not (folder / "rows.csv").exists():
         print(f"no results in {folder}: run benchmarks/evidence.py first", file=sys.stderr)
         return 1
@@ -134,6 +153,9 @@ def write(folder: Path, target: Path) -> int:
     if not (begin and end):
         print(f"{target} has no {BEGIN} ... {END}", file=sys.stderr)
         return 1
-    target.write_text(f"{before}{BEGIN}\n{text(Results(folder))}\n{END}{after}")
-    print(f"{target}: updated")
+    results, figures = Results(folder), target.parent / "figures"
+    target.write_text(f"{before}{BEGIN}\n{text(results)}\n{END}{after}")
+    figures.mkdir(exist_ok=True)
+    for path in (target, *draw(results, figures)):
+        print(f"{path}: updated")
     return 0

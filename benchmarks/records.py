@@ -45,25 +45,48 @@ class Record:
         return self.bytes < 2 * self.batch * self.kv_len * self.num_kv_heads * self.head_dim * element
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """One decode step of a whole model. Written by step.py; its files are named step*.csv."""
+
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    transformers: str
+    model: str
+    phase: str  # step: a loop of forwards; generate: model.generate()
+    context: int  # tokens held before the first measured step; faked: see step.py
+    plan: str
+    impl: str
+    wall_ms: float  # per token
+    gpu_ms: float  # sum of the kernels' times per token; 0 where it was not measured
+    launches: float  # kernels and copies on the GPU per token; 0 where they were not counted
+    kv_bytes: int
+    peak_bytes: int  # allocated at most, weights included; 0 on a CPU
+
+
 COLUMNS = [field.name for field in fields(Record)]
 _TYPES = {field.name: field.type for field in fields(Record)}
 
 
 @contextmanager
-def writer(path: Path | None) -> Iterator[Callable[[Record], None]]:
-    """Yields add(record), which writes a row of a new CSV file and flushes it: an interrupted run keeps what it measured.
+def writer(path: Path | None, kind: type = Record) -> Iterator[Callable]:
+    """Yields add(record of `kind`), which writes a row of a new CSV file and flushes it. Without a path nothing is written.
 
-    Without a path nothing is written.
+    An interrupted run keeps what it measured.
     """
     if path is None:
         yield lambda record: None
         return
     with Path(path).open("w", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        rows = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         rows.writeheader()
 
-        def add(record: Record) -> None:
-            rows.writerow({name: round(value, 3) if _TYPES[name] is float else value for name, value in asdict(record).items()})
+        def add(record) -> None:
+            rows.writerow(
+                {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(record).items()}
+            )
             file.flush()
 
         yield add

@@ -1,5 +1,6 @@
 """The benchmark scripts: the CSV they share, the report, and a run over tiny cells from end to end."""
 
+import csv
 import math
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ import problem  # noqa: E402
 import records  # noqa: E402
 import run  # noqa: E402
 import scenarios  # noqa: E402
+import step  # noqa: E402
 from scenarios import Cell, ring  # noqa: E402
 
 TINY = [
@@ -188,3 +190,36 @@ def test_unknown_names_list_the_known_ones(fast):
 def test_every_peer_file_is_registered():
     files = {path.stem for path in (BENCHMARKS / "peers").glob("[!_]*.py")}
     assert files == {*peers.for_device("cpu"), *peers.for_device("cuda")}
+
+
+def test_steps_of_a_whole_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "STEPS", 4)
+    path, contexts = tmp_path / "step.csv", (700, 1400)
+    arguments = ["--device", "cpu", "--model", "tiny", "--context", "700,1400", "--csv", str(path), "--commit", "abc"]
+    assert step.main([*arguments, "--impl", "zigzag_eager,transformers_eager"]) == 0
+    rows = list(csv.DictReader(path.open()))
+    assert len(rows) == 2 * len(contexts) * (len(step.PLANS) + 1) and {row["phase"] for row in rows} == {"step", "generate"}
+    assert all(float(row["wall_ms"]) > 0 for row in rows if row["phase"] == "step")
+    per_token, ring = 2 * 2 * 64 * 4, step.SINK + step.WINDOW  # K and V, 2 heads of 64, float32
+    for name, retrieval in (("retrieval_100", 4), ("exclusive_50", 2), ("exclusive_25", 1)):
+        for context in contexts:
+            found = {row["kv_bytes"] for row in rows if (row["plan"], row["context"]) == (name, str(context))}
+            assert found == {str(per_token * (retrieval * (context + step.MARGIN) + (4 - retrieval) * ring))}
+    with pytest.raises(SystemExit):
+        step.main(["--plan", "all"])
+    assert "unknown all; known: retrieval_100" in capsys.readouterr().err
+
+
+def test_a_faked_context_decodes_like_a_real_one():
+    """The step after `fake_zigzag` attends to every faked key: it equals a step on the same keys after a real prompt."""
+    model, plan = step.build_model("tiny", "cpu"), step.even_plan(4, 0.5)
+    with torch.no_grad(), step.zz.zigzag(model, plan):
+        cache = step.fake_zigzag(model, plan, 500)
+        twin = step.zz.ZigzagCache(model.config, plan, max_len=500 + step.MARGIN)
+        model(torch.zeros(1, 500, dtype=torch.long), past_key_values=twin)
+        for layer, other in zip(cache.layers, twin.layers, strict=True):
+            other.keys.copy_(layer.keys)
+            other.values.copy_(layer.values)
+        token = torch.ones(1, 1, dtype=torch.long)
+        assert model(token, past_key_values=cache).logits.equal(model(token, past_key_values=twin).logits)
+        assert cache.get_seq_length() == twin.get_seq_length() == 501

@@ -11,6 +11,7 @@ from transformers import LlamaConfig  # noqa: E402
 
 import zigzag_ext as zz  # noqa: E402
 from zigzag_ext import reference  # noqa: E402
+from zigzag_ext.virtual import GrowingBuffer  # noqa: E402
 
 KINDS, SINK, WINDOW, HEAD_DIM = ("retrieval", "streaming"), 2, 6, 64
 CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=256)
@@ -98,34 +99,40 @@ def test_rows_can_be_reordered_dropped_and_repeated(index):
         stream.feed(q_len)
 
 
-def test_capacity_doubles_and_a_fixed_one_does_not_move():
-    stream, seen = Stream(new_cache(), batch=1), []
-    for q_len in (200, 56, 1, 255, 1):
+@pytest.mark.parametrize("max_len", [None, 3000])
+def test_a_cache_grows_where_it_stands_and_its_reset_gives_the_memory_back(max_len):
+    stream, sizes, addresses = Stream(new_cache(max_len=max_len), batch=1), [], set()
+
+    def note():
+        sizes.append(stream.cache.memory_bytes())
+        addresses.add(tuple(t.data_ptr() for layer in stream.cache.layers for t in (layer.keys, layer.values)))
+
+    for q_len in (200, 1, 55, 1, 1000, 1):
         stream.feed(q_len)
-        seen.append(stream.cache.layers[0].keys.shape[2])
-    assert seen == [256, 256, 512, 512, 1024]
-    fixed = Stream(new_cache(max_len=64), batch=1)
-    fixed.feed(1)
-    addresses = [(layer.keys.data_ptr(), fixed.cache.seq_lens.data_ptr()) for layer in fixed.cache.layers]
-    for q_len in (40, 1, 22):
-        fixed.feed(q_len)
-    fixed.cache.reset()
-    fixed.keep_rows([0])
-    assert [(layer.keys.data_ptr(), fixed.cache.seq_lens.data_ptr()) for layer in fixed.cache.layers] == addresses
+        note()
+    rings, token = 2 * 2 * (SINK + WINDOW) * HEAD_DIM * 4, 2 * 2 * HEAD_DIM * 4  # K and V, heads, head_dim, bytes
+    assert [size - rings for size in sizes] == [token * n for n in (256, 256, 256, 512, 1280, 1280)]
+    stream.cache.reset()
+    assert stream.cache.memory_bytes() == rings
+    again = Stream(stream.cache, batch=1)
+    again.feed(20)
+    again.keep_rows([0])
+    note()
+    assert len(addresses) == 1
 
 
 class OutOfMemory:
-    """Makes the n-th allocation of a cache buffer fail, once."""
+    """Makes the n-th growth of a buffer fail, once."""
 
     def __init__(self, monkeypatch, nth):
-        self.left, self.new_empty = nth, torch.Tensor.new_empty
-        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: self.allocate(*args, **kwargs))
+        self.left, self.commit = nth, GrowingBuffer.commit
+        monkeypatch.setattr(GrowingBuffer, "commit", lambda *args: self.grow(*args))
 
-    def allocate(self, *args, **kwargs):
+    def grow(self, *args):
         self.left -= 1
         if not self.left:
-            raise torch.OutOfMemoryError
-        return self.new_empty(*args, **kwargs)
+            raise MemoryError
+        self.commit(*args)
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 6])
@@ -133,13 +140,33 @@ def test_out_of_memory_while_growing_can_be_retried(monkeypatch, nth):
     stream = Stream(new_cache(("retrieval", "streaming", "retrieval", "retrieval")), batch=1)
     stream.feed(250)
     OutOfMemory(monkeypatch, nth)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(MemoryError):
         stream.cache.begin(1, 300)
-    for layer in stream.cache.layers:
-        assert layer.keys.shape == layer.values.shape
+    assert stream.cache.get_seq_length() == 250
     for q_len in (6, 1, 1, 300):  # fits what there was, then needs the growth that failed
         stream.feed(q_len)
-    assert all(layer.keys.shape[2] >= 558 for layer in stream.cache.layers if not layer.window)
+    assert all(layer.growing["keys"].slots >= 558 for layer in stream.cache.layers if not layer.window)
+
+
+def test_a_context_beyond_all_memory_is_an_error_and_leaves_the_cache_usable():
+    stream = Stream(new_cache(max_len=2_000_000_000), batch=1)
+    stream.feed(10)
+    with pytest.raises(MemoryError, match="out of memory: the buffer grows by"):
+        stream.cache.begin(1, 1_900_000_000)  # 512 bytes a token, K and V each: a terabyte
+    stream.feed(1)
+
+
+def test_a_copy_has_memory_of_its_own():
+    stream = Stream(new_cache(), batch=2)
+    stream.feed(30)
+    other = copy.deepcopy(stream)
+    for copied, original in zip(other.cache.layers, stream.cache.layers, strict=True):
+        assert copied.keys.data_ptr() != original.keys.data_ptr()
+        for buffer, tensor in zip(copied.growing.values(), (copied.keys, copied.values), strict=False):
+            assert buffer.tensor is tensor
+    for q_len in (1, 300, 1):
+        other.feed(q_len)
+        stream.feed(q_len)
 
 
 def test_a_forward_that_failed_before_attention_holds_nothing():
@@ -154,12 +181,11 @@ def test_a_forward_that_failed_before_attention_holds_nothing():
 
 
 def test_memory_bytes_counts_what_is_allocated():
-    cache = new_cache(max_len=100)
+    cache = new_cache(max_len=104)
     assert cache.memory_bytes() == 0
     Stream(cache, batch=3).feed(1)
-    assert (
-        cache.memory_bytes() == 2 * 3 * 2 * (100 + SINK + WINDOW) * HEAD_DIM * 4
-    )  # K and V, rows, heads, slots, head_dim, bytes
+    # K and V, rows, heads, slots, head_dim, bytes; 104 slots of both heads are 13 pages
+    assert cache.memory_bytes() == 2 * 3 * 2 * (104 + SINK + WINDOW) * HEAD_DIM * 4
 
 
 def test_a_full_cache_raises_before_anything_is_written():

@@ -66,7 +66,7 @@ def test_help_names_every_command_and_every_option_has_a_help_text():
     assert zigzag().output.count("Usage:") == 1
     text = zigzag("--help").output
     for command in app.registered_commands:
-        name = command.callback.__name__
+        name = command.name or command.callback.__name__
         assert name in text
         one = zigzag(name, "--help")
         assert one.exit_code == 0 and command.callback.__doc__.split("\n")[0].split(":")[0][:30] in one.output

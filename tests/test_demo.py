@@ -2,7 +2,7 @@
 
 import pytest
 
-from zigzag_ext import demo
+from zigzag_ext import demo, generation
 from zigzag_ext.cli import _verdict
 from zigzag_ext.evaluate.passkey import build_prompt, is_hit
 
@@ -70,3 +70,14 @@ def test_demo_on_the_real_model():
     kept = len(good.plan.retrieval_layers) * tokens + len(good.plan.streaming_layers) * (good.plan.sink + good.plan.window)
     assert good.cache_bytes == bad.cache_bytes == kept * per_token <= 0.6 * full.cache_bytes
     assert _verdict(outcomes)[1]
+
+
+@pytest.mark.slow
+def test_the_good_plan_finds_the_key_in_compiled_steps():
+    model, tokenizer = demo.load(device="cpu")
+    [prompt] = demo.passkey_prompts(tokenizer, TOKENS, [0.25], [0])
+    _, good, _ = demo.demo_plans().values()
+    eager, compiled = (
+        generation.generate(model, tokenizer, prompt.text, good, demo.ANSWER_TOKENS, compile=compile) for compile in (False, True)
+    )
+    assert is_hit(prompt, compiled.text) and compiled.text == eager.text

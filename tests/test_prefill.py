@@ -127,7 +127,8 @@ def test_one_call_or_one_per_part(name, on, monkeypatch):
     case = Case((100,), 20).on(on, torch.bfloat16)
     backend_or_skip(name, case)
     calls, real = [], BACKENDS[name]
-    monkeypatch.setattr(prefill, "PLAN_KEYS", 48)
+    monkeypatch.setattr(prefill, "PLAN_KEYS", 40)
+    monkeypatch.setattr(prefill, "PLAN_LEAST_KEYS", 16)
 
     def noted(q, k, v, causal, scale):
         assert k.shape[1] == case.num_kv_heads, "keys were repeated for grouped heads"
@@ -136,8 +137,12 @@ def test_one_call_or_one_per_part(name, on, monkeypatch):
 
     monkeypatch.setitem(BACKENDS, name, replace(real, call=noted))
     attend(case.build(), case, name)
-    blocks = [(48, False), (48, False), (4, False)] if real.plans else [(100, False)]
+    blocks = [(40, False), (40, False), (20, False)] if real.plans else [(100, False)]
     assert calls == ([(120, True)] if real.bottom_right else [(20, True), *blocks])
+    for past, expected in ((90, [40, 50]), (40, [40]), (16, [16]), (15, [])):  # a few keys never go alone
+        calls.clear()
+        attend((short := replace(case, seq_lens=(past,))).build(), short, name)
+        assert not real.plans or [kv_len for kv_len, causal in calls if not causal] == expected
 
 
 def duo_specification(inputs: dict, case: Case) -> torch.Tensor:

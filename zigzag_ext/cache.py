@@ -7,134 +7,12 @@ every check on the host before anything is written, and `end`, which advances th
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from . import ops, prefill
-from .kv_format import PLAIN, KvFormat
+from .cache_layer import GROWTH_STEP, ZigzagLayer
+from .kv_format import PLAIN
 from .plan import Plan, token_count
 from .rows import Rows, Steps, in_normal_mode
-
-_GROWTH_STEP = 256  # tokens; the smallest capacity of a cache that may grow
-
-
-class ZigzagLayer(CacheLayerMixin):
-    """The cache of one layer: keys and values [batch, num_kv_heads, slots, head_dim], allocated at first use from the keys."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False  # mask sizes are the same for every layer: masks are never built
-
-    def __init__(self, rows: Rows, index: int, sink: int, window: int, kv_format: KvFormat = PLAIN):
-        super().__init__()
-        self.rows, self.index, self.sink, self.window, self.kv_format = rows, index, sink, window, kv_format
-        self.key_scales = self.value_scales = None  # [batch, num_kv_heads, slots] float32, of a quantised format
-
-    def __repr__(self) -> str:
-        kind = f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
-        return kind if self.kv_format == PLAIN else f"{kind}, {self.kv_format}"
-
-    @property
-    def buffers(self) -> dict[str, Tensor]:
-        """Everything of the layer that grows with its slots, by attribute."""
-        named = {name: getattr(self, name) for name in ("keys", "values", "key_scales", "value_scales")}
-        return {name: buffer for name, buffer in named.items() if buffer is not None}
-
-    @property
-    def slots(self) -> int:
-        if not self.rows.stores:
-            return 0
-        return self.sink + self.window if self.window else self.rows.capacity
-
-    @in_normal_mode
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Device, dtype and the local number of heads come from the keys, so it works under device_map and tensor parallelism."""
-        if key_states.shape != value_states.shape:
-            raise ValueError(
-                f"layer {self.index}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} must have one shape"
-            )
-        batch, num_kv_heads, _, head_dim = key_states.shape
-        if self.rows.batch is None:
-            self.rows.start(batch)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        geometry = (batch, num_kv_heads, self.slots, head_dim, self.dtype, self.device)
-        self.keys, self.key_scales = ops.new_cache(*geometry, self.kv_format.k)
-        self.values, self.value_scales = ops.new_cache(*geometry, self.kv_format.v)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Returns the new keys and values as they are; `attend` appends them. Raises outside an enabled model's forward."""
-        if not self.rows.q_len:
-            raise RuntimeError("a ZigzagCache works only with zigzag attention: call zigzag_ext.enable(model, plan) first")
-        return key_states, value_states
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
-        rows = self.rows
-        if k.shape[0] != rows.batch or k.shape[2] != rows.q_len:
-            raise ValueError(
-                f"layer {self.index} was given keys of {k.shape[0]} rows x {k.shape[2]} tokens in a forward of "
-                f"{rows.batch} rows x {rows.q_len} tokens"
-            )
-        if self.index in rows.attended:
-            raise RuntimeError(f"layer {self.index} attended twice in one forward: shared KV caches are not supported")
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
-        tensors = (q, k, v, self.keys, self.values, rows.lengths_on(q.device))
-        options = {
-            "pad": rows.pad_on(q.device),
-            "sink": self.sink,
-            "window": self.window,
-            "scale": scale,
-            "k_scale": self.key_scales,
-            "v_scale": self.value_scales,
-            "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
-        }
-        if q.shape[2] == 1:
-            out, _ = ops.attention(*tensors, **options)
-        else:
-            out = prefill.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
-        rows.attended.add(self.index)
-        return out
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.rows.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.rows.columns
-
-    def get_max_length(self) -> int:
-        """Most tokens a row can hold: `max_len` for a retrieval layer, -1 (no limit) for a ring or a growing cache."""
-        return -1 if self.window or self.rows.max_len is None else self.rows.max_len
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        self.rows.forget()
-
-    def drop(self) -> None:
-        self.keys = self.values = self.key_scales = self.value_scales = None
-        self.is_initialized = False
-
-    @in_normal_mode
-    def grow(self, capacity: int) -> None:
-        """Moves what is held to buffers of `capacity` slots. Only a retrieval layer of a cache without `max_len` ever does."""
-        held, old = self.rows.longest, self.buffers
-        new = {n: b.new_empty(*b.shape[:2], capacity, *b.shape[3:]) for n, b in old.items()}  # all, or it stays as it is
-        for name, target in new.items():
-            target[:, :, :held] = old[name][:, :, :held]
-        vars(self).update(new)
-
-    @in_normal_mode
-    def select_rows(self, index: Tensor) -> None:
-        """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
-        held = self.slots if self.window else min(self.rows.longest, self.slots)
-        index = index.to(self.keys.device)
-        for name, buffer in self.buffers.items():
-            chosen = buffer[:, :, :held].index_select(0, index)
-            if len(index) != buffer.shape[0]:
-                buffer = buffer.new_empty(len(index), *buffer.shape[1:])
-                setattr(self, name, buffer)
-            buffer[:, :, :held] = chosen
 
 
 class ZigzagCache(Cache):
@@ -143,20 +21,22 @@ class ZigzagCache(Cache):
     Args:
         config: the model's config; a retrieval or streaming layer is made for each of its `num_hidden_layers`.
         plan: `zigzag_ext.Plan`. The plan of the cache wins over the plan given to `enable`.
-        max_len: most tokens a row may hold (padding does not count), allocated once, at the first forward. None: retrieval
-            layers start at the prompt's size and double when full, which copies them; at most twice the needed bytes.
+        max_len: most tokens a row may hold (padding does not count). None: as many as there is memory for.
 
-    Rings always take sink + window tokens. Keys and values are held in the plan's `kv_format` and `ring_kv_format`. Buffers are
-    [batch, num_kv_heads, slots, head_dim] and live where the keys live.
+    Rings always take sink + window tokens. Retrieval layers reserve addresses for all tokens to come and take memory as tokens
+    come (`zigzag_ext.virtual`): they never move and are never copied, and only slots in use may be looked at. Keys and values
+    are held in the formats of the plan (`kv_format`, `ring_kv_format`). Buffers are [batch, num_kv_heads, slots, head_dim] and
+    live where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
-    pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps the
-    memory. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`, needed
-    by assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
+    pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its
+    addresses. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`,
+    needed by assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
 
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
         ValueError: layer counts differ, layers share KV caches, or `max_len` < 1.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
+        MemoryError: no memory for the tokens of a forward; what is held stays as it was.
 
     Example:
         >>> zz.enable(model, plan)
@@ -241,15 +121,15 @@ class ZigzagCache(Cache):
         return cache
 
     def memory_bytes(self) -> int:
-        """Bytes of all key and value buffers as allocated now."""
-        return sum(b.untyped_storage().nbytes() for layer in self.layers if layer.is_initialized for b in layer.buffers.values())
+        """Bytes of memory that all key and value buffers take now."""
+        return sum(layer.memory_bytes for layer in self.layers)
 
     def memory_report(self) -> str:
-        """A small table of text: layers and bytes as allocated now, by kind and format; a format's bytes include its scales."""
+        """A small table of text: layers and bytes of memory by kind and format; a format's bytes include its scales."""
         groups: dict[tuple[str, str], list[int]] = {}
         for layer in self.layers:
             key = ("streaming" if layer.window else "retrieval", str(layer.kv_format))
-            groups.setdefault(key, []).append(sum(b.untyped_storage().nbytes() for b in layer.buffers.values()))
+            groups.setdefault(key, []).append(layer.memory_bytes)
         rows = [(kind, f"{len(sizes)} layers", kv_format, f"{sum(sizes):,} bytes") for (kind, kv_format), sizes in groups.items()]
         rows.append(("all", f"{len(self.layers)} layers", "", f"{self.memory_bytes():,} bytes"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -313,16 +193,15 @@ class ZigzagCache(Cache):
         rows = self._rows
         if not rows.stores or needed <= rows.capacity or all(layer.window for layer in self.layers):
             return
-        if rows.max_len is not None:
+        if rows.max_len is not None and needed > rows.max_len:
             raise RuntimeError(
                 f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); "
                 "nothing was written. Make the ZigzagCache with a larger max_len"
             )
-        capacity = max(2 * rows.capacity, -(-needed // _GROWTH_STEP) * _GROWTH_STEP)
-        rows.steps.clear()
+        capacity = -(-needed // GROWTH_STEP) * GROWTH_STEP
+        capacity = capacity if rows.max_len is None else min(capacity, rows.max_len)
         for layer in self.layers:
-            if layer.is_initialized and not layer.window and layer.keys.shape[2] < capacity:
-                layer.grow(capacity)
+            layer.grow(capacity)
         rows.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
     def end(self, failed: bool = False) -> None:
@@ -336,7 +215,9 @@ class ZigzagCache(Cache):
             rows.advance(q_len)
 
     def reset(self) -> None:
-        """Empties the cache and keeps its memory."""
+        """Empties the cache, gives the memory of retrieval layers back and keeps all addresses."""
+        for layer in self.layers:
+            layer.release()
         self._rows.forget()
 
     def _select_rows(self, index: Tensor) -> None:

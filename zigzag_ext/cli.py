@@ -24,14 +24,15 @@ app = typer.Typer(
         "Long-context text generation where only some layers keep the whole context.\n\n"
         "A RETRIEVAL layer keeps every token in its KV cache. A STREAMING layer keeps the first few tokens (the sink) and the "
         "last few (the window), so its memory and time stay constant. A PLAN is a small JSON file: the kind of every layer.\n\n"
-        "Start with `zigzag demo`; make a plan from head scores with `zigzag solve`; use it with `zigzag generate`."
+        "Start with `zigzag demo`. Get head scores of a model with `zigzag identify`, a plan from them with `zigzag solve`; "
+        "measure the plan with `zigzag eval`, use it with `zigzag generate`."
     ),
 )
 console = Console(soft_wrap=True)  # a long path stays one line, whatever the width of the terminal
 _MIB = 1024**2
 
 
-def _one_line_errors(command):
+def one_line_errors(command):
     """Expected failures (bad input, missing files or packages, full memory) become one line on stderr and exit code 1."""
 
     @functools.wraps(command)
@@ -62,7 +63,7 @@ def _common(
 ) -> None: ...
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """Keeps transformers' notes and loading bars off the screen; its errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
@@ -73,7 +74,7 @@ def _quiet_transformers() -> None:
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def demo(
     tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens; the model reads up to 8180.")] = 2000,
     depth: Annotated[list[float] | None, typer.Option(help="Place of the key: 0 first, 1 last. May be repeated.")] = None,
@@ -92,7 +93,7 @@ def demo(
     Both plans stream the same number of layers. A key within the last 256 tokens is seen by every plan.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's own bar, beside the status line
-    _quiet_transformers()
+    quiet_transformers()
     from . import demo as demo_task
 
     with console.status("loading SmolLM2-135M-Instruct (converted once, the first time takes a minute)") as status:
@@ -111,7 +112,7 @@ def demo(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def solve(
     scores: Annotated[
         Path, typer.Argument(help="Head scores, layers x KV heads: a DuoAttention folder, .tsv, .csv, .npy or KVzip's .pt.")
@@ -164,7 +165,7 @@ def solve(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def generate(
     model: Annotated[str, typer.Argument(help="Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name.")],
     prompt: Annotated[
@@ -184,7 +185,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
-    _quiet_transformers()
+    quiet_transformers()
     from . import generation
     from .kv_format import parse_kv_format
     from .plan import Plan
@@ -213,7 +214,7 @@ def generate(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def info(plan: Annotated[Path | None, typer.Argument(help="A plan file to describe.")] = None) -> None:
     """What this build supports and which GPUs it sees; with a plan file, what the plan says."""
     from .plan import Plan
@@ -287,5 +288,4 @@ def _layers(option: str, text: str) -> list[int]:
         raise ValueError(f"{option} must be integers separated by commas, got {text!r}") from None
 
 
-if __name__ == "__main__":
-    app()
+from . import cli_study  # noqa: E402, F401  its commands join the app that they import from here

@@ -78,13 +78,16 @@ class _Clock(TextStreamer):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompt: str, plan: Plan, max_new_tokens: int, show=None, **options) -> Generation:
+def generate(
+    model, tokenizer, prompt: str, plan: Plan, max_new_tokens: int, show=None, compile: bool = False, **options
+) -> Generation:
     """Continues `prompt` with `plan`, greedily unless `options` for `model.generate` say otherwise.
 
     The cache is made for exactly this prompt and answer, so `cache_bytes` is what this context needs.
 
     Args:
         show: called with pieces of text as they are finished.
+        compile: as in `zigzag_ext.enable`; the times then include that of compiling.
 
     Raises:
         ValueError: plan and model do not fit, or the prompt is empty. What `zigzag_ext.enable` raises.
@@ -96,7 +99,7 @@ def generate(model, tokenizer, prompt: str, plan: Plan, max_new_tokens: int, sho
     cache = ZigzagCache(model.config, plan, max_len=prompt_tokens + max_new_tokens)
     clock = _Clock(tokenizer, show)
     options = {"do_sample": False} | options
-    with zigzag(model, plan):
+    with zigzag(model, plan, compile=compile):
         start = time.perf_counter()
         output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=clock, **options)
     new = output[0, prompt_tokens:]

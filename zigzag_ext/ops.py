@@ -42,12 +42,17 @@ def new_cache(
 
     kv_format: "none" (elements of `dtype`), "fp8", "int8" or "int4". A slot is never read before it is written.
     """
+    shape = (batch, num_kv_heads, slots)
+    width, code = cache_row(head_dim, dtype, kv_format)
+    cache = torch.empty(*shape, width, dtype=code, device=device)
+    return cache, None if kv_format == "none" else torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def cache_row(head_dim: int, dtype: torch.dtype, kv_format: str) -> tuple[int, torch.dtype]:
+    """Last size and dtype of a cache tensor of `kv_format`. Raises ValueError on an unknown format."""
     if kv_format not in KV_FORMATS:
         raise ValueError(f"KV format {kv_format!r} is not supported; supported: {', '.join(KV_FORMATS)}")
-    shape, code = (batch, num_kv_heads, slots), KV_FORMATS[kv_format]
-    width = head_dim // 2 if code == torch.uint8 else head_dim
-    cache = torch.empty(*shape, width, dtype=code or dtype, device=device)
-    return cache, None if code is None else torch.empty(shape, dtype=torch.float32, device=device)
+    return head_dim // 2 if kv_format == "int4" else head_dim, KV_FORMATS[kv_format] or dtype
 
 
 def attention(

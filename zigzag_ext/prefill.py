@@ -24,11 +24,15 @@ CHOICES = ("auto", "zigzag", *BACKENDS)
 
 # Below this many new tokens our kernel has too few blocks to read a long cache at full speed (it does not split the keys:
 # 64 tokens x 32/8 heads are 16 blocks, an H100 has 132 multiprocessors); flash splits them. Above, the measurement decides.
+# `python benchmarks/prefill.py --scenario short` compares the routes on both sides of the two limits.
 SHORT_CHUNK = 1024
-LONG_CACHE = 4096  # keys; a short chunk on a shorter cache takes our kernel, whose single launch costs less than two
+LONG_CACHE = 4096  # keys; on a shorter cache a short chunk takes our kernel: one call instead of two
 # cuDNN builds a plan per new shape, 40 to 70 ms on the host (https://github.com/flashinfer-ai/flashinfer/pull/5245,
 # https://github.com/pytorch/pytorch/pull/191576), shared by the layers of a forward. Each layer must gain its share of that.
 PLAN_FLOPS = 2e12  # about 3 ms on an H100
+PLAN_LEAST_KEYS = (
+    64  # such backends need not serve a handful of keys (cuDNN once refused a single one): those never go there alone
+)
 QUANTISED_BLOCK = 16384  # keys of a quantised past that are widened at a time: 32 MiB of each in 16 bits for 8 heads of 128
 PLAN_KEYS = 65536  # the past goes to such a backend in blocks: its shapes repeat from chunk to chunk, a merge costs below 1 %
 
@@ -144,9 +148,10 @@ def choose(q: Tensor, k_new: Tensor, past: int, quantised: bool = False) -> str:
     batch, num_q_heads, q_len, head_dim = q.shape
     if q_len <= ops.MAX_DECODE_QUERIES or wanted == "zigzag":
         return "zigzag"
+    few = 0 < past < PLAN_LEAST_KEYS
     if wanted != "auto":
         BACKENDS[wanted].require(q, wanted)
-        return wanted
+        return "zigzag" if few and BACKENDS[wanted].plans else wanted
     if not q.is_cuda:
         return "zigzag"
     if quantised:  # our kernels take 16 tokens a launch there, and re-read the cache for each
@@ -155,7 +160,8 @@ def choose(q: Tensor, k_new: Tensor, past: int, quantised: bool = False) -> str:
         return "flash" if past + q_len >= LONG_CACHE and serves("flash", q.device, q.dtype, head_dim) else "zigzag"
     flops = 4 * batch * num_q_heads * q_len * (past + q_len / 2) * head_dim
     names = ranking(q.device, q.dtype, num_q_heads, k_new.shape[1], head_dim)
-    return next(name for name in names if name == "zigzag" or flops >= PLAN_FLOPS or not BACKENDS[name].plans)
+    plans = flops >= PLAN_FLOPS and not few
+    return next(name for name in names if name == "zigzag" or plans or not BACKENDS[name].plans)
 
 
 @dataclass(frozen=True)
@@ -167,9 +173,9 @@ class _Stored:
     dtype: torch.dtype
 
     @property
-    def block(self) -> int | None:
-        """Most tokens to read at once: codes are widened into scratch."""
-        return None if self.scales == (None, None) else QUANTISED_BLOCK
+    def is_quantised(self) -> bool:
+        """Whether reading widens codes into scratch: at most QUANTISED_BLOCK tokens at a time."""
+        return any(scale is not None for scale in self.scales)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return tuple(self._widen(c[:, :, start:stop], s, start, stop) for c, s in zip(self.caches, self.scales, strict=True))
@@ -185,9 +191,13 @@ class _Stored:
 def _attend_parts(backend, q: Tensor, past: _Stored, held: int, chunk: tuple[Tensor, Tensor], scale: float) -> Tensor:
     """Attention over the `held` first tokens of the past (dense) and the chunk (causal), merged."""
     out, lse = _in_token_order(backend.call(q, *chunk, True, scale))
-    block = past.block or (PLAN_KEYS if backend.plans else max(held, 1))
-    for start in range(0, held, block):
-        keys, values = past.read(start, min(start + block, held))
+    if past.is_quantised:
+        ends = [*range(QUANTISED_BLOCK, held, QUANTISED_BLOCK)]
+    else:
+        ends = [*range(PLAN_KEYS, held - PLAN_LEAST_KEYS + 1, PLAN_KEYS)] if backend.plans else []
+    ends += [held] if held else []
+    for start, end in zip([0, *ends], ends, strict=False):
+        keys, values = past.read(start, end)
         out, lse = ops.merge_states(out, lse, *_in_token_order(backend.call(q, keys, values, False, scale)))
     return out.transpose(1, 2)
 

@@ -32,7 +32,6 @@ class Rows:
 
     def __init__(self, max_len: int | None, stores: bool):
         self.max_len, self.stores = max_len, stores
-        self.capacity = max_len or 0  # slots of a retrieval layer
         self.attended: set[int] = set()  # layers that the forward pass under way has written
         self.num_forwards = 0
         self.start(None)
@@ -46,6 +45,7 @@ class Rows:
         self.forget()
 
     def forget(self) -> None:
+        self.capacity = 0  # tokens for which the retrieval layers have memory
         self.columns = 0  # tokens seen per row, padding included
         self.longest = self.longest_after = 0  # tokens held by the longest row, an upper bound: now, after this forward
         self.q_len = 0  # columns of the forward pass under way, 0 outside one

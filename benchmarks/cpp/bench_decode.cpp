@@ -25,7 +25,7 @@ std::vector<int> parse_ragged(const std::string& text) {
 }
 
 Cell with_lengths(Cell cell, const std::string& scenario, std::vector<int> kv_lens) {
-  cell.scenario = scenario + rope_suffix(cell), cell.kv_lens = std::move(kv_lens);
+  cell.scenario = scenario + suffix(cell), cell.kv_lens = std::move(kv_lens);
   for (int kv_len : cell.kv_lens) {
     ZZ_CHECK(kv_len >= cell.q_len, "kv_len counts the new tokens too: at least q_len = ", cell.q_len, "; got ", kv_len);
     cell.seq_lens.push_back(kv_len - cell.q_len);
@@ -34,7 +34,7 @@ Cell with_lengths(Cell cell, const std::string& scenario, std::vector<int> kv_le
   return cell;
 }
 
-std::vector<Cell> make_cells(const Arguments& arguments) {
+std::vector<Job> make_jobs(const Arguments& arguments) {
   std::vector<Cell> cells;
   for (const Cell& shape : shape_axes(arguments)) {
     if (!arguments.text("ragged").empty()) {
@@ -50,7 +50,7 @@ std::vector<Cell> make_cells(const Arguments& arguments) {
       }
     }
   }
-  return cells;
+  return jobs(cells);
 }
 
 }  // namespace
@@ -62,5 +62,5 @@ int main(int argc, char** argv) {
        {"kv-len", "4K,32K", "list: keys per row, the new tokens included"},
        {"ragged", "", "list: batches of unequal rows such as 1x64K+31x4K; replaces --batch and --kv-len"},
        {"rope", "off", "on: the op also rotates queries and keys"}},
-      make_cells);
+      make_jobs);
 }

@@ -13,7 +13,7 @@ constexpr const char* kSummary =
     "double precision first; caches are cold. Example:\n"
     "  bench_stream --device cuda --batch 1,64 --sink 64 --window 256,1024 --csv stream.csv";
 
-std::vector<Cell> make_cells(const Arguments& arguments) {
+std::vector<Job> make_jobs(const Arguments& arguments) {
   std::vector<Cell> cells;
   for (const Cell& shape : shape_axes(arguments)) {
     for (int batch : arguments.integers("batch")) {
@@ -21,7 +21,7 @@ std::vector<Cell> make_cells(const Arguments& arguments) {
         for (int window : arguments.integers("window")) {
           ZZ_CHECK(batch >= 1 && window >= 1, "--batch and --window take numbers from 1; got ", batch, " and ", window);
           Cell cell = shape;
-          cell.scenario = "ring_" + std::to_string(sink) + "+" + std::to_string(window) + rope_suffix(cell);
+          cell.scenario = "ring_" + std::to_string(sink) + "+" + std::to_string(window) + suffix(cell);
           cell.sink = sink, cell.window = window;
           cell.kv_lens.assign(static_cast<std::size_t>(batch), sink + window);
           // Wrapped a few times and not aligned to anything: the usual state of a long generation.
@@ -31,7 +31,7 @@ std::vector<Cell> make_cells(const Arguments& arguments) {
       }
     }
   }
-  return cells;
+  return jobs(cells);
 }
 
 }  // namespace
@@ -42,5 +42,5 @@ int main(int argc, char** argv) {
                       {"sink", "64", "list: first tokens kept"},
                       {"window", "256,1024", "list: last tokens kept"},
                       {"rope", "on", "on: the op also rotates queries and keys"}},
-                     make_cells);
+                     make_jobs);
 }

@@ -27,6 +27,21 @@ int64_t Cell::kv_bytes() const {
   return 2 * keys * num_kv_heads * head_dim * static_cast<int64_t>(element_size(dtype));
 }
 
+Strides Cell::cache_strides() const {
+  const int64_t row = int64_t{num_kv_heads} * slots() * head_dim;
+  if (token_major) return {row, head_dim, int64_t{num_kv_heads} * head_dim};
+  return {row, int64_t{slots()} * head_dim, head_dim};
+}
+
+const char* kv_format(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return "fp32";
+    case DType::kFloat16: return "fp16";
+    case DType::kBFloat16: return "bf16";
+  }
+  return "unknown";
+}
+
 Problem::Problem(Device& device, const Cell& cell) {
   const int64_t batch = cell.batch(), rows = batch * cell.num_q_heads * cell.q_len;
   const int64_t query = rows * cell.head_dim, fresh = batch * cell.num_kv_heads * cell.q_len * cell.head_dim;
@@ -58,7 +73,7 @@ Problem::Problem(Device& device, const Cell& cell) {
   p.seq_lens = reinterpret_cast<const int32_t*>(seq_lens);
   p.q_stride = p.out_stride = contiguous(cell.num_q_heads, cell.q_len, cell.head_dim);
   p.k_new_stride = p.v_new_stride = contiguous(cell.num_kv_heads, cell.q_len, cell.head_dim);
-  p.k_cache_stride = p.v_cache_stride = contiguous(cell.num_kv_heads, cell.slots(), cell.head_dim);
+  p.k_cache_stride = p.v_cache_stride = cell.cache_strides();
   p.batch = cell.batch(), p.num_q_heads = cell.num_q_heads, p.num_kv_heads = cell.num_kv_heads;
   p.q_len = cell.q_len, p.head_dim = cell.head_dim, p.slots = cell.slots(), p.sink = cell.sink, p.window = cell.window;
   p.scale = 1.0f / std::sqrt(static_cast<float>(cell.head_dim));
@@ -96,7 +111,9 @@ Bandwidth measure_bandwidth(Device& device) {
 
 void run_cell(Device& device, const Cell& cell, const Bandwidth& bandwidth, Table& table) {
   Problem problem(device, cell);
-  const double error = check(device, cell, problem.params(0));
+  Check check(device, cell, problem.params(0));
+  device.attention(problem.params(0));
+  const double error = check.worst_error();
   const auto read = [&](int set) {
     const AttentionParams& params = problem.params(set);
     device.read(params.k_cache, params.v_cache, cell.kv_bytes() / 2);
@@ -108,7 +125,7 @@ void run_cell(Device& device, const Cell& cell, const Bandwidth& bandwidth, Tabl
   Row row;
   row.op = cell.window > 0 ? "decode_stream" : "decode_full";
   row.impl = "zigzag", row.scenario = cell.scenario;
-  row.kv_format = cell.dtype == DType::kFloat32 ? "fp32" : cell.dtype == DType::kFloat16 ? "fp16" : "bf16";
+  row.kv_format = kv_format(cell.dtype);
   row.batch = cell.batch(), row.num_q_heads = cell.num_q_heads, row.num_kv_heads = cell.num_kv_heads;
   row.head_dim = cell.head_dim, row.q_len = cell.q_len, row.sink = cell.sink, row.window = cell.window;
   row.kv_len = *std::max_element(cell.kv_lens.begin(), cell.kv_lens.end());

@@ -18,10 +18,13 @@ struct Cell {
   bool rope;                  // the op rotates queries and keys itself, tables in the element type
   std::vector<int> kv_lens;   // per row: keys that the last new token attends
   std::vector<int> seq_lens;  // per row: tokens cached before the call
+  bool token_major =
+      false;  // caches [batch, slots, heads, head_dim] in memory instead of [batch, heads, slots, head_dim]
 
   int batch() const { return static_cast<int>(kv_lens.size()); }
   int slots() const;
   int64_t kv_bytes() const;  // K and V of all attended keys, read once
+  Strides cache_strides() const;
 };
 
 // Copies of the op's arguments at different addresses, as many as it takes to span kColdBytes: rotating through them
@@ -38,15 +41,40 @@ class Problem {
   std::vector<AttentionParams> params_;
 };
 
-// Runs the op once and compares sampled heads with attention in double precision: largest of ||out - expected|| /
-// ||expected|| over heads. Throws if that, the log-sum-exp or the appended keys and values are off.
-double check(Device& device, const Cell& cell, const AttentionParams& params);
+// Keys or values of one KV head: the cache as it was before the op, and the new tokens.
+struct HeadTokens {
+  std::vector<char> cached, fresh;
+};
+
+// Compares sampled heads of an op with attention in double precision. Made before the op runs: it keeps a copy of what
+// the samples' caches hold by then.
+class Check {
+ public:
+  Check(Device& device, const Cell& cell, const AttentionParams& params);
+
+  // After the op: the largest ||out - expected|| / ||expected|| over the sampled heads. Throws if that, the log-sum-exp
+  // or the appended keys and values are off.
+  double worst_error();
+
+ private:
+  struct Sample {
+    int row, head;
+    HeadTokens k, v;
+  };
+  Device& device_;
+  AttentionParams params_;
+  std::vector<int> seq_lens_;
+  std::vector<Sample> samples_;
+};
 
 // Copy bandwidth (bytes read + bytes written) and pure-read bandwidth of this machine, in GB/s, over 2 x 1 GB.
 struct Bandwidth {
   double copy, read;
 };
 Bandwidth measure_bandwidth(Device& device);
+
+// How results name the type of the caches.
+const char* kv_format(DType dtype);
 
 // Checks, times and reports the cell: one row for the op, one (impl "read") for a pure read of the same bytes.
 void run_cell(Device& device, const Cell& cell, const Bandwidth& bandwidth, Table& table);

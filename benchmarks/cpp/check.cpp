@@ -1,6 +1,8 @@
 // The slow, obvious attention that every cell is compared with before it is timed.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "cell.h"
 #include "core/error.h"
@@ -23,51 +25,54 @@ Tolerance tolerance(DType dtype) {
   return {0, 0};
 }
 
-std::vector<char> fetch(Device& device, const void* data, int64_t offset, int64_t count, DType dtype) {
-  const int64_t size = static_cast<int64_t>(element_size(dtype));
-  std::vector<char> host(static_cast<std::size_t>(count * size));
-  device.download(host.data(), static_cast<const char*>(data) + offset * size, count * size);
-  return host;
+constexpr int64_t kFetchBytes = 64 << 20;  // downloaded at once
+
+// Tokens [0, count) of one row and head, packed.
+std::vector<char> fetch(Device& device, const void* data, const Strides& stride, int row, int head, int count,
+                        const AttentionParams& p) {
+  const int64_t size = static_cast<int64_t>(element_size(p.dtype)), bytes = size * p.head_dim;
+  const char* first = static_cast<const char*>(data) + (row * stride.batch + head * stride.head) * size;
+  std::vector<char> packed(static_cast<std::size_t>(count * bytes)), span;
+  const int64_t step = std::max<int64_t>(1, kFetchBytes / (stride.token * size));
+  for (int64_t begin = 0; begin < count; begin += step) {
+    const int64_t tokens = std::min<int64_t>(step, count - begin);
+    span.resize(static_cast<std::size_t>((tokens - 1) * stride.token * size + bytes));
+    device.download(span.data(), first + begin * stride.token * size, static_cast<int64_t>(span.size()));
+    for (int64_t i = 0; i < tokens; ++i) {
+      std::memcpy(packed.data() + (begin + i) * bytes, span.data() + i * stride.token * size,
+                  static_cast<std::size_t>(bytes));
+    }
+  }
+  return packed;
+}
+
+// Slots first, then the new tokens.
+const char* token(const HeadTokens& tokens, const AttentionParams& p, int index) {
+  const int64_t bytes = static_cast<int64_t>(element_size(p.dtype)) * p.head_dim;
+  return index < p.slots ? tokens.cached.data() + index * bytes : tokens.fresh.data() + (index - p.slots) * bytes;
 }
 
 // RoPE of the tokens of one head, in place, rounded to the element type.
 void rotate(Device& device, const AttentionParams& p, int row, std::vector<char>& tokens) {
   const Rotary& r = p.rotary;
   if (r.dim == 0) return;
+  AttentionParams table = p;  // the tables' tokens, for fetch
+  table.head_dim = r.dim, table.dtype = r.dtype;
+  const std::vector<char> cos = fetch(device, r.cos, {r.cos_batch, 0, r.cos_token}, row, 0, p.q_len, table);
+  const std::vector<char> sin = fetch(device, r.sin, {r.sin_batch, 0, r.sin_token}, row, 0, p.q_len, table);
   for (int column = 0; column < p.q_len; ++column) {
-    const std::vector<char> cos = fetch(device, r.cos, row * r.cos_batch + column * r.cos_token, r.dim, r.dtype);
-    const std::vector<char> sin = fetch(device, r.sin, row * r.sin_batch + column * r.sin_token, r.dim, r.dtype);
     const std::vector<char> before = tokens;
-    const int64_t first = int64_t{column} * p.head_dim;
+    const int64_t first = int64_t{column} * p.head_dim, angle = int64_t{column} * r.dim;
     for (int d = 0; d < r.dim; ++d) {
       const bool low = d < r.dim / 2;
       const double partner = load_element(before.data(), first + (low ? d + r.dim / 2 : d - r.dim / 2), p.dtype);
       const double x = load_element(before.data(), first + d, p.dtype);
-      const double turned = x * double{load_element(cos.data(), d, r.dtype)} +
-                            (low ? -partner : partner) * double{load_element(sin.data(), d, r.dtype)};
+      const double turned = x * double{load_element(cos.data(), angle + d, r.dtype)} +
+                            (low ? -partner : partner) * double{load_element(sin.data(), angle + d, r.dtype)};
       store_element(tokens.data(), first + d, p.dtype, static_cast<float>(turned));
     }
   }
 }
-
-// Keys or values of one KV head: the cache before the call, then the new tokens.
-struct HeadTokens {
-  std::vector<char> cached, fresh;
-
-  HeadTokens(Device& device, const AttentionParams& p, const void* cache, const void* fresh_tokens, int row, int head,
-             bool rotated)
-      : cached(fetch(device, cache, row * p.k_cache_stride.batch + head * p.k_cache_stride.head,
-                     int64_t{p.slots} * p.head_dim, p.dtype)),
-        fresh(fetch(device, fresh_tokens, row * p.k_new_stride.batch + head * p.k_new_stride.head,
-                    int64_t{p.q_len} * p.head_dim, p.dtype)) {
-    if (rotated) rotate(device, p, row, fresh);
-  }
-
-  const char* token(const AttentionParams& p, int index) const {
-    const int64_t bytes = static_cast<int64_t>(element_size(p.dtype)) * p.head_dim;
-    return index < p.slots ? cached.data() + index * bytes : fresh.data() + (index - p.slots) * bytes;
-  }
-};
 
 // Attention of one query over every token whose position it sees. `out` receives head_dim values; returns the
 // log-sum-exp.
@@ -82,7 +87,7 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
     double dot = 0;
     for (int d = 0; d < p.head_dim; ++d) {
       dot += double{load_element(q.data(), int64_t{column} * p.head_dim + d, p.dtype)} *
-             double{load_element(k.token(p, i), d, p.dtype)};
+             double{load_element(token(k, p, i), d, p.dtype)};
     }
     logits[static_cast<std::size_t>(i)] = dot * double{p.scale};
     highest = std::max(highest, dot * double{p.scale});
@@ -94,22 +99,23 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
     if (weight == 0) continue;
     sum += weight;
     for (int d = 0; d < p.head_dim; ++d)
-      out[static_cast<std::size_t>(d)] += weight * double{load_element(v.token(p, i), d, p.dtype)};
+      out[static_cast<std::size_t>(d)] += weight * double{load_element(token(v, p, i), d, p.dtype)};
   }
   for (double& value : out) value /= sum;
   return highest + std::log(sum);
 }
 
 // The new tokens must now be in their slots, bit for bit; rotated keys to one rounding.
-void check_append(Device& device, const AttentionParams& p, const void* cache, const HeadTokens& before, int row,
+void check_append(Device& device, const AttentionParams& p, const void* cache, const HeadTokens& tokens, int row,
                   int head, int length) {
   const RingLayout ring{p.sink, p.window};
   for (int i = 0; i < p.q_len; ++i) {
     if (!ring.survives(length + i, length + p.q_len)) continue;
     const int slot = ring.slot(length + i);
-    const int64_t offset = row * p.k_cache_stride.batch + head * p.k_cache_stride.head + slot * p.k_cache_stride.token;
-    const std::vector<char> appended = fetch(device, cache, offset, p.head_dim, p.dtype);
-    const char* expected = before.token(p, p.slots + i);
+    const int64_t element = slot * p.k_cache_stride.token;
+    const void* at = static_cast<const char*>(cache) + element * static_cast<int64_t>(element_size(p.dtype));
+    const std::vector<char> appended = fetch(device, at, p.k_cache_stride, row, head, 1, p);
+    const char* expected = token(tokens, p, p.slots + i);
     bool same = std::memcmp(appended.data(), expected, appended.size()) == 0;
     if (cache == p.k_cache && p.rotary.dim > 0) {
       same = true;
@@ -124,11 +130,9 @@ void check_append(Device& device, const AttentionParams& p, const void* cache, c
 
 double check_head(Device& device, const AttentionParams& p, const HeadTokens& k, const HeadTokens& v, int row,
                   int q_head, int length) {
-  const int64_t elements = int64_t{p.q_len} * p.head_dim;
-  std::vector<char> q = fetch(device, p.q, row * p.q_stride.batch + q_head * p.q_stride.head, elements, p.dtype);
+  std::vector<char> q = fetch(device, p.q, p.q_stride, row, q_head, p.q_len, p);
   rotate(device, p, row, q);
-  const std::vector<char> out =
-      fetch(device, p.out, row * p.out_stride.batch + q_head * p.out_stride.head, elements, p.dtype);
+  const std::vector<char> out = fetch(device, p.out, p.out_stride, row, q_head, p.q_len, p);
   std::vector<float> lse(static_cast<std::size_t>(p.q_len));
   device.download(lse.data(), p.lse + (int64_t{row} * p.num_q_heads + q_head) * p.q_len,
                   p.q_len * int64_t{sizeof(float)});
@@ -154,26 +158,34 @@ double check_head(Device& device, const AttentionParams& p, const HeadTokens& k,
 
 }  // namespace
 
-double check(Device& device, const Cell& cell, const AttentionParams& p) {
-  // First and last row, first and last KV head, every query head of those.
-  const int group = p.num_q_heads / p.num_kv_heads;
-  std::vector<std::pair<int, int>> samples = {{0, 0}, {p.batch - 1, p.num_kv_heads - 1}};
-  if (samples[0] == samples[1]) samples.pop_back();
-  std::vector<HeadTokens> keys, values;
-  for (const auto& [row, head] : samples) {
-    keys.emplace_back(device, p, p.k_cache, p.k_new, row, head, true);
-    values.emplace_back(device, p, p.v_cache, p.v_new, row, head, false);
+// First and last row, first and last KV head, every query head of those.
+Check::Check(Device& device, const Cell& cell, const AttentionParams& p)
+    : device_(device), params_(p), seq_lens_(cell.seq_lens) {
+  std::vector<std::pair<int, int>> heads = {{0, 0}, {p.batch - 1, p.num_kv_heads - 1}};
+  if (heads[0] == heads[1]) heads.pop_back();
+  for (const auto& [row, head] : heads) {
+    samples_.push_back({row,
+                        head,
+                        {fetch(device, p.k_cache, p.k_cache_stride, row, head, p.slots, p), {}},
+                        {fetch(device, p.v_cache, p.v_cache_stride, row, head, p.slots, p), {}}});
   }
-  device.attention(p);
+}
+
+double Check::worst_error() {
+  const AttentionParams& p = params_;
+  const int group = p.num_q_heads / p.num_kv_heads;
   double worst = 0;
-  for (std::size_t i = 0; i < samples.size(); ++i) {
-    const auto [row, head] = samples[i];
-    const int length = cell.seq_lens[static_cast<std::size_t>(row)];
+  for (Sample& sample : samples_) {
+    const int length = seq_lens_[static_cast<std::size_t>(sample.row)];
+    sample.k.fresh = fetch(device_, p.k_new, p.k_new_stride, sample.row, sample.head, p.q_len, p);
+    rotate(device_, p, sample.row, sample.k.fresh);
+    sample.v.fresh = fetch(device_, p.v_new, p.v_new_stride, sample.row, sample.head, p.q_len, p);
     for (int member = 0; member < group; ++member) {
-      worst = std::max(worst, check_head(device, p, keys[i], values[i], row, head * group + member, length));
+      worst =
+          std::max(worst, check_head(device_, p, sample.k, sample.v, sample.row, sample.head * group + member, length));
     }
-    check_append(device, p, p.k_cache, keys[i], row, head, length);
-    check_append(device, p, p.v_cache, values[i], row, head, length);
+    check_append(device_, p, p.k_cache, sample.k, sample.row, sample.head, length);
+    check_append(device_, p, p.v_cache, sample.v, sample.row, sample.head, length);
   }
   return worst;
 }

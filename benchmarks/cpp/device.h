@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "core/params.h"
+#include "engine/scheduler.h"
 
 namespace zigzag::bench {
 
@@ -31,16 +31,32 @@ class Device {
   // Fills with normal deviates of standard deviation `sigma` (random.h).
   virtual void fill_normal(void* data, int64_t count, DType dtype, float sigma, uint64_t seed) = 0;
 
-  // The three things that are timed. On CUDA they are enqueued, never waited for.
+  // What is timed. On CUDA it is enqueued, never waited for.
   virtual void attention(const AttentionParams& params) = 0;
+  virtual void step(const Scheduler& scheduler, const Scheduler::LayerTensors& tensors) = 0;  // all layers, in order
+  // out[rows, out_features] = in[rows, in_features] x weight[out_features, in_features] transposed, all of `dtype`.
+  // By cuBLAS, which is looked for when first called; throws where there is none, and on the CPU.
+  struct Linear {
+    const void *weight, *in;
+    void* out;
+    int rows, in_features, out_features;
+    DType dtype;
+  };
+  virtual void linear(const Linear& linear) = 0;
   virtual void read(const void* a, const void* b, int64_t bytes_each) = 0;  // reads both, keeps nothing
   virtual void copy(void* to, const void* from, int64_t bytes) = 0;
 
-  // Microseconds per call of each of `calls`, in turns, so that a drifting machine touches all alike. call(set) works
-  // on one set of buffers; all calls share one rotation through the sets, so that none finds in a cache what its
-  // predecessor read. `bytes_per_call` sizes the work between two clock readings.
+  // Microseconds per call: one list of samples for each of `calls`, which take turns, so that a drifting machine
+  // touches all alike and sample i of one call was taken beside sample i of the others. call(set) works on one set of
+  // buffers; all calls share one rotation through the sets, so that none finds in a cache what its predecessor read. On
+  // CUDA up to `calls_per_reading` calls run as one graph between two clock readings.
   using Call = std::function<void(int set)>;
-  virtual std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t bytes_per_call) = 0;
+  virtual std::vector<std::vector<double>> sample(const std::vector<Call>& calls, int num_sets,
+                                                  int calls_per_reading) = 0;
+
+  // Quantiles of `sample`, for calls that move `bytes_per_call` each: as many calls between two clock readings as take
+  // about a millisecond.
+  std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t bytes_per_call);
 };
 
 // `kind` is "cpu" or "cuda"; `threads` counts CPU threads, 0 means all cores. Throws on any other kind, and on "cuda"

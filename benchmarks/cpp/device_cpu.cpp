@@ -69,6 +69,10 @@ class Cpu final : public Device {
   }
 
   void attention(const AttentionParams& params) override { attention_cpu(params, parallel_); }
+  void step(const Scheduler& scheduler, const Scheduler::LayerTensors& tensors) override {
+    scheduler.step_cpu(tensors, parallel_);
+  }
+  void linear(const Linear&) override { throw Error("projections run on CUDA only; pass --device cuda or --gemm 0"); }
 
   void read(const void* a, const void* b, int64_t bytes_each) override {
     for (const void* data : {a, b}) {
@@ -85,7 +89,7 @@ class Cpu final : public Device {
     });
   }
 
-  std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t) override {
+  std::vector<std::vector<double>> sample(const std::vector<Call>& calls, int num_sets, int) override {
     using Clock = std::chrono::steady_clock;
     const int count = static_cast<int>(calls.size());
     const auto elapsed = [](Clock::time_point since) {
@@ -101,9 +105,7 @@ class Cpu final : public Device {
         if (round >= 0) microseconds[static_cast<std::size_t>(c)].push_back(elapsed(start) * 1e6);
       }
     }
-    std::vector<Quantiles> result;
-    for (const auto& sample : microseconds) result.push_back(quantiles(sample));
-    return result;
+    return microseconds;
   }
 
  private:

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "cublas.h"
 #include "device.h"
 #include "device/launch.h"
 #include "kernels/attention.h"
@@ -15,9 +16,7 @@ namespace zigzag::bench {
 namespace {
 
 constexpr int kReplays = 20;
-constexpr int kMaxNodes = 32, kMinNodes = 4;        // calls per graph
-constexpr int64_t kBytesPerReplay = 4'000'000'000;  // about 1.3 ms of traffic on an H100
-constexpr long long kHoldCycles = 400'000;          // about 0.2 ms: longer than the host needs to enqueue a replay
+constexpr long long kHoldCycles = 400'000;  // about 0.2 ms: longer than the host needs to enqueue a replay
 constexpr int kBlock = 256;
 constexpr int kLoadsInFlight = 8;  // 16-byte loads per thread
 
@@ -170,6 +169,13 @@ class Gpu final : public Device {
   }
 
   void attention(const AttentionParams& params) override { attention_cuda(params, stream_.handle); }
+  void step(const Scheduler& scheduler, const Scheduler::LayerTensors& tensors) override {
+    scheduler.step_cuda(tensors, stream_.handle);
+  }
+  void linear(const Linear& linear) override {
+    if (!cublas_) cublas_ = std::make_unique<Cublas>(*this, stream_.handle);
+    cublas_->linear(linear);
+  }
 
   void read(const void* a, const void* b, int64_t bytes_each) override {
     const int64_t count = bytes_each / 16, tile = kBlock * kLoadsInFlight;
@@ -187,13 +193,12 @@ class Gpu final : public Device {
     ZZ_CUDA(cudaGetLastError());
   }
 
-  std::vector<Quantiles> time(const std::vector<Call>& calls, int num_sets, int64_t bytes_per_call) override {
-    const int most = static_cast<int>(
-        std::clamp<int64_t>(kBytesPerReplay / std::max<int64_t>(bytes_per_call, 1), kMinNodes, kMaxNodes));
+  std::vector<std::vector<double>> sample(const std::vector<Call>& calls, int num_sets,
+                                          int calls_per_reading) override {
     // Graphs of equal size that share out the sets, or one that runs through them several times. The remainder of the
     // division stays unused: a graph that wrapped around would touch what the next graph reads first.
-    const int num_graphs = (num_sets + most - 1) / most;
-    const int nodes = num_graphs == 1 ? most / num_sets * num_sets : num_sets / num_graphs;
+    const int num_graphs = (num_sets + calls_per_reading - 1) / calls_per_reading;
+    const int nodes = num_graphs == 1 ? calls_per_reading / num_sets * num_sets : num_sets / num_graphs;
     std::vector<std::vector<std::unique_ptr<Graph>>> graphs(calls.size());
     for (std::size_t c = 0; c < calls.size(); ++c) {
       for (int g = 0; g < num_graphs; ++g) {
@@ -211,9 +216,7 @@ class Gpu final : public Device {
         microseconds[c].push_back(replay(*graphs[c][g]) / nodes);
       }
     }
-    std::vector<Quantiles> result;
-    for (const auto& sample : microseconds) result.push_back(quantiles(sample));
-    return result;
+    return microseconds;
   }
 
  private:
@@ -236,6 +239,7 @@ class Gpu final : public Device {
   Event start_, stop_;
   cudaDeviceProp properties_{};
   std::shared_ptr<void> never_;
+  std::unique_ptr<Cublas> cublas_;
 };
 
 }  // namespace

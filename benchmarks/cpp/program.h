@@ -10,15 +10,23 @@
 
 namespace zigzag::bench {
 
-// Parses the command line with `options` added to the common ones, builds the cells, runs them. Returns the exit status
+// One measurement: checks, times and reports.
+using Job = std::function<void(Device& device, const Bandwidth& bandwidth, Table& table)>;
+
+// Parses the command line with `options` added to the common ones, makes the jobs, runs them. Returns the exit status
 // of main: 0, or 1 after printing the reason to stderr.
 int run_program(int argc, const char* const* argv, const std::string& summary, const std::vector<Option>& options,
-                const std::function<std::vector<Cell>(const Arguments&)>& make_cells);
+                const std::function<std::vector<Job>(const Arguments&)>& make_jobs);
+
+// The job that every cell of a decode benchmark is.
+std::vector<Job> jobs(const std::vector<Cell>& cells);
 
 // Cells of every combination of the common axes; batch, lengths, sink, window and the name are left to the caller, who
-// ends the name with rope_suffix(cell).
+// ends the name with suffix(cell).
 std::vector<Cell> shape_axes(const Arguments& arguments);
 
-inline const char* rope_suffix(const Cell& cell) { return cell.rope ? "_rope" : ""; }
+inline std::string suffix(const Cell& cell) {
+  return std::string(cell.rope ? "_rope" : "") + (cell.token_major ? "_tokens" : "");
+}
 
 }  // namespace zigzag::bench

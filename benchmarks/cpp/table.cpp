@@ -33,7 +33,7 @@ Table::Table(const Device& device, std::string commit, const std::string& csv)
     ZZ_CHECK(file_ != nullptr, "cannot write the CSV file '", csv, "'");
     std::fprintf(file_.get(), "%s\n", kColumns);
   }
-  std::printf("%-14s %-7s %-22s %-5s %6s %6s %4s %3s %8s %10s %10s %10s %8s %7s %7s %9s\n", "op", "impl", "scenario",
+  std::printf("%-14s %-11s %-24s %-5s %6s %6s %4s %3s %8s %10s %10s %10s %8s %7s %7s %9s\n", "op", "impl", "scenario",
               "kv", "batch", "heads", "dim", "q", "kv_len", "p20 us", "p50 us", "p80 us", "GB/s", "% copy", "% read",
               "error");
 }
@@ -42,7 +42,7 @@ void Table::add(const Row& r) {
   const double gbps = static_cast<double>(r.bytes) * 1e-3 / r.time.p50;
   const double pct_copy = 100 * gbps / r.copy_gbps;
   const std::string heads = std::to_string(r.num_q_heads) + "/" + std::to_string(r.num_kv_heads);
-  std::printf("%-14s %-7s %-22s %-5s %6d %6s %4d %3d %8d %10.2f %10.2f %10.2f %8.1f %7.1f %7.1f %9.1e\n", r.op.c_str(),
+  std::printf("%-14s %-11s %-24s %-5s %6d %6s %4d %3d %8d %10.2f %10.2f %10.2f %8.1f %7.1f %7.1f %9.1e\n", r.op.c_str(),
               r.impl.c_str(), r.scenario.c_str(), r.kv_format.c_str(), r.batch, heads.c_str(), r.head_dim, r.q_len,
               r.kv_len, r.time.p20, r.time.p50, r.time.p80, gbps, pct_copy, r.percent_read, r.error);
   std::fflush(stdout);

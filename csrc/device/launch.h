@@ -56,9 +56,9 @@ inline const DeviceInfo& device_info() {
 struct LaunchOptions {
   bool force_plain;       // ZIGZAG_FORCE_PLAIN=1: nothing above sm_80 (no clusters, no programmatic dependent launch)
   bool dependent_launch;  // ZIGZAG_DEPENDENT_LAUNCH=1: programmatic dependent launch where the kernel supports it
-  int cluster;            // ZIGZAG_CLUSTER: blocks per cluster; decode_full takes this size or no clusters
-  int warps;              // ZIGZAG_WARPS: warps per block
-  int blocks;             // ZIGZAG_BLOCKS: blocks of the split kernel
+  int cluster;  // ZIGZAG_CLUSTER: blocks per cluster; decode_full takes this size or no clusters, of a batch too
+  int warps;    // ZIGZAG_WARPS: warps per block
+  int blocks;   // ZIGZAG_BLOCKS: blocks of the split kernel
 };
 
 inline const LaunchOptions& launch_options() {

@@ -299,6 +299,7 @@ TEST_CASE("decode_full: every head_dim, with one and two row tiles") {
   for (const int head_dim : kHeadDims) {
     cases.push_back({2, 4, 1, head_dim, 200, 0, 0, {0, 1, 15, 16, 17, 150}, {}});
     cases.push_back({1, 3, 5, head_dim, 300, 0, 0, {290, 129}, {}});
+    cases.push_back({1, 4, 7, head_dim, 300, 0, 0, {290, 129}, {}});
   }
   check_both_dtypes(cases);
 }
@@ -352,6 +353,8 @@ TEST_CASE("decode_full: clusters of 16 where there are few heads") {
       {5, 7, 2, 80, 1300, 0, 0, {1298}, {}},
       {2, 3, 1, 256, 700, 0, 0, {5, 690, 0}, {}},
       {4, 4, 4, 64, 400, 0, 0, {300}, {2}},
+      {4, 4, 8, 128, 1300, 0, 0, {1290}, {}},  // 32 rows
+      {5, 11, 3, 80, 900, 0, 0, {897}, {1}},   // 33 rows: a second block of them
   });
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/captured_step.h"
 #include "engine/scheduler.h"
 #include "kv/ring.h"
 
@@ -259,3 +260,16 @@ TEST_CASE("Scheduler: steps of any size equal attention over the whole history, 
     for (int32_t& length : model.seq_lens) length += q_len;
   }
 }
+
+#if !ZIGZAG_WITH_CUDA
+TEST_CASE("CapturedStep: a build without CUDA says so and asks for no tensors") {
+  const Scheduler scheduler(LayerPlan({R}, 4, 8), {8, 2, 64, DType::kBFloat16});
+  int32_t seq_lens = 0, stream = 0, asked = 0;
+  const auto tensors = [&](int) { return ++asked, AttentionParams{}; };
+  CHECK(error_of([&] { CapturedStep(scheduler, tensors, &seq_lens, 0, &stream); }).find("no CUDA kernels") !=
+        std::string::npos);
+  CHECK(error_of([&] { CapturedStep(scheduler, tensors, &seq_lens, -1, &stream); }).find("got -1") !=
+        std::string::npos);
+  CHECK(asked == 0);
+}
+#endif

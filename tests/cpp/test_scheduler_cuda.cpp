@@ -3,14 +3,17 @@
 // wrong shows.
 #include <doctest/doctest.h>
 
+#include "engine/captured_step.h"
 #include "engine/scheduler.h"
 
 #if ZIGZAG_WITH_CUDA
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cuda_testing.h"
@@ -117,12 +120,15 @@ struct Model {
     return p;
   }
 
-  void next_inputs(std::mt19937& random) {
+  void fill_inputs(std::mt19937& random) {
     q.fill(random);
     for (auto& layer : layers) {
       layer->k_new.fill(random);
       layer->v_new.fill(random);
     }
+  }
+  void next_inputs(std::mt19937& random) {
+    fill_inputs(random);
     copy_to_device(seq_lens_gpu, seq_lens);
   }
 
@@ -150,6 +156,12 @@ struct Model {
       CHECK(layers[l]->v_cache.gpu.host() == layers[l]->v_cache.cpu);
     }
   }
+
+  CapturedStep capture(int q_len, cudaStream_t stream) {
+    return CapturedStep(
+        scheduler, [=](int l) { return tensors(l, q_len, true); }, seq_lens_gpu.data(), longest(), stream);
+  }
+  int32_t longest() const { return *std::max_element(seq_lens.begin(), seq_lens.end()); }
 
   void advance(int q_len) {
     for (int32_t& length : seq_lens) length += q_len;
@@ -200,6 +212,113 @@ TEST_CASE("Scheduler on the GPU: one captured step serves every length, with one
   CHECK_CUDA(cudaGraphExecDestroy(step));
   CHECK_CUDA(cudaGraphDestroy(graph));
   CHECK_CUDA(cudaStreamDestroy(stream));
+}
+
+namespace {
+
+// A stream for the length of a test.
+struct TestStream {
+  cudaStream_t handle = nullptr;
+  TestStream() { CHECK_CUDA(cudaStreamCreate(&handle)); }
+  ~TestStream() { cudaStreamDestroy(handle); }
+  void wait() const { CHECK_CUDA(cudaStreamSynchronize(handle)); }
+};
+
+template <class Call>
+std::string error_of(Call&& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+}  // namespace
+
+TEST_CASE("CapturedStep: replays advance the lengths on the device, up to the capacity and no further") {
+  if (no_device()) return;
+  for (const int q_len : {1, 3}) {
+    CAPTURE(q_len);
+    std::mt19937 random(7);
+    Model model(random);
+    const TestStream stream;
+    CapturedStep step = model.capture(q_len, stream.handle);
+    CHECK(step.num_nodes() == model.scheduler.launches_per_step() + 1);
+    CHECK(step.capacity() == kCapacity);
+    CHECK(model.seq_lens_gpu.host() == std::vector<int32_t>{0, 7});  // capturing runs nothing
+    while (model.longest() + q_len <= kCapacity) {
+      CAPTURE(model.longest());
+      model.fill_inputs(random);
+      step.replay(stream.handle);
+      stream.wait();
+      model.step_cpu(q_len);
+      model.check_same(q_len);
+      model.advance(q_len);
+      CHECK(model.seq_lens_gpu.host() == model.seq_lens);
+      CHECK(step.longest() == model.longest());
+    }
+    CHECK(step.longest() > kCapacity - q_len);
+    const std::string full = error_of([&] { step.replay(stream.handle); });
+    CHECK(full.find("they hold 64 tokens a row, the longest row has 6") != std::string::npos);
+    stream.wait();
+    CHECK(model.seq_lens_gpu.host() == model.seq_lens);
+    model.check_same(q_len);
+    copy_to_device(model.seq_lens_gpu, std::vector<int32_t>{0, 0});  // as after a reset
+    step.set_longest(0);
+    CHECK(error_of([&] { step.replay(stream.handle); }) == "no error");
+    stream.wait();
+    CHECK(model.seq_lens_gpu.host() == std::vector<int32_t>{q_len, q_len});
+  }
+}
+
+TEST_CASE("CapturedStep: padded columns do not count, and what the caller enqueues is part of the step") {
+  if (no_device()) return;
+  std::mt19937 random(8);
+  Model model(random);
+  const TestStream stream;
+  const DeviceArray<int32_t> pad({2, 0});
+  const DeviceArray<uint8_t> marks(std::vector<uint8_t>(kLayers, 0));
+  const auto tensors = [&](int l) {
+    CHECK_CUDA(cudaMemsetAsync(marks.data() + l, l + 1, 1, stream.handle));
+    AttentionParams p = model.tensors(l, 3, true);
+    p.pad = pad.data();
+    return p;
+  };
+  CapturedStep step(model.scheduler, tensors, model.seq_lens_gpu.data(), 7, stream.handle);
+  CHECK(step.num_nodes() == 2 * kLayers + 1);
+  step.replay(stream.handle);
+  step.replay(stream.handle);
+  stream.wait();
+  CHECK(model.seq_lens_gpu.host() == std::vector<int32_t>{2, 13});
+  CHECK(marks.host() == std::vector<uint8_t>{1, 2, 3, 4});
+  CHECK(step.longest() == 13);
+}
+
+TEST_CASE("CapturedStep: what it cannot capture leaves the stream usable") {
+  if (no_device()) return;
+  std::mt19937 random(9);
+  Model model(random);
+  const TestStream stream;
+  const auto capture = [&](const Scheduler::LayerTensors& tensors) {
+    return error_of([&] { CapturedStep(model.scheduler, tensors, model.seq_lens_gpu.data(), 7, stream.handle); });
+  };
+  const DeviceArray<int32_t> others({0, 7});
+  CHECK(capture([&](int l) {
+          AttentionParams p = model.tensors(l, 1, true);
+          if (l == 2) p.seq_lens = others.data();
+          return p;
+        }).find("layer 2 has others") != std::string::npos);
+  CHECK(capture([&](int l) { return model.tensors(l, l == 1 ? 2 : 1, true); }).find("layer 1 has 2 and 2") !=
+        std::string::npos);
+  CHECK(capture([&](int) -> AttentionParams { throw Error("no tensors today"); }) == "no tensors today");
+  CHECK(error_of([&] { model.capture(1, nullptr); }).find("default stream") != std::string::npos);
+  CHECK(error_of([&] { model.capture(0, stream.handle); }).find("got batch 2 and q_len 0") != std::string::npos);
+
+  CapturedStep step = model.capture(1, stream.handle);
+  step.replay(stream.handle);
+  stream.wait();
+  CHECK(model.seq_lens_gpu.host() == std::vector<int32_t>{1, 8});
 }
 
 }  // namespace zigzag

@@ -4,21 +4,21 @@ import copy
 
 import pytest
 import torch
-from gpu import needs_cuda
-from tiny_models import padded_prompt, prompt, tiny_model
+from gpu import launched_kernels, needs_cuda
+from tiny_models import NUM_LAYERS, new_model, padded_prompt, prompt, tiny_model
 
 import zigzag_ext as zz
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 
 
-def logits_of(model, batch, steps):
+def logits_of(model, batch, steps, compile=False):
     """Logits of a prefill and of single-token steps that are fed the same tokens whatever the model answers."""
     cache = zz.ZigzagCache(model.config, PLAN, max_len=256)
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     logits = []
-    with zz.zigzag(model, PLAN), torch.no_grad():
+    with zz.zigzag(model, PLAN, compile=compile), torch.no_grad():
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         logits.append(model(**batch, position_ids=positions, past_key_values=cache).logits[:, -1])
         for token in steps.to(device):
@@ -53,3 +53,67 @@ def test_generate_on_the_gpu():
         chunked = model.generate(tokens, max_new_tokens=1, do_sample=False, prefill_chunk_size=37)
     assert once.shape == (1, 170) and torch.equal(chunked[:, :151], once[:, :151])
     assert cache.layers[0].keys.shape[2] == PLAN.sink + PLAN.window
+
+
+def greedy(model, ids, new_tokens):
+    return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, attention_mask=torch.ones_like(ids), eos_token_id=None)
+
+
+@needs_cuda
+@pytest.mark.parametrize("lengths", [[100], [90, 37, 5]], ids=["single", "left_padded"])
+def test_compiled_steps_agree_with_eager_ones(lengths):
+    model = copy.deepcopy(tiny_model()).to("cuda", torch.bfloat16)
+    batch, steps = padded_prompt(lengths), prompt(60, len(lengths)).T
+    expected = logits_of(model, batch, steps)
+    for _ in range(2):  # the second time from a cache of other addresses
+        actual = logits_of(model, batch, steps, compile=True)
+        assert (actual - expected).norm() / expected.norm() < 0.05
+
+
+@needs_cuda
+def test_one_captured_graph_serves_every_length_and_prompt(monkeypatch):
+    """One capture, one attention kernel per layer, no copy of anything as large as a cache, outputs that stay valid."""
+    model, captures, capture = new_model("llama").to("cuda", torch.bfloat16), [], torch.cuda.CUDAGraph
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda *args, **kwargs: captures.append(1) or capture(*args, **kwargs))
+    with zz.zigzag(model, PLAN, max_len=32768, compile=True):
+        first = greedy(model, prompt(50).cuda(), 20)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            greedy(model, prompt(700, seed=2).cuda(), 300)
+            grown = torch.cuda.max_memory_allocated() - before
+            assert greedy(model, prompt(50).cuda(), 20).equal(first)
+            assert len(captures) == 1
+            cache = zz.ZigzagCache(model.config, PLAN, max_len=32768)
+            with torch.no_grad():
+                model(prompt(30).cuda(), past_key_values=cache, use_cache=True)
+    buffer = cache.layers[1].keys.nbytes
+    assert buffer > 8e6 and grown < buffer, f"a prompt and 300 steps took {grown} bytes besides the cache"
+
+
+@needs_cuda
+def test_kernels_of_a_captured_step():
+    model = new_model("llama").to("cuda", torch.bfloat16)
+    cache, token = zz.ZigzagCache(model.config, PLAN, max_len=128), prompt(1).cuda()
+    with zz.zigzag(model, PLAN, compile=True), torch.no_grad():
+        model(prompt(30).cuda(), past_key_values=cache)
+        kept = model(token, past_key_values=cache).logits
+        before = kept.clone()
+        names = launched_kernels(lambda: model(token, past_key_values=cache))
+        assert kept.equal(before), "a later step overwrote the logits of an earlier one"
+    assert sum("decode" in name for name in names) == NUM_LAYERS, names
+    assert not any("fmha" in name or "flash" in name for name in names), names
+
+
+@needs_cuda
+def test_weights_that_move_are_noticed():
+    model = new_model("llama").to("cuda", torch.bfloat16)
+    with zz.zigzag(model, PLAN, max_len=128, compile=True):
+        first = greedy(model, prompt(30).cuda(), 20)
+        model.to("cpu").to("cuda")
+        spoiled = torch.randn(1 << 24, device="cuda")  # where the weights were
+        assert greedy(model, prompt(30).cuda(), 20).equal(first)
+        with torch.no_grad():
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.roll(1, 0))
+        changed = greedy(model, prompt(30).cuda(), 20)
+    assert spoiled.isfinite().all() and not changed.equal(first)

@@ -153,3 +153,18 @@ def test_no_logits_for_the_chunks():
     with zz.zigzag(model, PLAN, prefill_chunk=16):
         generate(model, 3, prompt(100))
     assert seen == [1, 1, 1]
+
+
+def test_duo_attention_reads_the_first_chunk_with_full_attention_and_depends_on_the_cut():
+    model, ids = tiny_model(), prompt(100)
+
+    def logits(plan, chunk, **options):
+        with torch.no_grad(), zz.zigzag(model, plan, prefill_chunk=chunk), zz.prefill_options(**options):
+            return model(ids, logits_to_keep=1).logits
+
+    full = logits(zz.Plan(["retrieval"] * 4, sink=4, window=16), 100)
+    torch.testing.assert_close(logits(PLAN, 100, duo_attention=True), full, atol=1e-4, rtol=1e-4)
+    exact = [logits(PLAN, chunk) for chunk in (100, 30)]
+    torch.testing.assert_close(*exact, atol=1e-4, rtol=1e-4)
+    cut = logits(PLAN, 30, duo_attention=True)
+    assert min((cut - other).abs().max() for other in (full, exact[0])) > 0.01

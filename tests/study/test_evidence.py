@@ -14,12 +14,15 @@ from .conftest import KV_HEADS, LAYERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+pytest.importorskip("matplotlib")
+
 import evidence  # noqa: E402
 import evidence_plans  # noqa: E402
 import evidence_report  # noqa: E402
+import solver_table  # noqa: E402
 from evidence_plans import OBJECTIVES, all_plans, canonical, distinct  # noqa: E402
 
-SMALL = ["--device", "cpu", "--lengths", 600, 700, "--prompts", 10, "--ratios", 0.5, "--identify-tokens", 1600]
+SMALL = ["--device", "cpu", "--lengths", 420, 500, "--prompts", 10, "--ratios", 0.5, "--identify-tokens", 1600]
 SMALL += ["--identify-prompts", 2]
 
 
@@ -56,7 +59,7 @@ def test_a_run_a_second_run_and_its_report(model_folder, tmp_path, capsys):
     assert len(cells) == len(rows)
     scores = {name: zz.load_scores(results / "head_scores" / f"{name}.tsv") for name in ("lazy", "ablation_heads")}
     plans = distinct(list(all_plans(scores, LAYERS, KV_HEADS, [0.5], evidence.SINK, evidence.WINDOW)))
-    tasks = [("passkey", 600), ("passkey", 700), ("multikey", 700), ("multivalue", 700), ("perplexity", 700)]
+    tasks = [("passkey", 420), ("passkey", 500), ("multikey", 500), ("multivalue", 500), ("perplexity", 500)]
     assert len(rows) == len(plans) * len(tasks)
     assert [(row.task, row.length) for row in rows[:5]] == tasks and {row.prompts for row in rows} == {10, 5}
     assert json.loads((results / "runs.jsonl").read_text())["model"] == "tiny"
@@ -69,8 +72,9 @@ def test_a_run_a_second_run_and_its_report(model_folder, tmp_path, capsys):
     page.write_text(f"before\n{evidence_report.BEGIN}\nold\n{evidence_report.END}\nafter\n")
     assert evidence_report.write(results, page) == 0
     text = page.read_text()
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {"evidence_exact.png", "evidence_logprob.png"}
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    for words in ("full", "all streaming", "lazy, mean", "lazy, per head", "random", "ablation_heads, transport", "passkey 700"):
+    for words in ("full", "all streaming", "lazy, mean", "lazy, per head", "random", "ablation_heads, transport", "passkey 500"):
         assert words in text
     page.write_text("no markers")
     assert evidence_report.write(results, page) == 1
@@ -99,3 +103,13 @@ def test_report_pools_prompts(model, tokenizer):
     mean = (rows[0].logprob + rows[1].logprob) / 2
     half = ((rows[0].logprob_high - rows[0].logprob) ** 2 + (rows[1].logprob_high - rows[1].logprob) ** 2) ** 0.5 / 2
     assert evidence_report.logprob(rows) == f"{mean:.2f} ± {half:.2f}"
+
+
+def test_the_solver_table(tmp_path):
+    scores = np.array([[1.0, 0.0], [0.6, 0.6], [0.2, 0.3], [0.1, 0.2]])
+    zz.save_scores(scores, tmp_path / "model")
+    [*_, line] = solver_table.table([tmp_path / "model"]).splitlines()
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    kept = (1.0 + 0.6 + 0.6 + 0.3) / 3.0, (1.0 + 1.2) / 3.0  # four heads; layers 0 and 1
+    assert cells[:4] == ["model", "4 x 2", f"{kept[0]:.3f}", f"{kept[1]:.3f}"]
+    assert cells[8:] == ["2 of 4", "0 layers"]

@@ -119,7 +119,7 @@ def test_gates_learn_which_layer_retrieves(tokenizer):
     torch.manual_seed(0)
     model = _one_retrieval_layer()
     scores = zz.identify(
-        model, tokenizer, "gates", level="layer", learning_rate=0.05, regularizer=0.002, **SMALL | {"prompts": 60}
+        model, tokenizer, "gates", level="layer", learning_rate=0.05, regularizer=0.002, **SMALL | {"prompts": 40}
     )
     assert scores[1, 0] > 0.9 and max(scores[0, 0], scores[2, 0]) < 0.5, scores
 

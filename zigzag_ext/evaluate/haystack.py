@@ -76,6 +76,9 @@ def python_reference() -> str:
 
     The text differs a little between Python versions, so compare perplexities of one version only.
     """
-    from pydoc_data.topics import topics
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the text to read is pydoc's, which this Python lacks (Debian: libpython3-stdlib)") from error
 
     return "\n\n".join(topics[name] for name in sorted(topics))

@@ -1,5 +1,6 @@
 """What all tasks share: a grid of lengths and depths, seeded samples, one row per cell."""
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,7 @@ class Task:
         self, tokenizer, length: int, depths: Sequence[float | None], prompts: int, seed: int = 0, *, start: int = 0
     ) -> list[Sample]:
         """`prompts` samples of exactly `length` tokens per depth, all of a depth in a row, numbered from `start`."""
-        built = []
-        for depth in depths:
-            for number in range(start, start + prompts):
-                rng = random.Random(f"{self.name}/{length}/{depth}/{number}/{seed}")
-                built.append(self.build(tokenizer, length, depth, rng))
-        return built
+        return list(_samples(self, tokenizer, length, tuple(depths), prompts, seed, start))
 
     def __call__(
         self,
@@ -92,6 +88,13 @@ class Task:
                 for depth, group in groups
             ]
         return rows
+
+
+@functools.lru_cache(maxsize=16)  # many plans are asked the same: building prompts would take as long as a GPU needs to answer
+def _samples(task: Task, tokenizer, length: int, depths: tuple, prompts: int, seed: int, start: int) -> tuple[Sample, ...]:
+    numbered = [(depth, number) for depth in depths for number in range(start, start + prompts)]
+    rng = lambda depth, number: random.Random(f"{task.name}/{length}/{depth}/{number}/{seed}")  # noqa: E731
+    return tuple(task.build(tokenizer, length, depth, rng(depth, number)) for depth, number in numbered)
 
 
 def describe(model: nn.Module) -> dict[str, str]:

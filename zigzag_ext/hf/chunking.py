@@ -13,7 +13,7 @@ from ..plan import token_count
 from .attention import current
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
-MAX_CHUNK = 8192  # tokens, over all rows: matrix products and attention gain nothing from more (Llama-3-8B shape on an H100)
+MAX_CHUNK = 8192  # tokens, over all rows: matrix products with as many rows fill a GPU; 1.5 GB of activations in Llama-3-8B
 MIN_CHUNK = 256  # tokens per row; smaller ones read the weights too often
 _MEMORY_SHARE = 0.5  # of what is free after the KV buffers
 _PER_TOKEN = (*TOKEN_ARGUMENTS, "position_ids", "cache_position", "token_type_ids")  # cut along the tokens

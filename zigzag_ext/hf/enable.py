@@ -1,7 +1,9 @@
 """enable(model, plan): zigzag attention and a ZigzagCache behind every forward of a Hugging Face causal language model.
 
-Nothing is patched. A forward pre-hook gives the forward its cache (replacing the empty DynamicCache that generate() makes) and
-opens it, a forward hook closes it; the attention and mask functions are registered through transformers' public interfaces.
+No code of transformers is replaced. A forward pre-hook gives the forward its cache (replacing the empty DynamicCache that
+generate() makes) and opens it, a forward hook closes it; the attention and mask functions are registered through transformers'
+public interfaces. With compile=True, `model.forward` is an object in front of the former one (compiled.py); the hooks run outside
+of what is compiled.
 """
 
 import inspect
@@ -33,21 +35,30 @@ def enable(
         prefill_chunk: most new tokens per row that go through the model at once, in forwards that ask for the logits of the last
             tokens only, as generate() does. Peak memory beside the KV then does not depend on the prompt; the result is that of
             one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows.
-        compile: decode steps run as one compiled graph, on a GPU as one captured CUDA graph that serves every length (see
-            `zigzag_ext.hf.compiled`). Needs `max_len`, or caches that have one; prompts stay eager. Same tokens as without.
+        compile: run each decode step (one new token per row) as one compiled graph, on a GPU as one captured CUDA graph; prompts
+            stay eager. See below.
 
     Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
     `past_key_values=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. Inference only.
+
+    With `compile=True` the first step compiles, which takes from seconds to minutes; after that a step costs the host almost
+    nothing, whatever the context length. Compiled again: for the second batch size (all later ones share that graph), for
+    another plan, and where the arguments of the forward differ. On a GPU the graph is also captured (about a second) for each
+    cache that is new, changes its batch size, or grows: give `max_len`, and it is captured once. Calls without `past_key_values`
+    use the memory of the last such cache that is gone, so one capture serves one prompt after the other; `disable` frees it.
+    Tokens agree with eager ones up to the rounding of compiled kernels.
 
     Returns:
         The model, for chaining. `disable(model)` undoes it.
 
     Raises:
-        TypeError: `model` is no transformers model, `plan` no Plan, or `max_len` or `prefill_chunk` no integer.
+        TypeError: `model` is no transformers model, `plan` no Plan, `max_len` or `prefill_chunk` no integer, `compile` no bool.
         ValueError: layer counts differ, `max_len` or `prefill_chunk` < 1, the dtype is not supported, or the family cannot be
             computed exactly (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention,
-            shared KV caches, encoders, unsupported head_dim or group size).
-        RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface.
+            shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE whose
+            frequencies follow the length ("dynamic", "longrope").
+        RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface. With
+            `compile`, from the first step: the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).
 
     Source: ZigzagAttention (https://arxiv.org/abs/2508.12407).
     """

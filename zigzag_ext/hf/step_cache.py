@@ -9,7 +9,7 @@ from ..cache import ZigzagCache, ZigzagLayer
 
 
 class _Shared:
-    """Read by all layers: tokens held and padding per row ([batch] int32, or None), columns seen (0-d int64), scratch."""
+    """Read by all layers: tokens held and padding, [batch] int32 (padding may be None), columns seen (0-d int64), scratch."""
 
     def __init__(self, seq_lens: Tensor, pad: Tensor | None, columns: Tensor, workspaces: dict[tuple, Tensor]):
         self.seq_lens, self.pad, self.columns, self.workspaces = seq_lens, pad, columns, workspaces

@@ -22,7 +22,7 @@ _LENGTHS = 8  # prompts have lengths from half of `tokens` to all of it, in as m
 
 
 class Gates(Method):
-    TOKENS, PROMPTS = 1024, 300
+    TOKENS, PROMPTS = 1024, 200
 
     def __init__(
         self,

@@ -10,5 +10,6 @@ void bind_limits(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
 void bind_scheduler(pybind11::module_& module);
 void bind_solver(pybind11::module_& module);
+void bind_virtual_buffer(pybind11::module_& module);
 
 }  // namespace zigzag::bindings

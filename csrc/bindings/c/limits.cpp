@@ -17,6 +17,8 @@ void bind_limits(py::module_& module) {
   module.def("attention_workspace_bytes", &attention_workspace_bytes, py::arg("batch"), py::arg("num_q_heads"),
              py::arg("num_kv_heads"), py::arg("head_dim"),
              "Bytes of scratch that attention on CUDA needs, for any number of queries, length and capacity.");
+  module.def("readable_slots", &readable_slots, py::arg("length"), py::arg("batch"), py::arg("num_kv_heads"),
+             "Slots of a full cache on CUDA that need memory for rows that hold `length` tokens after a call.");
 }
 
 }  // namespace zigzag::bindings

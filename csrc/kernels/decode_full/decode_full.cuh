@@ -1,8 +1,9 @@
 // Split-KV decode over a full cache in one launch. Two ways to spread a (batch, KV head, row block) -- a row group --
 // over blocks:
 //
-//   cluster   8 or 16 blocks per row group, merged through distributed shared memory: fastest where they fill
-//             nearly half of the GPU and need no second wave
+//   cluster   2 to 16 blocks per row group, merged through distributed shared memory: fastest where they fill nearly
+//             half of the GPU and need no second wave. For one row only: each row of a batch would get the same number
+//             of blocks, however different their lengths
 //   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
 //             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks
 //             share is merged by the block that comes last, in block order
@@ -15,11 +16,14 @@
 #include "core/dispatch.h"
 #include "device/launch.h"
 #include "kernels/attend.cuh"
+#include "kernels/attention.h"
 #include "kernels/decode_full/workspace.h"
 
 namespace zigzag::decode_full {
 
 using namespace attend;
+
+static_assert(kTileKeys == kReadTile && kMaxCluster * kMaxWarps * kTileKeys <= kReadAhead, "readable_slots() says so");
 
 // How the tiles of all row groups are cut into runs.
 struct Split {
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
   if constexpr (S::kSingle) {
     run_single<S>(p);
   } else {
-    if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
+    if (in_cluster<S>(p)) enter_cluster<S>();
     Segment segment;
     Job<S> job = {p, {}, 0, 0};
     if (job.start(segment)) run_segments<S>(p, segment, job);
@@ -221,20 +225,17 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   const int groups = a.batch * p.num_kv_heads * p.row_blocks;
   const bool modern = device.arch >= 90 && !options.force_plain;
 
-  // Blocks on at least nearly half of the SMs saturate the memory; a second wave of clusters would not.
+  // Blocks on at least nearly half of the SMs saturate the memory; a second wave of clusters would not. 16 comes last,
+  // for few row groups: few places of a GPU take such a cluster.
   device::LaunchConfig config = {};
   // A launch that reads what the one before it appended must not start early.
   const bool whole = a.columns_before + a.columns_after == 0;
   config.dependent_launch = modern && options.dependent_launch && whole;
-  const int asked = options.cluster > 0 ? 1 << device::floor_log2(std::min(options.cluster, kMaxCluster)) : 0;
-  for (int cluster = asked > 0 ? asked : 8; modern && cluster > 1 && cluster <= kMaxCluster; cluster *= 2) {
-    if (groups * cluster * 9 / 4 >= device.sm_count && groups * cluster <= device.sm_count) {
-      configure<Split>(p, config, cluster);
-      if (groups <= device::max_active_clusters(in_cluster, config)) {
-        return device::launch(in_cluster, config, p, stream);
-      }
-    }
-    if (asked > 0) break;
+  for (const int cluster : {8, 4, 2, 16}) {
+    if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1)) continue;
+    if (groups * cluster * 9 / 4 < device.sm_count || groups * cluster > device.sm_count) continue;
+    configure<Split>(p, config, cluster);
+    if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
   }
   configure<Split>(p, config, 1);
   device::launch(split, config, p, stream);
@@ -243,7 +244,7 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
 template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
   using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
-  using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
+  using Single = Shape<Element, kHeadDim, kRowTiles, false, kRowTiles <= 2>;  // one token is at most 16 rows
   launch_kernels<Split>(a, decode_full_kernel<Split>,
                         a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>, stream);
 }
@@ -254,9 +255,11 @@ void launch_decode_full(const AttentionParams& a, void* stream) {
            " bytes is too small; needed: ", workspace_bytes(a.head_dim));
   check_strides(a);
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
-    dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
-      launch_shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>(a, stream);
-    });
+    constexpr int kHeadDim = head_dim.value, kMostTiles = max_rows(kHeadDim) / 8;
+    const int rows = a.num_q_heads / a.num_kv_heads * a.q_len;
+    if (rows <= 8) return launch_shape<Element, kHeadDim, 1>(a, stream);
+    if (rows <= 16) return launch_shape<Element, kHeadDim, 2>(a, stream);
+    launch_shape<Element, kHeadDim, kMostTiles>(a, stream);
   });
 }
 

@@ -1,0 +1,109 @@
+"""`zigzag identify`, `eval` and `plot` on a tiny model, and the figures."""
+
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import zigzag_ext as zz
+from zigzag_ext import evaluate, plots
+from zigzag_ext.cli import app
+from zigzag_ext.evaluate.scoring import Verdict
+
+from .conftest import KV_HEADS, LAYERS
+
+
+def zigzag(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def failure(*arguments) -> str:
+    result = zigzag(*arguments)
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("loading ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.output
+    return lines[0]
+
+
+def test_identify_solve_eval_plot(model, tokenizer, model_folder, tmp_path):
+    scores, plan, rows = tmp_path / "scores.tsv", tmp_path / "third.json", tmp_path / "rows.csv"
+    options = ["--tokens", 1600, "--prompts", 2, "--seed", 3, "--sink", 4, "--window", 32, "--device", "cpu"]
+    result = zigzag("identify", model_folder, "--method", "ablation", "--level", "head", "-o", scores, *options)
+    assert result.exit_code == 0, result.output
+    expected = zz.identify(model, tokenizer, "ablation", level="head", tokens=1600, prompts=2, seed=3, sink=4, window=32)
+    assert np.array_equal(zz.load_scores(scores), expected) and expected.shape == (LAYERS, KV_HEADS)
+    assert f"highest layers: {expected.mean(1).argmax()} " in result.output
+
+    assert zigzag("solve", scores, "-o", plan, "--retrieval-layers", 1, "--sink", 4, "--window", 32).exit_code == 0
+    places = ["--length", 500, "--length", 600, "--depth", 0, "--depth", 1, "--prompts", 2, "--device", "cpu"]
+    result = zigzag("eval", model_folder, "--plan", plan, "--task", "passkey", "--task", "perplexity", *places, "-o", rows)
+    assert result.exit_code == 0, result.output
+    written = evaluate.read(rows)
+    assert len(written) == 2 * (2 * 2 + 2)
+    again = evaluate.passkey(model, tokenizer, zz.Plan.load(plan), lengths=[500, 600], depths=[0.0, 1.0], prompts=2, name="third")
+    found = [row for row in written if (row.plan, row.task) == ("third", "passkey")]
+    assert [row.logprob for row in found] == pytest.approx([row.logprob for row in again], rel=1e-5)
+    shown = re.search(r"third +passkey +500 +4 +(\d+)% +(-[\d.]+)", result.output)
+    assert float(shown[2]) == pytest.approx((again[0].logprob + again[1].logprob) / 2, abs=1e-3)
+
+    pytest.importorskip("matplotlib")
+    result = zigzag("plot", rows, "-o", tmp_path / "figures")
+    assert result.exit_code == 0, result.output
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {"passkey_exact.png", "passkey_logprob.png"}
+
+
+def test_expected_failures_are_one_line(model_folder, tmp_path):
+    device = ["--device", "cpu"]
+    assert "lazy, retrieval" in failure("identify", model_folder, "--method", "magic", *device)
+    assert "no option level" in failure("identify", model_folder, "--level", "head", *device)
+    assert "context of 2048" in failure("identify", model_folder, "--tokens", 9000, *device)
+    assert "folder" in failure("identify", model_folder, "-o", tmp_path / "none" / "x.tsv", "--tokens", 1600, *device)
+    assert "passkey, multikey" in failure("eval", model_folder, "--task", "magic", *device)
+    assert "at least" in failure("eval", model_folder, "--length", 10, *device)
+    wrong = tmp_path / "full.json"
+    zz.Plan(["retrieval"] * LAYERS, sink=0, window=4).save(wrong)
+    assert "told apart" in failure("eval", model_folder, "--plan", wrong, *device)
+    zz.Plan(["retrieval"] * 9, sink=0, window=4).save(tmp_path / "nine.json")
+    assert "9 layers" in failure("eval", model_folder, "--plan", tmp_path / "nine.json", "--no-full", "--length", 500, *device)
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    assert "columns" in failure("plot", tmp_path / "rows.csv", "-o", tmp_path)
+
+
+def some_rows():
+    """Full attention, and two methods at three budgets each, at two lengths and three depths."""
+    rng = np.random.default_rng(0)
+    plans = {"full": "0000"} | {f"{m}-{r}%": kinds for m in "ab" for r, kinds in ((25, "0001"), (50, "0011"), (75, "0111"))}
+    rows = []
+    for name, kinds in plans.items():
+        for length in (1024, 2048):
+            for depth in (0.1, 0.5, 0.9):
+                verdicts = [Verdict(bool(rng.random() < 0.7), -rng.random()) for _ in range(8)]
+                what = {"model": "m", "device": "cpu", "dtype": "float32", "task": "passkey", "plan": name, "kinds": kinds}
+                rows.append(
+                    evaluate.Row(
+                        **what, sink=4, window=8, length=length, depth=depth, seed=0, **evaluate.rows.statistics(verdicts)
+                    )
+                )
+    return rows
+
+
+def test_figures_have_ink_and_series_the_right_points(tmp_path):
+    imread = pytest.importorskip("matplotlib.image").imread
+    rows = some_rows()
+    written = plots.draw_all(rows, tmp_path / "new")
+    assert {path.name for path in written} == {
+        f"passkey_{quantity}{kind}.png" for quantity in ("exact", "logprob") for kind in ("", "_budget")
+    }
+    for path in written:
+        image = imread(path)
+        assert min(image.shape[:2]) > 300 and len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 50
+    series = plots.by_series(rows, "logprob")
+    assert list(series) == ["full", "a", "b"] and [share for share, *_ in series["a"]] == [0.25, 0.5, 0.75]
+    mine = [row for row in rows if row.plan == "b-50%"]
+    share, value, low, high = series["b"][1]
+    assert value == pytest.approx(np.mean([row.logprob for row in mine]))
+    half = np.sqrt(sum((row.logprob_high - row.logprob) ** 2 for row in mine)) / len(mine)
+    assert high - value == pytest.approx(half) == pytest.approx(value - low)
+    assert plots.draw_all(rows[:1], tmp_path)  # one cell is a heat map
+    assert not plots.draw_all([], tmp_path)

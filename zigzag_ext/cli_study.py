@@ -1,0 +1,153 @@
+"""`zigzag identify`, `eval` and `plot`: which layers of a model may stream, and what a plan costs in quality."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from .cli import app, console, one_line_errors, quiet_transformers
+from .identify import METHODS
+
+_MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
+_DEVICE = "auto, cpu, cuda or cuda:<number>."
+_DTYPE = "auto, bfloat16, float16 or float32."
+_TASKS = ("passkey", "multikey", "multivalue", "perplexity")
+
+
+@app.command()
+@one_line_errors
+def identify(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    method: Annotated[str, typer.Option(help="; ".join(f"{name}: {text}" for name, text in METHODS.items()))] = "lazy",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Scores: .tsv, .csv, .npy or a folder.")] = Path("scores.tsv"),
+    level: Annotated[str | None, typer.Option(help="Of ablation and gates: layer or head.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    sink: Annotated[int, typer.Option(help="First tokens that a streaming layer would keep.")] = 64,
+    window: Annotated[int, typer.Option(help="Last tokens that a streaming layer would keep.")] = 256,
+    tokens: Annotated[int | None, typer.Option(help="Length of a prompt; default: the method's.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts, or training steps of gates; default: the method's.")] = None,
+    device: Annotated[str, typer.Option(help=_DEVICE)] = "auto",
+    dtype: Annotated[str, typer.Option(help=_DTYPE)] = "auto",
+) -> None:
+    """Score every KV head of a model: how much it needs the whole context. Give the scores to `zigzag solve`.
+
+    An interrupted run goes on where it stopped if the same command is given again.
+    """
+    quiet_transformers()
+    from . import identify as run
+    from .generation import load_model
+
+    print(f"loading {model}", file=sys.stderr)
+    network, tokenizer = load_model(model, device, dtype)
+    options = {} if level is None else {"level": level}
+    with _progress() as bar:
+        line = bar.add_task(method, total=None)
+        scores = run(
+            network, tokenizer, method, seed=seed, sink=sink, window=window, tokens=tokens, prompts=prompts, output=output,
+            advance=lambda done, total: bar.update(line, completed=done, total=total), **options,
+        )  # fmt: skip
+    best = scores.mean(1).argsort()[::-1][:5]
+    console.print(f"{scores.shape[0]} layers x {scores.shape[1]} KV heads by {method}, on {network.device}", highlight=False)
+    console.print(f"highest layers: {', '.join(f'{layer} ({scores[layer].mean():.3f})' for layer in best)}", highlight=False)
+    console.print(f"wrote {output}", highlight=False)
+
+
+@app.command("eval")
+@one_line_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    plan: Annotated[list[Path] | None, typer.Option(help="Plan file. May be repeated.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(_TASKS)}. May be repeated; default passkey.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens per prompt. May be repeated; default 1024, 2048.")] = None,
+    depth: Annotated[list[float] | None, typer.Option(help="Place of the needle, 0 to 1. May be repeated.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    full: Annotated[bool, typer.Option(help="Also evaluate full attention.")] = True,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV file that the rows are added to.")] = None,
+    device: Annotated[str, typer.Option(help=_DEVICE)] = "auto",
+    dtype: Annotated[str, typer.Option(help=_DTYPE)] = "auto",
+) -> None:
+    """Measure what plans keep of a model's quality: needles over lengths and depths, perplexity of long text. Offline."""
+    quiet_transformers()
+    from . import evaluate as tasks
+    from .generation import load_model
+    from .plan import Plan
+
+    chosen = [_task(tasks.TASKS, name) for name in task or ["passkey"]]
+    plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path) for path in plan or []}
+    if len(plans) != len(plan or []) + full:
+        raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
+    lengths, depths = length or [1024, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]
+    print(f"loading {model}", file=sys.stderr)
+    network, tokenizer = load_model(model, device, dtype)
+    if output is not None:
+        tasks.append(output, [])
+    with _progress() as bar:
+        total = sum(prompts * (len(depths) if each.has_depth else 1) for each in chosen) * len(plans) * len(lengths)
+        line = bar.add_task("prompts", total=total)
+        rows = []
+        for name, each, tokens in ((n, t, x) for n in plans for t in chosen for x in lengths):
+            found = each(
+                network, tokenizer, plans[name], lengths=[tokens], depths=depths, prompts=prompts, seed=seed, name=name,
+                advance=lambda done: bar.advance(line, done),
+            )  # fmt: skip
+            rows += found
+            if output is not None:
+                tasks.append(output, found)
+    console.print(_table(rows))
+    if output is not None:
+        console.print(f"wrote {output}", highlight=False)
+
+
+@app.command()
+@one_line_errors
+def plot(
+    rows: Annotated[list[Path], typer.Argument(help="CSV files of `zigzag eval`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")] = Path("figures"),
+) -> None:
+    """Draw evaluation rows: heat maps over length and depth, and quality over the share of streaming layers."""
+    from .evaluate import read
+    from .plots import draw_all
+
+    written = draw_all([row for path in rows for row in read(path)], output)
+    if not written:
+        raise ValueError(
+            "nothing to draw: a heat map needs rows with depths, a curve plans with three shares of streaming layers"
+        )
+    for path in written:
+        console.print(f"wrote {path}", highlight=False)
+
+
+def _task(tasks: dict, name: str):
+    if name not in tasks:
+        raise ValueError(f"unknown task '{name}'; supported: {', '.join(tasks)}")
+    return tasks[name]
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+def _table(rows) -> Table:
+    """One line per plan, task and length; depths are averaged here, the CSV has them all."""
+    headers = ("plan", "task", "tokens", "prompts", "exact", "log-probability per token")
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 2, 0, 0))
+    cells: dict[tuple, list] = {}
+    for row in rows:
+        cells.setdefault((row.plan, row.task, row.length), []).append(row)
+    for (plan, task, length), group in cells.items():
+        count = len(group)
+        exact = f"{sum(row.exact for row in group) / count:.0%}" if task != "perplexity" else "-"
+        logprob = sum(row.logprob for row in group) / count
+        table.add_row(plan, task, str(length), str(sum(row.prompts for row in group)), exact, f"{logprob:.3f}")
+    return table

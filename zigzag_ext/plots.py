@@ -1,0 +1,133 @@
+"""Figures of evaluation rows: heat maps over length and depth, and quality over the share that streams. Needs matplotlib."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from .evaluate import Row
+
+# Okabe-Ito: told apart by colour-blind readers (https://jfly.uni-koeln.de/color/).
+_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+_MARKERS = "osD^vPX*"
+_STYLE = {"font.size": 11, "figure.dpi": 160, "axes.axisbelow": True, "legend.frameon": False}
+_LABEL = {"exact": "exact matches, %", "logprob": "log-probability of the answer per token"}
+_PANELS_A_ROW = 4
+
+Point = tuple[float, float, float, float]  # share that streams, value, and its 95% interval
+
+
+def draw_all(rows: Sequence[Row], folder: str | Path) -> list[Path]:
+    """Draws what the rows are enough for: a heat map per task with depths, curves per task with three budgets or more.
+
+    Returns the files written (`<task>_<quantity>.png`, `<task>_<quantity>_budget.png`), none if nothing could be drawn.
+    """
+    folder, written = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in dict.fromkeys(row.task for row in rows):
+        mine = [row for row in rows if row.task == task]
+        for quantity in ("logprob",) if task == "perplexity" else ("exact", "logprob"):
+            if any(row.depth is not None for row in mine):
+                written.append(heat_maps(mine, quantity, folder / f"{task}_{quantity}.png"))
+            lines = by_series(mine, quantity)
+            if len({share for points in lines.values() for share, *_ in points}) >= 3:
+                written.append(curves(lines, task, quantity, folder / f"{task}_{quantity}_budget.png"))
+    return written
+
+
+def streaming_share(row: Row) -> float:
+    """Share of the layers, or of the heads of a head-level plan, that stream."""
+    kinds = row.kinds.replace("/", "")
+    return kinds.count("1") / len(kinds)
+
+
+def by_series(rows: Sequence[Row], quantity: str) -> dict[str, list[Point]]:
+    """Points per plan, all lengths and depths averaged. Plans whose names differ in a last "-50%" only make one line."""
+    plans: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        plans.setdefault((re.sub(r"-\d+%$", "", row.plan), streaming_share(row)), []).append(row)
+    lines: dict[str, list[Point]] = {}
+    for (name, share), group in plans.items():
+        lines.setdefault(name, []).append((share, *mean_interval(group, quantity)))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def mean_interval(rows: Sequence[Row], quantity: str) -> tuple[float, float, float]:
+    """Mean of a quantity over rows with equal weight, and its interval: half widths add up in squares."""
+    value = fmean(getattr(row, quantity) for row in rows)
+    low, high = (
+        sum((getattr(row, f"{quantity}_{end}") - getattr(row, quantity)) ** 2 for row in rows) ** 0.5 / len(rows)
+        for end in ("low", "high")
+    )
+    return value, value - low, value + high
+
+
+def heat_maps(rows: Sequence[Row], quantity: str, path: Path) -> Path:
+    """One panel per plan: depth over length, all with one color scale."""
+    plt = _pyplot()
+    rows = [row for row in rows if row.depth is not None]
+    names = list(dict.fromkeys(row.plan for row in rows))
+    lengths, depths = sorted({row.length for row in rows}), sorted({row.depth for row in rows})
+    across = min(len(names), _PANELS_A_ROW)
+    down = -(-len(names) // across)
+    scale = 100.0 if quantity == "exact" else 1.0
+    ends = (0.0, 100.0) if quantity == "exact" else (min(row.logprob for row in rows), 0.0)
+    with plt.rc_context(_STYLE):
+        size = (1.6 + across * max(2.2, 0.55 * len(lengths)), down * max(2.6, 0.34 * len(depths) + 1.2))
+        figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True)
+        for axis, name in zip(axes.flat, names, strict=False):
+            grid = [[float("nan")] * len(lengths) for _ in depths]
+            for row in rows:
+                if row.plan == name:
+                    grid[depths.index(row.depth)][lengths.index(row.length)] = scale * getattr(row, quantity)
+            image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=ends[0], vmax=ends[1])
+            axis.set_title(name, fontsize=11)
+            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+            axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        for axis in axes.flat[len(names) :]:
+            axis.set_axis_off()
+        for axis in axes.flat[max(len(names) - across, 0) : len(names)]:
+            axis.tick_params(labelbottom=True)  # also where the panel below is empty
+        figure.supxlabel("tokens of the prompt", fontsize=11)
+        figure.supylabel("depth of the needle", fontsize=11)
+        figure.colorbar(image, ax=axes, label=f"{rows[0].task}: {_LABEL[quantity]}")
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def curves(lines: Mapping[str, Sequence[Point]], task: str, quantity: str, path: Path, unit: str = "layers") -> Path:
+    """Quality over the share that streams, with 95% intervals. A line of one point, such as full attention, is dashed across."""
+    plt = _pyplot()
+    scale = 100.0 if quantity == "exact" else 1.0
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
+        for index, (name, points) in enumerate(lines.items()):
+            color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index // len(_COLORS) % len(_MARKERS)]
+            shift = 0.6 * (index - (len(lines) - 1) / 2)  # percent; intervals side by side, not on top of each other
+            shares = [100.0 * share + shift for share, *_ in points]
+            values = [scale * value for _, value, *_ in points]
+            if len(points) == 1:
+                axis.axhline(values[0], color=color, linestyle="--", linewidth=1.2, label=name)
+                continue
+            errors = [[scale * (v - low) for _, v, low, _ in points], [scale * (high - v) for _, v, _, high in points]]
+            axis.errorbar(shares, values, errors, color=color, marker=marker, markersize=5, linewidth=1.6, capsize=2, label=name)
+        axis.set_xlabel(f"streaming {unit}, %")
+        axis.set_ylabel(f"{task}: {_LABEL[quantity]}")
+        axis.grid(color="#DDDDDD")
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", fontsize=9)
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("figures need matplotlib: pip install 'zigzag_ext[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
