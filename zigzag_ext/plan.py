@@ -1,6 +1,7 @@
 """`Plan`: which layers retrieve and which stream, and the one file format that records it.
 
 A plan file is JSON: `{"format": "zigzag-plan", "version": 1, "kinds": [...], "sink": 64, "window": 256, "provenance": {...}}`.
+A plan with quantised caches has version 2 and `"kv_format": {"k": "int8", "v": "int4"}`, `"ring_kv_format": ...`.
 """
 
 import json
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from . import _C
+from .kv_format import PLAIN, KvFormat, parse_kv_format
 
 FORMAT = "zigzag-plan"
-VERSION = 1
+VERSION = 2  # 1: without KV formats; still written for a plan that has none
 _REQUIRED = {"format", "version", "kinds", "sink", "window"}
-_KNOWN = _REQUIRED | {"provenance"}
+_FORMATS = ("kv_format", "ring_kv_format")
+_KNOWN = _REQUIRED | {"provenance", *_FORMATS}
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,6 +30,10 @@ class Plan:
         kinds: "retrieval" (keeps every token) or "streaming" (keeps `sink` + `window` tokens) for each layer, in order.
         sink: first tokens that streaming layers keep for ever, >= 0.
         window: last tokens that streaming layers keep, the newest one included, >= 1.
+        kv_format: how retrieval layers cache keys and values: None (the model's dtype), "fp8", "int8", "int4", or a dict
+            {"k": "int8", "v": "int4"}. One scale per token and head; 8-bit formats take about half of the bytes of a 16-bit
+            dtype, int4 about a quarter.
+        ring_kv_format: the same for streaming layers, whose few tokens rarely are worth it.
         provenance: where the plan comes from; any JSON object.
 
     Raises:
@@ -41,6 +48,8 @@ class Plan:
     kinds: tuple[str, ...]
     sink: int = field(kw_only=True)
     window: int = field(kw_only=True)
+    kv_format: KvFormat = field(default=PLAIN, kw_only=True)
+    ring_kv_format: KvFormat = field(default=PLAIN, kw_only=True)
     provenance: dict[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self):
@@ -48,6 +57,7 @@ class Plan:
         sink, window = token_count("sink", self.sink), token_count("window", self.window)
         _C.check_plan(kinds, sink, window)
         values = {"kinds": kinds, "sink": sink, "window": window, "provenance": _json_object(self.provenance)}
+        values |= {name: parse_kv_format(name, getattr(self, name)) for name in _FORMATS}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -85,7 +95,9 @@ class Plan:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {path.parent} to save a plan in")
-        content = {"format": FORMAT, "version": VERSION, "kinds": self.kinds, "sink": self.sink, "window": self.window}
+        formats = {name: getattr(self, name)._asdict() for name in _FORMATS if getattr(self, name) != PLAIN}
+        version = VERSION if formats else 1
+        content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window, **formats}
         content["provenance"] = self.provenance
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
         partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
@@ -124,6 +136,7 @@ class Plan:
             ("streaming", f"{len(self.streaming_layers)}: {_ranges(self.streaming_layers)}"),
             ("sink", f"{self.sink} tokens"),
             ("window", f"{self.window} tokens"),
+            *((name.replace("_", " "), str(getattr(self, name))) for name in _FORMATS if getattr(self, name) != PLAIN),
         ]
         recorded = {key: value for key, value in self.provenance.items() if not isinstance(value, list)}
         rows += [(key.replace("_", " "), _as_text(value)) for key, value in recorded.items()]
@@ -134,7 +147,8 @@ class Plan:
     def __repr__(self) -> str:
         pattern = "".join(kind[0].upper() for kind in self.kinds)
         counts = f"{len(self.retrieval_layers)} retrieval, {len(self.streaming_layers)} streaming"
-        return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}>"
+        formats = "".join(f", {name} {getattr(self, name)}" for name in _FORMATS if getattr(self, name) != PLAIN)
+        return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}{formats}>"
 
 
 def _tuple_of_str(kinds) -> tuple[str, ...]:
@@ -176,9 +190,9 @@ def _check_header(content) -> None:
         raise ValueError(f'it is not a JSON object with "format": "{FORMAT}"')
     version = content.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"its version is {version!r}; supported: {VERSION}")
+        raise ValueError(f"its version is {version!r}; supported: 1, {VERSION}")
     if version > VERSION:
-        raise ValueError(f"it has version {version}, from a newer zigzag_ext; this one supports version {VERSION}")
+        raise ValueError(f"it has version {version}, from a newer zigzag_ext; this one supports versions 1 and {VERSION}")
     if missing := sorted(_REQUIRED - content.keys()):
         raise ValueError(f"missing fields: {', '.join(missing)}")
     if unknown := sorted(content.keys() - _KNOWN):

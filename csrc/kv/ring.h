@@ -15,7 +15,8 @@
 #if defined(__CUDACC__)
 #define ZZ_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define ZZ_HOST_DEVICE inline
+// Always inlined: a function that the CPU kernels of two instruction sets share by name must not be a symbol.
+#define ZZ_HOST_DEVICE [[gnu::always_inline]] inline
 #endif
 
 namespace zigzag {

@@ -23,6 +23,7 @@ class StepLayer(CacheLayerMixin):
     def __init__(self, layer: ZigzagLayer, shared: _Shared):
         super().__init__()
         self.keys, self.values, self.sink, self.window = layer.keys, layer.values, layer.sink, layer.window
+        self.scales = {"k_scale": layer.key_scales, "v_scale": layer.value_scales}
         self.shared = shared
         self.is_initialized = True
 
@@ -46,6 +47,7 @@ class StepLayer(CacheLayerMixin):
             window=self.window,
             scale=scale,
             workspace=shared.workspaces[q.shape[1], k.shape[1], q.shape[3]],
+            **self.scales,
         )
         return out
 
@@ -71,8 +73,8 @@ class StepCache(Cache):
         shared = _Shared(cache.seq_lens, pad, columns, workspaces)
         for layer in cache.layers:
             if not layer.window:  # one compilation for every capacity
-                torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
-                torch._dynamo.maybe_mark_dynamic(layer.values, 2)
+                for buffer in layer.buffers.values():
+                    torch._dynamo.maybe_mark_dynamic(buffer, 2)
         super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
 
     def refresh(self, cache: ZigzagCache) -> None:

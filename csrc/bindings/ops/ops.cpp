@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings/ops/cache_checks.h"
 #include "bindings/ops/device.h"
 #include "bindings/ops/tensor_checks.h"
 #include "kernels/attention.h"
@@ -31,7 +32,8 @@ const int32_t* pad_pointer(const std::optional<Tensor>& pad, int64_t batch, cons
 }
 
 void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
-             const Tensor& seq_lens, const std::optional<Tensor>& pad, int64_t sink, int64_t window) {
+             const Tensor& seq_lens, const std::optional<Tensor>& pad, int64_t sink, int64_t window,
+             const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
   ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
   const int64_t batch = k_new.size(0), heads = k_new.size(1), q_len = k_new.size(2), head_dim = k_new.size(3);
@@ -39,14 +41,16 @@ void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, co
   AppendParams p = {};
   p.k_new_stride = check_heads("k_new", k_new, {batch, heads, q_len, head_dim}, k_new);
   p.v_new_stride = check_heads("v_new", v_new, {batch, heads, q_len, head_dim}, k_new);
-  p.k_cache_stride = check_cache("k_cache", k_cache, {batch, heads, slots, head_dim}, k_new);
-  p.v_cache_stride = check_cache("v_cache", v_cache, {batch, heads, slots, head_dim}, k_new);
+  check_cache("k_cache", k_cache, "k_scale", k_scale, k_new, k_new, slots, p.k_store, p.k_cache_stride);
+  check_cache("v_cache", v_cache, "v_scale", v_scale, k_new, k_new, slots, p.v_store, p.v_cache_stride);
   p.seq_lens = check_lengths("seq_lens", seq_lens, batch, k_new);
   p.pad = pad_pointer(pad, batch, k_new);
   p.k_new = k_new.const_data_ptr();
   p.v_new = v_new.const_data_ptr();
   p.k_cache = k_cache.mutable_data_ptr();
   p.v_cache = v_cache.mutable_data_ptr();
+  p.k_store.scale = scale_pointer(k_scale);
+  p.v_store.scale = scale_pointer(v_scale);
   p.batch = to_int("batch", batch);
   p.num_kv_heads = to_int("num_kv_heads", heads);
   p.q_len = to_int("q_len", q_len);
@@ -61,7 +65,8 @@ void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, co
 std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
                                       const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
                                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                                      const Tensor& workspace, int64_t sink, int64_t window, double scale) {
+                                      const Tensor& workspace, int64_t sink, int64_t window, double scale,
+                                      const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   ZZ_CHECK(q.dim() == 4, "q must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(q));
   ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
   ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
@@ -71,8 +76,8 @@ std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, cons
   p.q_stride = check_heads("q", q, {batch, q_heads, q_len, head_dim}, q);
   p.k_new_stride = check_heads("k_new", k_new, {batch, kv_heads, q_len, head_dim}, q);
   p.v_new_stride = check_heads("v_new", v_new, {batch, kv_heads, q_len, head_dim}, q);
-  p.k_cache_stride = check_cache("k_cache", k_cache, {batch, kv_heads, slots, head_dim}, q);
-  p.v_cache_stride = check_cache("v_cache", v_cache, {batch, kv_heads, slots, head_dim}, q);
+  check_cache("k_cache", k_cache, "k_scale", k_scale, k_new, q, slots, p.k_store, p.k_cache_stride);
+  check_cache("v_cache", v_cache, "v_scale", v_scale, k_new, q, slots, p.v_store, p.v_cache_stride);
   p.seq_lens = check_lengths("seq_lens", seq_lens, batch, q);
   p.pad = pad_pointer(pad, batch, q);
   p.batch = to_int("batch", batch);
@@ -105,6 +110,8 @@ std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, cons
   p.v_new = v_new.const_data_ptr();
   p.k_cache = k_cache.mutable_data_ptr();
   p.v_cache = v_cache.mutable_data_ptr();
+  p.k_store.scale = scale_pointer(k_scale);
+  p.v_store.scale = scale_pointer(v_scale);
   p.out = out.mutable_data_ptr();
   p.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -154,11 +161,12 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY(zigzag, m) {
   m.def(
       "append_(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? pad, "
-      "int sink, int window) -> ()");
+      "int sink, int window, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()");
   m.def(
       "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
       "Tensor? pad, Tensor? cos, Tensor? sin, "
-      "Tensor(c!) workspace, int sink, int window, float scale) -> (Tensor, Tensor)");
+      "Tensor(c!) workspace, int sink, int window, float scale, Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) "
+      "-> (Tensor, Tensor)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 }
 
