@@ -145,7 +145,7 @@ def test_out_of_memory_while_growing_can_be_retried(monkeypatch, nth):
     assert stream.cache.get_seq_length() == 250
     for q_len in (6, 1, 1, 300):  # fits what there was, then needs the growth that failed
         stream.feed(q_len)
-    assert all(layer.growing[0].slots >= 558 for layer in stream.cache.layers if not layer.window)
+    assert all(layer.growing["keys"].slots >= 558 for layer in stream.cache.layers if not layer.window)
 
 
 def test_a_context_beyond_all_memory_is_an_error_and_leaves_the_cache_usable():
@@ -162,7 +162,7 @@ def test_a_copy_has_memory_of_its_own():
     other = copy.deepcopy(stream)
     for copied, original in zip(other.cache.layers, stream.cache.layers, strict=True):
         assert copied.keys.data_ptr() != original.keys.data_ptr()
-        for buffer, tensor in zip(copied.growing, (copied.keys, copied.values), strict=False):
+        for buffer, tensor in zip(copied.growing.values(), (copied.keys, copied.values), strict=False):
             assert buffer.tensor is tensor
     for q_len in (1, 300, 1):
         other.feed(q_len)

@@ -157,3 +157,31 @@ def test_opcheck(device, q_len):
     tensors = [inputs[n] for n in ("q", "k_new", "v_new")] + list(cache.values()) + [inputs["seq_lens"], None, None, None]
     arguments = (*tensors, heads, out.zero_(), lse.zero_(), workspace, part.sink, part.window, 0.125)
     torch.library.opcheck(torch.ops.zigzag.attention_heads_, arguments)
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 40])
+@pytest.mark.parametrize("kind", ["full", "ring"])
+@pytest.mark.parametrize("k_format,v_format", [("int8", "int8"), ("fp8", "int4"), ("int4", "int4")])
+def test_quantised_heads_are_those_of_a_call_on_their_tensors_alone(device, dtype, kind, q_len, k_format, v_format):
+    case = Case((20, 90), q_len, 4, 5, pad=(1, 0)).on(device, dtype)
+    inputs, _ = build(case)
+    part, heads = parts(case)[kind]
+    geometry = (2, len(heads), part.slots, 64, dtype, torch.device(device))
+    (k_cache, k_scale), (v_cache, v_scale) = (ops.new_cache(*geometry, kv_format) for kv_format in (k_format, v_format))
+    cache = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+    rng = torch.Generator().manual_seed(0)
+    held = [torch.randn(2, len(heads), 90, 64, generator=rng).to(dtype).to(device) for _ in "kv"]
+    ring, lengths = {"sink": part.sink, "window": part.window}, torch.zeros(2, dtype=torch.int32, device=device)
+    for buffer in cache.values():
+        buffer.view(torch.uint8).zero_()
+    ops.append(*held, cache["k_cache"], cache["v_cache"], lengths, k_scale=cache["k_scale"], v_scale=cache["v_scale"], **ring)
+    alone = {name: buffer.clone() for name, buffer in cache.items()}
+    query_heads = (heads.long()[:, None] * 4 + torch.arange(4, device=device)).flatten()
+    own = inputs | {n: inputs[n][:, heads.long()].contiguous() for n in ("k_new", "v_new")} | {"q": inputs["q"][:, query_heads]}
+    own["q"] = own["q"].contiguous()
+    want_out, want_lse = ops.attention(**own, **alone, **ring)
+    out, lse = ops.new_output(inputs["q"])
+    ops.attention_heads(**inputs, **cache, heads=heads, out=out, lse=lse, **ring)
+    assert torch.equal(out[:, query_heads], want_out) and torch.equal(lse[:, query_heads], want_lse)
+    for name, buffer in cache.items():
+        assert torch.equal(buffer.view(torch.uint8), alone[name].view(torch.uint8)), name

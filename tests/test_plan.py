@@ -173,7 +173,10 @@ def content(**changes) -> dict:
         (content(version=True), "version is True"),
         (content(kinds=...), "missing fields: kinds"),
         (content(sink=..., window=...), "missing fields: sink, window"),
-        (content(layers=3), "unknown fields: layers; known: format, kinds, provenance, sink, version, window"),
+        (
+            content(layers=3),
+            "unknown fields: layers; known: format, kinds, kv_format, provenance, ring_kv_format, sink, version, window",
+        ),
         (content(kinds=[]), "at least one layer"),
         (content(kinds=["full"]), '"full"; supported: retrieval, streaming'),
         (content(kinds="retrieval"), "kinds must be a list"),
@@ -213,3 +216,21 @@ def test_load_without_provenance(tmp_path):
     path = tmp_path / "by_hand.json"
     path.write_text(json.dumps(content(provenance=...)))
     assert Plan.load(path) == Plan(KINDS, sink=64, window=256)
+
+
+def test_kv_formats_are_kept(tmp_path):
+    plan = Plan(KINDS, sink=4, window=8, kv_format={"k": "int8", "v": "int4"}, ring_kv_format="fp8")
+    assert plan.kv_format == ("int8", "int4") and plan.ring_kv_format == ("fp8", "fp8")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 2
+    assert "int8/int4" in repr(plan) and "int8/int4" in plan.summary()
+    assert Plan(KINDS, sink=4, window=8, kv_format="int8/int4", ring_kv_format="fp8") == plan
+    assert hash(plan) == hash(Plan.load(tmp_path / "plan.json"))
+    assert Plan(KINDS, sink=4, window=8, kv_format="none") == Plan(KINDS, sink=4, window=8)
+
+
+@pytest.mark.parametrize("wrong,error", [("int2", ValueError), ({"k": "fp8"}, TypeError), (8, TypeError), ("fp8/", ValueError)])
+def test_unknown_kv_formats(wrong, error):
+    with pytest.raises(error, match="kv_format .*fp8, int8, int4"):
+        Plan(KINDS, sink=4, window=8, kv_format=wrong)

@@ -8,166 +8,13 @@ lengths by one in-place device add.
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from . import ops, prefill
+from .cache_layer import GROWTH_STEP, ZigzagLayer
+from .kv_format import PLAIN
 from .mixed import MixedLayer
 from .plan import Plan, token_count
 from .rows import Rows, Steps, in_normal_mode
-from .virtual import GrowingBuffer
-
-_GROWTH_STEP = 256  # tokens that a retrieval layer asks memory for at once; it comes in pages
-_ENDLESS = 1 << 38  # bytes of addresses per buffer where no max_len is given: more than a machine has memory for
-_MOST_TOKENS = 1 << 30  # positions are int32
-
-
-class ZigzagLayer(CacheLayerMixin):
-    """The cache of one layer: keys and values [batch, num_kv_heads, slots, head_dim], allocated at first use from the keys.
-
-    Those of a retrieval layer are addresses for all tokens to come and memory for `slots` of them: slice before looking at them.
-    As a part of a `MixedLayer` it holds the KV heads `heads` only.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False  # mask sizes are the same for every layer: masks are never built
-
-    def __init__(self, rows: Rows, index: int, sink: int, window: int, heads: tuple[int, ...] | None = None):
-        super().__init__()
-        self.rows, self.index, self.sink, self.window = rows, index, sink, window
-        self.heads, self.head_numbers = heads, None  # the latter on the device
-        self.growing: list[GrowingBuffer] = []  # keys and values of a retrieval layer
-
-    def __getstate__(self) -> dict:
-        """For copies: growing buffers first, as keys and values are views that only they can copy."""
-        return {"growing": self.growing, **self.__dict__}
-
-    def __repr__(self) -> str:
-        return f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
-
-    @property
-    def parts(self) -> "list[ZigzagLayer]":
-        """Itself: what it is to code that also serves a `MixedLayer`."""
-        return [self]
-
-    @property
-    def slots(self) -> int:
-        if not self.rows.stores:
-            return 0
-        return self.sink + self.window if self.window else self.rows.capacity
-
-    @in_normal_mode
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Device, dtype and the local number of heads come from the keys, so it works under device_map and tensor parallelism."""
-        if key_states.shape != value_states.shape:
-            raise ValueError(
-                f"layer {self.index}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} must have one shape"
-            )
-        batch, num_kv_heads, _, head_dim = key_states.shape
-        if self.heads is not None:
-            num_kv_heads = len(self.heads)
-            self.head_numbers = torch.tensor(self.heads, dtype=torch.int32, device=key_states.device)
-        if self.rows.batch is None:
-            self.rows.start(batch)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        if self.window or not self.rows.stores:
-            shape = (batch, num_kv_heads, self.slots, head_dim)
-            self.keys, self.values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
-        else:
-            most = self.rows.max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * self.dtype.itemsize), _MOST_TOKENS)
-            self.growing = [GrowingBuffer(batch, num_kv_heads, most, head_dim, self.dtype, self.device) for _ in "kv"]
-            self.grow(self.slots)
-            self.keys, self.values = (buffer.tensor for buffer in self.growing)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Returns the new keys and values as they are; `attend` appends them. Raises outside an enabled model's forward."""
-        if not self.rows.q_len:
-            raise RuntimeError("a ZigzagCache works only with zigzag attention: call zigzag_ext.enable(model, plan) first")
-        return key_states, value_states
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
-        rows = self.rows
-        rows.check_chunk(self.index, k)
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
-        tensors, options = self._arguments(q, k, v, scale)
-        if q.shape[2] == 1:
-            out, _ = ops.attention(*tensors, **options)
-        else:
-            out = prefill.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
-        rows.attended.add(self.index)
-        return out
-
-    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor, lse: Tensor) -> None:
-        """The same for `heads` only, which `q`, `k` and `v` are not the only ones of, into their place in `out` and `lse`."""
-        tensors, options = self._arguments(q, k, v, scale)
-        prefill.attend_heads(*tensors, self.head_numbers, out, lse, **options)
-
-    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[tuple, dict]:
-        rows = self.rows
-        options = {
-            "pad": rows.pad_on(q.device),
-            "sink": self.sink,
-            "window": self.window,
-            "scale": scale,
-            "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
-        }
-        return (q, k, v, self.keys, self.values, rows.lengths_on(q.device)), options
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.rows.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.rows.columns
-
-    def get_max_length(self) -> int:
-        """Most tokens a row can hold: `max_len` for a retrieval layer, -1 (no limit) for a ring or a growing cache."""
-        return -1 if self.window or self.rows.max_len is None else self.rows.max_len
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        self.rows.forget()
-
-    def release(self) -> None:
-        """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""
-        for buffer in self.growing:
-            buffer.release()
-
-    def drop(self) -> None:
-        self.keys = self.values = None
-        self.growing = []
-        self.is_initialized = False
-
-    def grow(self, capacity: int) -> None:
-        """Memory for `capacity` slots of a retrieval layer, where its keys and values stand."""
-        for buffer in self.growing:
-            buffer.commit(capacity)
-
-    @property
-    def memory_bytes(self) -> int:
-        if self.growing:
-            return sum(buffer.memory_bytes for buffer in self.growing)
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
-
-    @in_normal_mode
-    def select_rows(self, index: Tensor) -> None:
-        """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
-        held = self.slots if self.window else min(self.rows.longest, self.slots)
-        index = index.to(self.keys.device)
-        for i, name in enumerate(("keys", "values")):
-            buffer = getattr(self, name)
-            chosen = buffer[:, :, :held].index_select(0, index)
-            if len(index) != buffer.shape[0]:
-                if self.growing:
-                    self.growing[i] = self.growing[i].with_batch(len(index))
-                    buffer = self.growing[i].tensor
-                else:
-                    buffer = buffer.new_empty(len(index), *buffer.shape[1:])
-                setattr(self, name, buffer)
-            buffer[:, :, :held] = chosen
 
 
 class ZigzagCache(Cache):
@@ -179,8 +26,9 @@ class ZigzagCache(Cache):
         max_len: most tokens a row may hold (padding does not count). None: as many as there is memory for.
 
     Rings always take sink + window tokens. Retrieval layers reserve addresses for all tokens to come and take memory as tokens
-    come (`zigzag_ext.virtual`): they never move and are never copied, and only slots in use may be looked at. Buffers are
-    [batch, num_kv_heads, slots, head_dim] and live where the keys live.
+    come (`zigzag_ext.virtual`): they never move and are never copied, and only slots in use may be looked at. Keys and values
+    are held in the formats of the plan (`kv_format`, `ring_kv_format`). Buffers are [batch, num_kv_heads, slots, head_dim] and
+    live where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
     pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its
     addresses. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`,
@@ -221,13 +69,14 @@ class ZigzagCache(Cache):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
         self._rows = Rows(max_len, stores)
         plan.check_kv_heads(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        windows = {"retrieval": (0, 0), "streaming": (plan.sink, plan.window)}
+        formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
+        kinds = {"retrieval": (0, 0, formats[0]), "streaming": (plan.sink, plan.window, formats[1])}
 
         def layer(index: int, kind) -> ZigzagLayer | MixedLayer:
             if isinstance(kind, str):
-                return ZigzagLayer(self._rows, index, *windows[kind])
-            heads = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in windows}
-            parts = [ZigzagLayer(self._rows, index, *window, heads[name]) for name, window in windows.items()]
+                return ZigzagLayer(self._rows, index, *kinds[kind])
+            heads = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in kinds}
+            parts = [ZigzagLayer(self._rows, index, *own, heads[name]) for name, own in kinds.items()]
             return MixedLayer(self._rows, index, parts)
 
         super().__init__(layers=[layer(index, kind) for index, kind in enumerate(plan.kinds)])
@@ -285,6 +134,17 @@ class ZigzagCache(Cache):
         """Bytes of memory that all key and value buffers take now."""
         return sum(layer.memory_bytes for layer in self.layers)
 
+    def memory_report(self) -> str:
+        """A small table of text: layers and bytes of memory by kind and format; a format's bytes include its scales."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for part in (part for layer in self.layers for part in layer.parts):
+            kind = ("streaming" if part.window else "retrieval") + (" heads" if part.heads else "")
+            groups.setdefault((kind, str(part.kv_format)), []).append(part.memory_bytes)
+        rows = [(kind, f"{len(sizes)} layers", kv_format, f"{sum(sizes):,} bytes") for (kind, kv_format), sizes in groups.items()]
+        rows.append(("all", f"{len(self.layers)} layers", "", f"{self.memory_bytes():,} bytes"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
     def begin(self, batch: int, q_len: int, attention_mask: Tensor | None = None) -> None:
         """Opens a forward pass of `q_len` new columns: checks, grows the buffers, and notes the padding. Writes no token.
 
@@ -318,7 +178,7 @@ class ZigzagCache(Cache):
                 f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); "
                 "nothing was written. Make the ZigzagCache with a larger max_len"
             )
-        capacity = -(-needed // _GROWTH_STEP) * _GROWTH_STEP
+        capacity = -(-needed // GROWTH_STEP) * GROWTH_STEP
         capacity = capacity if rows.max_len is None else min(capacity, rows.max_len)
         for layer in self.layers:
             layer.grow(capacity)

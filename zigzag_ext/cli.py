@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -173,6 +174,11 @@ def generate(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")] = 128,
+    kv_format: Annotated[
+        str | None,
+        typer.Option(help="How retrieval layers hold keys and values: none, fp8, int8, int4, or keys/values: int8/int4."),
+    ] = None,
+    ring_kv_format: Annotated[str | None, typer.Option(help="The same for streaming layers.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens: less memory.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
@@ -182,13 +188,17 @@ def generate(
     """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
     quiet_transformers()
     from . import generation
+    from .kv_format import parse_kv_format
     from .plan import Plan
 
     chosen = Plan.load(plan) if plan else None
+    formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
+    formats = {name: parse_kv_format(name, given) for name, given in formats.items() if given is not None}
     text = prompt if prompt is not None else sys.stdin.read()
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = generation.load_model(model, device, dtype)
     chosen = chosen or generation.full_plan(network.config.get_text_config(decoder=True).num_hidden_layers)
+    chosen = replace(chosen, **formats)
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
     options = {"prefill_chunk_size": chunk} if chunk else {}
@@ -199,7 +209,7 @@ def generate(
     speed = f"{1 / result.seconds_per_token:.1f} tokens/s" if result.new_tokens > 1 else "one token"
     print(
         f"\n\nprompt {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; {result.new_tokens} new tokens, {speed}; "
-        f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{chosen!r}",
+        f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{result.cache_report}\n{chosen!r}",
         file=sys.stderr,
     )
 

@@ -25,6 +25,7 @@ class Generation:
     prefill_seconds: float
     seconds_per_token: float  # of the tokens after the first; NaN if there is only one
     cache_bytes: int
+    cache_report: str  # bytes by kind of layer and format
 
 
 def full_plan(num_layers: int) -> Plan:
@@ -110,6 +111,7 @@ def generate(
         prefill_seconds=clock.arrivals[0] - start,
         seconds_per_token=(clock.arrivals[-1] - clock.arrivals[0]) / steps if steps else float("nan"),
         cache_bytes=cache.memory_bytes(),
+        cache_report=cache.memory_report(),
     )
 
 

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from . import _C, _ops  # noqa: F401  (importing _ops registers torch.ops.zigzag)
+from .kv_format import FORMATS
 
 HEAD_DIMS: tuple[int, ...] = tuple(_C.HEAD_DIMS)
 DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)  # float32 on the CPU only
 MAX_GROUP_SIZE: int = _C.MAX_GROUP_SIZE
 MAX_DECODE_QUERIES: int = _C.MAX_DECODE_QUERIES
+
+# Formats of a key or value cache and the dtype of its codes; csrc/kv/format_*.h have the byte layouts. uint8: two codes a byte.
+KV_FORMATS: dict[str, torch.dtype | None] = dict(zip(FORMATS, (None, torch.float8_e4m3fn, torch.int8, torch.uint8), strict=True))
 
 
 def new_workspace(batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Tensor:
@@ -23,6 +27,32 @@ def new_workspace(batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int
     on_cpu = torch.device(device).type == "cpu"
     num_bytes = 0 if on_cpu else _C.attention_workspace_bytes(batch, num_q_heads, num_kv_heads, head_dim)
     return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+
+def new_cache(
+    batch: int,
+    num_kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kv_format: str = "none",
+) -> tuple[Tensor, Tensor | None]:
+    """Uninitialised memory for the keys or the values of one layer, and the scales of a quantised format (else None).
+
+    kv_format: "none" (elements of `dtype`), "fp8", "int8" or "int4". A slot is never read before it is written.
+    """
+    shape = (batch, num_kv_heads, slots)
+    width, code = cache_row(head_dim, dtype, kv_format)
+    cache = torch.empty(*shape, width, dtype=code, device=device)
+    return cache, None if kv_format == "none" else torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def cache_row(head_dim: int, dtype: torch.dtype, kv_format: str) -> tuple[int, torch.dtype]:
+    """Last size and dtype of a cache tensor of `kv_format`. Raises ValueError on an unknown format."""
+    if kv_format not in KV_FORMATS:
+        raise ValueError(f"KV format {kv_format!r} is not supported; supported: {', '.join(KV_FORMATS)}")
+    return head_dim // 2 if kv_format == "int4" else head_dim, KV_FORMATS[kv_format] or dtype
 
 
 def attention(
@@ -40,6 +70,8 @@ def attention(
     window: int = 0,
     scale: float | None = None,
     workspace: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends `q_len` new tokens to the cache and to themselves, then appends their keys and values to the cache, in place.
 
@@ -47,7 +79,9 @@ def attention(
         q: [batch, num_q_heads, q_len, head_dim], float16 or bfloat16 (or float32 on the CPU), after RoPE unless `cos` and
             `sin` are given. Up to `MAX_DECODE_QUERIES` query tokens take a decode kernel (one launch), more the prefill kernel.
         k_new, v_new: [batch, num_kv_heads, q_len, head_dim], keys like q. num_q_heads is 1 to 16 times num_kv_heads.
-        k_cache, v_cache: [batch, num_kv_heads, slots, head_dim], any strides with head_dim contiguous; written to.
+        k_cache, v_cache: [batch, num_kv_heads, slots, head_dim], any strides with head_dim contiguous; written to. Each either
+            in the dtype of q or quantised: float8_e4m3fn, int8, or uint8 [batch, num_kv_heads, slots, head_dim / 2] for int4
+            (see `new_cache`). Attention over a quantised cache attends the new tokens, too, as their codes.
         seq_lens: [batch] int32, tokens in each row's cache before the call. Not changed: all layers of a model share it.
         pad: [batch] int32, leading columns of this chunk to skip (left padding). Their output is 0, their lse -inf.
         cos, sin: [batch or 1, q_len, rotary_dim], float32 or the dtype of q: tables of the positions of this chunk (what
@@ -58,6 +92,7 @@ def attention(
             (streaming layer): the query at position p sees [0, sink) and (p - window, p].
         scale: factor on q . k; default head_dim ** -0.5.
         workspace: from `new_workspace`; a fresh one is made if None, which costs an allocation per call on CUDA.
+        k_scale, v_scale: [batch, num_kv_heads, slots] float32, one scale per vector of a quantised cache; written to.
 
     Returns:
         out: [batch, num_q_heads, q_len, head_dim] in the dtype of q (memory order: tokens before heads).
@@ -76,7 +111,9 @@ def attention(
         scale = q.shape[-1] ** -0.5
     if workspace is None:
         workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
-    return torch.ops.zigzag.attention_(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale)
+    return torch.ops.zigzag.attention_(
+        q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale, k_scale, v_scale
+    )
 
 
 def new_output(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +141,8 @@ def attention_heads(
     window: int = 0,
     scale: float | None = None,
     workspace: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """`attention` for some KV heads of a layer: one call per kind of cache serves a layer of both kinds of heads, without a copy.
 
@@ -111,7 +150,7 @@ def attention_heads(
         heads: [n] int32 on the device of q, distinct: cache head i belongs to KV head heads[i] of k_new and v_new, and to its
             group of query heads. On the CPU the numbers are checked; on CUDA, where reading them would wait for the GPU, one
             that does not exist means the last head.
-        k_cache, v_cache: [batch, n, slots, head_dim].
+        k_cache, v_cache: [batch, n, slots, head_dim], and with `k_scale`, `v_scale` [batch, n, slots] quantised.
         out, lse: like what `attention` returns (`new_output` makes them), out in any strides with head_dim contiguous. Only the
             query heads of `heads` are written.
         others: as in `attention`; q, k_new and v_new hold all heads of the layer.
@@ -127,7 +166,7 @@ def attention_heads(
     if workspace is None:
         workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
     tensors = (q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, out, lse)
-    torch.ops.zigzag.attention_heads_(*tensors, workspace, sink, window, scale)
+    torch.ops.zigzag.attention_heads_(*tensors, workspace, sink, window, scale, k_scale, v_scale)
 
 
 def append(
@@ -140,13 +179,15 @@ def append(
     pad: Tensor | None = None,
     sink: int = 0,
     window: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Appends keys and values to a full cache or a ring, in place, without attention. Arguments as in `attention`.
 
     O(q_len): nothing already in the cache moves. Raises RuntimeError like `attention`.
     """
     refuse_autograd(k_new, v_new)
-    torch.ops.zigzag.append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window)
+    torch.ops.zigzag.append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window, k_scale, v_scale)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,17 +213,19 @@ def refuse_autograd(*tensors: Tensor) -> None:
 
 
 @torch.library.register_fake("zigzag::attention_")
-def _attention_fake(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale):
+def _attention_fake(
+    q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale, k_scale=None, v_scale=None
+):
     return new_output(q)
 
 
 @torch.library.register_fake("zigzag::attention_heads_")
-def _attention_heads_fake(*arguments):
+def _attention_heads_fake(*arguments, **options):
     return None
 
 
 @torch.library.register_fake("zigzag::append_")
-def _append_fake(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window):
+def _append_fake(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window, k_scale=None, v_scale=None):
     return None
 
 

@@ -1,6 +1,7 @@
 """`Plan`: which layers retrieve and which stream, and the one file format that records it.
 
 A plan file is JSON: `{"format": "zigzag-plan", "version": 1, "kinds": [...], "sink": 64, "window": 256, "provenance": {...}}`.
+A plan with quantised caches has version 2 and `"kv_format": {"k": "int8", "v": "int4"}`, `"ring_kv_format": ...`.
 A plan with layers of both kinds of heads has version 3; such a layer is a list of kinds, one per KV head.
 """
 
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from . import _C
+from .kv_format import PLAIN, KvFormat, parse_kv_format
 
 FORMAT = "zigzag-plan"
-VERSION = 3  # of a plan with mixed layers; without them 1 is written, so that older readers take it
+VERSION = 3  # the oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers
 KINDS = ("retrieval", "streaming")
 _REQUIRED = {"format", "version", "kinds", "sink", "window"}
-_KNOWN = _REQUIRED | {"provenance"}
+_FORMATS = ("kv_format", "ring_kv_format")
+_KNOWN = _REQUIRED | {"provenance", *_FORMATS}
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,6 +34,10 @@ class Plan:
             (https://arxiv.org/abs/2410.10819). A list of one kind only becomes that kind.
         sink: first tokens that streaming layers and heads keep for ever, >= 0.
         window: last tokens that streaming layers and heads keep, the newest one included, >= 1.
+        kv_format: how retrieval layers (and heads) cache their tokens: None (the model's dtype), "fp8", "int8", "int4", or a dict
+            {"k": "int8", "v": "int4"}. One scale per token and head; 8-bit formats take about half of the bytes of a 16-bit
+            dtype, int4 about a quarter.
+        ring_kv_format: the same for streaming layers and heads, whose few tokens rarely are worth it.
         provenance: where the plan comes from; any JSON object.
 
     Raises:
@@ -45,6 +52,8 @@ class Plan:
     kinds: tuple[str | tuple[str, ...], ...]
     sink: int = field(kw_only=True)
     window: int = field(kw_only=True)
+    kv_format: KvFormat = field(default=PLAIN, kw_only=True)
+    ring_kv_format: KvFormat = field(default=PLAIN, kw_only=True)
     provenance: dict[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self):
@@ -52,6 +61,7 @@ class Plan:
         sink, window = token_count("sink", self.sink), token_count("window", self.window)
         _C.check_plan([kind if isinstance(kind, str) else KINDS[0] for kind in kinds], sink, window)
         values = {"kinds": kinds, "sink": sink, "window": window, "provenance": _json_object(self.provenance)}
+        values |= {name: parse_kv_format(name, getattr(self, name)) for name in _FORMATS}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -137,8 +147,9 @@ class Plan:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {path.parent} to save a plan in")
-        version = VERSION if self.mixed_layers else 1
-        content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window}
+        formats = {name: getattr(self, name)._asdict() for name in _FORMATS if getattr(self, name) != PLAIN}
+        version = VERSION if self.mixed_layers else 2 if formats else 1
+        content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window, **formats}
         content["provenance"] = self.provenance
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
         partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
@@ -179,6 +190,7 @@ class Plan:
             *([("mixed", f"{len(mixed)}: {_ranges(mixed)}"), ("heads", f"{self.retrieval_ratio:.1%} retrieve")] if mixed else []),
             ("sink", f"{self.sink} tokens"),
             ("window", f"{self.window} tokens"),
+            *((name.replace("_", " "), str(getattr(self, name))) for name in _FORMATS if getattr(self, name) != PLAIN),
         ]
         recorded = {key: value for key, value in self.provenance.items() if not isinstance(value, list)}
         rows += [(key.replace("_", " "), _as_text(value)) for key, value in recorded.items()]
@@ -190,7 +202,8 @@ class Plan:
         pattern = "".join(kind[0].upper() if isinstance(kind, str) else "M" for kind in self.kinds)
         counts = f"{len(self.retrieval_layers)} retrieval, {len(self.streaming_layers)} streaming"
         counts += f", {len(self.mixed_layers)} mixed" if self.mixed_layers else ""
-        return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}>"
+        formats = "".join(f", {name} {getattr(self, name)}" for name in _FORMATS if getattr(self, name) != PLAIN)
+        return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}{formats}>"
 
 
 def _checked_kinds(kinds) -> tuple[str | tuple[str, ...], ...]:

@@ -33,6 +33,7 @@ PLAN_FLOPS = 2e12  # about 3 ms on an H100
 PLAN_LEAST_KEYS = (
     64  # such backends need not serve a handful of keys (cuDNN once refused a single one): those never go there alone
 )
+QUANTISED_BLOCK = 16384  # keys of a quantised past that are widened at a time: 32 MiB of each in 16 bits for 8 heads of 128
 PLAN_KEYS = 65536  # the past goes to such a backend in blocks: its shapes repeat from chunk to chunk, a merge costs below 1 %
 
 
@@ -89,6 +90,8 @@ def attend(
     window: int = 0,
     scale: float | None = None,
     workspace: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """`ops.attention` without its lse, through the chosen backend. Attends, then appends, in place.
 
@@ -111,23 +114,29 @@ def attend(
     if (whole_chunk or not window) and host_knows and _is_regular(q, k_new, v_new):
         if not window and slots and past + q_len > slots:
             raise ValueError(f"a full cache of {slots} slots cannot take {q_len} tokens after {past}; nothing was written")
-        name = choose(q, k_new, held)
+        name = choose(q, k_new, held, quantised=k_scale is not None or v_scale is not None)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
     if name == "zigzag":
-        arguments = {"pad": pad, "scale": scale, "workspace": workspace}
+        arguments = {"pad": pad, "scale": scale, "workspace": workspace, **scales}
         if not whole_chunk:
             return ops.attention(q, k_new, v_new, k_cache, v_cache, seq_lens, sink=sink, window=window, **arguments)[0]
         # A ring is a full cache in another order. What this call appends to free slots is where the ring wants it.
         out, _ = ops.attention(q, k_new, v_new, k_cache, v_cache, seq_lens.clamp(max=slots), **arguments)
-        ops.append(k_new, v_new, k_cache, v_cache, seq_lens, pad=pad, sink=sink, window=window)
+        ops.append(k_new, v_new, k_cache, v_cache, seq_lens, pad=pad, sink=sink, window=window, **scales)
         return out
     ops.refuse_autograd(q, k_new, v_new)
     backend = BACKENDS[name]
-    if not window and held and backend.bottom_right:
+    if k_scale is not None or v_scale is not None:
+        # New tokens are attended as their codes: appended first, and read back like the past.
+        ops.append(k_new, v_new, k_cache, v_cache, seq_lens, sink=sink, window=window, **scales)
+        stored = _Stored((k_cache, v_cache), (k_scale, v_scale), q.dtype)
+        out = _attend_parts(backend, q, stored, held, stored.read(held, held + q_len), scale)
+    elif not window and held and backend.bottom_right:
         ops.append(k_new, v_new, k_cache, v_cache, seq_lens)
         keys, values = k_cache[:, :, : held + q_len], v_cache[:, :, : held + q_len]
         out = backend.call(q, keys, values, True, scale)[0]
     else:
-        out = _attend_parts(backend, q, (k_cache[:, :, :held], v_cache[:, :, :held]), (k_new, v_new), scale)
+        out = _attend_parts(backend, q, _Stored((k_cache, v_cache), (None, None), q.dtype), held, (k_new, v_new), scale)
         ops.append(k_new, v_new, k_cache, v_cache, seq_lens, sink=sink, window=window)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -148,17 +157,20 @@ def attend_heads(
     window: int = 0,
     scale: float | None = None,
     workspace: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """`ops.attention_heads`, or under `prefill_options(duo_attention=True)` what that says. Always our kernels."""
-    tensors, options = (heads, out, lse), {"pad": pad, "scale": scale, "workspace": workspace}
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    tensors, options = (heads, out, lse), {"pad": pad, "scale": scale, "workspace": workspace, **scales}
     if not (window > 0 and q.shape[2] > 1 and _options.get().whole_chunk):
         return ops.attention_heads(q, k_new, v_new, k_cache, v_cache, seq_lens, *tensors, sink=sink, window=window, **options)
     ops.attention_heads(q, k_new, v_new, k_cache, v_cache, seq_lens.clamp(max=k_cache.shape[2]), *tensors, **options)
     own = (new.index_select(1, heads) for new in (k_new, v_new))
-    ops.append(*own, k_cache, v_cache, seq_lens, pad=pad, sink=sink, window=window)
+    ops.append(*own, k_cache, v_cache, seq_lens, pad=pad, sink=sink, window=window, **scales)
 
 
-def choose(q: Tensor, k_new: Tensor, past: int) -> str:
+def choose(q: Tensor, k_new: Tensor, past: int, quantised: bool = False) -> str:
     """Name of the implementation that computes q [batch, num_q_heads, q_len, head_dim] over `past` keys and the chunk."""
     wanted = _options.get().backend or os.environ.get(ENVIRONMENT) or "auto"
     _known(wanted, ENVIRONMENT)
@@ -171,6 +183,8 @@ def choose(q: Tensor, k_new: Tensor, past: int) -> str:
         return "zigzag" if few and BACKENDS[wanted].plans else wanted
     if not q.is_cuda:
         return "zigzag"
+    if quantised:  # our kernels take 16 tokens a launch there, and re-read the cache for each
+        return "flash" if serves("flash", q.device, q.dtype, head_dim) else "zigzag"
     if q_len < SHORT_CHUNK:
         return "flash" if past + q_len >= LONG_CACHE and serves("flash", q.device, q.dtype, head_dim) else "zigzag"
     flops = 4 * batch * num_q_heads * q_len * (past + q_len / 2) * head_dim
@@ -179,14 +193,40 @@ def choose(q: Tensor, k_new: Tensor, past: int) -> str:
     return next(name for name in names if name == "zigzag" or plans or not BACKENDS[name].plans)
 
 
-def _attend_parts(backend, q: Tensor, past: tuple[Tensor, Tensor], chunk: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Attention over the past (dense) and the chunk (causal), each [batch, num_kv_heads, tokens, head_dim], merged."""
+@dataclass(frozen=True)
+class _Stored:
+    """Keys and values of a full cache [batch, num_kv_heads, slots, head_dim], plain or as codes with scales (else None)."""
+
+    caches: tuple[Tensor, Tensor]
+    scales: tuple[Tensor | None, Tensor | None]
+    dtype: torch.dtype
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether reading widens codes into scratch: at most QUANTISED_BLOCK tokens at a time."""
+        return any(scale is not None for scale in self.scales)
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return tuple(self._widen(c[:, :, start:stop], s, start, stop) for c, s in zip(self.caches, self.scales, strict=True))
+
+    def _widen(self, codes: Tensor, scale: Tensor | None, start: int, stop: int) -> Tensor:
+        if scale is None:
+            return codes
+        if codes.dtype == torch.uint8:
+            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.int8) - 8
+        return (codes.float() * scale[:, :, start:stop, None]).to(self.dtype)
+
+
+def _attend_parts(backend, q: Tensor, past: _Stored, held: int, chunk: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Attention over the `held` first tokens of the past (dense) and the chunk (causal), merged."""
     out, lse = _in_token_order(backend.call(q, *chunk, True, scale))
-    held = past[0].shape[2]
-    ends = [*range(PLAN_KEYS, held - PLAN_LEAST_KEYS + 1, PLAN_KEYS)] if backend.plans else []
+    if past.is_quantised:
+        ends = [*range(QUANTISED_BLOCK, held, QUANTISED_BLOCK)]
+    else:
+        ends = [*range(PLAN_KEYS, held - PLAN_LEAST_KEYS + 1, PLAN_KEYS)] if backend.plans else []
     ends += [held] if held else []
     for start, end in zip([0, *ends], ends, strict=False):
-        keys, values = (t[:, :, start:end] for t in past)
+        keys, values = past.read(start, end)
         out, lse = ops.merge_states(out, lse, *_in_token_order(backend.call(q, keys, values, False, scale)))
     return out.transpose(1, 2)
 

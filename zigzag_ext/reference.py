@@ -46,13 +46,66 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 
+MAX_CODE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0, torch.uint8: 7.0}  # uint8 holds two int4 codes
+
+
+def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scale of every vector of x [..., head_dim], as a cache of `dtype` holds them: x ~ code * scale.
+
+    dtype float8_e4m3fn or int8: codes [..., head_dim]; uint8: int4 codes, two a byte, [..., head_dim / 2]. Scale [...] float32:
+    the largest magnitude over the largest code. A vector below 2^-100 becomes zeros of scale 2^-24, one that is not finite
+    becomes zeros of scale infinity. Float32, every step rounded to nearest even: a kernel gives the same bits.
+    """
+    x = x.float()
+    amax = x.abs().amax(-1)
+    amax = torch.where(x.isfinite().all(-1), amax, torch.inf)
+    usual = (amax >= 2.0**-100) & amax.isfinite()
+    safe, max_code = torch.where(usual, amax, 1.0), MAX_CODE[dtype]
+    scale = torch.where(usual, safe / max_code, torch.where(amax.isfinite(), 2.0**-24, torch.inf))
+    inverse = torch.full_like(safe, max_code) / safe  # a division: torch turns `number / tensor` into two roundings
+    y = torch.where(usual[..., None], x * inverse[..., None], 0.0)
+    if dtype == torch.float8_e4m3fn:
+        return y.to(dtype), scale
+    if dtype == torch.int8:
+        return y.round().to(dtype), scale
+    nibble = (y.round() + 8).to(dtype)
+    return nibble[..., ::2] | nibble[..., 1::2] << 4, scale
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """The vectors that codes and scales stand for, [..., head_dim] in float64."""
+    if codes.dtype == torch.uint8:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).int() - 8
+    return codes.double() * scale.double()[..., None]
+
+
+def stored(x: Tensor, cache: Tensor) -> Tensor:
+    """What is attended of new keys or values x: themselves, or what their codes in a quantised cache stand for. Float64."""
+    return decode(*encode(x, cache.dtype)) if cache.dtype in MAX_CODE else x.double()
+
+
+def held(cache: Tensor, scale: Tensor | None) -> Tensor:
+    """Content of a cache in float64, [..., head_dim]."""
+    return cache.double() if scale is None else decode(cache, scale)
+
+
 def append_(
-    k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, pad: Tensor | None, sink: int, window: int
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    pad: Tensor | None,
+    sink: int,
+    window: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Writes the new tokens of each row to their slots; what a ring would overwrite within the chunk is never written.
 
     k_new, v_new [batch, num_kv_heads, q_len, head_dim]; k_cache, v_cache [batch, num_kv_heads, slots, head_dim];
     seq_lens [batch] tokens cached before; pad [batch] leading columns of the chunk to skip. Slots past the capacity are skipped.
+    A quantised cache is one of a dtype in `MAX_CODE`, with k_scale, v_scale [batch, num_kv_heads, slots]; see `encode`.
     """
     for b in range(k_new.shape[0]):
         first = int(pad[b]) if pad is not None else 0
@@ -61,8 +114,13 @@ def append_(
         if window and position.numel():
             keep &= (position < sink) | (position > position[-1] - window)
         slot = slot_of(position[keep], sink, window)
-        k_cache[b, :, slot] = k_new[b, :, first:][:, keep]
-        v_cache[b, :, slot] = v_new[b, :, first:][:, keep]
+        for cache, scale, new in ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new)):
+            vectors = new[b, :, first:][:, keep]
+            if scale is None:
+                cache[b, :, slot] = vectors
+            else:
+                codes, scale[b, :, slot] = encode(vectors, cache.dtype)
+                cache.view(torch.uint8)[b, :, slot] = codes.view(torch.uint8)
 
 
 def attention_(
@@ -78,11 +136,14 @@ def attention_(
     scale: float,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the new tokens over the cache and themselves, then append. Computes in float64.
 
     q [batch, num_q_heads, q_len, head_dim]; cos, sin as in `rotate`, or None; the rest as in `append_`. Returns out like q
-    and lse [batch, num_q_heads, q_len] float32 (natural logarithm); padding columns give 0 and -inf.
+    and lse [batch, num_q_heads, q_len] float32 (natural logarithm); padding columns give 0 and -inf. With a quantised cache
+    new tokens too are attended as their codes, so that every chunking of a prompt attends the same keys and values.
     """
     if cos is not None:
         q, k_new = rotate(q, cos, sin), rotate(k_new, cos, sin)
@@ -96,13 +157,17 @@ def attention_(
         old = position_of(k_cache.shape[2], length, sink, window, q.device) if k_cache.shape[2] else query[:0]
         used = old >= 0
         key = torch.cat([old[used], query])
-        k = torch.cat([k_cache[b][:, used], k_new[b, :, first:]], 1).double().repeat_interleave(group, 0)
-        v = torch.cat([v_cache[b][:, used], v_new[b, :, first:]], 1).double().repeat_interleave(group, 0)
+        parts = ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new))
+        k, v = (
+            torch.cat([held(cache[b], s if s is None else s[b])[:, used], stored(new[b, :, first:], cache)], 1)
+            for cache, s, new in parts
+        )
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
         logits = q[b, :, first:].double() @ k.transpose(1, 2) * scale
         logits = logits.masked_fill(~visible(key, query[:, None], sink, window), -torch.inf)
         lse[b, :, first:] = logits.logsumexp(-1)
         out[b, :, first:] = logits.softmax(-1) @ v
-    append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window)
+    append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window, k_scale, v_scale)
     return out.to(q.dtype), lse.float()
 
 
@@ -122,6 +187,8 @@ def attention_heads_(
     scale: float,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """`attention_` of the KV heads `heads` [n] and their query heads, whose out and lse it writes.
 
@@ -131,7 +198,7 @@ def attention_heads_(
     kv = heads.long()
     own = (kv[:, None] * group + torch.arange(group, device=kv.device)).flatten()
     tensors = (q[:, own], k_new[:, kv], v_new[:, kv], k_cache, v_cache, seq_lens, pad)
-    out[:, own], lse[:, own] = attention_(*tensors, sink, window, scale, cos, sin)
+    out[:, own], lse[:, own] = attention_(*tensors, sink, window, scale, cos, sin, k_scale, v_scale)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

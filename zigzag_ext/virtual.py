@@ -23,7 +23,8 @@ class GrowingBuffer:
     context, also by printing, copying or comparing the whole `tensor`: slice it to the committed slots first.
 
     Args:
-        batch, num_kv_heads, max_slots, head_dim: shape; reserving slots is free, 64 bits of addresses are many.
+        batch, num_kv_heads, max_slots, head_dim: shape; reserving slots is free, 64 bits of addresses are many. Without
+            head_dim (None) one number per slot, and no such dimension: the scales of a quantised cache.
         dtype: of the elements.
         device: "cpu" or a CUDA device.
 
@@ -38,9 +39,10 @@ class GrowingBuffer:
     """
 
     def __init__(
-        self, batch: int, num_kv_heads: int, max_slots: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+        self, batch: int, num_kv_heads: int, max_slots: int, head_dim: int | None, dtype: torch.dtype, device: torch.device | str
     ):
-        shape = (batch, num_kv_heads, max_slots, head_dim)
+        width = 1 if head_dim is None else head_dim
+        shape = (batch, num_kv_heads, max_slots, width)
         if min(shape) < 1:
             raise ValueError(f"a growing buffer needs batch, num_kv_heads, max_slots and head_dim of at least 1, got {shape}")
         self.device = torch.device(device)
@@ -49,19 +51,20 @@ class GrowingBuffer:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.slots, self.max_slots = 0, max_slots  # committed so far and at most
-        self._token_bytes = num_kv_heads * head_dim * dtype.itemsize
+        self._token_bytes = num_kv_heads * width * dtype.itemsize
         self._buffer = _C.VirtualBuffer(
             batch, max_slots * self._token_bytes, self.device.index if self.device.type == "cuda" else None, self._token_bytes
         )
-        shape = (batch, num_kv_heads, self._buffer.row_stride // self._token_bytes, head_dim)
-        strides = (self._buffer.row_stride // dtype.itemsize, head_dim, num_kv_heads * head_dim, 1)
+        shape = (batch, num_kv_heads, self._buffer.row_stride // self._token_bytes, width)
+        strides = (self._buffer.row_stride // dtype.itemsize, width, num_kv_heads * width, 1)
+        dims = 3 if head_dim is None else 4
         with torch.inference_mode(False):  # a buffer outlives the mode it was made in
-            self.tensor = self._all_elements(dtype).as_strided(shape, strides)
+            self.tensor = self._all_elements(dtype).as_strided(shape[:dims], strides[:dims])
 
     def _all_elements(self, dtype: torch.dtype) -> Tensor:
         """The reservation as a flat tensor, which keeps the buffer alive."""
         if self.device.type == "cpu":
-            return torch.frombuffer(self._buffer, dtype=dtype)
+            return torch.frombuffer(self._buffer, dtype=torch.uint8).view(dtype)
         self._commit(1)  # torch asks the driver whose memory an address is, which needs some memory there
         return torch.as_tensor(self._buffer, device=self.device).view(dtype)
 
@@ -79,7 +82,7 @@ class GrowingBuffer:
 
         Enough for attention on rows that hold `slots` tokens after the call. A ring is read whole, so commit it whole.
         """
-        batch, num_kv_heads, reserved, _ = self.tensor.shape
+        batch, num_kv_heads, reserved = self.tensor.shape[:3]
         if not 0 <= slots <= self.max_slots:
             raise ValueError(f"commit takes 0 to {self.max_slots} slots, got {slots}")
         if slots <= self.slots:
@@ -88,10 +91,15 @@ class GrowingBuffer:
         self._commit(min(read, reserved) * self._token_bytes)
         self.slots = slots
 
+    def narrow(self, slots: int) -> None:
+        """Leaves out reserved slots beyond `slots`, as buffers that belong together must have equally many."""
+        self.tensor = self.tensor[:, :, : max(slots, self.max_slots)]
+
     def with_batch(self, batch: int) -> "GrowingBuffer":
         """Another one for another number of rows, with memory for as many slots and nothing in it yet."""
-        _, num_kv_heads, _, head_dim = self.tensor.shape
+        num_kv_heads, _, head_dim = (*self.tensor.shape[1:], None)[:3]
         other = GrowingBuffer(batch, num_kv_heads, self.max_slots, head_dim, self.tensor.dtype, self.device)
+        other.narrow(self.tensor.shape[2])
         other.commit(self.slots)
         return other
 

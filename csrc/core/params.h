@@ -39,6 +39,14 @@ struct HeadMap {
   }
 };
 
+// The format of a key or value cache. Where it is not kPlain the cache holds codes, its strides count bytes, and new
+// tokens are attended as their codes too: they are the same keys whatever the chunking.
+struct KvStore {
+  KvFormat format;
+  float* scale;          // [batch, num_kv_heads, slots]; nullptr where the format is kPlain
+  Strides scale_stride;  // in floats
+};
+
 // Attention of `q_len` new tokens per row over the cache and over themselves, then append of those tokens to the cache.
 //
 // Row b holds seq_lens[b] tokens before the call. Of its q_len chunk columns the first pad[b] are padding: they are
@@ -65,8 +73,13 @@ struct AttentionParams {
   int sink;       // first tokens that a ring keeps for ever; ignored when window == 0
   int window;     // last tokens that a ring keeps, the newest one included; 0 marks a full cache
   float scale;    // factor on q . k before the softmax
-  DType dtype;    // of q, k, v, the caches and out
+  DType dtype;    // of q, k, v, plain caches and out
   Rotary rotary;  // what is attended and appended are the rotated keys; q_len <= kMaxDecodeQueries only
+  KvStore k_store, v_store;
+  // Where a launch serves a part of the call's columns: how many earlier launches have attended and appended, and how
+  // many later ones will. seq_lens and pad are those of the call; lse has columns_before + q_len + columns_after
+  // columns.
+  int columns_before, columns_after;
   HeadMap heads;
 
   // Query heads of lse, of which `group` share a KV head.
@@ -85,6 +98,7 @@ struct AppendParams {
   int batch, num_kv_heads, q_len, head_dim, slots, sink, window;
   DType dtype;
   HeadMap heads;
+  KvStore k_store, v_store;
 };
 
 // Merge of two partial attention states over disjoint key sets into the state over their union.
@@ -99,6 +113,11 @@ struct MergeParams {
   int head_dim;
   DType dtype;
 };
+
+template <class Params>
+constexpr bool is_quantised(const Params& p) {
+  return p.k_store.format != KvFormat::kPlain || p.v_store.format != KvFormat::kPlain;
+}
 
 static_assert(std::is_trivially_copyable_v<AttentionParams>);
 static_assert(std::is_trivially_copyable_v<AppendParams>);

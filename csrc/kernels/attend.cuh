@@ -367,7 +367,7 @@ struct SingleJob {
   // The first tile of each warp is known before the length: of a full cache it may turn out to lie past it.
   __device__ __forceinline__ Segment start() const {
     Segment segment;
-    segment.keys = locate_keys(p, blockIdx.z, blockIdx.y);
+    segment.keys = locate_keys<S>(p, blockIdx.z, blockIdx.y);
     segment.row_block = 0;
     segment.begin = device::cluster_rank();
     segment.end = S::kRing ? count_items<S>(p, segment.keys) : (p.slots + kTileKeys) / kTileKeys;

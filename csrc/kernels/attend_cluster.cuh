@@ -6,7 +6,7 @@
 namespace zigzag::attend {
 
 // Sends the calling warp's state to the blocks that merge it: unit u of the output is merged by block u % cluster. The
-// floats of a unit are ordered as the lanes hold them: 4 * (dim % 8) + dim / 8 within its 32 dims.
+// floats of a unit are ordered as the lanes hold them: S::out_dim() of two steps, both halves, for each g.
 template <class S>
 __device__ __forceinline__ void send_to_cluster(const Params& p, const State<S>& state, int rows) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void merge_unit(const Params& p, int unit, const Outp
   float out = odd ? high : low;
   out += __shfl_xor_sync(0xffffffffu, odd ? low : high, 8);
 
-  const int dim = unit % Units<S>::kPerRow * 32 + slice * 8 + quad;
+  const int dim = S::out_dim(unit % Units<S>::kPerRow * 2 + slice / 2, quad, slice % 2);
   const bool empty = total.y == 0.f || target.padding;
   if (dim < S::kHeadDim)
     reinterpret_cast<Element*>(target.out)[dim] = Element(empty ? 0.f : out * device::reciprocal_approx(total.y));

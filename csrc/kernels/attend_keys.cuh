@@ -31,6 +31,7 @@ struct Shape {
   using Element = Element_;
   static constexpr bool kRing = kRing_;
   static constexpr bool kSingle = kSingle_;
+  static constexpr bool kCodes = false;  // quantised caches: see CodeShape in attend_codes.cuh
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kRows = 8 * kRowTiles;  // rows of a block: N of the mma, times kRowTiles
@@ -48,6 +49,11 @@ struct Shape {
   // H100.
   static constexpr int kStages = kHeadDim > 64 ? 2 : 4;
   static_assert(kHeadDim % 16 == 0);
+
+  // The dim that a lane of group g holds in State::out[step], in its elements 0, 1 (half 0) or 2, 3 (half 1).
+  __device__ __forceinline__ static constexpr int out_dim(int step, int g, int half) {
+    return step * 16 + half * 8 + g;
+  }
 };
 
 // Rows of shared memory keep their 16-byte pieces swizzled: piece c of row r lies at place c ^ (r % 8). The 8 rows of
@@ -85,10 +91,11 @@ __device__ __forceinline__ RingLayout ring_layout(const AttentionParams& p) { re
 // Whether the one new token takes its slot's place in the list. Geometry only.
 template <class S>
 __device__ __forceinline__ bool in_place(const AttentionParams& p) {
-  return S::kSingle || (S::kRing && p.q_len == 1 && p.slots > 0);
+  return S::kSingle || (S::kRing && !S::kCodes && p.q_len == 1 && p.slots > 0);
 }
 
 // Everything but what needs the length and the padding: those are only asked for, so that loads can start behind them.
+template <class S>
 __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch, int kv_head) {
   Keys keys = {};
   keys.length = max(0, __ldg(p.seq_lens + batch));
@@ -96,14 +103,21 @@ __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch,
   keys.batch = batch;
   keys.kv_head = kv_head;
   keys.head = p.heads(kv_head);
-  keys.k = static_cast<const char*>(p.k_cache) + 2 * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
-  keys.v = static_cast<const char*>(p.v_cache) + 2 * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
+  constexpr int kUnit = S::kCodes ? 1 : 2;  // bytes per unit of a cache's stride
+  keys.k =
+      static_cast<const char*>(p.k_cache) + kUnit * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
+  keys.v =
+      static_cast<const char*>(p.v_cache) + kUnit * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
   keys.stored = p.slots;
   return keys;
 }
 
 template <class S>
 __device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys) {
+  if constexpr (S::kCodes) {  // to this launch's part of the columns
+    keys.first = max(keys.first, 0) - p.columns_before;
+    keys.length += max(0, -keys.first);
+  }
   keys.first = min(max(keys.first, 0), p.q_len);
   keys.fresh = p.q_len - keys.first;
   keys.slots_length = keys.length;
@@ -312,6 +326,7 @@ __device__ __forceinline__ void rotate_tile(const AttentionParams& p, const Keys
 // a ring would overwrite within this chunk and what lies past the capacity.
 template <class S>
 __device__ __forceinline__ void append_new_tokens(const AttentionParams& p, const Keys& keys, int thread, int count) {
+  if constexpr (S::kCodes) return S::append(p, keys, thread, count);
   const RingLayout layout = ring_layout(p);
   for (int i = thread; i < keys.fresh * 2 * S::kChunks; i += count) {
     const int token = i / (2 * S::kChunks), pair = i % S::kChunks;

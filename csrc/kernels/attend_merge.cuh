@@ -194,8 +194,8 @@ __device__ __forceinline__ void store_partial(const SharedLayout& layout, State<
       if (g == 0) norm[row] = make_float2(state.max[n][e], state.sum[n][e]);
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
-        out[row * (S::kHeadDim + 4) + step * 16 + g] = state.out[step][n][e];
-        out[row * (S::kHeadDim + 4) + step * 16 + g + 8] = state.out[step][n][e + 2];
+        out[row * (S::kHeadDim + 4) + S::out_dim(step, g, 0)] = state.out[step][n][e];
+        out[row * (S::kHeadDim + 4) + S::out_dim(step, g, 1)] = state.out[step][n][e + 2];
       }
     }
   }
@@ -230,7 +230,9 @@ __device__ __forceinline__ OutputRow output_row(const Params& p, const Segment& 
   const auto [column, group_head] = unpack_row<S>(p, segment, row);
   const int batch = segment.keys.batch, head = segment.keys.head * p.group + group_head;
   const int64_t offset = batch * p.out_stride.batch + head * p.out_stride.head + column * p.out_stride.token;
-  const int64_t row_index = (static_cast<int64_t>(batch) * p.lse_heads(p.group) + head) * p.q_len + column;
+  const int before = S::kCodes ? p.columns_before : 0, after = S::kCodes ? p.columns_after : 0;
+  const int64_t row_index =
+      (static_cast<int64_t>(batch) * p.lse_heads(p.group) + head) * (before + p.q_len + after) + before + column;
   return {static_cast<char*>(p.out) + 2 * offset, p.lse + row_index, column < segment.keys.first};
 }
 

@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "kernels/append/append.h"
+#include "kernels/attention_codes.h"
 #include "kernels/decode_full/decode_full.h"
 #include "kernels/decode_stream/decode_stream.h"
 #include "kernels/merge/merge.h"
@@ -148,6 +149,7 @@ void attention_cuda(const AttentionParams& p, void* stream) {
   check_params(p);
   check_cuda_dtype(p.dtype);
   if (p.batch == 0 || p.q_len == 0) return;
+  if (is_quantised(p)) return attention_codes_cuda(p, stream);
   switch (select_attention_kernel(p.window, p.q_len)) {
     case AttentionKernel::kDecodeFull: return decode_full_cuda(p, stream);
     case AttentionKernel::kDecodeStream: return decode_stream_cuda(p, stream);

@@ -16,6 +16,7 @@
 #include "device/cpu_buffer.h"
 #include "device/cpu_tile.h"
 #include "kernels/append/append_cpu.h"
+#include "kernels/kv_rows_cpu.h"
 #include "kernels/rotary_cpu.h"
 #include "kv/key_runs.h"
 
@@ -73,8 +74,8 @@ struct Worker {
   float* own_state;  // out, max, sum of a block whose keys are not split
   float *k_tile, *v_tile;
 
-  Worker(int max_rows, int head_dim) {
-    const int64_t tile = max_rows > kDirectRows ? static_cast<int64_t>(kTileKeys) * head_dim : 0;
+  Worker(int max_rows, int head_dim, bool needs_tile) {
+    const int64_t tile = needs_tile ? static_cast<int64_t>(kTileKeys) * head_dim : 0;
     const int64_t matrix = static_cast<int64_t>(max_rows) * head_dim;
     const int64_t scores = static_cast<int64_t>(max_rows) * kScorePitch;
     floats = allocate<float>(2 * tile + 2 * matrix + scores + 3 * max_rows);
@@ -99,17 +100,12 @@ struct Worker {
 };
 
 template <class T>
-inline void widen_rows(const T* from, int64_t stride, int rows, int head_dim, float* to) {
-  for (int r = 0; r < rows; ++r) {
-    for (int x = 0; x < head_dim; x += Vec::kWidth) Vec::load(from + r * stride + x).store(to + r * head_dim + x);
-  }
-}
-
-template <class T>
 class CpuAttention {
  public:
-  CpuAttention(const AttentionParams& params, int block_tokens)
+  CpuAttention(const AttentionParams& params, const ParallelFor& parallel, int block_tokens)
       : p_(params),
+        k_(p_, p_.k_store, p_.k_cache, p_.k_cache_stride, p_.k_new, p_.k_new_stride, parallel),
+        v_(p_, p_.v_store, p_.v_cache, p_.v_cache_stride, p_.v_new, p_.v_new_stride, parallel),
         plan_(make_plan(params, block_tokens)),
         partials_(allocate<float>(plan_.num_partials * plan_.partial_floats)),
         unfinished_(new std::atomic<int>[static_cast<std::size_t>(params.batch) * params.num_kv_heads]) {
@@ -154,7 +150,8 @@ class CpuAttention {
   }
 
   void work() {
-    Worker worker(std::min(plan_.block_tokens, p_.q_len) * plan_.group, p_.head_dim);
+    const int max_rows = std::min(plan_.block_tokens, p_.q_len) * plan_.group;
+    Worker worker(max_rows, p_.head_dim, max_rows > kDirectRows || !plain());
     for (int64_t index; (index = next_task_.fetch_add(1, std::memory_order_relaxed)) < plan_.num_tasks;) {
       const Task t = task(index);
       const bool split = plan_.rows[t.b].splits > 1;
@@ -208,17 +205,18 @@ class CpuAttention {
     }
   }
 
+  bool plain() const { return k_.is_plain() && v_.is_plain(); }
+
   void attend_keys(const Task& t, Worker& worker, const KeyRun& run, int row, int count) const {
-    const Strides& k_stride = run.cached ? p_.k_cache_stride : p_.k_new_stride;
-    const Strides& v_stride = run.cached ? p_.v_cache_stride : p_.v_new_stride;
-    const int head = run.cached ? t.head : p_.heads(t.head);
-    const T* k = static_cast<const T*>(run.cached ? p_.k_cache : p_.k_new) + offset(k_stride, t.b, head, row);
-    const T* v = static_cast<const T*>(run.cached ? p_.v_cache : p_.v_new) + offset(v_stride, t.b, head, row);
-    if (worker.block.rows <= kDirectRows) {
-      return attend_tile(worker.block, k, k_stride.token, v, v_stride.token, k + kTileKeys * k_stride.token);
+    const VectorRows k = k_.rows(run.cached, t.b, t.head, row), v = v_.rows(run.cached, t.b, t.head, row);
+    if (worker.block.rows <= kDirectRows && plain()) {
+      constexpr int64_t kSize = sizeof(T);
+      const auto elements = [](const char* data) { return reinterpret_cast<const T*>(data); };
+      return attend_tile(worker.block, elements(k.data), k.stride / kSize, elements(v.data), v.stride / kSize,
+                         elements(k.data + kTileKeys * k.stride));
     }
-    widen_rows(k, k_stride.token, count, p_.head_dim, worker.k_tile);
-    widen_rows(v, v_stride.token, count, p_.head_dim, worker.v_tile);
+    widen_rows<T>(k, count, p_.head_dim, worker.k_tile);
+    widen_rows<T>(v, count, p_.head_dim, worker.v_tile);
     attend_tile<float>(worker.block, worker.k_tile, p_.head_dim, worker.v_tile, p_.head_dim, nullptr);
   }
 
@@ -263,6 +261,7 @@ class CpuAttention {
   }
 
   const AttentionParams& p_;
+  const KvRows k_, v_;
   const AttentionPlan plan_;
   const Buffer<float> partials_;
   const std::unique_ptr<std::atomic<int>[]> unfinished_;  // [batch, num_kv_heads] tasks
@@ -273,10 +272,10 @@ class CpuAttention {
 inline void attention_blocks(const AttentionParams& p, const ParallelFor& parallel, int block_tokens) {
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    if (p.rotary.dim == 0) return CpuAttention<T>(p, block_tokens).run(parallel);
+    if (p.rotary.dim == 0) return CpuAttention<T>(p, parallel, block_tokens).run(parallel);
     const RotatedInputs<T> rotated(p, parallel);
     const AttentionParams after_rope = rotated.params();
-    CpuAttention<T>(after_rope, block_tokens).run(parallel);
+    CpuAttention<T>(after_rope, parallel, block_tokens).run(parallel);
   });
 }
 

@@ -132,3 +132,32 @@ def test_chunk_semantics_of_duo_attention(model):
     with torch.no_grad():
         torch.testing.assert_close(logits, twin(prompt(50)).logits, atol=2e-4, rtol=1e-4)
         assert (model(prompt(50)).logits - logits).abs().max() > 1e-2
+
+
+def test_quantised_heads(model):
+    """Heads that retrieve take `kv_format`, heads that stream `ring_kv_format`; 8 bits are near the plain result."""
+    plan = zz.Plan(KINDS, sink=SINK, window=WINDOW, kv_format="int8", ring_kv_format="fp8")
+    with torch.no_grad():
+        plain = model(prompt(60)).logits
+        cache = zz.ZigzagCache(model.config, plan, max_len=256)
+        logits = [model(chunk, past_key_values=cache).logits for chunk in prompt(60).split([40, *[1] * 20], 1)]
+    assert 0 < (torch.cat(logits, 1) - plain).norm() / plain.norm() < 0.2
+    full, ring = cache.layers[1].parts
+    assert full.keys.dtype == torch.int8 and ring.keys.dtype == torch.float8_e4m3fn
+    kinds = [line.split()[:2] for line in cache.memory_report().splitlines()]
+    assert ["retrieval", "heads"] in kinds and ["streaming", "heads"] in kinds
+
+
+def test_compiled_steps_are_two_calls_per_mixed_layer_without_copies(model):
+    cache, ids = zz.ZigzagCache(model.config, PLAN, max_len=4096), prompt(9)
+    with zz.zigzag(new_model("llama"), PLAN, max_len=640, compile=True) as compiled:
+        for batch in ({"input_ids": prompt(20)}, padded_prompt([20, 9, 3])):
+            assert generate(compiled, 200, **batch).equal(generate(model, 200, **batch))
+        ids = torch.cat([ids, generate(compiled, 4, ids, past_key_values=cache)], 1)
+        with torch.compiler.set_stance("fail_on_recompile"), torch.profiler.profile(profile_memory=True) as profile:
+            answer = generate(compiled, 3, ids, past_key_values=cache)
+    assert answer.equal(generate(model, 3, ids))
+    calls = [event.name for event in profile.events() if event.name.startswith("zigzag::attention")]
+    assert calls.count("zigzag::attention_") == 3 * 2 and calls.count("zigzag::attention_heads_") == 3 * 2 * 2
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 4096 * 2 * 64 * 4 / 10, "something as large as a cache was allocated"

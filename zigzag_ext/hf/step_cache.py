@@ -21,10 +21,10 @@ class _Part:
 
     def __init__(self, part: ZigzagLayer):
         self.keys, self.values, self.heads = part.keys, part.values, part.head_numbers
-        self.ring = {"sink": part.sink, "window": part.window}
+        self.own = {"sink": part.sink, "window": part.window, "k_scale": part.key_scales, "v_scale": part.value_scales}
         if not part.window:  # one compilation for every capacity
-            torch._dynamo.maybe_mark_dynamic(part.keys, 2)
-            torch._dynamo.maybe_mark_dynamic(part.values, 2)
+            for buffer in part.buffers.values():
+                torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
 
 class StepLayer(CacheLayerMixin):
@@ -50,11 +50,11 @@ class StepLayer(CacheLayerMixin):
         options = {"pad": shared.pad, "scale": scale, "workspace": workspace}
         if len(self.parts) == 1:
             part = self.parts[0]
-            return ops.attention(q, k, v, part.keys, part.values, shared.seq_lens, **options, **part.ring)[0]
+            return ops.attention(q, k, v, part.keys, part.values, shared.seq_lens, **options, **part.own)[0]
         out, lse = ops.new_output(q)
         for part in self.parts:
             tensors = (part.keys, part.values, shared.seq_lens, part.heads, out, lse)
-            ops.attention_heads(q, k, v, *tensors, **options, **part.ring)
+            ops.attention_heads(q, k, v, *tensors, **options, **part.own)
         return out
 
     def get_seq_length(self) -> Tensor:

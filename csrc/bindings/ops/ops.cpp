@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings/ops/cache_checks.h"
 #include "bindings/ops/device.h"
 #include "bindings/ops/tensor_checks.h"
 #include "kernels/attention.h"
@@ -31,7 +32,8 @@ const int32_t* pad_pointer(const std::optional<Tensor>& pad, int64_t batch, cons
 }
 
 void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
-             const Tensor& seq_lens, const std::optional<Tensor>& pad, int64_t sink, int64_t window) {
+             const Tensor& seq_lens, const std::optional<Tensor>& pad, int64_t sink, int64_t window,
+             const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
   ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
   const int64_t batch = k_new.size(0), heads = k_new.size(1), q_len = k_new.size(2), head_dim = k_new.size(3);
@@ -39,14 +41,16 @@ void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, co
   AppendParams p = {};
   p.k_new_stride = check_heads("k_new", k_new, {batch, heads, q_len, head_dim}, k_new);
   p.v_new_stride = check_heads("v_new", v_new, {batch, heads, q_len, head_dim}, k_new);
-  p.k_cache_stride = check_cache("k_cache", k_cache, {batch, heads, slots, head_dim}, k_new);
-  p.v_cache_stride = check_cache("v_cache", v_cache, {batch, heads, slots, head_dim}, k_new);
+  check_cache("k_cache", k_cache, "k_scale", k_scale, heads, k_new, slots, p.k_store, p.k_cache_stride);
+  check_cache("v_cache", v_cache, "v_scale", v_scale, heads, k_new, slots, p.v_store, p.v_cache_stride);
   p.seq_lens = check_lengths("seq_lens", seq_lens, batch, k_new);
   p.pad = pad_pointer(pad, batch, k_new);
   p.k_new = k_new.const_data_ptr();
   p.v_new = v_new.const_data_ptr();
   p.k_cache = k_cache.mutable_data_ptr();
   p.v_cache = v_cache.mutable_data_ptr();
+  p.k_store.scale = scale_pointer(k_scale);
+  p.v_store.scale = scale_pointer(v_scale);
   p.batch = to_int("batch", batch);
   p.num_kv_heads = to_int("num_kv_heads", heads);
   p.q_len = to_int("q_len", q_len);
@@ -64,7 +68,7 @@ void attend(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Ten
             const Tensor& seq_lens, const std::optional<Tensor>& pad, const std::optional<Tensor>& cos,
             const std::optional<Tensor>& sin, const std::optional<Tensor>& heads,
             std::optional<std::tuple<Tensor, Tensor>>& result, const Tensor& workspace, int64_t sink, int64_t window,
-            double scale) {
+            double scale, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   ZZ_CHECK(q.dim() == 4, "q must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(q));
   ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
   ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
@@ -75,8 +79,8 @@ void attend(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Ten
   p.q_stride = check_heads("q", q, {batch, q_heads, q_len, head_dim}, q);
   p.k_new_stride = check_heads("k_new", k_new, {batch, kv_heads, q_len, head_dim}, q);
   p.v_new_stride = check_heads("v_new", v_new, {batch, kv_heads, q_len, head_dim}, q);
-  p.k_cache_stride = check_cache("k_cache", k_cache, {batch, cache_heads, slots, head_dim}, q);
-  p.v_cache_stride = check_cache("v_cache", v_cache, {batch, cache_heads, slots, head_dim}, q);
+  check_cache("k_cache", k_cache, "k_scale", k_scale, cache_heads, q, slots, p.k_store, p.k_cache_stride);
+  check_cache("v_cache", v_cache, "v_scale", v_scale, cache_heads, q, slots, p.v_store, p.v_cache_stride);
   p.seq_lens = check_lengths("seq_lens", seq_lens, batch, q);
   p.pad = pad_pointer(pad, batch, q);
   p.batch = to_int("batch", batch);
@@ -108,13 +112,16 @@ void attend(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Ten
                    torch::stable::new_empty(q, {batch, q_heads, q_len}, ScalarType::Float));
   }
   auto& [out, lse] = *result;
-  p.out_stride = check_cache("out", out, {batch, q_heads, q_len, head_dim}, q);
+  p.out_stride = check_heads("out", out, {batch, q_heads, q_len, head_dim}, q);
+  check_written("out", out);
   check_lse(lse, {batch, q_heads, q_len}, q);
   p.q = q.const_data_ptr();
   p.k_new = k_new.const_data_ptr();
   p.v_new = v_new.const_data_ptr();
   p.k_cache = k_cache.mutable_data_ptr();
   p.v_cache = v_cache.mutable_data_ptr();
+  p.k_store.scale = scale_pointer(k_scale);
+  p.v_store.scale = scale_pointer(v_scale);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   run(q, p, attention_cuda, attention_cpu);
@@ -123,10 +130,11 @@ void attend(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Ten
 std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
                                       const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
                                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                                      const Tensor& workspace, int64_t sink, int64_t window, double scale) {
+                                      const Tensor& workspace, int64_t sink, int64_t window, double scale,
+                                      const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   std::optional<std::tuple<Tensor, Tensor>> result;
   attend(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, std::nullopt, result, workspace, sink, window,
-         scale);
+         scale, k_scale, v_scale);
   return *result;
 }
 
@@ -134,9 +142,10 @@ void attention_heads_(const Tensor& q, const Tensor& k_new, const Tensor& v_new,
                       const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const Tensor& heads,
                       const Tensor& out, const Tensor& lse, const Tensor& workspace, int64_t sink, int64_t window,
-                      double scale) {
+                      double scale, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   std::optional<std::tuple<Tensor, Tensor>> result(std::in_place, out, lse);
-  attend(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, result, workspace, sink, window, scale);
+  attend(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, result, workspace, sink, window, scale,
+         k_scale, v_scale);
 }
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
@@ -182,15 +191,17 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY(zigzag, m) {
   m.def(
       "append_(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? pad, "
-      "int sink, int window) -> ()");
+      "int sink, int window, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()");
   m.def(
       "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
       "Tensor? pad, Tensor? cos, Tensor? sin, "
-      "Tensor(c!) workspace, int sink, int window, float scale) -> (Tensor, Tensor)");
+      "Tensor(c!) workspace, int sink, int window, float scale, Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) "
+      "-> (Tensor, Tensor)");
   m.def(
       "attention_heads_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
       "Tensor? pad, Tensor? cos, Tensor? sin, Tensor heads, Tensor(c!) out, Tensor(d!) lse, "
-      "Tensor(e!) workspace, int sink, int window, float scale) -> ()");
+      "Tensor(e!) workspace, int sink, int window, float scale, Tensor(f!)? k_scale=None, Tensor(g!)? v_scale=None) "
+      "-> ()");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 }
 

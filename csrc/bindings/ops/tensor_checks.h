@@ -50,35 +50,38 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
   ZZ_CHECK(same, name, " must have shape ", expected, "], got ", shape_string(tensor));
 }
 
-inline void check_same(const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
-  ZZ_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name);
+inline void check_device(const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
   ZZ_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
            " must be on the device of ", like_name);
 }
 
-// [batch, heads, tokens, head_dim] with the dtype and device of `like`; returns its strides.
-inline Strides check_heads(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
-                           const Tensor& like) {
+inline void check_same(const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
+  ZZ_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name);
+  check_device(name, tensor, like_name, like);
+}
+
+// [batch, heads, tokens, head_dim] on the device of `like`; returns its strides. On CUDA every row must start at a
+// multiple of 16 bytes, that is of `granule` elements.
+inline Strides check_layout(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+                            const Tensor& like, int64_t granule) {
   check_shape(name, tensor, shape);
-  check_same(name, tensor, "q", like);
+  check_device(name, tensor, "q", like);
   ZZ_CHECK(tensor.stride(3) == 1 || tensor.size(3) == 1, name, " must be contiguous in head_dim, its stride there is ",
            tensor.stride(3));
   const Strides strides{tensor.stride(0), tensor.stride(1), tensor.stride(2)};
   bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  for (int64_t dim = 0; dim < 3; ++dim) aligned = aligned && (tensor.size(dim) <= 1 || tensor.stride(dim) % 8 == 0);
+  for (int64_t dim = 0; dim < 3; ++dim)
+    aligned = aligned && (tensor.size(dim) <= 1 || tensor.stride(dim) % granule == 0);
   ZZ_CHECK(!tensor.is_cuda() || aligned || tensor.numel() == 0, name,
            " must start at a multiple of 16 bytes in every row on CUDA; call .contiguous() on it");
   return strides;
 }
 
-// As check_heads, for a tensor the op writes to: no two elements may share memory.
-inline Strides check_cache(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+// As check_layout, with the dtype of `like`.
+inline Strides check_heads(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
                            const Tensor& like) {
-  const Strides strides = check_heads(name, tensor, shape, like);
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    ZZ_CHECK(tensor.size(dim) <= 1 || tensor.stride(dim) > 0, name, " is written to and must not be an expanded view");
-  }
-  return strides;
+  check_same(name, tensor, "q", like);
+  return check_layout(name, tensor, shape, like, 8);
 }
 
 // int32 [batch] on the device of `like`.

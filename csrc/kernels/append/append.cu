@@ -1,6 +1,8 @@
-// Append on CUDA: a copy of rows to their slots. Both supported dtypes are 2 bytes wide, so one kernel moves both.
+// Append on CUDA. Plain caches: a copy of rows to their slots; both supported dtypes are 2 bytes wide, so one kernel
+// moves both. Quantised caches: a warp encodes one vector.
 #include "device/launch.h"
 #include "kernels/append/append.h"
+#include "kv/codec_cuda.cuh"
 #include "kv/ring.h"
 
 namespace zigzag {
@@ -50,10 +52,70 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   copy_16(p.v_cache, offset(p.v_cache_stride, head, slot), p.v_new, offset(p.v_new_stride, new_head, column));
 }
 
+// A vector of at most 256 elements, eight a lane: lane i holds elements 8 i on.
+template <class Format, class Element>
+__device__ __forceinline__ void store_codes(uint4 piece, bool held, char* row, float* scale) {
+  const auto encoded = EncodedPiece<Format>::template encode<Element>(piece);
+  Quad<Format>* quads = reinterpret_cast<Quad<Format>*>(row) + threadIdx.x % 32 * 2;
+  if (held) quads[0] = encoded.low, quads[1] = encoded.high;
+  if (threadIdx.x % 32 == 0) *scale = encoded.scale;
+}
+
+// Grid (tokens, num_kv_heads, batch): a warp per token stores K, then V, either of which may be plain.
+template <class Element>
+__global__ void __launch_bounds__(kThreads) append_codes_kernel(const __grid_constant__ AppendParams p) {
+  const int head = blockIdx.y, batch = blockIdx.z, lane = threadIdx.x % 32;
+  const int candidate = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  if (candidate >= candidate_tokens(p)) return;
+  const int length = max(0, p.seq_lens[batch]);
+  const int pad = p.pad == nullptr ? 0 : max(0, p.pad[batch]);
+  const int column = candidate_column(p, candidate, length, pad);
+  if (column < 0) return;
+  const int slot = RingLayout{p.sink, p.window}.slot(length + column - pad);
+  if (slot >= p.slots) return;
+
+  const auto offset = [&](const Strides& stride, int head, int token) {
+    return batch * stride.batch + head * stride.head + token * stride.token;
+  };
+  const bool held = lane < p.head_dim / 8;
+  const auto store = [&](const void* from, const Strides& from_stride, const KvStore& to, void* cache,
+                         const Strides& to_stride) {
+    uint4 piece = make_uint4(0, 0, 0, 0);
+    const uint16_t* source = static_cast<const uint16_t*>(from) + offset(from_stride, p.heads(head), column);
+    if (held) piece = reinterpret_cast<const uint4*>(source)[lane];
+    const int64_t at = offset(to_stride, head, slot);
+    if (to.format == KvFormat::kPlain) {
+      if (held) reinterpret_cast<uint4*>(static_cast<uint16_t*>(cache) + at)[lane] = piece;
+      return;
+    }
+    char* row = static_cast<char*>(cache) + at;
+    float* scale = to.scale + offset(to.scale_stride, head, slot);
+    switch (to.format) {
+      case KvFormat::kFp8: return store_codes<Fp8, Element>(piece, held, row, scale);
+      case KvFormat::kInt8: return store_codes<Int8, Element>(piece, held, row, scale);
+      case KvFormat::kInt4: return store_codes<Int4, Element>(piece, held, row, scale);
+      default: return;
+    }
+  };
+  store(p.k_new, p.k_new_stride, p.k_store, p.k_cache, p.k_cache_stride);
+  store(p.v_new, p.v_new_stride, p.v_store, p.v_cache, p.v_cache_stride);
+}
+
+void append_codes(const AppendParams& p, void* stream) {
+  constexpr int kTokens = kThreads / 32;
+  device::LaunchConfig config;
+  config.block = dim3(kThreads);
+  config.grid = dim3(static_cast<unsigned>((candidate_tokens(p) + kTokens - 1) / kTokens),
+                     static_cast<unsigned>(p.num_kv_heads), static_cast<unsigned>(p.batch));
+  const bool bf16 = p.dtype == DType::kBFloat16;
+  device::launch(bf16 ? append_codes_kernel<__nv_bfloat16> : append_codes_kernel<__half>, config, p, stream);
+}
+
 }  // namespace
 
 void append_kernel_cuda(const AppendParams& p, void* stream) {
   if (p.slots == 0) return;
+  if (is_quantised(p)) return append_codes(p, stream);
   const unsigned chunks = static_cast<unsigned>(p.head_dim) / 8;
   const unsigned tokens = kThreads / chunks;
   device::LaunchConfig config;

@@ -59,7 +59,7 @@ struct Job {
   unsigned at, stop;  // tiles, numbered through all row groups: the run is done up to `at` and ends at `stop`
 
   __device__ __forceinline__ Keys find_keys(int batch, int kv_head) const {
-    Keys keys = locate_keys(p, batch, kv_head);
+    Keys keys = locate_keys<S>(p, batch, kv_head);
     settle_keys<S>(p, keys);
     return keys;
   }
@@ -215,30 +215,38 @@ void configure(Params& p, device::LaunchConfig& config, int cluster) {
   }
 }
 
-template <class Element, int kHeadDim, int kRowTiles>
-void launch_shape(const AttentionParams& a, void* stream) {
-  using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
-  using Single = Shape<Element, kHeadDim, kRowTiles, false, kRowTiles <= 2>;  // one token is at most 16 rows
+// Launches `split`, or `in_cluster` where a cluster per row group fills the GPU.
+template <class Split>
+void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_cluster)(Params), void* stream) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
   Params p = {a, {}, group, (rows + Split::kRows - 1) / Split::kRows, 0};
   const int groups = a.batch * p.num_kv_heads * p.row_blocks;
   const bool modern = device.arch >= 90 && !options.force_plain;
-  const auto kernel = a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>;
 
   // Blocks on at least nearly half of the SMs saturate the memory; a second wave of clusters would not. 16 comes last,
   // for few row groups: few places of a GPU take such a cluster.
   device::LaunchConfig config = {};
-  config.dependent_launch = modern && options.dependent_launch;
+  // A launch that reads what the one before it appended must not start early.
+  const bool whole = a.columns_before + a.columns_after == 0;
+  config.dependent_launch = modern && options.dependent_launch && whole;
   for (const int cluster : {8, 4, 2, 16}) {
     if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1)) continue;
     if (groups * cluster * 9 / 4 < device.sm_count || groups * cluster > device.sm_count) continue;
     configure<Split>(p, config, cluster);
-    if (groups <= device::max_active_clusters(kernel, config)) return device::launch(kernel, config, p, stream);
+    if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
   }
   configure<Split>(p, config, 1);
-  device::launch(decode_full_kernel<Split>, config, p, stream);
+  device::launch(split, config, p, stream);
+}
+
+template <class Element, int kHeadDim, int kRowTiles>
+void launch_shape(const AttentionParams& a, void* stream) {
+  using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
+  using Single = Shape<Element, kHeadDim, kRowTiles, false, kRowTiles <= 2>;  // one token is at most 16 rows
+  launch_kernels<Split>(a, decode_full_kernel<Split>,
+                        a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>, stream);
 }
 
 template <class Element>

@@ -23,7 +23,7 @@ struct Job {
 
   __device__ __forceinline__ Segment start() const {
     Segment segment;
-    segment.keys = locate_keys(p, blockIdx.z, blockIdx.y);
+    segment.keys = locate_keys<S>(p, blockIdx.z, blockIdx.y);
     settle_keys<S>(p, segment.keys);
     segment.row_block = 0;
     const int items = count_items<S>(p, segment.keys);
@@ -67,16 +67,15 @@ inline int choose_cluster_log2(int tiles, int heads, int sm_count) {
   return log2;
 }
 
-template <class Element, int kHeadDim, int kRowTiles>
-void launch_shape(const AttentionParams& a, void* stream) {
-  using S = Shape<Element, kHeadDim, kRowTiles, true, false>;
-  using Single = Shape<Element, kHeadDim, kRowTiles, true, true>;
+// Launches `one_token` where a cluster attends one new token over a list in place, else `any`.
+template <class S>
+void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   const bool modern = device.arch >= 90 && !options.force_plain;
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
   const int heads = a.batch * a.num_kv_heads;
-  const int tiles = (a.slots + (a.q_len > 1 || a.slots == 0 ? a.q_len : 0) + kTileKeys - 1) / kTileKeys;
+  const int tiles = (a.slots + (S::kCodes || a.q_len > 1 || a.slots == 0 ? a.q_len : 0) + kTileKeys - 1) / kTileKeys;
 
   Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0};
   if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
@@ -95,9 +94,18 @@ void launch_shape(const AttentionParams& a, void* stream) {
   config.block = dim3(static_cast<unsigned>(32 * warps));
   config.shared_bytes = p.layout.total;
   config.cluster = p.cluster();
-  config.dependent_launch = modern && options.dependent_launch;
+  // A launch that reads what the one before it appended must not start early.
+  const bool whole = a.columns_before + a.columns_after == 0;
+  config.dependent_launch = modern && options.dependent_launch && whole;
   const bool single = a.q_len == 1 && a.slots > 0 && p.cluster() > 1;
-  device::launch(single ? decode_stream_kernel<Single> : decode_stream_kernel<S>, config, p, stream);
+  device::launch(single ? one_token : any, config, p, stream);
+}
+
+template <class Element, int kHeadDim, int kRowTiles>
+void launch_shape(const AttentionParams& a, void* stream) {
+  using S = Shape<Element, kHeadDim, kRowTiles, true, false>;
+  using Single = Shape<Element, kHeadDim, kRowTiles, true, true>;
+  launch_kernels<S>(a, decode_stream_kernel<S>, decode_stream_kernel<Single>, stream);
 }
 
 template <class Element>

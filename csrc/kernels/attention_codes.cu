@@ -1,0 +1,73 @@
+// Attention over quantised caches on CUDA: the choice of kernel, and chunks in parts.
+#include <algorithm>
+
+#include "core/error.h"
+#include "kernels/attention.h"
+#include "kernels/attention_codes.h"
+#include "kv/formats.h"
+
+namespace zigzag {
+namespace decode_full {
+template <class KFormat, class VFormat>
+void launch_decode_full_codes(const AttentionParams&, void* stream);
+}  // namespace decode_full
+namespace decode_stream {
+template <class KFormat, class VFormat>
+void launch_decode_stream_codes(const AttentionParams&, void* stream);
+}  // namespace decode_stream
+
+namespace {
+
+// f(K format, V format): the pairs that are compiled, one .cu file each in decode_full/ and decode_stream/.
+template <class F>
+void dispatch_pair(const AttentionParams& p, F&& f) {
+  const KvFormat k = p.k_store.format, v = p.v_store.format;
+  if (k == KvFormat::kFp8 && v == KvFormat::kFp8) return f(Fp8{}, Fp8{});
+  if (k == KvFormat::kInt8 && v == KvFormat::kInt8) return f(Int8{}, Int8{});
+  if (k == KvFormat::kInt4 && v == KvFormat::kInt4) return f(Int4{}, Int4{});
+  if (k == KvFormat::kInt8 && v == KvFormat::kInt4) return f(Int8{}, Int4{});
+  if (k == KvFormat::kFp8 && v == KvFormat::kInt4) return f(Fp8{}, Int4{});
+  throw Error(concat("keys of format ", name(k), " with values of format ", name(v),
+                     " are not supported on CUDA; supported: fp8, int8 and int4 for both, and keys fp8 or int8 with "
+                     "values int4 (every pair on the CPU)"));
+}
+
+void launch(const AttentionParams& p, void* stream) {
+  dispatch_pair(p, [&](auto k, auto v) {
+    if (p.window == 0) return decode_full::launch_decode_full_codes<decltype(k), decltype(v)>(p, stream);
+    decode_stream::launch_decode_stream_codes<decltype(k), decltype(v)>(p, stream);
+  });
+}
+
+const void* advance(const void* data, int64_t elements) { return static_cast<const char*>(data) + 2 * elements; }
+
+// The launch for columns [begin, begin + count) of the call.
+AttentionParams part(const AttentionParams& p, int begin, int count) {
+  AttentionParams piece = p;
+  piece.q = advance(p.q, begin * p.q_stride.token);
+  piece.k_new = advance(p.k_new, begin * p.k_new_stride.token);
+  piece.v_new = advance(p.v_new, begin * p.v_new_stride.token);
+  piece.out = const_cast<void*>(advance(p.out, begin * p.out_stride.token));
+  piece.q_len = count;
+  piece.columns_before = begin;
+  piece.columns_after = p.q_len - begin - count;
+  return piece;
+}
+
+}  // namespace
+
+void attention_codes_cuda(const AttentionParams& p, void* stream) {
+  const bool int4 = p.k_store.format == KvFormat::kInt4 || p.v_store.format == KvFormat::kInt4;
+  ZZ_CHECK(!int4 || p.head_dim % 32 == 0, "int4 on CUDA needs a head_dim that is a multiple of 32; got ", p.head_dim);
+  for (const int64_t stride : {p.k_store.scale_stride.token, p.v_store.scale_stride.token}) {
+    ZZ_CHECK(stride >= 0 && stride < (int64_t{1} << 30), "token strides of the scales must be below 2^30, got ",
+             stride);
+  }
+  ZZ_CHECK(p.slots > 0 || p.q_len <= kMaxDecodeQueries, "more than ", kMaxDecodeQueries,
+           " new tokens over a quantised cache on CUDA need a cache with slots; got ", p.q_len, " tokens and 0 slots");
+  for (int begin = 0; begin < p.q_len; begin += kMaxDecodeQueries) {
+    launch(part(p, begin, std::min(kMaxDecodeQueries, p.q_len - begin)), stream);
+  }
+}
+
+}  // namespace zigzag

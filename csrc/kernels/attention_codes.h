@@ -1,0 +1,13 @@
+// Attention over quantised caches on CUDA. A chunk longer than kMaxDecodeQueries runs as several launches of the decode
+// kernels, each of which appends before the next one reads: a prompt needs no scratch, and every chunking attends the
+// same codes.
+#pragma once
+
+#include "core/params.h"
+
+namespace zigzag {
+
+// Throws zigzag::Error on a pair of formats, a head_dim or an empty cache that no kernel serves.
+void attention_codes_cuda(const AttentionParams& params, void* stream);
+
+}  // namespace zigzag

@@ -1,0 +1,216 @@
+// A tile of 16 quantised keys or values in shared memory, and how it gets there: cached codes by cp.async, 16 bytes at
+// a time, new tokens encoded on the way.
+#pragma once
+
+#include "kernels/attend_keys.cuh"
+#include "kv/codec_cuda.cuh"
+
+namespace zigzag::attend {
+
+// Rows of `kBytes` bytes at a pitch of a power of two, their 16-byte pieces swizzled so that neither 8 rows at one
+// piece (keys) nor every second row at two neighbouring pieces (values) meet on a bank.
+template <class Format_, int kHeadDim>
+struct CodeTile {
+  using Format = Format_;
+  static constexpr int kRowBytes = kHeadDim * Format::kBits / 8;
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kPitch = kRowBytes > 128 ? 256 : kRowBytes > 64 ? 128 : kRowBytes > 32 ? 64 : 32;
+  static constexpr int kBytes = kTileKeys * kPitch;
+  static_assert(kRowBytes % 16 == 0 && kRowBytes <= 256);
+
+  // Byte `byte` of row `row`.
+  __device__ __forceinline__ static int place(int row, int byte) {
+    int turn = row % 8;                                                   // whole 128-byte lines
+    if constexpr (kPitch == 64) turn = row / 2 % 4 | (row / 2 % 2) << 2;  // two rows a line
+    if constexpr (kPitch == 32) turn = row / 4 % 2;                       // four rows a line
+    return (row * kPitch + byte) ^ (turn << 4);
+  }
+};
+
+// Codes and scales of the keys or of the values of one (batch, KV head).
+struct CodeSource {
+  char* codes;
+  float* scale;
+  int64_t step, scale_step;  // from slot to slot, in bytes and in floats
+};
+
+__device__ __forceinline__ CodeSource code_source(const AttentionParams& p, const Keys& keys, bool is_v) {
+  const KvStore& store = is_v ? p.v_store : p.k_store;
+  float* scale = store.scale + keys.batch * store.scale_stride.batch + keys.kv_head * store.scale_stride.head;
+  return {const_cast<char*>(is_v ? keys.v : keys.k), scale, is_v ? p.v_cache_stride.token : p.k_cache_stride.token,
+          store.scale_stride.token};
+}
+
+// Column `column` of the chunk as codes, one warp together: K after RoPE, or V.
+template <class Format, class Element>
+struct NewVector {
+  EncodedPiece<Format> codes;
+  QuadPair quads;
+  bool held;  // whether this lane holds a piece
+
+  template <class S>
+  __device__ __forceinline__ static NewVector load(const AttentionParams& p, const Keys& keys, bool is_v, int column) {
+    const int pair = threadIdx.x % 32, turning = is_v ? 0 : turning_pairs(p);
+    NewVector vector;
+    vector.quads = quads_of(pair, turning);
+    vector.held = pair < S::kChunks;
+    uint4 piece = make_uint4(0, 0, 0, 0);
+    if (vector.held) {
+      const int64_t step = is_v ? p.v_new_stride.token : p.k_new_stride.token;
+      piece = load_pair(new_tokens(p, keys, is_v) + 2 * column * step, vector.quads);
+      if (pair < turning) {
+        Turn<Element> turn;
+        turn.load(p, keys.batch, column, vector.quads);
+        piece = turn.apply(p, piece);
+      }
+    }
+    __syncwarp();
+    vector.codes = EncodedPiece<Format>::template encode<Element>(piece);
+    return vector;
+  }
+
+  // Where the codes of a quad lie in their vector.
+  __device__ __forceinline__ static int byte_of(int quad) { return quad * Format::kBits / 2; }
+
+  __device__ __forceinline__ void append(const CodeSource& to, int slot) const {
+    char* row = to.codes + slot * to.step;
+    if (held) {
+      *reinterpret_cast<Quad<Format>*>(row + byte_of(quads.low)) = codes.low;
+      *reinterpret_cast<Quad<Format>*>(row + byte_of(quads.high)) = codes.high;
+    }
+    if (threadIdx.x % 32 == 0) to.scale[slot * to.scale_step] = codes.scale;
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ void stage(char* tile, float* scales, int row) const {
+    if (held) {
+      *reinterpret_cast<Quad<Format>*>(tile + Tile::place(row, byte_of(quads.low))) = codes.low;
+      *reinterpret_cast<Quad<Format>*>(tile + Tile::place(row, byte_of(quads.high))) = codes.high;
+    }
+    if (threadIdx.x % 32 == 0) scales[row] = codes.scale;
+  }
+};
+
+// The pieces of a tile that a lane copies: `kStep` rows apart, the first at row `row`, byte `byte`. Where a row's
+// pieces do not divide a warp, a piece's row is worked out on its own.
+template <class Tile>
+struct TilePieces {
+  static constexpr int kPieces = kTileKeys * Tile::kChunks;
+  static constexpr bool kEven = 32 % Tile::kChunks == 0;
+
+  __device__ __forceinline__ static int row(int i) {
+    return kEven ? threadIdx.x % 32 / Tile::kChunks + i / Tile::kChunks : (threadIdx.x % 32 + i) / Tile::kChunks;
+  }
+  __device__ __forceinline__ static int byte(int i) {
+    return (kEven ? threadIdx.x % 32 : threadIdx.x % 32 + i) % Tile::kChunks * 16;
+  }
+  __device__ __forceinline__ static bool exists(int i) { return i + 32 <= kPieces || threadIdx.x % 32 + i < kPieces; }
+
+  // Starts the copy of the tile whose rows begin at `codes`.
+  __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile) {
+#pragma unroll
+    for (int i = 0; i < kPieces; i += 32) {
+      if (!exists(i)) break;
+      device::cp_async_16(tile + Tile::place(row(i), byte(i)), codes + static_cast<int64_t>(row(i)) * step + byte(i),
+                          true);
+    }
+  }
+
+  // The same for the first `rows` rows. The others become zeros, but for [encoded, encoded_end), which stay as they
+  // are. `nowhere` is an address that exists, also where there is no cache.
+  __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile, int rows, int encoded,
+                                              int encoded_end, const void* nowhere) {
+#pragma unroll 1
+    for (int i = 0; i < kPieces; i += 32) {
+      if (!exists(i)) break;
+      const int at = row(i);
+      if (at >= encoded && at < encoded_end) continue;
+      const void* source = at < rows ? codes + static_cast<int64_t>(at) * step + byte(i) : nowhere;
+      device::cp_async_16_reused(tile + Tile::place(at, byte(i)), source, at < rows);
+    }
+  }
+};
+
+// f(tile type, is_v) for the keys and for the values; where their formats are the same, as one piece of code.
+template <class S, class F>
+__device__ __forceinline__ void for_keys_and_values(const F& f) {
+  if constexpr (std::is_same_v<typename S::KTile, typename S::VTile>) {
+#pragma unroll 1
+    for (int is_v = 0; is_v < 2; ++is_v) f(typename S::KTile{}, is_v != 0);
+  } else {
+    f(typename S::KTile{}, false);
+    f(typename S::VTile{}, true);
+  }
+}
+
+// Where a lane reads the codes of a segment: slot 0 of the keys and values, and of the scales of the keys (lanes 0 ..
+// 15) or of the values.
+struct CodeReader {
+  const char *k, *v;
+  const float* scale;
+  int k_step, v_step, scale_step;  // from slot to slot, in bytes and in floats; fit: check_strides()
+
+  __device__ __forceinline__ void attach(const AttentionParams& p, const Keys& keys) {
+    const CodeSource scales = code_source(p, keys, threadIdx.x % 32 >= kTileKeys);
+    k = keys.k, v = keys.v, scale = scales.scale + threadIdx.x % kTileKeys * scales.scale_step;
+    k_step = static_cast<int>(p.k_cache_stride.token), v_step = static_cast<int>(p.v_cache_stride.token);
+    scale_step = static_cast<int>(scales.scale_step);
+  }
+};
+
+// Starts the copy of a tile of the list: codes of keys, codes of values, then 16 scales of each. Keys that are neither
+// cached nor new become zeros of scale zero: what was never written may be anything.
+template <class S>
+__device__ __forceinline__ void load_code_tile(const AttentionParams& p, const Keys& keys, const CodeReader& reader,
+                                               int item, uint32_t stage, char* stage_pointer) {
+  const int tile = item * kTileKeys, row = threadIdx.x % kTileKeys;
+  const uint32_t v_stage = stage + S::KTile::kBytes;
+  const uint32_t scale_stage = v_stage + S::VTile::kBytes + 4 * (threadIdx.x % 32);
+  const char* k = reader.k + static_cast<int64_t>(tile) * reader.k_step;
+  const char* v = reader.v + static_cast<int64_t>(tile) * reader.v_step;
+  const float* scale = reader.scale + static_cast<int64_t>(tile) * reader.scale_step;
+  if (tile + kTileKeys <= keys.used) {
+    TilePieces<typename S::KTile>::load(k, reader.k_step, stage);
+    TilePieces<typename S::VTile>::load(v, reader.v_step, v_stage);
+    device::cp_async_4(scale_stage, scale, true);
+    return;
+  }
+  device::grid_dependency_wait();               // the new tokens may come from the kernel in front
+  const int cached = max(0, keys.used - tile);  // rows of the tile that the cache holds
+  const int begin = max(0, keys.stored - tile), end = min(kTileKeys, keys.stored + keys.listed - tile);
+  TilePieces<typename S::KTile>::load(k, reader.k_step, stage, cached, begin, end, p.q);
+  TilePieces<typename S::VTile>::load(v, reader.v_step, v_stage, cached, begin, end, p.q);
+  if (row < begin || row >= end) {
+    device::cp_async_4(scale_stage, row < cached ? static_cast<const void*>(scale) : p.q, row < cached);
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int i = begin; i < end; ++i) {
+    const int column = keys.first + tile + i - keys.stored;
+    for_keys_and_values<S>([&](auto tile_type, bool is_v) {
+      using Tile = decltype(tile_type);
+      float* scale_pointer = reinterpret_cast<float*>(stage_pointer + S::KTile::kBytes + S::VTile::kBytes);
+      NewVector<typename Tile::Format, typename S::Element>::template load<S>(p, keys, is_v, column)
+          .template stage<Tile>(stage_pointer + (is_v ? S::KTile::kBytes : 0), scale_pointer + (is_v ? kTileKeys : 0),
+                                i);
+    });
+  }
+}
+
+// append_new_tokens for quantised caches: a warp per token.
+template <class S>
+__device__ __forceinline__ void append_codes(const AttentionParams& p, const Keys& keys, int thread, int count) {
+  const RingLayout layout = ring_layout(p);
+#pragma unroll 1
+  for (int token = thread / 32; token < keys.fresh; token += count / 32) {
+    const int position = keys.length + token, slot = layout.slot(position);
+    if (slot >= p.slots || !layout.survives(position, keys.length + keys.fresh)) continue;
+    for_keys_and_values<S>([&](auto tile_type, bool is_v) {
+      using Format = typename decltype(tile_type)::Format;
+      NewVector<Format, typename S::Element>::template load<S>(p, keys, is_v, keys.first + token)
+          .append(code_source(p, keys, is_v), slot);
+    });
+  }
+}
+
+}  // namespace zigzag::attend

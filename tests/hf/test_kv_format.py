@@ -1,0 +1,67 @@
+"""generate() with quantised caches: the tokens of the specification, whatever the chunking, batch and cache operations."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import generate, padded_prompt, prompt, tiny_model
+
+import zigzag_ext as zz
+from zigzag_ext import ops, reference
+
+PLAN = zz.Plan(["streaming", "retrieval", "retrieval", "streaming"], sink=4, window=16)
+FORMATS = ["fp8", "int8", "int4", "int8/int4", "none/int8"]
+
+
+def specified(q, k_new, v_new, k_cache, v_cache, seq_lens, *, pad, sink, window, scale, workspace, k_scale, v_scale):
+    return reference.attention_(
+        q, k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window, scale, k_scale=k_scale, v_scale=v_scale
+    )
+
+
+@pytest.mark.parametrize("ring", ["none", "int8"])
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_tokens_are_those_of_the_specification(monkeypatch, kv_format, ring):
+    batch = padded_prompt([40, 12])
+    with zz.zigzag(tiny_model(), replace(PLAN, kv_format=kv_format, ring_kv_format=ring)) as model:
+        tokens = generate(model, 12, **batch)
+        beams = generate(model, 8, **batch, num_beams=2)
+        monkeypatch.setattr(ops, "attention", specified)
+        assert tokens.equal(generate(model, 12, **batch))
+        assert beams.equal(generate(model, 8, **batch, num_beams=2))
+
+
+@pytest.mark.parametrize("kv_format", ["fp8", "int4"])
+def test_chunks_of_a_prompt(kv_format):
+    """What a chunk border could change is gone: new tokens are attended as their codes. Also a cache that grows."""
+    ids, plan = prompt(300, 1), replace(PLAN, kv_format=kv_format, ring_kv_format=kv_format)
+    with zz.zigzag(tiny_model(), plan) as model:
+        once = generate(model, 10, ids)
+        assert once.equal(generate(model, 10, ids, prefill_chunk_size=37))
+        assert once.equal(generate(model, 10, ids, past_key_values=zz.ZigzagCache(model.config, plan, 400)))
+
+
+def test_bytes_and_report():
+    sizes = {}
+    for kv_format in ("none", "fp8", "int8", "int4", "int8/int4"):
+        with zz.zigzag(tiny_model(), replace(PLAN, kv_format=kv_format)) as model:
+            cache = zz.ZigzagCache(model.config, replace(PLAN, kv_format=kv_format), max_len=200)
+            generate(model, 2, prompt(20, 1), past_key_values=cache)
+        ring = 2 * 2 * (4 + 16) * 2 * 64 * 4  # 2 layers, K and V, slots, heads, head_dim, float32
+        sizes[kv_format] = cache.memory_bytes() - ring
+        vector = {"none": 512, "fp8": 136, "int8": 136, "int4": 72, "int8/int4": 104}[kv_format]  # K and V of a head
+        assert sizes[kv_format] == 2 * 200 * 2 * vector
+        report = cache.memory_report()
+        assert f"{sizes[kv_format]:,} bytes" in report and f"{cache.memory_bytes():,} bytes" in report
+        assert kv_format in report
+
+
+def test_error_of_each_format_in_the_logits():
+    """Against an unquantised cache: finer formats are nearer, and none is far. Bounds are for these weights."""
+    ids, errors = prompt(200, 1), {}
+    for kv_format in ("none", "int8", "fp8", "int4"):
+        with torch.inference_mode(), zz.zigzag(tiny_model(), replace(PLAN, kv_format=kv_format)) as model:
+            errors[kv_format] = model(ids).logits.double()
+    exact = errors.pop("none")
+    error = {name: float((logits - exact).norm() / exact.norm()) for name, logits in errors.items()}
+    assert 0 < error["int8"] < error["fp8"] < error["int4"] < 0.5 and error["int8"] < 0.02, error

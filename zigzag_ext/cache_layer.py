@@ -1,0 +1,182 @@
+"""ZigzagLayer: the cache of one layer of a ZigzagCache, a full buffer or a ring, plain or quantised."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from . import ops, prefill
+from .kv_format import PLAIN, KvFormat
+from .rows import Rows, in_normal_mode
+from .virtual import GrowingBuffer
+
+GROWTH_STEP = 256  # tokens that a retrieval layer asks memory for at once; it comes in pages
+_ENDLESS = 1 << 38  # bytes of addresses per buffer where no max_len is given: more than a machine has memory for
+_MOST_TOKENS = 1 << 30  # positions are int32
+
+
+class ZigzagLayer(CacheLayerMixin):
+    """The cache of one layer: keys and values [batch, num_kv_heads, slots, head_dim], allocated at first use from the keys.
+
+    Those of a retrieval layer are addresses for all tokens to come and memory for `slots` of them: slice before looking at them.
+    As a part of a `MixedLayer` it holds the KV heads `heads` only.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False  # mask sizes are the same for every layer: masks are never built
+
+    def __init__(self, rows: Rows, index: int, sink: int, window: int, kv_format: KvFormat = PLAIN, heads=None):
+        super().__init__()
+        self.heads: tuple[int, ...] | None = heads
+        self.head_numbers: Tensor | None = None  # the same, [n] int32 on the device
+        self.rows, self.index, self.sink, self.window, self.kv_format = rows, index, sink, window, kv_format
+        self.key_scales = self.value_scales = None  # [batch, num_kv_heads, slots] float32, of a quantised format
+        self.growing: dict[str, GrowingBuffer] = {}  # behind the buffers of a retrieval layer, by attribute
+
+    def __getstate__(self) -> dict:
+        """For copies: growing buffers first, as keys, values and scales are views that only they can copy."""
+        return {"growing": self.growing, **self.__dict__}
+
+    def __repr__(self) -> str:
+        kind = f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
+        return kind if self.kv_format == PLAIN else f"{kind}, {self.kv_format}"
+
+    @property
+    def parts(self) -> "list[ZigzagLayer]":
+        """Itself: what it is to code that also serves a `MixedLayer`."""
+        return [self]
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Everything of the layer that grows with its slots, by attribute."""
+        named = {name: getattr(self, name) for name in ("keys", "values", "key_scales", "value_scales")}
+        return {name: buffer for name, buffer in named.items() if buffer is not None}
+
+    @property
+    def slots(self) -> int:
+        if not self.rows.stores:
+            return 0
+        return self.sink + self.window if self.window else self.rows.capacity
+
+    @in_normal_mode
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Device, dtype and the local number of heads come from the keys, so it works under device_map and tensor parallelism."""
+        if key_states.shape != value_states.shape:
+            raise ValueError(
+                f"layer {self.index}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} must have one shape"
+            )
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        if self.heads is not None:
+            num_kv_heads = len(self.heads)
+            self.head_numbers = torch.tensor(self.heads, dtype=torch.int32, device=key_states.device)
+        if self.rows.batch is None:
+            self.rows.start(batch)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        kinds = {"keys": self.kv_format.k, "values": self.kv_format.v}
+        if self.window or not self.rows.stores:
+            geometry = (batch, num_kv_heads, self.slots, head_dim, self.dtype, self.device)
+            for (name, kv_format), scales in zip(kinds.items(), ("key_scales", "value_scales"), strict=True):
+                made = ops.new_cache(*geometry, kv_format)
+                vars(self).update({name: made[0], scales: made[1]})
+        else:
+            most = self.rows.max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * self.dtype.itemsize), _MOST_TOKENS)
+            for (name, kv_format), scales in zip(kinds.items(), ("key_scales", "value_scales"), strict=True):
+                width, code = ops.cache_row(head_dim, self.dtype, kv_format)
+                self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, self.device)
+                if kv_format != "none":
+                    self.growing[scales] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, self.device)
+            for buffer in self.growing.values():  # pages round the slots of each format differently
+                buffer.narrow(min(other.tensor.shape[2] for other in self.growing.values()))
+            self.grow(self.slots)
+            vars(self).update({name: buffer.tensor for name, buffer in self.growing.items()})
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Returns the new keys and values as they are; `attend` appends them. Raises outside an enabled model's forward."""
+        if not self.rows.q_len:
+            raise RuntimeError("a ZigzagCache works only with zigzag attention: call zigzag_ext.enable(model, plan) first")
+        return key_states, value_states
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
+        rows = self.rows
+        rows.check_chunk(self.index, k)
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        tensors, options = self._arguments(q, k, v, scale)
+        if q.shape[2] == 1:
+            out, _ = ops.attention(*tensors, **options)
+        else:
+            out = prefill.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
+        rows.attended.add(self.index)
+        return out
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor, lse: Tensor) -> None:
+        """The same for `heads` only, which `q`, `k` and `v` are not the only ones of, into their place in `out` and `lse`."""
+        tensors, options = self._arguments(q, k, v, scale)
+        prefill.attend_heads(*tensors, self.head_numbers, out, lse, **options)
+
+    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[tuple, dict]:
+        rows = self.rows
+        options = {
+            "pad": rows.pad_on(q.device),
+            "sink": self.sink,
+            "window": self.window,
+            "scale": scale,
+            "k_scale": self.key_scales,
+            "v_scale": self.value_scales,
+            "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
+        }
+        return (q, k, v, self.keys, self.values, rows.lengths_on(q.device)), options
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.rows.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.rows.columns
+
+    def get_max_length(self) -> int:
+        """Most tokens a row can hold: `max_len` for a retrieval layer, -1 (no limit) for a ring or a growing cache."""
+        return -1 if self.window or self.rows.max_len is None else self.rows.max_len
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.rows.forget()
+
+    def release(self) -> None:
+        """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""
+        for buffer in self.growing.values():
+            buffer.release()
+
+    def drop(self) -> None:
+        self.keys = self.values = self.key_scales = self.value_scales = None
+        self.growing = {}
+        self.is_initialized = False
+
+    def grow(self, capacity: int) -> None:
+        """Memory for `capacity` slots of a retrieval layer, where its buffers stand."""
+        for buffer in self.growing.values():
+            buffer.commit(capacity)
+
+    @property
+    def memory_bytes(self) -> int:
+        if self.growing:
+            return sum(buffer.memory_bytes for buffer in self.growing.values())
+        return sum(buffer.nbytes for buffer in self.buffers.values()) if self.is_initialized else 0
+
+    @in_normal_mode
+    def select_rows(self, index: Tensor) -> None:
+        """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
+        held = self.slots if self.window else min(self.rows.longest, self.slots)
+        index = index.to(self.keys.device)
+        for name, buffer in self.buffers.items():
+            chosen = buffer[:, :, :held].index_select(0, index)
+            if len(index) != buffer.shape[0]:
+                if self.growing:
+                    self.growing[name] = self.growing[name].with_batch(len(index))
+                    buffer = self.growing[name].tensor
+                else:
+                    buffer = buffer.new_empty(len(index), *buffer.shape[1:])
+                setattr(self, name, buffer)
+            buffer[:, :, :held] = chosen

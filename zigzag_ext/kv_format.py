@@ -1,0 +1,44 @@
+"""Names of the formats in which a cache holds keys and values. The byte layouts are in csrc/kv/format_*.h; needs no torch."""
+
+from typing import NamedTuple
+
+FORMATS = ("none", "fp8", "int8", "int4")
+
+
+class KvFormat(NamedTuple):
+    """Format of the keys and of the values of a layer: "none" (the model's dtype), "fp8", "int8" or "int4"."""
+
+    k: str
+    v: str
+
+    def __str__(self) -> str:
+        return self.k if self.k == self.v else f"{self.k}/{self.v}"
+
+    def vector_bytes(self, head_dim: int, element_bytes: int) -> int:
+        """Bytes of one key and one value of one head, scales included; `element_bytes` of a key in the model's dtype."""
+        plain = head_dim * element_bytes
+        return sum({"none": plain, "fp8": head_dim + 4, "int8": head_dim + 4, "int4": head_dim // 2 + 4}[f] for f in self)
+
+
+PLAIN = KvFormat("none", "none")
+
+
+def parse_kv_format(name: str, value) -> KvFormat:
+    """What a caller may write: None, one format for keys and values, "keys/values" as in "int8/int4", or {"k": ..., "v": ...}.
+
+    Raises TypeError or ValueError naming the argument `name` and what is supported.
+    """
+    if value is None:
+        return PLAIN
+    if isinstance(value, str):
+        keys, slash, values = value.partition("/")
+        value = {"k": keys, "v": values if slash else keys}
+    elif isinstance(value, KvFormat):
+        value = value._asdict()
+    if not isinstance(value, dict) or value.keys() != {"k", "v"}:
+        supported = f'None, one of {", ".join(FORMATS)}, two of them as "keys/values", or {{"k": format, "v": format}}'
+        raise TypeError(f"{name} must be {supported}; got {value!r}")
+    for given in value.values():
+        if given not in FORMATS:
+            raise ValueError(f"{name} {given!r} is not supported; supported: {', '.join(FORMATS)}")
+    return KvFormat(**value)
