@@ -64,11 +64,13 @@ def fake_zigzag(model, plan: zz.Plan, context: int) -> zz.ZigzagCache:
     """A ZigzagCache as after a prompt of `context` tokens, of random contents: one real token allocates it."""
     cache = zz.ZigzagCache(model.config, plan, max_len=context + MARGIN)
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
     rows = cache.parts[0]
-    rows.columns = rows.longest = context
+    rows.columns = rows.longest = context - 1
+    cache.begin(1, 1)  # memory for the whole context
+    for layer in cache.layers:
+        layer.keys[:, :, : layer.slots].normal_()
+        layer.values[:, :, : layer.slots].normal_()
+    rows.q_len, rows.columns, rows.longest = 0, context, context
     cache.seq_lens.fill_(context)
     return cache
 
@@ -163,7 +165,12 @@ def measure(decoder: Decoder) -> Iterator[dict]:
         torch.cuda.reset_peak_memory_stats()
     wall_ms = time_steps(decoder)
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    kv_bytes = sum(b.untyped_storage().nbytes() for layer in decoder.cache.layers for b in (layer.keys, layer.values))
+    cache = decoder.cache
+    if isinstance(cache, zz.ZigzagCache):
+        kv_bytes = cache.memory_bytes()
+        peak += sum(layer.memory_bytes for layer in cache.layers if layer.growing)  # which torch does not count
+    else:
+        kv_bytes = sum(b.untyped_storage().nbytes() for layer in cache.layers for b in (layer.keys, layer.values))
     gpu_ms, launches = busy(decoder)
     common = {"gpu_ms": gpu_ms, "launches": launches, "kv_bytes": kv_bytes, "peak_bytes": peak}
     yield {"phase": "step", "wall_ms": wall_ms, **common}

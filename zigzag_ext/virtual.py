@@ -12,18 +12,20 @@ from . import _C
 
 
 class GrowingBuffer:
-    """Keys or values of one layer: `tensor` [batch, num_kv_heads, max_slots, head_dim] at fixed addresses.
+    """Keys or values of one layer: `tensor` [batch, num_kv_heads, slots, head_dim] at fixed addresses.
 
-    In memory the order is [batch, max_slots, num_kv_heads, head_dim], so that the slots in use are one region per row of the
-    batch, and a row costs at most one page more than its tokens. In the order of `tensor` every head would be a region of its
-    own: with 8 KV heads, 16 layers and 2 MiB pages at least 512 MiB for keys and values, instead of 64.
+    It has `max_slots` slots, rounded up to whole pages. In memory the order is [batch, slots, num_kv_heads, head_dim], so that
+    the slots in use are one region per row of the batch, and a row costs at most one page more than its tokens. In the order of
+    `tensor` every head would be a region of its own: with 8 KV heads, 16 layers and 2 MiB pages at least 512 MiB for keys and
+    values, instead of 64.
 
     Only the slots passed to `commit` have memory. Reading or writing others is a crash of the process (CPU) or of the CUDA
     context, also by printing, copying or comparing the whole `tensor`: slice it to the committed slots first.
 
     Args:
-        batch, num_kv_heads, max_slots, head_dim: shape; reserving slots is free, 64 bits of addresses are many. Without
-            head_dim (None) one number per slot, and no such dimension: the scales of a quantised cache.
+        batch, num_kv_heads, max_slots, head_dim: shape; reserving slots is free, 64 bits of addresses are many.
+            Without head_dim (None) one number per slot, and no such dimension: the scales of a quantised cache.
+        exact: whether `tensor` ends at max_slots instead of a whole page, for buffers of different widths side by side.
         dtype: of the elements.
         device: "cpu" or a CUDA device.
 
@@ -38,7 +40,14 @@ class GrowingBuffer:
     """
 
     def __init__(
-        self, batch: int, num_kv_heads: int, max_slots: int, head_dim: int | None, dtype: torch.dtype, device: torch.device | str
+        self,
+        batch: int,
+        num_kv_heads: int,
+        max_slots: int,
+        head_dim: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        exact: bool = False,
     ):
         width = 1 if head_dim is None else head_dim
         shape = (batch, num_kv_heads, max_slots, width)
@@ -49,15 +58,17 @@ class GrowingBuffer:
             raise ValueError(f"a growing buffer lives on cpu or cuda, got {self.device}")
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.slots = 0  # committed so far
-        self._token_bytes = num_kv_heads * width * dtype.itemsize
+        self.slots, self.max_slots = 0, max_slots  # committed so far and at most
+        self._token_bytes, self._exact = num_kv_heads * width * dtype.itemsize, exact
         self._buffer = _C.VirtualBuffer(
-            batch, max_slots * self._token_bytes, self.device.index if self.device.type == "cuda" else None
+            batch, max_slots * self._token_bytes, self.device.index if self.device.type == "cuda" else None, self._token_bytes
         )
-        strides = (self._buffer.row_stride // dtype.itemsize, width, num_kv_heads * width, 1)
+        slots = max_slots if exact else self._buffer.row_stride // self._token_bytes
         dims = 3 if head_dim is None else 4
+        shape = (batch, num_kv_heads, slots, width)[:dims]
+        strides = (self._buffer.row_stride // dtype.itemsize, width, num_kv_heads * width, 1)[:dims]
         with torch.inference_mode(False):  # a buffer outlives the mode it was made in
-            self.tensor = self._all_elements(dtype).as_strided(shape[:dims], strides[:dims])
+            self.tensor = self._all_elements(dtype).as_strided(shape, strides)
 
     def _all_elements(self, dtype: torch.dtype) -> Tensor:
         """The reservation as a flat tensor, which keeps the buffer alive."""
@@ -80,19 +91,20 @@ class GrowingBuffer:
 
         Enough for attention on rows that hold `slots` tokens after the call. A ring is read whole, so commit it whole.
         """
-        batch, num_kv_heads, max_slots = self.tensor.shape[:3]
-        if not 0 <= slots <= max_slots:
-            raise ValueError(f"commit takes 0 to {max_slots} slots, got {slots}")
+        batch, num_kv_heads, reserved = self.tensor.shape[:3]
+        if not 0 <= slots <= self.max_slots:
+            raise ValueError(f"commit takes 0 to {self.max_slots} slots, got {slots}")
         if slots <= self.slots:
             return
         read = _C.readable_slots(slots, batch, num_kv_heads) if self.device.type == "cuda" else slots
-        self._commit(min(read, max_slots) * self._token_bytes)
+        self._commit(min(read, reserved) * self._token_bytes)
         self.slots = slots
 
     def with_batch(self, batch: int) -> "GrowingBuffer":
         """Another one for another number of rows, with memory for as many slots and nothing in it yet."""
-        num_kv_heads, max_slots, head_dim = (*self.tensor.shape[1:], None)[:3]
-        other = GrowingBuffer(batch, num_kv_heads, max_slots, head_dim, self.tensor.dtype, self.device)
+        _, num_kv_heads, _, head_dim = (*self.tensor.shape, None)[:4]
+        geometry = (batch, num_kv_heads, self.max_slots, head_dim)
+        other = GrowingBuffer(*geometry, self.tensor.dtype, self.device, self._exact)
         other.commit(self.slots)
         return other
 

@@ -1,6 +1,7 @@
 #include "kv/virtual_buffer.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 namespace zigzag {
@@ -15,14 +16,16 @@ OutOfMemory out_of_memory(int64_t wanted, int64_t given, int64_t free) {
 
 }  // namespace
 
-VirtualBuffer::VirtualBuffer(std::unique_ptr<AddressSpace> space, int64_t rows, int64_t row_bytes)
+VirtualBuffer::VirtualBuffer(std::unique_ptr<AddressSpace> space, int64_t rows, int64_t row_bytes, int64_t unit_bytes)
     : space_(std::move(space)), rows_(rows), row_bytes_(row_bytes) {
-  constexpr int64_t kMaxBytes = int64_t{1} << 60;
+  constexpr int64_t kMaxBytes = int64_t{1} << 60, kMaxUnit = int64_t{1} << 30;
   ZZ_CHECK(rows >= 1 && row_bytes >= 1, "a virtual buffer needs rows >= 1 and row_bytes >= 1, got ", rows, " and ",
            row_bytes);
+  ZZ_CHECK(unit_bytes >= 1 && unit_bytes <= kMaxUnit, "unit_bytes must be 1 to 2^30, got ", unit_bytes);
   int64_t bytes = 0;
   ZZ_CHECK(row_bytes <= kMaxBytes &&
-               !__builtin_mul_overflow(rows, row_stride_ = round_up(row_bytes, page_bytes()), &bytes) &&
+               !__builtin_mul_overflow(rows, row_stride_ = round_up(row_bytes, std::lcm(page_bytes(), unit_bytes)),
+                                       &bytes) &&
                bytes <= kMaxBytes,
            "a virtual buffer reserves at most 2^60 bytes; got ", rows, " rows of ", row_bytes);
   data_ = space_->reserve(bytes);
@@ -37,7 +40,7 @@ VirtualBuffer::~VirtualBuffer() {
 }
 
 void VirtualBuffer::commit(int64_t bytes) {
-  ZZ_CHECK(bytes >= 0 && bytes <= row_bytes_, "commit takes 0 to ", row_bytes_, " bytes per row, got ", bytes);
+  ZZ_CHECK(bytes >= 0 && bytes <= row_stride_, "commit takes 0 to ", row_stride_, " bytes per row, got ", bytes);
   const int64_t target = round_up(bytes, page_bytes()), growth = target - committed_row_bytes_;
   if (growth <= 0) return;
   const int64_t wanted = rows_ * growth;

@@ -25,15 +25,17 @@ class OutOfMemory : public Error {
 // Not for use by several threads at once.
 class VirtualBuffer {
  public:
-  // Reserves rows * row_stride() bytes of addresses in `space`. Throws zigzag::Error where rows or row_bytes is < 1 or
-  // the addresses do not fit.
-  VirtualBuffer(std::unique_ptr<AddressSpace> space, int64_t rows, int64_t row_bytes);
+  // Reserves rows * row_stride() bytes of addresses in `space`. A row is also a whole number of units of `unit_bytes`
+  // (of tokens), so that the buffer is a contiguous array of them. Throws zigzag::Error where a number is < 1 or the
+  // addresses do not fit.
+  VirtualBuffer(std::unique_ptr<AddressSpace> space, int64_t rows, int64_t row_bytes, int64_t unit_bytes = 1);
   ~VirtualBuffer();
   VirtualBuffer(const VirtualBuffer&) = delete;
   VirtualBuffer& operator=(const VirtualBuffer&) = delete;
 
-  // Makes the first `bytes` of every row usable, whole pages at a time; what they hold stays. Fewer bytes than before
-  // change nothing. Throws OutOfMemory with the bytes wanted and free, and leaves the buffer as it was.
+  // Makes the first `bytes` (up to row_stride()) of every row usable, whole pages at a time; what they hold stays.
+  // Fewer bytes than before change nothing. Throws OutOfMemory with the bytes wanted and free, and leaves the buffer as
+  // it was.
   void commit(int64_t bytes);
 
   // Gives all memory back, after the device has done all queued work. The addresses stay reserved.
@@ -42,7 +44,7 @@ class VirtualBuffer {
   char* data() const { return data_; }
   int64_t rows() const { return rows_; }
   int64_t row_bytes() const { return row_bytes_; }
-  int64_t row_stride() const { return row_stride_; }  // bytes from row to row: row_bytes in whole pages
+  int64_t row_stride() const { return row_stride_; }  // bytes from row to row: row_bytes in whole pages and units
   int64_t page_bytes() const { return space_->page_bytes(); }
   int64_t reserved_bytes() const { return rows_ * row_stride_; }
   int64_t committed_bytes() const { return rows_ * committed_row_bytes_; }  // memory in use

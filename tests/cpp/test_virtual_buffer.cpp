@@ -129,8 +129,11 @@ TEST_CASE("VirtualBuffer: refuses sizes that make no sense") {
   CHECK(make(5, -1).find("got 5 and -1") != std::string::npos);
   CHECK(make(1, INT64_MAX).find("at most 2^60 bytes") != std::string::npos);
   CHECK(make(int64_t{1} << 40, int64_t{1} << 40).find("at most 2^60 bytes") != std::string::npos);
+  CHECK(error_of([&] { VirtualBuffer(std::make_unique<PaperSpace>(ledger), 1, 5, 0); }).find("unit_bytes") !=
+        std::string::npos);
+  CHECK(VirtualBuffer(std::make_unique<PaperSpace>(ledger), 2, 50, 24).row_stride() == 96);  // pages of 16, units of 24
   VirtualBuffer buffer(std::make_unique<PaperSpace>(ledger), 1, 50);
-  CHECK(error_of([&] { buffer.commit(51); }) == "commit takes 0 to 50 bytes per row, got 51");
+  CHECK(error_of([&] { buffer.commit(65); }) == "commit takes 0 to 64 bytes per row, got 65");
   CHECK(error_of([&] { buffer.commit(-1); }).find("got -1") != std::string::npos);
 }
 

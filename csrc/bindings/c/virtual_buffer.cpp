@@ -14,8 +14,9 @@ namespace zigzag::bindings {
 namespace {
 
 struct PyVirtualBuffer : VirtualBuffer {
-  PyVirtualBuffer(int64_t rows, int64_t row_bytes, std::optional<int> cuda_device)
-      : VirtualBuffer(cuda_device ? device_address_space(*cuda_device) : host_address_space(), rows, row_bytes),
+  PyVirtualBuffer(int64_t rows, int64_t row_bytes, std::optional<int> cuda_device, int64_t unit_bytes)
+      : VirtualBuffer(cuda_device ? device_address_space(*cuda_device) : host_address_space(), rows, row_bytes,
+                      unit_bytes),
         device(cuda_device) {}
   std::optional<int> device;
 };
@@ -47,8 +48,9 @@ std::string repr(const PyVirtualBuffer& buffer) {
 void bind_virtual_buffer(py::module_& module) {
   py::class_<PyVirtualBuffer>(module, "VirtualBuffer", py::buffer_protocol(),
                               "Rows of memory that grow without moving. Touching what is not committed crashes.")
-      .def(py::init<int64_t, int64_t, std::optional<int>>(), py::arg("rows"), py::arg("row_bytes"),
-           py::arg("device") = py::none(), "Reserves addresses and no memory, on a CUDA device or (None) on the CPU.")
+      .def(py::init<int64_t, int64_t, std::optional<int>, int64_t>(), py::arg("rows"), py::arg("row_bytes"),
+           py::arg("device") = py::none(), py::arg("unit_bytes") = 1,
+           "Reserves addresses and no memory, on a CUDA device or (None) on the CPU.")
       .def_buffer(&bytes_of)
       .def_property_readonly("__cuda_array_interface__", &cuda_array_interface)
       .def("commit", &PyVirtualBuffer::commit, py::arg("row_bytes"), py::call_guard<py::gil_scoped_release>(),
