@@ -11,7 +11,7 @@ from .virtual import GrowingBuffer
 
 GROWTH_STEP = 256  # tokens that a retrieval layer asks memory for at once; it comes in pages
 _ENDLESS = 1 << 38  # bytes of addresses per buffer where no max_len is given: more than a machine has memory for
-_MOST_TOKENS = (1 << 31) - 1 - GROWTH_STEP  # positions are int32
+_MOST_TOKENS = 1 << 30  # positions are int32
 
 
 class ZigzagLayer(CacheLayerMixin):
@@ -71,9 +71,10 @@ class ZigzagLayer(CacheLayerMixin):
             most = self.rows.max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * self.dtype.itemsize), _MOST_TOKENS)
             for (name, kv_format), scales in zip(kinds.items(), ("key_scales", "value_scales"), strict=True):
                 width, code = ops.cache_row(head_dim, self.dtype, kv_format)
-                self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, self.device)
+                exact = self.kv_format != PLAIN
+                self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, self.device, exact)
                 if kv_format != "none":
-                    self.growing[scales] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, self.device)
+                    self.growing[scales] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, self.device, exact)
             self.grow(self.slots)
             vars(self).update({name: buffer.tensor for name, buffer in self.growing.items()})
         self.is_initialized = True
