@@ -26,6 +26,7 @@ TINY = [
     Cell("ragged", (5, 33), num_q_heads=4, num_kv_heads=4, head_dim=64, kv_format="fp32"),
     Cell("verify", (40,), num_q_heads=4, num_kv_heads=2, head_dim=64, q_len=3),
     ring("ring", 3, 9, batch=2, num_q_heads=4, num_kv_heads=2, head_dim=64, kv_format="fp16"),
+    Cell("quantised", (50,), num_q_heads=4, num_kv_heads=2, head_dim=64, kv_format="int8/int4"),
 ]
 ORIGIN = {"commit": "abc", "gpu": "test machine, no GPU", "driver": "-", "torch": "0"}
 

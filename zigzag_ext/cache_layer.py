@@ -71,11 +71,10 @@ class ZigzagLayer(CacheLayerMixin):
             most = self.rows.max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * self.dtype.itemsize), _MOST_TOKENS)
             for (name, kv_format), scales in zip(kinds.items(), ("key_scales", "value_scales"), strict=True):
                 width, code = ops.cache_row(head_dim, self.dtype, kv_format)
-                self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, self.device)
+                exact = self.kv_format != PLAIN
+                self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, self.device, exact)
                 if kv_format != "none":
-                    self.growing[scales] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, self.device)
-            for buffer in self.growing.values():  # pages round the slots of each format differently
-                buffer.narrow(min(other.tensor.shape[2] for other in self.growing.values()))
+                    self.growing[scales] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, self.device, exact)
             self.grow(self.slots)
             vars(self).update({name: buffer.tensor for name, buffer in self.growing.items()})
         self.is_initialized = True

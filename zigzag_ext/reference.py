@@ -84,9 +84,14 @@ def stored(x: Tensor, cache: Tensor) -> Tensor:
     return decode(*encode(x, cache.dtype)) if cache.dtype in MAX_CODE else x.double()
 
 
-def held(cache: Tensor, scale: Tensor | None) -> Tensor:
-    """Content of a cache in float64, [..., head_dim]."""
-    return cache.double() if scale is None else decode(cache, scale)
+def held(cache: Tensor, scale: Tensor | None, used: Tensor) -> Tensor:
+    """Content of the slots `used` [slots] bool of one row's cache [num_kv_heads, slots, ...] in float64, [..., head_dim].
+
+    No other slot is looked at: it may hold anything, or have no memory at all.
+    """
+    if scale is None:
+        return cache[:, used].double()
+    return decode(cache.view(torch.uint8)[:, used].view(cache.dtype), scale[:, used])
 
 
 def append_(
@@ -159,7 +164,7 @@ def attention_(
         key = torch.cat([old[used], query])
         parts = ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new))
         k, v = (
-            torch.cat([held(cache[b], s if s is None else s[b])[:, used], stored(new[b, :, first:], cache)], 1)
+            torch.cat([held(cache[b], s if s is None else s[b], used), stored(new[b, :, first:], cache)], 1)
             for cache, s, new in parts
         )
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
