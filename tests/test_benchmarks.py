@@ -205,7 +205,10 @@ def test_steps_of_a_whole_model(tmp_path, monkeypatch, capsys):
     for name, retrieval in (("retrieval_100", 4), ("exclusive_50", 2), ("exclusive_25", 1)):
         for context in contexts:
             found = {row["kv_bytes"] for row in rows if (row["plan"], row["context"]) == (name, str(context))}
-            assert found == {str(per_token * (retrieval * (context + step.MARGIN) + (4 - retrieval) * ring))}
+            least = per_token * (retrieval * context + (4 - retrieval) * ring)
+            assert len(found) == 1 and 0 <= int(found.pop()) - least <= retrieval * (per_token * step.MARGIN + 2 * 4096), (
+                "in pages"
+            )
     with pytest.raises(SystemExit):
         step.main(["--plan", "all"])
     assert "unknown all; known: retrieval_100" in capsys.readouterr().err

@@ -75,7 +75,7 @@ class ZigzagCache(Cache):
     def seq_lens(self) -> Tensor | None:
         """[batch] int32 on the device: tokens held per row, padding not counted. None before the first forward."""
         first = self.layers[0]
-        return self._rows.lengths_on(first.keys.device) if first.is_initialized else None
+        return self._rows.lengths_on(first.device) if first.is_initialized else None
 
     @property
     def decodes(self) -> bool:

@@ -22,8 +22,9 @@ class StepLayer(CacheLayerMixin):
 
     def __init__(self, layer: ZigzagLayer, shared: _Shared):
         super().__init__()
-        self.keys, self.values, self.sink, self.window = layer.keys, layer.values, layer.sink, layer.window
-        self.scales = {"k_scale": layer.key_scales, "v_scale": layer.value_scales}
+        buffers = layer.buffers
+        self.keys, self.values, self.sink, self.window = buffers["keys"], buffers["values"], layer.sink, layer.window
+        self.scales = {"k_scale": buffers.get("key_scales"), "v_scale": buffers.get("value_scales")}
         self.shared = shared
         self.is_initialized = True
 
