@@ -53,13 +53,13 @@ def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scale of every vector of x [..., head_dim], as a cache of `dtype` holds them: x ~ code * scale.
 
     dtype float8_e4m3fn or int8: codes [..., head_dim]; uint8: int4 codes, two a byte, [..., head_dim / 2]. Scale [...] float32:
-    the largest magnitude over the largest code. A vector below 2^-100 becomes zeros of scale 2^-24, one that is not finite
+    the largest magnitude over the largest code. A vector below 2^-80 becomes zeros of scale 2^-24, one that is not finite
     becomes zeros of scale infinity. Float32, every step rounded to nearest even: a kernel gives the same bits.
     """
     x = x.float()
     amax = x.abs().amax(-1)
     amax = torch.where(x.isfinite().all(-1), amax, torch.inf)
-    usual = (amax >= 2.0**-100) & amax.isfinite()
+    usual = (amax >= 2.0**-80) & amax.isfinite()
     safe, max_code = torch.where(usual, amax, 1.0), MAX_CODE[dtype]
     scale = torch.where(usual, safe / max_code, torch.where(amax.isfinite(), 2.0**-24, torch.inf))
     inverse = torch.full_like(safe, max_code) / safe  # a division: torch turns `number / tensor` into two roundings

@@ -1,5 +1,5 @@
-// Append on CUDA. Plain caches: a copy of rows to their slots; both supported dtypes are 2 bytes wide, so one kernel moves
-// both. Quantised caches: a warp encodes one vector.
+// Append on CUDA. Plain caches: a copy of rows to their slots; both supported dtypes are 2 bytes wide, so one kernel
+// moves both. Quantised caches: a warp encodes one vector.
 #include "device/launch.h"
 #include "kernels/append/append.h"
 #include "kv/codec_cuda.cuh"
