@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 import zigzag_ext as zz
-from zigzag_ext.evaluate import HeadPlan
 from zigzag_ext.evaluate.rows import kinds_of
 
 OBJECTIVES = ("mean", "count", "transport", "knapsack")
@@ -21,7 +20,7 @@ class Named:
     source: str  # a method of identification, or none
     rule: str  # objective, "heads" for a head-level plan, or even, random, full, streaming
     ratio: float  # of streaming layers, or of streaming heads
-    plan: zz.Plan | HeadPlan
+    plan: zz.Plan
 
     @property
     def kinds(self) -> str:
@@ -47,7 +46,7 @@ def all_plans(
         yield Named("", "even", ratio, even)
         for source, matrix in scores.items():
             yield Named(source, "mean", ratio, zz.solve(matrix, 1.0 - ratio, "mean", **sizes))
-            yield Named(source, "heads", ratio, HeadPlan.from_scores(matrix, kept * kv_heads, **sizes))
+            yield Named(source, "heads", ratio, zz.solve(matrix, 1.0 - ratio, level="head", **sizes))
         for seed in range(RANDOM_SEEDS):
             chosen = np.random.default_rng([seed, kept]).permutation(layers)[:kept]
             kinds = ["retrieval" if layer in chosen else "streaming" for layer in range(layers)]

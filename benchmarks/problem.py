@@ -3,14 +3,16 @@
 from functools import cached_property
 
 import torch
-from scenarios import Cell
+from scenarios import QUANTISED, Cell
 from torch import Tensor
 
-from zigzag_ext import reference
+from zigzag_ext import ops, reference
+from zigzag_ext.kv_format import parse_kv_format
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Largest ||out - expected|| / ||expected|| over heads: the output and the probabilities are rounded to the dtype.
-TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}
+TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5, **dict.fromkeys(QUANTISED, 1e-2)}
+LARGEST = 3.0  # of every vector of a quantised problem: all scales are then equal, as peers with one scale per tensor need
 COLD_BYTES = 420_000_000  # eight times the L2 of an H100; a clock may leave out up to 4% of it
 QUERY_SIGMA = 2.5  # logits then spread by 2.5: the softmax is neither flat nor one-hot
 
@@ -23,11 +25,12 @@ class Problem:
     """Random normal inputs; the new tokens are already in the caches (again appending them changes nothing).
 
     Lists hold one tensor per set: q [batch, num_q_heads, q_len, head_dim]; k_new, v_new [batch, num_kv_heads, q_len, head_dim];
-    k_cache, v_cache [batch, num_kv_heads, slots, head_dim]. seq_lens (before the call) and kv_lens are int32 [batch].
+    k_cache, v_cache [batch, num_kv_heads, slots, head_dim], quantised ones with k_scale, v_scale (else None) [batch,
+    num_kv_heads, slots]. seq_lens (before the call) and kv_lens are int32 [batch].
     """
 
     def __init__(self, cell: Cell, device: str):
-        self.cell, self.device, self.dtype = cell, device, DTYPES[cell.kv_format]
+        self.cell, self.device, self.dtype = cell, device, DTYPES["bf16" if cell.quantised else cell.kv_format]
         self.scale = cell.head_dim**-0.5
         self.num_sets = max(2, -(-COLD_BYTES // cell.kv_bytes))
         self._generator = torch.Generator(device).manual_seed(2412)
@@ -35,22 +38,44 @@ class Problem:
         cache = (cell.batch, cell.num_kv_heads, cell.slots, cell.head_dim)
         self.q = self._normal((cell.batch, cell.num_q_heads, cell.q_len, cell.head_dim), QUERY_SIGMA)
         self.k_new, self.v_new = self._normal(fresh), self._normal(fresh)
-        self.k_cache, self.v_cache = self._normal(cache), self._normal(cache)
+        formats = parse_kv_format("kv_format", cell.kv_format if cell.quantised else None)
+        self.k_cache, self.k_scale = self._stored(cache, formats.k)
+        self.v_cache, self.v_scale = self._stored(cache, formats.v)
         self.seq_lens = torch.tensor(cell.seq_lens, dtype=torch.int32, device=device)
         self.kv_lens = torch.tensor(cell.kv_lens, dtype=torch.int32, device=device)
         self.expected = self._attend_first_set()
-        for tensors in list(zip(self.k_new, self.v_new, self.k_cache, self.v_cache, strict=True))[1:]:
-            reference.append_(*tensors, self.seq_lens, None, cell.sink, cell.window)
+        for i in range(1, self.num_sets):
+            tensors = (self.k_new[i], self.v_new[i], self.k_cache[i], self.v_cache[i])
+            reference.append_(*tensors, self.seq_lens, None, cell.sink, cell.window, self.k_scale[i], self.v_scale[i])
 
     def _normal(self, shape: tuple[int, ...], sigma: float = 1.0) -> list[Tensor]:
         def one():
-            return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0, sigma, generator=self._generator)
+            x = torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0, sigma, generator=self._generator)
+            return x.div_(x.abs().amax(-1, keepdim=True)).mul_(LARGEST) if self.cell.quantised and sigma == 1.0 else x
 
         return [one() for _ in range(self.num_sets)]
 
+    def _stored(self, shape: tuple[int, ...], kv_format: str) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Random caches and their scales, one of each per set."""
+        vectors = self._normal(shape)
+        if kv_format == "none":
+            return vectors, [None] * self.num_sets
+        stored = [ops.new_cache(*shape, self.dtype, self.device, kv_format) for _ in vectors]
+        nothing = torch.zeros(shape[0], dtype=torch.int32, device=self.device)
+        for i, (cache, scale) in enumerate(stored):
+            ops.append(vectors[i], vectors[i], cache, cache, nothing, k_scale=scale, v_scale=scale)
+            vectors[i] = None
+        return tuple(list(column) for column in zip(*stored, strict=True))
+
+    @property
+    def uniform_scale(self) -> float:
+        """The scale of every key and value vector of a quantised problem with one format."""
+        return LARGEST / reference.MAX_CODE[self.k_cache[0].dtype]
+
     def _attend_first_set(self) -> Tensor:
         tensors = (self.q[0], self.k_new[0], self.v_new[0], self.k_cache[0], self.v_cache[0])
-        return reference.attention_(*tensors, self.seq_lens, None, self.cell.sink, self.cell.window, self.scale)[0]
+        scales = {"k_scale": self.k_scale[0], "v_scale": self.v_scale[0]}
+        return reference.attention_(*tensors, self.seq_lens, None, self.cell.sink, self.cell.window, self.scale, **scales)[0]
 
     @cached_property
     def tokens_first(self) -> list[tuple[Tensor, Tensor]]:

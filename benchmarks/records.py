@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from scenarios import token_bytes
+
 
 @dataclass(frozen=True)
 class Record:
@@ -41,8 +43,7 @@ class Record:
     @property
     def ragged(self) -> bool:
         """Whether some row is shorter than kv_len: only then are there fewer bytes than batch * kv_len keys take."""
-        element = 4 if self.kv_format == "fp32" else 2
-        return self.bytes < 2 * self.batch * self.kv_len * self.num_kv_heads * self.head_dim * element
+        return self.bytes < self.batch * self.kv_len * self.num_kv_heads * token_bytes(self.kv_format, self.head_dim)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ def prepare_all(problem: Problem, modules: dict) -> tuple[dict, dict[str, float]
     clocks, errors, reasons = {}, {}, {}
     for name, module in modules.items():
         try:
+            if problem.cell.quantised:
+                kv_format = problem.cell.kv_format
+                problem.need(kv_format in getattr(module, "KV_FORMATS", ()), f"no {kv_format} caches")
             run = module.prepare(problem)
             errors[name] = problem.error(run(0))
             if not errors[name] <= TOLERANCE[problem.cell.kv_format]:

@@ -2,8 +2,18 @@
 
 from dataclasses import dataclass
 
+from zigzag_ext.kv_format import parse_kv_format
+
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+QUANTISED = ("fp8", "int8", "int4", "int8/int4")  # formats of keys/values; queries and new tokens are then bf16
 K = 1024
+
+
+def token_bytes(kv_format: str, head_dim: int) -> int:
+    """Key and value of one token and head, scales included."""
+    if kv_format in BYTES:
+        return 2 * head_dim * BYTES[kv_format]
+    return parse_kv_format("kv_format", kv_format).vector_bytes(head_dim, BYTES["bf16"])
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,11 @@ class Cell:
     @property
     def kv_bytes(self) -> int:
         """K and V of the attended keys, each read once."""
-        return 2 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim * BYTES[self.kv_format]
+        return sum(self.kv_lens) * self.num_kv_heads * token_bytes(self.kv_format, self.head_dim)
+
+    @property
+    def quantised(self) -> bool:
+        return self.kv_format in QUANTISED
 
 
 def ring(scenario: str, sink: int, window: int, batch: int = 1, **shape) -> Cell:
@@ -77,8 +91,14 @@ CUDA = [
     Cell("d256_1x32k", (32 * K,), head_dim=256),
     Cell("verify4_1x32k", (32 * K,), q_len=4),
     Cell("verify8_1x32k", (32 * K,), q_len=8),
+    *(Cell(f"decode_1x4k_{f}", (4 * K,), kv_format=f) for f in ("fp8", "int8", "int4")),
+    *(Cell(f"decode_1x32k_{f}", (32 * K,), kv_format=f) for f in ("fp8", "int8", "int4")),
+    *(Cell(f"decode_1x128k_{f.replace('/', '_')}", (128 * K,), kv_format=f) for f in QUANTISED),
+    Cell("decode_8x32k_fp8", (32 * K,) * 8, kv_format="fp8"),
+    Cell("decode_1x512k_fp8", (512 * K,), kv_format="fp8"),
     ring("ring_64+256", 64, 256, quick=True),
     ring("ring_64+1024", 64, 1024, quick=True),
+    ring("ring_64+256_int8", 64, 256, kv_format="int8"),
     ring("ring_64+256_b8", 64, 256, batch=8),
     ring("ring_64+256_b64", 64, 256, batch=64),
     ring("ring_64+256_mha", 64, 256, num_kv_heads=32),
@@ -91,6 +111,7 @@ CPU = [
     Cell("decode_1x8k_fp32", (8 * K,), kv_format="fp32", quick=True),
     Cell("decode_1x32k_fp32", (32 * K,), kv_format="fp32"),
     Cell("mha_1x4k", (4 * K,), num_kv_heads=32),
+    *(Cell(f"decode_1x8k_{f}", (8 * K,), kv_format=f) for f in ("fp8", "int8", "int4")),
     ring("ring_64+256", 64, 256, quick=True),
     ring("ring_64+1024", 64, 1024),
     ring("ring_64+256_fp32", 64, 256, kv_format="fp32"),

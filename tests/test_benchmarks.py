@@ -26,6 +26,7 @@ TINY = [
     Cell("ragged", (5, 33), num_q_heads=4, num_kv_heads=4, head_dim=64, kv_format="fp32"),
     Cell("verify", (40,), num_q_heads=4, num_kv_heads=2, head_dim=64, q_len=3),
     ring("ring", 3, 9, batch=2, num_q_heads=4, num_kv_heads=2, head_dim=64, kv_format="fp16"),
+    Cell("quantised", (50,), num_q_heads=4, num_kv_heads=2, head_dim=64, kv_format="int8/int4"),
 ]
 ORIGIN = {"commit": "abc", "gpu": "test machine, no GPU", "driver": "-", "torch": "0"}
 
@@ -204,7 +205,10 @@ def test_steps_of_a_whole_model(tmp_path, monkeypatch, capsys):
     for name, retrieval in (("retrieval_100", 4), ("exclusive_50", 2), ("exclusive_25", 1)):
         for context in contexts:
             found = {row["kv_bytes"] for row in rows if (row["plan"], row["context"]) == (name, str(context))}
-            assert found == {str(per_token * (retrieval * (context + step.MARGIN) + (4 - retrieval) * ring))}
+            least = per_token * (retrieval * context + (4 - retrieval) * ring)
+            assert len(found) == 1 and 0 <= int(found.pop()) - least <= retrieval * (per_token * step.MARGIN + 2 * 4096), (
+                "in pages"
+            )
     with pytest.raises(SystemExit):
         step.main(["--plan", "all"])
     assert "unknown all; known: retrieval_100" in capsys.readouterr().err
@@ -218,8 +222,9 @@ def test_a_faked_context_decodes_like_a_real_one():
         twin = step.zz.ZigzagCache(model.config, plan, max_len=500 + step.MARGIN)
         model(torch.zeros(1, 500, dtype=torch.long), past_key_values=twin)
         for layer, other in zip(cache.layers, twin.layers, strict=True):
-            other.keys.copy_(layer.keys)
-            other.values.copy_(layer.values)
+            held = min(layer.slots, other.slots)  # only committed slots may be touched
+            other.keys[:, :, :held] = layer.keys[:, :, :held]
+            other.values[:, :, :held] = layer.values[:, :, :held]
         token = torch.ones(1, 1, dtype=torch.long)
         assert model(token, past_key_values=cache).logits.equal(model(token, past_key_values=twin).logits)
         assert cache.get_seq_length() == twin.get_seq_length() == 501

@@ -34,6 +34,15 @@ def test_tables():
     assert repr(s) == "Scheduler(4 layers: 2 retrieval, 2 streaming; 32 query heads, 8 KV heads, head_dim 128, bfloat16)"
 
 
+def test_kv_bytes_of_quantised_caches():
+    s = scheduler(kv_format=("int8", "int4"), ring_kv_format=("fp8", "none"))
+    assert s.kv_bytes(3, 1000, "retrieval") == 2 * 3 * 1000 * 8 * ((128 + 4) + (64 + 4))
+    assert s.kv_bytes(3, 1000, "streaming") == 2 * 3 * 320 * 8 * ((128 + 4) + 256)
+    assert s.all_retrieval_kv_bytes(3, 1000) == 4 * 3 * 1000 * 8 * 200
+    with pytest.raises(ValueError, match='KV format "int2" is not supported; supported: none, fp8, int8, int4'):
+        scheduler(kv_format=("int2", "none"))
+
+
 @pytest.mark.parametrize("dtype, size", [("bfloat16", 2), ("float16", 2), ("float32", 4)])
 @pytest.mark.parametrize("batch, max_len", [(1, 1), (1, 131072), (7, 4_000_000)])
 def test_kv_bytes(dtype, size, batch, max_len):

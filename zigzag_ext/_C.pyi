@@ -66,6 +66,8 @@ class Scheduler:
         num_kv_heads: int,
         head_dim: int,
         dtype: str,
+        kv_format: tuple[str, str] = ("none", "none"),
+        ring_kv_format: tuple[str, str] = ("none", "none"),
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...

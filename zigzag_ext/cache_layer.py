@@ -15,9 +15,10 @@ _MOST_TOKENS = 1 << 30  # positions are int32
 
 
 class ZigzagLayer(CacheLayerMixin):
-    """The cache of one layer: keys and values [batch, num_kv_heads, slots, head_dim], allocated at first use from the keys.
+    """The cache of one layer, allocated at first use from the keys.
 
-    Those of a retrieval layer are addresses for all tokens to come and memory for `slots` of them: slice before looking at them.
+    `keys` and `values` [batch, num_kv_heads, slots, head_dim] show what has memory. `buffers` are the whole tensors that kernels
+    take, by name: those of a retrieval layer are addresses for all tokens to come, and touching one without memory is a crash.
     As a part of a `MixedLayer` it holds the KV heads `heads` only.
     """
 
@@ -26,11 +27,13 @@ class ZigzagLayer(CacheLayerMixin):
     is_sliding = False  # mask sizes are the same for every layer: masks are never built
 
     def __init__(self, rows: Rows, index: int, sink: int, window: int, kv_format: KvFormat = PLAIN, heads=None):
-        super().__init__()
+        self.is_initialized = False  # instead of the base class, whose constructor sets keys and values
         self.heads: tuple[int, ...] | None = heads
         self.head_numbers: Tensor | None = None  # the same, [n] int32 on the device
         self.rows, self.index, self.sink, self.window, self.kv_format = rows, index, sink, window, kv_format
-        self.key_scales = self.value_scales = None  # [batch, num_kv_heads, slots] float32, of a quantised format
+        self.buffers: dict[
+            str, Tensor
+        ] = {}  # keys, values; of a quantised format also key_scales, value_scales [..., slots] float32
         self.growing: dict[str, GrowingBuffer] = {}  # behind the buffers of a retrieval layer, by attribute
 
     def __getstate__(self) -> dict:
@@ -47,10 +50,13 @@ class ZigzagLayer(CacheLayerMixin):
         return [self]
 
     @property
-    def buffers(self) -> dict[str, Tensor]:
-        """Everything of the layer that grows with its slots, by attribute."""
-        named = {name: getattr(self, name) for name in ("keys", "values", "key_scales", "value_scales")}
-        return {name: buffer for name, buffer in named.items() if buffer is not None}
+    def keys(self) -> Tensor | None:
+        """Codes if the format is quantised; None before the first forward."""
+        return self.buffers["keys"][:, :, : self.slots] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.buffers["values"][:, :, : self.slots] if self.is_initialized else None
 
     @property
     def slots(self) -> int:
@@ -76,19 +82,18 @@ class ZigzagLayer(CacheLayerMixin):
         if self.window or not self.rows.stores:
             geometry = (batch, num_kv_heads, self.slots, head_dim, self.dtype, self.device)
             for (name, kv_format), scales in zip(kinds.items(), ("key_scales", "value_scales"), strict=True):
-                made = ops.new_cache(*geometry, kv_format)
-                vars(self).update({name: made[0], scales: made[1]})
+                self.buffers[name], scale = ops.new_cache(*geometry, kv_format)
+                self.buffers |= {} if scale is None else {scales: scale}
         else:
             most = self.rows.max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * self.dtype.itemsize), _MOST_TOKENS)
             for (name, kv_format), scales in zip(kinds.items(), ("key_scales", "value_scales"), strict=True):
                 width, code = ops.cache_row(head_dim, self.dtype, kv_format)
-                self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, self.device)
+                exact = self.kv_format != PLAIN
+                self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, self.device, exact)
                 if kv_format != "none":
-                    self.growing[scales] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, self.device)
-            for buffer in self.growing.values():  # pages round the slots of each format differently
-                buffer.narrow(min(other.tensor.shape[2] for other in self.growing.values()))
+                    self.growing[scales] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, self.device, exact)
             self.grow(self.slots)
-            vars(self).update({name: buffer.tensor for name, buffer in self.growing.items()})
+            self.buffers = {name: buffer.tensor for name, buffer in self.growing.items()}
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -123,11 +128,11 @@ class ZigzagLayer(CacheLayerMixin):
             "sink": self.sink,
             "window": self.window,
             "scale": scale,
-            "k_scale": self.key_scales,
-            "v_scale": self.value_scales,
+            "k_scale": self.buffers.get("key_scales"),
+            "v_scale": self.buffers.get("value_scales"),
             "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
         }
-        return (q, k, v, self.keys, self.values, rows.lengths_on(q.device)), options
+        return (q, k, v, self.buffers["keys"], self.buffers["values"], rows.lengths_on(q.device)), options
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.rows.columns + query_length, 0
@@ -150,7 +155,7 @@ class ZigzagLayer(CacheLayerMixin):
             buffer.release()
 
     def drop(self) -> None:
-        self.keys = self.values = self.key_scales = self.value_scales = None
+        self.buffers = {}
         self.growing = {}
         self.is_initialized = False
 
@@ -169,7 +174,7 @@ class ZigzagLayer(CacheLayerMixin):
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
         held = self.slots if self.window else min(self.rows.longest, self.slots)
-        index = index.to(self.keys.device)
+        index = index.to(self.device)
         for name, buffer in self.buffers.items():
             chosen = buffer[:, :, :held].index_select(0, index)
             if len(index) != buffer.shape[0]:
@@ -178,5 +183,5 @@ class ZigzagLayer(CacheLayerMixin):
                     buffer = self.growing[name].tensor
                 else:
                     buffer = buffer.new_empty(len(index), *buffer.shape[1:])
-                setattr(self, name, buffer)
+                self.buffers[name] = buffer
             buffer[:, :, :held] = chosen

@@ -53,13 +53,13 @@ def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scale of every vector of x [..., head_dim], as a cache of `dtype` holds them: x ~ code * scale.
 
     dtype float8_e4m3fn or int8: codes [..., head_dim]; uint8: int4 codes, two a byte, [..., head_dim / 2]. Scale [...] float32:
-    the largest magnitude over the largest code. A vector below 2^-100 becomes zeros of scale 2^-24, one that is not finite
+    the largest magnitude over the largest code. A vector below 2^-80 becomes zeros of scale 2^-24, one that is not finite
     becomes zeros of scale infinity. Float32, every step rounded to nearest even: a kernel gives the same bits.
     """
     x = x.float()
     amax = x.abs().amax(-1)
     amax = torch.where(x.isfinite().all(-1), amax, torch.inf)
-    usual = (amax >= 2.0**-100) & amax.isfinite()
+    usual = (amax >= 2.0**-80) & amax.isfinite()
     safe, max_code = torch.where(usual, amax, 1.0), MAX_CODE[dtype]
     scale = torch.where(usual, safe / max_code, torch.where(amax.isfinite(), 2.0**-24, torch.inf))
     inverse = torch.full_like(safe, max_code) / safe  # a division: torch turns `number / tensor` into two roundings
@@ -84,9 +84,14 @@ def stored(x: Tensor, cache: Tensor) -> Tensor:
     return decode(*encode(x, cache.dtype)) if cache.dtype in MAX_CODE else x.double()
 
 
-def held(cache: Tensor, scale: Tensor | None) -> Tensor:
-    """Content of a cache in float64, [..., head_dim]."""
-    return cache.double() if scale is None else decode(cache, scale)
+def held(cache: Tensor, scale: Tensor | None, used: Tensor) -> Tensor:
+    """Content of the slots `used` [slots] bool of one row's cache [num_kv_heads, slots, ...] in float64, [..., head_dim].
+
+    No other slot is looked at: it may hold anything, or have no memory at all.
+    """
+    if scale is None:
+        return cache[:, used].double()
+    return decode(cache.view(torch.uint8)[:, used].view(cache.dtype), scale[:, used])
 
 
 def append_(
@@ -159,7 +164,7 @@ def attention_(
         key = torch.cat([old[used], query])
         parts = ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new))
         k, v = (
-            torch.cat([held(cache[b], s if s is None else s[b])[:, used], stored(new[b, :, first:], cache)], 1)
+            torch.cat([held(cache[b], s if s is None else s[b], used), stored(new[b, :, first:], cache)], 1)
             for cache, s, new in parts
         )
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)

@@ -23,8 +23,9 @@ class GrowingBuffer:
     context, also by printing, copying or comparing the whole `tensor`: slice it to the committed slots first.
 
     Args:
-        batch, num_kv_heads, max_slots, head_dim: shape; reserving slots is free, 64 bits of addresses are many. Without
-            head_dim (None) one number per slot, and no such dimension: the scales of a quantised cache.
+        batch, num_kv_heads, max_slots, head_dim: shape; reserving slots is free, 64 bits of addresses are many.
+            Without head_dim (None) one number per slot, and no such dimension: the scales of a quantised cache.
+        exact: whether `tensor` ends at max_slots instead of a whole page, for buffers of different widths side by side.
         dtype: of the elements.
         device: "cpu" or a CUDA device.
 
@@ -39,7 +40,14 @@ class GrowingBuffer:
     """
 
     def __init__(
-        self, batch: int, num_kv_heads: int, max_slots: int, head_dim: int | None, dtype: torch.dtype, device: torch.device | str
+        self,
+        batch: int,
+        num_kv_heads: int,
+        max_slots: int,
+        head_dim: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        exact: bool = False,
     ):
         width = 1 if head_dim is None else head_dim
         shape = (batch, num_kv_heads, max_slots, width)
@@ -51,15 +59,16 @@ class GrowingBuffer:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.slots, self.max_slots = 0, max_slots  # committed so far and at most
-        self._token_bytes = num_kv_heads * width * dtype.itemsize
+        self._token_bytes, self._exact = num_kv_heads * width * dtype.itemsize, exact
         self._buffer = _C.VirtualBuffer(
             batch, max_slots * self._token_bytes, self.device.index if self.device.type == "cuda" else None, self._token_bytes
         )
-        shape = (batch, num_kv_heads, self._buffer.row_stride // self._token_bytes, width)
-        strides = (self._buffer.row_stride // dtype.itemsize, width, num_kv_heads * width, 1)
+        slots = max_slots if exact else self._buffer.row_stride // self._token_bytes
         dims = 3 if head_dim is None else 4
+        shape = (batch, num_kv_heads, slots, width)[:dims]
+        strides = (self._buffer.row_stride // dtype.itemsize, width, num_kv_heads * width, 1)[:dims]
         with torch.inference_mode(False):  # a buffer outlives the mode it was made in
-            self.tensor = self._all_elements(dtype).as_strided(shape[:dims], strides[:dims])
+            self.tensor = self._all_elements(dtype).as_strided(shape, strides)
 
     def _all_elements(self, dtype: torch.dtype) -> Tensor:
         """The reservation as a flat tensor, which keeps the buffer alive."""
@@ -91,15 +100,11 @@ class GrowingBuffer:
         self._commit(min(read, reserved) * self._token_bytes)
         self.slots = slots
 
-    def narrow(self, slots: int) -> None:
-        """Leaves out reserved slots beyond `slots`, as buffers that belong together must have equally many."""
-        self.tensor = self.tensor[:, :, : max(slots, self.max_slots)]
-
     def with_batch(self, batch: int) -> "GrowingBuffer":
         """Another one for another number of rows, with memory for as many slots and nothing in it yet."""
-        num_kv_heads, _, head_dim = (*self.tensor.shape[1:], None)[:3]
-        other = GrowingBuffer(batch, num_kv_heads, self.max_slots, head_dim, self.tensor.dtype, self.device)
-        other.narrow(self.tensor.shape[2])
+        _, num_kv_heads, _, head_dim = (*self.tensor.shape, None)[:4]
+        geometry = (batch, num_kv_heads, self.max_slots, head_dim)
+        other = GrowingBuffer(*geometry, self.tensor.dtype, self.device, self._exact)
         other.commit(self.slots)
         return other
 

@@ -1,6 +1,7 @@
 """Everything that is timed, one file each. A file holds:
 
     DEVICES = ("cuda",)            # where it runs
+    KV_FORMATS = ("fp8",)          # quantised caches that it reads; without this line none
     def prepare(problem):          # imports its library here: a missing one is reported, not fatal
         ...                        # raises problem.Unsupported for cells it cannot serve
         return run                 # run(set) -> output [batch, num_q_heads, q_len, head_dim], nothing but the timed work

@@ -1,6 +1,7 @@
 """FlashInfer batch decode on tensor cores over a paged cache, planned for the exact lengths outside the timed part."""
 
 DEVICES = ("cuda",)
+KV_FORMATS = ("fp8",)
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -30,7 +31,8 @@ def prepare(problem):
         cell.head_dim,
         PAGE_SIZE,
         q_data_type=p.dtype,
-        kv_data_type=p.dtype,
+        kv_data_type=p.k_cache[0].dtype,
         sm_scale=p.scale,
     )
-    return lambda i: wrapper.run(p.q[i][:, :, 0], caches[i]).unsqueeze(2)
+    scales = {"k_scale": p.uniform_scale, "v_scale": p.uniform_scale} if cell.quantised else {}
+    return lambda i: wrapper.run(p.q[i][:, :, 0], caches[i], **scales).unsqueeze(2)

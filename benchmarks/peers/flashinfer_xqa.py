@@ -1,6 +1,7 @@
 """FlashInfer's XQA (from TensorRT-LLM) over a paged cache."""
 
 DEVICES = ("cuda",)
+KV_FORMATS = ("fp8",)
 WORKSPACE_BYTES = 256 << 20  # the first 8 MiB are semaphores and must start at zero
 
 
@@ -16,10 +17,12 @@ def prepare(problem):
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=p.device)
     queries = [q[:, :, 0].contiguous() for q in p.q]
     lengths = p.kv_lens.to(torch.uint32)
+    factor = p.uniform_scale if cell.quantised else 1.0
+    scales = {"bmm1_scale": p.scale * factor, "bmm2_scale": factor}
 
     def run(i):
         out = xqa_batch_decode_with_kv_cache(
-            queries[i], caches[i], workspace, table, lengths, cell.slots, bmm1_scale=p.scale, bmm2_scale=1.0, kv_layout="NHD"
+            queries[i], caches[i], workspace, table, lengths, cell.slots, kv_layout="NHD", **scales
         )
         return out.unsqueeze(2)
 

@@ -5,5 +5,5 @@
 #define ZZ_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 // Always inlined: a function that the CPU kernels of two instruction sets share by name must not be a symbol.
-#define ZZ_HOST_DEVICE [[gnu::always_inline]] inline
+#define ZZ_HOST_DEVICE __attribute__((always_inline)) inline
 #endif

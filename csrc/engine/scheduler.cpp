@@ -14,9 +14,16 @@ int64_t checked_product(std::initializer_list<int64_t> factors) {
   return product;
 }
 
-int64_t layer_kv_bytes(const ModelGeometry& geometry, int64_t batch, int64_t slots) {
-  return checked_product(
-      {2, batch, geometry.num_kv_heads, geometry.head_dim, static_cast<int64_t>(element_size(geometry.dtype)), slots});
+const KvFormats& formats_of(const ModelGeometry& geometry, LayerKind kind) {
+  return kind == LayerKind::kRetrieval ? geometry.retrieval : geometry.streaming;
+}
+
+int64_t layer_kv_bytes(const ModelGeometry& geometry, LayerKind kind, int64_t batch, int64_t slots) {
+  int64_t pair_bytes = 0;  // a key and a value of one head
+  for (const KvFormat format : {formats_of(geometry, kind).k, formats_of(geometry, kind).v}) {
+    pair_bytes += vector_bytes(format, geometry.dtype, geometry.head_dim) + scale_bytes(format);
+  }
+  return checked_product({batch, geometry.num_kv_heads, pair_bytes, slots});
 }
 
 void check_cache_size(int64_t batch, int64_t max_len) {
@@ -45,14 +52,14 @@ KvBytes Scheduler::kv_bytes(int64_t batch, int64_t max_len) const {
   KvBytes bytes{0, 0};
   for (const LayerSpec& spec : layers_) {
     (spec.kind == LayerKind::kRetrieval ? bytes.retrieval : bytes.streaming) +=
-        layer_kv_bytes(geometry_, batch, spec.slots(max_len));
+        layer_kv_bytes(geometry_, spec.kind, batch, spec.slots(max_len));
   }
   return bytes;
 }
 
 int64_t Scheduler::all_retrieval_kv_bytes(int64_t batch, int64_t max_len) const {
   check_cache_size(batch, max_len);
-  return checked_product({num_layers(), layer_kv_bytes(geometry_, batch, max_len)});
+  return checked_product({num_layers(), layer_kv_bytes(geometry_, LayerKind::kRetrieval, batch, max_len)});
 }
 
 int64_t Scheduler::workspace_bytes(int batch) const {
@@ -65,6 +72,8 @@ AttentionParams Scheduler::layer_params(int layer, AttentionParams tensors) cons
   tensors.num_kv_heads = geometry_.num_kv_heads;
   tensors.head_dim = geometry_.head_dim;
   tensors.dtype = geometry_.dtype;
+  tensors.k_store.format = formats_of(geometry_, spec.kind).k;
+  tensors.v_store.format = formats_of(geometry_, spec.kind).v;
   tensors.sink = spec.sink;
   tensors.window = spec.window;
   tensors.slots = static_cast<int>(spec.slots(tensors.slots));

@@ -13,11 +13,19 @@
 
 namespace zigzag {
 
+// How one kind of layer holds its keys and its values.
+struct KvFormats {
+  KvFormat k = KvFormat::kPlain;
+  KvFormat v = KvFormat::kPlain;
+};
+
 struct ModelGeometry {
   int num_q_heads;
   int num_kv_heads;
   int head_dim;
-  DType dtype;  // of q, k, v, the caches and the output
+  DType dtype;  // of q, k, v, plain caches and the output
+  KvFormats retrieval = {};
+  KvFormats streaming = {};
 };
 
 struct LayerSpec {
@@ -31,7 +39,7 @@ struct LayerSpec {
   int64_t slots(int64_t max_len) const { return window == 0 ? max_len : int64_t{sink} + window; }
 };
 
-// Bytes of the key and value caches together.
+// Bytes of the key and value caches together, scales of quantised ones included.
 struct KvBytes {
   int64_t retrieval;
   int64_t streaming;

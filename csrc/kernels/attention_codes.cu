@@ -18,25 +18,26 @@ void launch_decode_stream_codes(const AttentionParams&, void* stream);
 
 namespace {
 
-// f(K format, V format): the pairs that are compiled, one .cu file each in decode_full/ and decode_stream/.
-template <class F>
-void dispatch_pair(const AttentionParams& p, F&& f) {
-  const KvFormat k = p.k_store.format, v = p.v_store.format;
-  if (k == KvFormat::kFp8 && v == KvFormat::kFp8) return f(Fp8{}, Fp8{});
-  if (k == KvFormat::kInt8 && v == KvFormat::kInt8) return f(Int8{}, Int8{});
-  if (k == KvFormat::kInt4 && v == KvFormat::kInt4) return f(Int4{}, Int4{});
-  if (k == KvFormat::kInt8 && v == KvFormat::kInt4) return f(Int8{}, Int4{});
-  if (k == KvFormat::kFp8 && v == KvFormat::kInt4) return f(Fp8{}, Int4{});
-  throw Error(concat("keys of format ", name(k), " with values of format ", name(v),
-                     " are not supported on CUDA; supported: fp8, int8 and int4 for both, and keys fp8 or int8 with "
-                     "values int4 (every pair on the CPU)"));
-}
-
+// The pairs that are compiled, one .cu file each in decode_full/ and, for one format, in decode_stream/.
 void launch(const AttentionParams& p, void* stream) {
-  dispatch_pair(p, [&](auto k, auto v) {
-    if (p.window == 0) return decode_full::launch_decode_full_codes<decltype(k), decltype(v)>(p, stream);
-    decode_stream::launch_decode_stream_codes<decltype(k), decltype(v)>(p, stream);
-  });
+  const KvFormat k = p.k_store.format, v = p.v_store.format;
+  const bool full = p.window == 0;
+  const auto one_format = [&](auto format) {
+    using Format = decltype(format);
+    if (full) return decode_full::launch_decode_full_codes<Format, Format>(p, stream);
+    decode_stream::launch_decode_stream_codes<Format, Format>(p, stream);
+  };
+  if (k == v) return dispatch_kv_format(k, one_format);
+  if (full && k == KvFormat::kInt8 && v == KvFormat::kInt4) {
+    return decode_full::launch_decode_full_codes<Int8, Int4>(p, stream);
+  }
+  if (full && k == KvFormat::kFp8 && v == KvFormat::kInt4) {
+    return decode_full::launch_decode_full_codes<Fp8, Int4>(p, stream);
+  }
+  throw Error(
+      concat("keys of format ", name(k), " with values of format ", name(v), full ? "" : " in a ring",
+             " are not supported on CUDA; supported: fp8, int8 and int4 for both, and in full caches keys fp8 or "
+             "int8 with values int4 (every pair on the CPU)"));
 }
 
 const void* advance(const void* data, int64_t elements) { return static_cast<const char*>(data) + 2 * elements; }

@@ -4,7 +4,7 @@
 //
 //     scale = amax / max_code        code[d] = nearest(x[d] * (max_code / amax))        amax = max |x[d]|
 //
-// in float32, every operation rounded to nearest even. A vector below 2^-100 becomes zeros of scale 2^-24, which is
+// in float32, every operation rounded to nearest even. A vector below 2^-80 becomes zeros of scale 2^-24, which is
 // near the scales of usual vectors: no scale is ever zero or subnormal, so that 1 / scale and log2(scale) exist and lie
 // among those of the other tokens. A vector with an infinity or a NaN becomes zeros of scale
 // infinity, whose product is NaN: what was not a number stays visible.
@@ -39,7 +39,7 @@ struct VectorScale {
 
   // Bits of the largest |element|, and the largest code of the format. Bits, since they order NaN above infinity.
   ZZ_HOST_DEVICE VectorScale(uint32_t amax_bits, float max_code) {
-    constexpr uint32_t kInfinity = 0x7f800000u, kSmallest = (127u - 100u) << 23;
+    constexpr uint32_t kInfinity = 0x7f800000u, kSmallest = (127u - 80u) << 23;
     const bool finite = amax_bits < kInfinity, zero = amax_bits < kSmallest;
     const float amax = bits_float(finite && !zero ? amax_bits : 0x3f800000u);
 #if defined(__CUDA_ARCH__)

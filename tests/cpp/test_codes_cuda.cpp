@@ -247,6 +247,7 @@ TEST_CASE("decode over quantised full caches") {
 TEST_CASE("decode over quantised rings") {
   if (no_device()) return;
   for (const auto& pair : kPairs) {
+    if (pair[0] != pair[1]) continue;
     for (const DType dtype : kBoth) {
       run({pair[0], pair[1], dtype, 2, 4, 1, 128, 36, 4, 32, {0, 3, 4, 35, 36, 37, 90}, {}}, true);
       run({pair[0], pair[1], dtype, 1, 3, 6, 64, 21, 5, 16, {0, 4, 50, 0}, {0, 1, 0, 6}}, true);
@@ -260,7 +261,7 @@ TEST_CASE("quantised decode for every head_dim and for two row tiles") {
     for (const auto& pair : kPairs) {
       if (head_dim == 80 && pair[1] == kInt4) continue;
       run({pair[0], pair[1], DType::kBFloat16, 1, 16, 1, head_dim, 50, 0, 0, {40}, {}}, true);
-      run({pair[0], pair[1], DType::kFloat16, 1, 2, 1, head_dim, 24, 4, 20, {60}, {}}, true);
+      if (pair[0] == pair[1]) run({pair[0], pair[1], DType::kFloat16, 1, 2, 1, head_dim, 24, 4, 20, {60}, {}}, true);
     }
   }
 }
@@ -269,7 +270,7 @@ TEST_CASE("quantised caches long enough for several blocks and stages") {
   if (no_device()) return;
   for (const auto& pair : kPairs) {
     run({pair[0], pair[1], DType::kBFloat16, 1, 4, 1, 128, 3000, 0, 0, {2999, 100}, {}}, true);
-    run({pair[0], pair[1], DType::kBFloat16, 1, 4, 2, 64, 1064, 64, 1000, {5000}, {}}, true);
+    if (pair[0] == pair[1]) run({pair[0], pair[1], DType::kBFloat16, 1, 4, 2, 64, 1064, 64, 1000, {5000}, {}}, true);
   }
 }
 
@@ -277,7 +278,8 @@ TEST_CASE("prompts over quantised caches in parts") {
   if (no_device()) return;
   for (const auto& pair : kPairs) {
     run({pair[0], pair[1], DType::kBFloat16, 1, 2, 50, 64, 90, 0, 0, {0, 40, 7}, {0, 0, 20}}, true);
-    run({pair[0], pair[1], DType::kBFloat16, 1, 2, 50, 64, 20, 4, 16, {0, 40, 7}, {3, 0, 50}}, true);
+    if (pair[0] == pair[1])
+      run({pair[0], pair[1], DType::kBFloat16, 1, 2, 50, 64, 20, 4, 16, {0, 40, 7}, {3, 0, 50}}, true);
   }
 }
 
@@ -297,7 +299,9 @@ TEST_CASE("what quantised CUDA kernels do not serve raises") {
   p.batch = p.num_q_heads = p.num_kv_heads = p.q_len = 1, p.head_dim = 64, p.dtype = DType::kBFloat16;
   p.k_store.format = kInt4, p.v_store.format = kFp8;
   CHECK_THROWS_WITH_AS(attention_cuda(p, nullptr), doctest::Contains("supported: fp8, int8 and int4 for both"), Error);
-  p.v_store.format = kInt4, p.head_dim = 80;
+  p.k_store.format = kInt8, p.v_store.format = kInt4, p.window = 4;
+  CHECK_THROWS_WITH_AS(attention_cuda(p, nullptr), doctest::Contains("in a ring are not supported"), Error);
+  p.k_store.format = kInt4, p.window = 0, p.head_dim = 80;
   CHECK_THROWS_WITH_AS(attention_cuda(p, nullptr), doctest::Contains("multiple of 32"), Error);
   p.head_dim = 64, p.q_len = 17;
   CHECK_THROWS_WITH_AS(attention_cuda(p, nullptr), doctest::Contains("need a cache with slots"), Error);

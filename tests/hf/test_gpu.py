@@ -12,13 +12,16 @@ import zigzag_ext as zz
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 
 
-def logits_of(model, batch, steps, compile=False):
+HEADS = zz.Plan(["streaming", ["retrieval", "streaming"], ["streaming", "retrieval"], "retrieval"], sink=4, window=16)
+
+
+def logits_of(model, batch, steps, compile=False, plan=PLAN):
     """Logits of a prefill and of single-token steps that are fed the same tokens whatever the model answers."""
-    cache = zz.ZigzagCache(model.config, PLAN, max_len=256)
+    cache = zz.ZigzagCache(model.config, plan, max_len=256)
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     logits = []
-    with zz.zigzag(model, PLAN, compile=compile), torch.no_grad():
+    with zz.zigzag(model, plan, compile=compile), torch.no_grad():
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         logits.append(model(**batch, position_ids=positions, past_key_values=cache).logits[:, -1])
         for token in steps.to(device):
@@ -30,13 +33,14 @@ def logits_of(model, batch, steps, compile=False):
 
 
 @needs_cuda
+@pytest.mark.parametrize("plan", [PLAN, HEADS], ids=["layers", "heads"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
 @pytest.mark.parametrize("lengths", [[100], [90, 37, 5]], ids=["single", "left_padded"])
-def test_gpu_in_bfloat16_agrees_with_cpu(family, lengths):
+def test_gpu_in_bfloat16_agrees_with_cpu(family, lengths, plan):
     model = tiny_model(family)
     steps = prompt(60, len(lengths)).T
-    expected = logits_of(model, padded_prompt(lengths), steps)
-    actual = logits_of(copy.deepcopy(model).to("cuda", torch.bfloat16), padded_prompt(lengths), steps)
+    expected = logits_of(model, padded_prompt(lengths), steps, plan=plan)
+    actual = logits_of(copy.deepcopy(model).to("cuda", torch.bfloat16), padded_prompt(lengths), steps, plan=plan)
     yardstick = (expected - expected.bfloat16().float()).norm() / expected.norm()
     error = (actual - expected).norm() / expected.norm()
     assert error < max(0.06, 20 * yardstick), f"relative error of the logits {error:.3f}"
@@ -60,13 +64,14 @@ def greedy(model, ids, new_tokens):
 
 
 @needs_cuda
+@pytest.mark.parametrize("plan", [PLAN, HEADS], ids=["layers", "heads"])
 @pytest.mark.parametrize("lengths", [[100], [90, 37, 5]], ids=["single", "left_padded"])
-def test_compiled_steps_agree_with_eager_ones(lengths):
+def test_compiled_steps_agree_with_eager_ones(lengths, plan):
     model = copy.deepcopy(tiny_model()).to("cuda", torch.bfloat16)
     batch, steps = padded_prompt(lengths), prompt(60, len(lengths)).T
-    expected = logits_of(model, batch, steps)
+    expected = logits_of(model, batch, steps, plan=plan)
     for _ in range(2):  # the second time from a cache of other addresses
-        actual = logits_of(model, batch, steps, compile=True)
+        actual = logits_of(model, batch, steps, compile=True, plan=plan)
         assert (actual - expected).norm() / expected.norm() < 0.05
 
 
@@ -92,16 +97,18 @@ def test_one_captured_graph_serves_every_length_and_prompt(monkeypatch):
 
 
 @needs_cuda
-def test_kernels_of_a_captured_step():
+@pytest.mark.parametrize("plan, launches", [(PLAN, NUM_LAYERS), (HEADS, NUM_LAYERS + 2)], ids=["layers", "heads"])
+def test_kernels_of_a_captured_step(plan, launches):
+    """One attention kernel per layer, two per mixed layer."""
     model = new_model("llama").to("cuda", torch.bfloat16)
-    cache, token = zz.ZigzagCache(model.config, PLAN, max_len=128), prompt(1).cuda()
-    with zz.zigzag(model, PLAN, compile=True), torch.no_grad():
+    cache, token = zz.ZigzagCache(model.config, plan, max_len=128), prompt(1).cuda()
+    with zz.zigzag(model, plan, compile=True), torch.no_grad():
         model(prompt(30).cuda(), past_key_values=cache)
         kept = model(token, past_key_values=cache).logits
         before = kept.clone()
         names = launched_kernels(lambda: model(token, past_key_values=cache))
         assert kept.equal(before), "a later step overwrote the logits of an earlier one"
-    assert sum("decode" in name for name in names) == NUM_LAYERS, names
+    assert sum("decode" in name for name in names) == launches, names
     assert not any("fmha" in name or "flash" in name for name in names), names
 
 

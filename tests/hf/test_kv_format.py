@@ -23,7 +23,8 @@ def specified(q, k_new, v_new, k_cache, v_cache, seq_lens, *, pad, sink, window,
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_tokens_are_those_of_the_specification(monkeypatch, kv_format, ring):
     batch = padded_prompt([40, 12])
-    with zz.zigzag(tiny_model(), replace(PLAN, kv_format=kv_format, ring_kv_format=ring)) as model:
+    plan = replace(PLAN, kv_format=kv_format, ring_kv_format=ring)
+    with zz.zigzag(tiny_model(), plan, max_len=64) as model:  # the specification looks at every slot
         tokens = generate(model, 12, **batch)
         beams = generate(model, 8, **batch, num_beams=2)
         monkeypatch.setattr(ops, "attention", specified)
@@ -49,8 +50,9 @@ def test_bytes_and_report():
             generate(model, 2, prompt(20, 1), past_key_values=cache)
         ring = 2 * 2 * (4 + 16) * 2 * 64 * 4  # 2 layers, K and V, slots, heads, head_dim, float32
         sizes[kv_format] = cache.memory_bytes() - ring
+        pages = 2 * 4 * 4096  # 2 layers of at most 4 buffers, which grow by pages
         vector = {"none": 512, "fp8": 136, "int8": 136, "int4": 72, "int8/int4": 104}[kv_format]  # K and V of a head
-        assert sizes[kv_format] == 2 * 200 * 2 * vector
+        assert 0 <= sizes[kv_format] - 2 * 200 * 2 * vector <= pages
         report = cache.memory_report()
         assert f"{sizes[kv_format]:,} bytes" in report and f"{cache.memory_bytes():,} bytes" in report
         assert kv_format in report

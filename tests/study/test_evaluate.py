@@ -8,7 +8,7 @@ import torch
 
 import zigzag_ext as zz
 from zigzag_ext import evaluate
-from zigzag_ext.evaluate import TASKS, HeadPlan, rows
+from zigzag_ext.evaluate import TASKS, rows
 from zigzag_ext.evaluate.haystack import Sample, encode, hide, python_reference
 from zigzag_ext.evaluate.multikey import FILLER
 from zigzag_ext.evaluate.scoring import Verdict, attention_of, score
@@ -17,7 +17,7 @@ from .conftest import KV_HEADS, LAYERS
 
 FILLER_LENGTH = len(FILLER)  # a needle stands between two repetitions
 PLAN = zz.Plan(["streaming", "retrieval", "streaming"], sink=4, window=32)
-PLANS = [None, PLAN, HeadPlan(((True, False), (False, False), (True, True)), 4, 32)]
+PLANS = [None, PLAN, zz.Plan.from_heads([[True, False], [False, False], [True, True]], sink=4, window=32)]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -73,13 +73,6 @@ def test_needles_stand_in_order_and_lengths_are_exact():
 
 
 def answered(model, plan, ids: list[int], tokens: int) -> list[int]:
-    """Greedy decoding, with the whole sequence fed again for every token where there is no cache."""
-    if isinstance(plan, HeadPlan):
-        ids = list(ids)
-        with torch.no_grad(), attention_of(model, plan):
-            for _ in range(tokens):
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        return ids[-tokens:]
     with torch.no_grad(), attention_of(model, plan):
         row = torch.tensor([ids])
         return model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=tokens, do_sample=False)[

@@ -110,7 +110,7 @@ def test_ablation_compares_with_the_unit_streaming(model, tokenizer, level):
         for head in range(KV_HEADS):
             retrieval = np.ones((LAYERS, KV_HEADS), bool)
             retrieval[layer, head if level == "head" else slice(None)] = False
-            drop = value(None) - value(zz.evaluate.HeadPlan(retrieval.tolist(), 4, 32))
+            drop = value(None) - value(zz.Plan.from_heads(retrieval, sink=4, window=32))
             assert scores[layer, head] == pytest.approx(1 / (1 + np.exp(-drop)), abs=1e-4)
 
 

@@ -4,7 +4,6 @@ rows = zz.evaluate.passkey(model, tokenizer, plan, lengths=[1024, 4096], prompts
 zz.evaluate.append("rows.csv", rows)
 """
 
-from ..hf.heads import HeadPlan
 from .multikey import multikey
 from .multivalue import multivalue
 from .passkey import passkey
@@ -15,4 +14,4 @@ from .task import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (passkey, multikey, multivalue, perplexity)}
 
-__all__ = ["TASKS", "HeadPlan", "Row", "Task", "append", "multikey", "multivalue", "passkey", "perplexity", "read", "score"]
+__all__ = ["TASKS", "Row", "Task", "append", "multikey", "multivalue", "passkey", "perplexity", "read", "score"]

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 
-from ..hf.heads import HeadPlan
 from ..plan import Plan
 from .scoring import Verdict
 
@@ -48,12 +47,12 @@ class Row:
 COLUMNS = [field.name for field in fields(Row)]
 
 
-def kinds_of(plan: Plan | HeadPlan | None, layers: int) -> str:
+def kinds_of(plan: Plan | None, layers: int) -> str:
     """A plan as a string, see `Row.kinds`."""
     if plan is None:
         return "0" * layers
-    if isinstance(plan, HeadPlan):
-        return "/".join("".join("10"[head] for head in layer) for layer in plan.retrieval)
+    if plan.mixed_layers:
+        return "/".join("".join("10"[head] for head in layer) for layer in plan.retrieval_heads(plan.kv_heads))
     return "".join("1" if kind == "streaming" else "0" for kind in plan.kinds)
 
 

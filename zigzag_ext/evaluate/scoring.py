@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from ..hf import zigzag
-from ..hf.heads import HeadPlan, attend_heads
-from ..hf.probe import probe
 from ..plan import Plan
 from .haystack import Sample
 
@@ -26,27 +24,22 @@ class Verdict:
 
 
 @contextmanager
-def attention_of(model: nn.Module, plan: Plan | HeadPlan | None):
-    """The model with the attention of a plan: the zigzag kernels for a `Plan`, torch for a `HeadPlan`, its own for None."""
+def attention_of(model: nn.Module, plan: Plan | None):
+    """The model with the attention of a plan, or its own for None."""
     if plan is None:
         yield model
     elif isinstance(plan, Plan):
         with zigzag(model, plan):
             yield model
-    elif isinstance(plan, HeadPlan):
-        if len(plan.retrieval) != model.config.num_hidden_layers:
-            raise ValueError(f"the plan has {len(plan.retrieval)} layers, the model has {model.config.num_hidden_layers}")
-        with probe(model, attend_heads(plan)):
-            yield model
     else:
-        raise TypeError(f"plan must be a Plan, a HeadPlan or None, got {plan!r}")
+        raise TypeError(f"plan must be a Plan or None, got {plan!r}")
 
 
 @torch.no_grad()
 def score(
     model: nn.Module,
     samples: Sequence[Sample],
-    plan: Plan | HeadPlan | None = None,
+    plan: Plan | None = None,
     batch_tokens: int | None = None,
     advance: Callable[[int], None] = lambda samples: None,
 ) -> list[Verdict]:

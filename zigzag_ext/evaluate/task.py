@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..hf.heads import HeadPlan
 from ..plan import Plan
 from .haystack import Sample
 from .rows import Row, kinds_of, statistics
@@ -37,7 +36,7 @@ class Task:
         self,
         model: nn.Module,
         tokenizer,
-        plan: Plan | HeadPlan | None = None,
+        plan: Plan | None = None,
         *,
         lengths: Sequence[int] = (1024, 2048, 4096),
         depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
@@ -51,7 +50,7 @@ class Task:
         """Evaluates, offline, one prefill forward per batch of samples.
 
         Args:
-            plan: a `Plan` runs on the zigzag kernels, a `HeadPlan` in torch; None is the model as it is (full attention).
+            plan: runs on the zigzag kernels; None is the model as it is (full attention).
             lengths: tokens per sample, answer included.
             depths: places of the needle, 0 first and 1 last; unused by tasks without needles.
             prompts: samples per length and depth.

@@ -20,10 +20,12 @@ class _Part:
     """Buffers of one kind: those of a whole layer, or of some KV heads of it."""
 
     def __init__(self, part: ZigzagLayer):
-        self.keys, self.values, self.heads = part.keys, part.values, part.head_numbers
-        self.own = {"sink": part.sink, "window": part.window, "k_scale": part.key_scales, "v_scale": part.value_scales}
+        buffers = part.buffers
+        self.keys, self.values, self.heads = buffers["keys"], buffers["values"], part.head_numbers
+        self.own = {"sink": part.sink, "window": part.window}
+        self.own |= {"k_scale": buffers.get("key_scales"), "v_scale": buffers.get("value_scales")}
         if not part.window:  # one compilation for every capacity
-            for buffer in part.buffers.values():
+            for buffer in buffers.values():
                 torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
 

@@ -9,7 +9,7 @@ saturates, so units that do no harm are still told apart. The criterion is this 
 import numpy as np
 
 from ..evaluate.scoring import score
-from ..hf.heads import HeadPlan
+from ..plan import Plan
 from .method import Method, Settings
 
 
@@ -30,7 +30,7 @@ class Ablation(Method):
         retrieval = np.ones((self.layers, self.kv_heads), dtype=bool)
         if index:
             retrieval.reshape(self.units, -1)[index - 1] = False
-        plan = HeadPlan(retrieval.tolist(), self.settings.sink, self.settings.window)
+        plan = Plan.from_heads(retrieval, sink=self.settings.sink, window=self.settings.window)
         verdicts = score(self.model, self.samples, plan, self.batch_tokens)
         self.state["logprob"][index] = float(np.mean([verdict.logprob for verdict in verdicts]))
 

@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
+#include <utility>
 
 #include "bindings/c/bindings.h"
 
@@ -20,10 +22,24 @@ DType parse_dtype(const std::string& given) {
   throw Error(concat("dtype \"", given, "\" is not supported; supported: float32, float16, bfloat16"));
 }
 
+KvFormat parse_kv_format(const std::string& given) {
+  for (const KvFormat format : {KvFormat::kPlain, KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
+    if (given == name(format)) return format;
+  }
+  throw Error(concat("KV format \"", given, "\" is not supported; supported: none, fp8, int8, int4"));
+}
+
+using FormatNames = std::pair<std::string, std::string>;  // of keys, of values
+
 Scheduler make_scheduler(const std::vector<std::string>& kinds, int64_t sink, int64_t window, int num_q_heads,
-                         int num_kv_heads, int head_dim, const std::string& dtype) {
+                         int num_kv_heads, int head_dim, const std::string& dtype, const FormatNames& kv_format,
+                         const FormatNames& ring_kv_format) {
+  const auto formats = [](const FormatNames& names) {
+    return KvFormats{parse_kv_format(names.first), parse_kv_format(names.second)};
+  };
   return Scheduler(LayerPlan(parse_layer_kinds(kinds), sink, window),
-                   ModelGeometry{num_q_heads, num_kv_heads, head_dim, parse_dtype(dtype)});
+                   ModelGeometry{num_q_heads, num_kv_heads, head_dim, parse_dtype(dtype), formats(kv_format),
+                                 formats(ring_kv_format)});
 }
 
 const char* kernel_name(const Scheduler& scheduler, int layer, int q_len) {
@@ -58,7 +74,8 @@ std::string repr(const Scheduler& scheduler) {
 void bind_scheduler(py::module_& module) {
   py::class_<Scheduler>(module, "Scheduler", "From a plan and a model's geometry to kernels and bytes. Immutable.")
       .def(py::init(&make_scheduler), py::arg("kinds"), py::arg("sink"), py::arg("window"), py::arg("num_q_heads"),
-           py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"))
+           py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"),
+           py::arg("kv_format") = FormatNames("none", "none"), py::arg("ring_kv_format") = FormatNames("none", "none"))
       .def_property_readonly("num_layers", &Scheduler::num_layers)
       .def_property_readonly("launches_per_step", &Scheduler::launches_per_step,
                              "Attention launches in one decode step: one per layer.")
@@ -67,7 +84,7 @@ void bind_scheduler(py::module_& module) {
       .def("slots", &slots, py::arg("layer"), py::arg("max_len"),
            "Slots of the layer's cache for a context of max_len tokens.")
       .def("kv_bytes", &kv_bytes, py::arg("batch"), py::arg("max_len"), py::arg("kind") = py::none(),
-           "Bytes of the key and value caches of all layers, or of the layers of one kind.")
+           "Bytes of the key and value caches of all layers, or of the layers of one kind, scales included.")
       .def("all_retrieval_kv_bytes", &Scheduler::all_retrieval_kv_bytes, py::arg("batch"), py::arg("max_len"),
            "Bytes of the caches if every layer were a retrieval layer.")
       .def("workspace_bytes", &Scheduler::workspace_bytes, py::arg("batch"),

@@ -1,13 +1,13 @@
-"""Head-level plans in torch: equal to the specification head by head, and to the kernels where whole layers stream."""
+"""Attention in torch: equal to the specification, and differentiable; a probed model refuses what it would ignore."""
 
 import pytest
 import torch
 
 import zigzag_ext as zz
 from zigzag_ext import reference
-from zigzag_ext.evaluate import HeadPlan
 from zigzag_ext.evaluate.scoring import attention_of
-from zigzag_ext.hf.heads import attend_heads, banded, causal
+from zigzag_ext.hf.probe import probe
+from zigzag_ext.hf.torch_attention import banded, causal
 
 from .conftest import KV_HEADS, LAYERS
 
@@ -38,13 +38,6 @@ def test_banded_is_the_specification(n, sink, window):
     torch.testing.assert_close(banded(q, k, v, 0.3, sink, window), expected(q, k, v, 0.3, [False] * 3, sink, window))
 
 
-@pytest.mark.parametrize("kinds", [(1, 1, 1), (0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 0, 1)])
-def test_mixed_heads_are_the_specification(kinds):
-    q, k, v = inputs(150)
-    attend = attend_heads(HeadPlan((kinds,), 4, 20))
-    torch.testing.assert_close(attend(0, q, k, v, 0.25), expected(q, k, v, 0.25, kinds, 4, 20))
-
-
 def test_banded_has_the_gradient_of_masked_attention():
     q, k, v = (x.requires_grad_() for x in inputs(130, batch=1))
     weight = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -56,49 +49,50 @@ def test_banded_has_the_gradient_of_masked_attention():
         torch.testing.assert_close(a, b)
 
 
-def test_a_head_plan_of_whole_layers_is_the_kernels_plan(model):
+def attend(layer, query, key, value, scale):
+    """Layer 0 streams, the first head of layer 1 as well."""
+    if layer == 0:
+        return banded(query, key, value, scale, 4, 32)
+    out = causal(query, key, value, scale)
+    if layer == 1:
+        group = query.shape[1] // key.shape[1]
+        out[:, :group] = banded(query[:, :group], key[:, :1], value[:, :1], scale, 4, 32)
+    return out
+
+
+def test_a_probed_model_is_the_plan_on_the_kernels(model):
     ids = torch.randint(0, 100, (2, 300), generator=torch.Generator().manual_seed(3))
-    plan = zz.Plan(["streaming", "retrieval", "streaming"], sink=4, window=32)
+    plan = zz.Plan.from_heads([[False] * KV_HEADS, [False] + [True] * (KV_HEADS - 1), [True] * KV_HEADS], sink=4, window=32)
     logits = []
     with torch.no_grad():
-        for each in (plan, HeadPlan.from_plan(plan, KV_HEADS), None):
-            with attention_of(model, each):
+        for way in (attention_of(model, plan), probe(model, attend), attention_of(model, None)):
+            with way:
                 logits.append(model(ids, use_cache=False).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     assert (logits[0] - logits[2]).abs().max() > 0.1
-
-
-def test_the_best_heads_retrieve_and_ties_go_to_the_first():
-    plan = HeadPlan.from_scores([[0.5, 0.9], [0.5, 0.5], [0.1, 0.8]], 3, 4, 8)
-    assert plan.retrieval == ((True, True), (False, False), (False, True)) and plan.retrieval_ratio == 0.5
-
-
-@pytest.mark.parametrize("rows,sink,window", [([], 1, 1), ([[]], 1, 1), ([[1], [1, 0]], 1, 1), ([[1]], -1, 1), ([[1]], 0, 0)])
-def test_impossible_head_plans_are_refused(rows, sink, window):
-    with pytest.raises(ValueError):
-        HeadPlan(rows, sink, window)
 
 
 @torch.no_grad()
 def test_a_probed_model_refuses_what_it_would_ignore(model):
     ids = torch.ones(1, 5, dtype=torch.long)
     before = model.config._attn_implementation
-    with attention_of(model, HeadPlan(((True,) * KV_HEADS,) * LAYERS, 1, 1)):
+    with probe(model, attend):
         with pytest.raises(ValueError, match="attention_mask"):
             model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         with pytest.raises(ValueError, match="use_cache"):
             model(ids)
-        with pytest.raises(RuntimeError, match="disable"), attention_of(model, HeadPlan(((True,),) * LAYERS, 1, 1)):
+        with pytest.raises(RuntimeError, match="disable"), probe(model, attend):
             pass
     assert model.config._attn_implementation == before
     with zz.zigzag(model, zz.Plan(["retrieval"] * LAYERS, sink=0, window=1)):  # the interface is free again
         model(ids)
-    with pytest.raises(ValueError, match="2 layers"), attention_of(model, HeadPlan(((True,) * KV_HEADS,) * 2, 1, 1)):
-        pass
-    three = HeadPlan(((True,) * 3,) * LAYERS, 1, 1)
-    with attention_of(model, three), pytest.raises(ValueError, match="3 KV heads"):
-        model(ids, use_cache=False)
-    with pytest.raises(TypeError, match="HeadPlan"), attention_of(model, "0101"):
+    for kinds, message in (
+        ([["retrieval", "streaming"]] * 2, "2 layers"),
+        ([["retrieval", *["streaming"] * 2]] * LAYERS, "3 KV"),
+    ):
+        with pytest.raises(ValueError, match=message), attention_of(model, zz.Plan(kinds, sink=1, window=1)):
+            pass
+    with pytest.raises(TypeError, match="a Plan or None"), attention_of(model, "0101"):
         pass
 
 
