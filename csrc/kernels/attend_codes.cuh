@@ -15,6 +15,7 @@
 
 #include "core/dispatch.h"
 #include "kernels/attend.cuh"
+#include "kernels/attention_codes.h"
 #include "kernels/code_tile.cuh"
 
 namespace zigzag::attend {
@@ -40,12 +41,13 @@ struct CodeShape : Shape<Element, kHeadDim, kRowTiles, kRing, false> {
   }
 };
 
-// f(shape) with the CodeShape of a call. A row of codes must be whole 16-byte pieces: check_codes() has seen to it.
+// f(shape) with the CodeShape of a call, which attention_codes_cuda() has checked. A row of codes is whole 16-byte
+// pieces.
 template <class KFormat, class VFormat, bool kRing, class F>
 void dispatch_code_shape(const AttentionParams& a, F&& f) {
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = head_dim.value;
-    if constexpr (kHeadDim * KFormat::kBits % 128 == 0 && kHeadDim * VFormat::kBits % 128 == 0) {
+    if constexpr (has_code_kernels(kHeadDim)) {
       dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
         constexpr int kRowTiles = two_row_tiles.value ? 2 : 1;
         if (a.dtype == DType::kBFloat16) {

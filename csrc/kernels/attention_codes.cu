@@ -31,13 +31,9 @@ void launch(const AttentionParams& p, void* stream) {
   if (full && k == KvFormat::kInt8 && v == KvFormat::kInt4) {
     return decode_full::launch_decode_full_codes<Int8, Int4>(p, stream);
   }
-  if (full && k == KvFormat::kFp8 && v == KvFormat::kInt4) {
-    return decode_full::launch_decode_full_codes<Fp8, Int4>(p, stream);
-  }
-  throw Error(
-      concat("keys of format ", name(k), " with values of format ", name(v), full ? "" : " in a ring",
-             " are not supported on CUDA; supported: fp8, int8 and int4 for both, and in full caches keys fp8 or "
-             "int8 with values int4 (every pair on the CPU)"));
+  throw Error(concat("keys of format ", name(k), " with values of format ", name(v), full ? "" : " in a ring",
+                     " are not supported on CUDA; supported: fp8, int8 and int4 for both, and in full caches keys "
+                     "int8 with values int4 (every pair on the CPU)"));
 }
 
 const void* advance(const void* data, int64_t elements) { return static_cast<const char*>(data) + 2 * elements; }
@@ -58,8 +54,8 @@ AttentionParams part(const AttentionParams& p, int begin, int count) {
 }  // namespace
 
 void attention_codes_cuda(const AttentionParams& p, void* stream) {
-  const bool int4 = p.k_store.format == KvFormat::kInt4 || p.v_store.format == KvFormat::kInt4;
-  ZZ_CHECK(!int4 || p.head_dim % 32 == 0, "int4 on CUDA needs a head_dim that is a multiple of 32; got ", p.head_dim);
+  ZZ_CHECK(has_code_kernels(p.head_dim), "head_dim ", p.head_dim,
+           " is not supported for quantised caches on CUDA; supported: 64, 128 (all on the CPU)");
   for (const int64_t stride : {p.k_store.scale_stride.token, p.v_store.scale_stride.token}) {
     ZZ_CHECK(stride >= 0 && stride < (int64_t{1} << 30), "token strides of the scales must be below 2^30, got ",
              stride);

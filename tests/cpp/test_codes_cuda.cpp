@@ -229,7 +229,7 @@ void run(const CodeCase& c, bool attend) {
 }
 
 constexpr KvFormat kFp8 = KvFormat::kFp8, kInt8 = KvFormat::kInt8, kInt4 = KvFormat::kInt4;
-constexpr KvFormat kPairs[][2] = {{kFp8, kFp8}, {kInt8, kInt8}, {kInt4, kInt4}, {kInt8, kInt4}, {kFp8, kInt4}};
+constexpr KvFormat kPairs[][2] = {{kFp8, kFp8}, {kInt8, kInt8}, {kInt4, kInt4}, {kInt8, kInt4}};
 constexpr DType kBoth[] = {DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
@@ -255,11 +255,10 @@ TEST_CASE("decode over quantised rings") {
   }
 }
 
-TEST_CASE("quantised decode for every head_dim and for two row tiles") {
+TEST_CASE("quantised decode for both head dims and for two row tiles") {
   if (no_device()) return;
-  for (const int head_dim : kHeadDims) {
+  for (const int head_dim : {64, 128}) {
     for (const auto& pair : kPairs) {
-      if (head_dim == 80 && pair[1] == kInt4) continue;
       run({pair[0], pair[1], DType::kBFloat16, 1, 16, 1, head_dim, 50, 0, 0, {40}, {}}, true);
       if (pair[0] == pair[1]) run({pair[0], pair[1], DType::kFloat16, 1, 2, 1, head_dim, 24, 4, 20, {60}, {}}, true);
     }
@@ -302,7 +301,7 @@ TEST_CASE("what quantised CUDA kernels do not serve raises") {
   p.k_store.format = kInt8, p.v_store.format = kInt4, p.window = 4;
   CHECK_THROWS_WITH_AS(attention_cuda(p, nullptr), doctest::Contains("in a ring are not supported"), Error);
   p.k_store.format = kInt4, p.window = 0, p.head_dim = 80;
-  CHECK_THROWS_WITH_AS(attention_cuda(p, nullptr), doctest::Contains("multiple of 32"), Error);
+  CHECK_THROWS_WITH_AS(attention_cuda(p, nullptr), doctest::Contains("supported: 64, 128"), Error);
   p.head_dim = 64, p.q_len = 17;
   CHECK_THROWS_WITH_AS(attention_cuda(p, nullptr), doctest::Contains("need a cache with slots"), Error);
 }
