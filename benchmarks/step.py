@@ -16,6 +16,7 @@ from pathlib import Path
 import machine
 import torch
 import transformers
+from duo_recreation import DuoLayer, duo_weights, fake_duo
 from records import StepRecord, writer
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
 
@@ -43,7 +44,13 @@ MODELS = {
         num_key_value_heads=2, head_dim=64,
     ),
 }  # fmt: skip
-PLANS = {"retrieval_100": 1.0, "exclusive_50": 0.5, "exclusive_25": 0.25}  # share of retrieval layers
+PLANS = {
+    "retrieval_100": 1.0,
+    "exclusive_50": 0.5,
+    "exclusive_25": 0.25,
+    "heads_50": 0.5,
+}  # share that retrieves: layers, or KV heads
+HEADS_SEED = 0  # of the heads that retrieve
 
 
 def build_model(name: str, device: str):
@@ -60,6 +67,20 @@ def even_plan(num_layers: int, share: float) -> zz.Plan:
     return zz.Plan(kinds, sink=SINK, window=WINDOW, provenance={"source": "spread evenly, for timing"})
 
 
+def mixed_plan(num_layers: int, kv_heads: int, share: float) -> zz.Plan:
+    """`share` of the KV heads of every layer retrieve, chosen at random: both kinds in one layer, as DuoAttention leaves them."""
+    rng = torch.Generator().manual_seed(HEADS_SEED)
+    chosen = [torch.randperm(kv_heads, generator=rng)[: round(kv_heads * share)].tolist() for _ in range(num_layers)]
+    retrieval = [[head in heads for head in range(kv_heads)] for heads in chosen]
+    return zz.Plan.from_heads(retrieval, sink=SINK, window=WINDOW, provenance={"source": "random heads, for timing"})
+
+
+def make_plan(name: str, config) -> zz.Plan:
+    if name.startswith("heads"):
+        return mixed_plan(config.num_hidden_layers, config.num_key_value_heads, PLANS[name])
+    return even_plan(config.num_hidden_layers, PLANS[name])
+
+
 def fake_zigzag(model, plan: zz.Plan, context: int) -> zz.ZigzagCache:
     """A ZigzagCache as after a prompt of `context` tokens, of random contents: one real token allocates it."""
     cache = zz.ZigzagCache(model.config, plan, max_len=context + MARGIN)
@@ -67,9 +88,9 @@ def fake_zigzag(model, plan: zz.Plan, context: int) -> zz.ZigzagCache:
     rows = cache.parts[0]
     rows.columns = rows.longest = context - 1
     cache.begin(1, 1)  # memory for the whole context
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
+    for part in (part for layer in cache.layers for part in layer.parts):
+        part.keys.normal_()
+        part.values.normal_()
     rows.q_len, rows.columns, rows.longest = 0, context, context
     cache.seq_lens.fill_(context)
     return cache
@@ -166,9 +187,13 @@ def measure(decoder: Decoder) -> Iterator[dict]:
     wall_ms = time_steps(decoder)
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     cache = decoder.cache
-    if isinstance(cache, zz.ZigzagCache):
+    if isinstance(cache.layers[0], DuoLayer):
+        kv_bytes = sum(layer.memory_bytes for layer in cache.layers)
+    elif isinstance(cache, zz.ZigzagCache):
         kv_bytes = cache.memory_bytes()
-        peak += sum(layer.memory_bytes for layer in cache.layers if layer.growing)  # which torch does not count
+        peak += sum(
+            part.memory_bytes for layer in cache.layers for part in layer.parts if part.growing
+        )  # which torch does not count
     else:
         kv_bytes = sum(b.untyped_storage().nbytes() for layer in cache.layers for b in (layer.keys, layer.values))
     gpu_ms, launches = busy(decoder)
@@ -177,11 +202,18 @@ def measure(decoder: Decoder) -> Iterator[dict]:
     yield {"phase": "generate", "wall_ms": time_generate(decoder), **common}
 
 
-IMPLS = ("zigzag_eager", "zigzag_compiled", "transformers_eager", "transformers_compiled")
+IMPLS = ("zigzag_eager", "zigzag_compiled", "transformers_eager", "transformers_compiled", "duo_recreation")
 
 
 def cells(impl: str, model, plans: list[str], contexts: list[int]) -> Iterator[tuple[str, int, Callable]]:
     """Plan, context and a maker of the decoder for every cell of one implementation, which is on while they are drawn."""
+    if impl == "duo_recreation":
+        for name in (name for name in plans if name != "retrieval_100"):
+            plan = make_plan(name, model.config)
+            with duo_weights(model, plan):
+                for context in contexts:
+                    yield name, context, lambda n=context, plan=plan: Decoder(model, fake_duo(model, plan, n, MARGIN), n, model)
+        return
     if not impl.startswith("zigzag"):
         compiled = impl == "transformers_compiled"
         call = model.get_compiled_call(CompileConfig()) if compiled else model
@@ -197,7 +229,7 @@ def cells(impl: str, model, plans: list[str], contexts: list[int]) -> Iterator[t
     layers = model.config.num_hidden_layers
     with zz.zigzag(model, even_plan(layers, 1.0), compile=impl == "zigzag_compiled"):
         for name in plans:
-            plan = even_plan(layers, PLANS[name])
+            plan = make_plan(name, model.config)
             for context in contexts:
                 yield name, context, lambda n=context, plan=plan: Decoder(model, fake_zigzag(model, plan, n), n, model)
 

@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import clock  # noqa: E402
+import duo_recreation  # noqa: E402
 import peers  # noqa: E402
 import problem  # noqa: E402
 import records  # noqa: E402
@@ -20,6 +21,8 @@ import run  # noqa: E402
 import scenarios  # noqa: E402
 import step  # noqa: E402
 from scenarios import Cell, ring  # noqa: E402
+
+from zigzag_ext import reference  # noqa: E402
 
 TINY = [
     Cell("full", (70,), num_q_heads=8, num_kv_heads=2, head_dim=64),
@@ -197,14 +200,18 @@ def test_steps_of_a_whole_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "STEPS", 4)
     path, contexts = tmp_path / "step.csv", (700, 1400)
     arguments = ["--device", "cpu", "--model", "tiny", "--context", "700,1400", "--csv", str(path), "--commit", "abc"]
-    assert step.main([*arguments, "--impl", "zigzag_eager,transformers_eager"]) == 0
+    assert step.main([*arguments, "--impl", "zigzag_eager,transformers_eager,duo_recreation"]) == 0
     rows = list(csv.DictReader(path.open()))
-    assert len(rows) == 2 * len(contexts) * (len(step.PLANS) + 1) and {row["phase"] for row in rows} == {"step", "generate"}
+    assert len(rows) == 2 * len(contexts) * (2 * len(step.PLANS)) and {row["phase"] for row in rows} == {"step", "generate"}
     assert all(float(row["wall_ms"]) > 0 for row in rows if row["phase"] == "step")
     per_token, ring = 2 * 2 * 64 * 4, step.SINK + step.WINDOW  # K and V, 2 heads of 64, float32
-    for name, retrieval in (("retrieval_100", 4), ("exclusive_50", 2), ("exclusive_25", 1)):
+    for name, retrieval in (("retrieval_100", 4), ("exclusive_50", 2), ("exclusive_25", 1), ("heads_50", 2)):
         for context in contexts:
-            found = {row["kv_bytes"] for row in rows if (row["plan"], row["context"]) == (name, str(context))}
+            found = {
+                row["kv_bytes"]
+                for row in rows
+                if (row["plan"], row["context"], row["impl"]) == (name, str(context), "zigzag_eager")
+            }
             least = per_token * (retrieval * context + (4 - retrieval) * ring)
             assert len(found) == 1 and 0 <= int(found.pop()) - least <= retrieval * (per_token * step.MARGIN + 2 * 4096), (
                 "in pages"
@@ -228,3 +235,37 @@ def test_a_faked_context_decodes_like_a_real_one():
         token = torch.ones(1, 1, dtype=torch.long)
         assert model(token, past_key_values=cache).logits.equal(model(token, past_key_values=twin).logits)
         assert cache.get_seq_length() == twin.get_seq_length() == 501
+
+
+@pytest.mark.parametrize("name", ["heads_50", "exclusive_50"])
+def test_the_recreation_of_duo_attention_computes_the_same_step(name):
+    """On the same keys: weights permuted, two calls, joined, against our caches and the model's own weights."""
+    model = step.build_model("tiny", "cpu")
+    plan, context, token = step.make_plan(name, model.config), 500, torch.tensor([[7]])
+    weights = model.model.layers[1].self_attn.q_proj.weight.clone()
+    with torch.no_grad():
+        with step.zz.zigzag(model, plan):
+            cache = step.fake_zigzag(model, plan, context)
+        with step.duo_weights(model, plan):
+            duo = step.fake_duo(model, plan, context, step.MARGIN)
+            for layer, theirs, order in zip(cache.layers, duo.layers, duo_recreation.orders(plan, 2), strict=True):
+                copy_to_duo(layer, theirs, order, plan, context)
+            logits = [model(token, past_key_values=duo, position_ids=torch.tensor([[context + i]])).logits for i in range(3)]
+        assert torch.equal(weights, model.model.layers[1].self_attn.q_proj.weight), "weights are not as before"
+        with step.zz.zigzag(model, plan):
+            expected = [model(token, past_key_values=cache, position_ids=torch.tensor([[context + i]])).logits for i in range(3)]
+    torch.testing.assert_close(torch.cat(logits), torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def copy_to_duo(layer, theirs, order, plan, context):
+    """What our layer holds, into the buffers of the re-creation; a ring by position, without its oldest token."""
+    for part in layer.parts:
+        heads = part.heads or range(len(order))
+        rank = sorted(range(len(heads)), key=lambda i: order.index(heads[i]))
+        position = torch.arange(context) if not part.window else torch.tensor(
+            [*range(plan.sink), *range(context - plan.window + 1, context)]
+        )  # fmt: skip
+        slot = reference.slot_of(position, part.sink, part.window)
+        targets = theirs.streaming if part.window else theirs.full
+        for target, held in zip(targets, (part.keys, part.values), strict=True):
+            target[:, : len(slot)] = held[:, rank][:, :, slot].transpose(1, 2)
