@@ -45,7 +45,7 @@ struct RotatedQueries {
   static constexpr int kPasses = (S::kRows + kTall - 1) / kTall;
   // Passes under way together. One new token's are all, and are asked for long before they are used; else they are
   // few, since the previous segment's state still takes up the registers.
-  static constexpr int kBatch = S::kSingle ? kPasses : S::kRowTiles > 2 ? 1 : 2;
+  static constexpr int kBatch = S::kSingle ? kPasses : 2;
 
   uint4 pair[kBatch];
   Turn<typename S::Element>
@@ -93,8 +93,8 @@ struct RotatedQueries {
 template <class S>
 struct Queries {
   static constexpr bool kInRegisters = S::kRowTiles * S::kSteps <= 16;
-  static_assert(S::kRowTiles == 1 || S::kRowTiles == 2 || S::kRowTiles == 4);
-  static_assert(kInRegisters || S::kRowTiles > 1);
+  static_assert(S::kRowTiles == 1 || S::kRowTiles == 2);
+  static_assert(kInRegisters || S::kRowTiles == 2);
 
   uint32_t address;
   uint32_t fragment[kInRegisters ? S::kSteps : 1][S::kRowTiles][2];
@@ -110,7 +110,7 @@ struct Queries {
         fragment[step][0][0] = r[0], fragment[step][0][1] = r[1];
         if (step + 1 < S::kSteps) fragment[step + 1][0][0] = r[2], fragment[step + 1][0][1] = r[3];
       }
-    } else {  // one ldmatrix covers two row tiles
+    } else {  // one ldmatrix covers both row tiles
       address = buffer + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2, S::kRowBytes);
       if constexpr (kInRegisters) {
 #pragma unroll
@@ -120,12 +120,10 @@ struct Queries {
   }
 
   __device__ __forceinline__ void read(int step, uint32_t (&b)[S::kRowTiles][2]) const {
-#pragma unroll
-    for (int n = 0; n + 1 < S::kRowTiles; n += 2) {
-      uint32_t r[4];
-      device::ldmatrix_x4(r, advance_chunks(address, 2 * step) + 8 * n * S::kRowBytes);
-      b[n][0] = r[0], b[n][1] = r[1], b[n + 1][0] = r[2], b[n + 1][1] = r[3];
-    }
+    uint32_t r[4];
+    device::ldmatrix_x4(r, advance_chunks(address, 2 * step));
+    b[0][0] = r[0], b[0][1] = r[1];
+    if constexpr (S::kRowTiles == 2) b[1][0] = r[2], b[1][1] = r[3];
   }
 
   __device__ __forceinline__ void get(int step, uint32_t (&b)[S::kRowTiles][2]) const {
@@ -386,7 +384,7 @@ struct SingleJob {
 
 template <class S>
 __device__ __forceinline__ void run_single(const Params& p) {
-  enter_cluster<S>();
+  device::cluster_arrive_relaxed();
   SingleJob<S> job = {p};
   run_segments<S>(p, job.start(), job);
 }

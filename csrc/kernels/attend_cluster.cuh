@@ -103,20 +103,14 @@ __device__ __forceinline__ void merge_unit(const Params& p, int unit, const Outp
   if (dim == 0) *target.lse = empty ? -INFINITY : log_sum_exp(total);
 }
 
-// What every thread of a cluster does first: tells that its block runs, and may be written to.
-template <class S>
-__device__ __forceinline__ void enter_cluster() {
-  if (!S::kReusesRing) device::cluster_arrive_relaxed();
-}
-
-// Every warp of the cluster holds a part of the result. enter_cluster() was called before.
+// Every warp of the cluster holds a part of the result. cluster_arrive_relaxed() was called before: each thread's first
+// act tells the others that its block runs, and may be written to.
 template <class S>
 __device__ __forceinline__ void finish_in_cluster(const Params& p, const Segment& segment, State<S>& state, bool more) {
   const int rows = rows_of<S>(p, segment);
   join_sums(state);
   __syncwarp();
-  if (S::kReusesRing) device::cluster_arrive();  // this warp has read its last tile
-  device::cluster_wait();  // the other blocks run, and have merged the previous segment or read their last tile
+  device::cluster_wait();  // the other blocks run, and have merged the previous segment
   send_to_cluster<S>(p, state, rows);
   __syncwarp();
   device::cluster_arrive();

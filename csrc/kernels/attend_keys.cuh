@@ -34,10 +34,7 @@ struct Shape {
   static constexpr bool kCodes = false;  // quantised caches: see CodeShape in attend_codes.cuh
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr int kRows = 8 * kRowTiles;  // rows of a block: N of the mma, times kRowTiles
-  // Whether what the blocks of a cluster send each other lies where the stages were: 32 rows leave no room beside them.
-  static constexpr bool kReusesRing = kRowTiles > 2;
-  static_assert(!kReusesRing || !kRing, "a block of a cluster must have one segment");
+  static constexpr int kRows = 8 * kRowTiles;   // rows of a block: N of the mma, times kRowTiles
   static constexpr int kSteps = kHeadDim / 16;  // mma steps along head_dim
   static constexpr int kChunks = kHeadDim / 8;  // 16-byte pieces of a row
   static constexpr int kQuads = kHeadDim / 4;   // float4 pieces of an output row

@@ -40,10 +40,8 @@ constexpr SharedLayout shared_layout(int warps, int tiles_per_warp, int cluster)
   SharedLayout layout = {};
   layout.stages = tiles_per_warp < S::kStages ? tiles_per_warp : S::kStages;
   layout.ring = warps * S::kRows * S::kRowBytes;
-  const int ring_end = layout.ring + warps * layout.stages * S::kStageBytes;
-  layout.partial = cluster > 1 && S::kReusesRing ? layout.ring : ring_end;
+  layout.partial = layout.ring + warps * layout.stages * S::kStageBytes;
   layout.norm = layout.partial + (cluster > 1 ? units * sources * 128 : warps * S::kRows * (S::kHeadDim + 4) * 4);
-  if (layout.norm < ring_end) layout.norm = ring_end;
   layout.total = layout.norm + (cluster > 1 ? units * sources : warps * S::kRows) * 8;
   return layout;
 }

@@ -1,7 +1,7 @@
 // Split-KV decode over a full cache in one launch. Two ways to spread a (batch, KV head, row block) -- a row group --
 // over blocks:
 //
-//   cluster   2 to 16 blocks per row group, merged through distributed shared memory: fastest where they fill nearly
+//   cluster   4 to 16 blocks per row group, merged through distributed shared memory: fastest where they fill nearly
 //             half of the GPU and need no second wave. For one row only: each row of a batch would get the same number
 //             of blocks, however different their lengths
 //   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
   if constexpr (S::kSingle) {
     run_single<S>(p);
   } else {
-    if (in_cluster<S>(p)) enter_cluster<S>();
+    if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
     Segment segment;
     Job<S> job = {p, {}, 0, 0};
     if (job.start(segment)) run_segments<S>(p, segment, job);
@@ -225,14 +225,14 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   const int groups = a.batch * p.num_kv_heads * p.row_blocks;
   const bool modern = device.arch >= 90 && !options.force_plain;
 
-  // Blocks on at least nearly half of the SMs saturate the memory; a second wave of clusters would not. 16 comes last,
-  // for few row groups: few places of a GPU take such a cluster.
+  // Blocks on at least nearly half of the SMs saturate the memory (in clusters of 2 they do not); a second wave of
+  // clusters would not. 16 comes last, for few row groups: few places of a GPU take such a cluster.
   device::LaunchConfig config = {};
   // A launch that reads what the one before it appended must not start early.
   const bool whole = a.columns_before + a.columns_after == 0;
   config.dependent_launch = modern && options.dependent_launch && whole;
   for (const int cluster : {8, 4, 2, 16}) {
-    if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1)) continue;
+    if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1 || cluster == 2)) continue;
     if (groups * cluster * 9 / 4 < device.sm_count || groups * cluster > device.sm_count) continue;
     configure<Split>(p, config, cluster);
     if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
@@ -244,7 +244,7 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
 template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
   using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
-  using Single = Shape<Element, kHeadDim, kRowTiles, false, kRowTiles <= 2>;  // one token is at most 16 rows
+  using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
   launch_kernels<Split>(a, decode_full_kernel<Split>,
                         a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>, stream);
 }
@@ -255,11 +255,9 @@ void launch_decode_full(const AttentionParams& a, void* stream) {
            " bytes is too small; needed: ", workspace_bytes(a.head_dim));
   check_strides(a);
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
-    constexpr int kHeadDim = head_dim.value, kMostTiles = max_rows(kHeadDim) / 8;
-    const int rows = a.num_q_heads / a.num_kv_heads * a.q_len;
-    if (rows <= 8) return launch_shape<Element, kHeadDim, 1>(a, stream);
-    if (rows <= 16) return launch_shape<Element, kHeadDim, 2>(a, stream);
-    launch_shape<Element, kHeadDim, kMostTiles>(a, stream);
+    dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
+      launch_shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>(a, stream);
+    });
   });
 }
 

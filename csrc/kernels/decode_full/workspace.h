@@ -9,18 +9,16 @@
 namespace zigzag::decode_full {
 
 inline constexpr int kMaxBlocks = 320;  // two per SM of the largest GPU
+inline constexpr int kMaxRows = 16;     // query rows of a block
 inline constexpr int64_t kCounterBytes = 2048;
 static_assert(kMaxBlocks * 4 <= kCounterBytes);
-
-// Most query rows of a block: what its accumulators leave room for in the registers.
-constexpr int max_rows(int head_dim) { return head_dim > 128 ? 16 : 32; }
 
 // One partial result: [rows][head_dim] fp32, then [rows] {max, sum}.
 constexpr int64_t partial_bytes(int rows, int head_dim) { return static_cast<int64_t>(rows) * (head_dim + 2) * 4; }
 
 // A block has at most two row groups that it shares with other blocks: the one it begins in and the one it ends in.
 constexpr int64_t workspace_bytes(int head_dim) {
-  return kCounterBytes + 2 * kMaxBlocks * partial_bytes(max_rows(head_dim), head_dim);
+  return kCounterBytes + 2 * kMaxBlocks * partial_bytes(kMaxRows, head_dim);
 }
 
 }  // namespace zigzag::decode_full

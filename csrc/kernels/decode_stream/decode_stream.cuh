@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_kernel(const 
   if constexpr (S::kSingle) {
     run_single<S>(p);
   } else {
-    if (in_cluster<S>(p)) enter_cluster<S>();
+    if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
     Job<S> job = {p, in_cluster<S>(p) ? device::cluster_rank() : 0};
     run_segments<S>(p, job.start(), job);
   }
