@@ -199,7 +199,9 @@ template <class S>
 void configure(Params& p, device::LaunchConfig& config, int cluster) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
-  int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
+  // Twice the blocks of a head merge twice the partials, each of half as many warps: measured faster, on an H100.
+  const int most = cluster > 8 ? kMaxWarps / 2 : kMaxWarps;
+  int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : most;
   const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster); };
   while (warps > 1 && layout().total > device.shared_bytes) --warps;
   p.layout = layout();
