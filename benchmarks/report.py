@@ -89,7 +89,7 @@ def sections(sources: dict[Path, list[Record]], target: Path, complete: bool) ->
     """The text between the markers of `target`. The short form shows the quick subset of the runs with peers, on plain caches."""
     parts = []
     for path, rows in sources.items():
-        if not complete and any(row.kv_format not in ("bf16", "fp16", "fp32") for row in rows):
+        if not complete and path.stem.endswith("quantised"):  # its plain cells are there for comparison, with fewer peers
             continue
         cells = by_cell(row for row in rows if complete or row.scenario in QUICK)
         if not complete and not any(best_peer(impls) for impls in cells.values()):

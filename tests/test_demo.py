@@ -66,9 +66,11 @@ def test_demo_on_the_real_model():
     assert full.hits == (True,), full.generations[0].text
     assert good.hits == (True,), good.generations[0].text
     assert bad.hits == (False,), bad.generations[0].text
-    assert full.cache_bytes == 30 * tokens * per_token
+    growth = 256 * per_token  # a retrieval layer takes memory for some tokens to come
+    assert 0 <= full.cache_bytes - 30 * tokens * per_token <= 30 * growth
     kept = len(good.plan.retrieval_layers) * tokens + len(good.plan.streaming_layers) * (good.plan.sink + good.plan.window)
-    assert good.cache_bytes == bad.cache_bytes == kept * per_token <= 0.6 * full.cache_bytes
+    assert good.cache_bytes == bad.cache_bytes <= 0.6 * full.cache_bytes
+    assert 0 <= good.cache_bytes - kept * per_token <= len(good.plan.retrieval_layers) * growth
     assert _verdict(outcomes)[1]
 
 
