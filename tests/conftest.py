@@ -1,7 +1,6 @@
 import pytest
 import torch
-
-DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.bfloat16, torch.float16]}
+from op_cases import DTYPES
 
 
 def pytest_generate_tests(metafunc):

@@ -7,6 +7,7 @@ import torch
 from zigzag_ext import ops, reference
 
 TENSORS = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")
+DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.bfloat16, torch.float16]}
 # Added to twice the error of torch's own attention in the same dtype: relative size of one rounding of the output.
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -7,13 +7,11 @@ import os
 import random
 
 import pytest
-import torch
-from op_cases import FLOOR, Case, check
+from op_cases import DTYPES, Case, check
 
 from zigzag_ext import ops
 
 NUM_CASES = int(os.environ.get("ZIGZAG_RANDOM_CASES", "240"))
-DTYPES = {"cpu": list(FLOOR), "cuda": [torch.bfloat16, torch.float16]}
 GROUPS = 24  # tests that share the cases out, so that they run in parallel
 
 

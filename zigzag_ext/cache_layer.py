@@ -31,9 +31,7 @@ class ZigzagLayer(CacheLayerMixin):
         self.heads: tuple[int, ...] | None = heads
         self.head_numbers: Tensor | None = None  # the same, [n] int32 on the device
         self.rows, self.index, self.sink, self.window, self.kv_format = rows, index, sink, window, kv_format
-        self.buffers: dict[
-            str, Tensor
-        ] = {}  # keys, values; of a quantised format also key_scales, value_scales [..., slots] float32
+        self.buffers: dict[str, Tensor] = {}  # keys, values; if quantised also key_scales, value_scales [..., slots] float32
         self.growing: dict[str, GrowingBuffer] = {}  # behind the buffers of a retrieval layer, by attribute
 
     def __getstate__(self) -> dict:

@@ -107,13 +107,16 @@ def attention(
     (https://arxiv.org/abs/2309.17453); deviation from StreamingLLM: keys keep their absolute RoPE positions.
     """
     refuse_autograd(q, k_new, v_new)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if workspace is None:
-        workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
+    scale, workspace = _with_defaults(q, k_new, scale, workspace)
     return torch.ops.zigzag.attention_(
         q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale, k_scale, v_scale
     )
+
+
+def _with_defaults(q: Tensor, k_new: Tensor, scale: float | None, workspace: Tensor | None) -> tuple[float, Tensor]:
+    if workspace is None:
+        workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
+    return q.shape[-1] ** -0.5 if scale is None else scale, workspace
 
 
 def new_output(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,10 +164,7 @@ def attention_heads(
     Source: layers with heads of both kinds are DuoAttention's (https://arxiv.org/abs/2410.10819).
     """
     refuse_autograd(q, k_new, v_new)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if workspace is None:
-        workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
+    scale, workspace = _with_defaults(q, k_new, scale, workspace)
     tensors = (q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, out, lse)
     torch.ops.zigzag.attention_heads_(*tensors, workspace, sink, window, scale, k_scale, v_scale)
 
