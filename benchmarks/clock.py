@@ -112,3 +112,12 @@ def copy_bandwidth(device: str) -> float:
     pairs = [tuple(torch.ones(size // 4, dtype=torch.int32, device=device) for _ in range(2)) for _ in range(2)]
     clock = make_clock(device, lambda i: torch.bitwise_not(pairs[i][1], out=pairs[i][0]), len(pairs), 2 * size)
     return 2 * size / measure(device, {"copy": clock})["copy"].p50 * 1e-3
+
+
+def read_bandwidth(device: str) -> float:
+    """GB/s of reading an array: the sum of float32 numbers."""
+    size = COPY_BYTES[device]
+    arrays = [torch.ones(size // 4, dtype=torch.float32, device=device) for _ in range(2)]
+    sums = torch.empty((), dtype=torch.float32, device=device)
+    clock = make_clock(device, lambda i: torch.sum(arrays[i], dim=0, out=sums), len(arrays), size)
+    return size / measure(device, {"read": clock})["read"].p50 * 1e-3

@@ -6,16 +6,16 @@ that was interrupted goes on where it stopped: scenarios that the file already h
 """
 
 import argparse
-import csv
 import gc
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import clock
 import machine
+import records
 import torch
 from prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
 from problem import Unsupported
@@ -47,31 +47,6 @@ class PrefillRecord:
     p80_us: float
     flops: int
     tflops: float
-
-
-COLUMNS = [field.name for field in fields(PrefillRecord)]
-_TYPES = {field.name: field.type for field in fields(PrefillRecord)}
-
-
-def read(path: Path) -> list[PrefillRecord]:
-    """Rows of a CSV file, none if it does not exist. Raises ValueError naming the file if its columns are others."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = csv.reader(file)
-        if (header := next(rows, [])) != COLUMNS:
-            raise ValueError(f"{path}: columns are {header}, expected {COLUMNS}")
-        return [PrefillRecord(**{name: _TYPES[name](value) for name, value in zip(COLUMNS, row, strict=True)}) for row in rows]
-
-
-def append(path: Path, records: list[PrefillRecord]) -> None:
-    """All rows of a scenario at once, so that an interrupted scenario leaves none."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            rows.writeheader()
-        rows.writerows({n: round(v, 3) if _TYPES[n] is float else v for n, v in asdict(r).items()} for r in records)
 
 
 def sampler(run: Callable[[], object], device: str) -> Callable[[], float]:
@@ -210,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"unknown scenario {args.scenario}; known: {', '.join(cell.scenario for cell in BY_DEVICE[args.device])}")
     origin = {"commit": args.commit, "gpu": machine.processor(args.device), "driver": machine.driver(args.device)}
     origin["torch"] = torch.__version__
-    kept = [r for r in read(args.csv) if origin.items() <= asdict(r).items()] if args.csv else []
+    kept = records.held(args.csv, PrefillRecord, origin)
     done, failed = {row.scenario for row in kept}, []
     with torch.inference_mode():
         for cell in cells:
@@ -220,8 +195,9 @@ def main(argv: list[str] | None = None) -> int:
             rows, reasons = run_cell(cell, args.device, origin)
             kept += rows
             failed += [cell.scenario] if "zigzag" in reasons else []
-            if args.csv:
-                append(args.csv, rows)
+            with records.writer(args.csv, PrefillRecord, go_on=True) as add:
+                for row in rows:
+                    add(row)
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()

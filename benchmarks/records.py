@@ -48,7 +48,7 @@ class Record:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One decode step of a whole model. Written by step.py; its files are named step*.csv."""
+    """A decode step, or the whole prompt, of a whole model. Written by step.py; its files are named step*.csv."""
 
     commit: str
     gpu: str
@@ -56,33 +56,67 @@ class StepRecord:
     torch: str
     transformers: str
     model: str
-    phase: str  # step: a loop of forwards; generate: model.generate()
-    context: int  # tokens held before the first measured step; faked: see step.py
+    phase: str  # step: a loop of forwards; generate: model.generate(); prefill: a prompt, from an empty cache
+    context: int  # tokens held before the first measured step (faked: see step.py), or tokens of the prompt
     plan: str
     impl: str
-    wall_ms: float  # per token
+    wall_ms: float  # per token; prefill: per prompt, and so are the next two
     gpu_ms: float  # sum of the kernels' times per token; 0 where it was not measured
     launches: float  # kernels and copies on the GPU per token; 0 where they were not counted
     kv_bytes: int
-    peak_bytes: int  # allocated at most, weights included; 0 on a CPU
+    peak_bytes: int  # in use at most, weights and KV included; 0 on a CPU
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class CapacityRecord:
+    """The longest contexts that one GPU decodes. Written by capacity.py."""
+
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    transformers: str
+    torchao: str  # "-" where the weights are not quantised
+    model: str
+    weights: str  # int8, plain
+    plan: str
+    kv_format: str
+    impl: str
+    context: int  # tokens held before the first measured step: random keys and values, stored by the append op
+    new_tokens: int  # decoded by the whole model
+    wall_ms: float  # per token, in a loop of forwards
+    generate_ms: float  # per token, in model.generate()
+    gpu_ms: float  # sum of the kernels' times per token; 0 on a CPU
+    launches: float
+    read_gbps: float  # of reading an array, measured before the caches took the memory
+    floor_ms: float  # what a token reads, weights and KV, at that rate
+    weight_bytes: int  # embedding included, which a step reads one row of
+    kv_bytes: int
+    peak_bytes: int  # of torch and the growing buffers
+    used_bytes: int  # of the GPU, by all there is, after the last token; 0 on a CPU
+    heads_checked: int  # KV heads of sampled layers, whose attention over the whole context was compared with the reference
+    largest_error_pct: float  # relative, of those heads
 
 
 COLUMNS = [field.name for field in fields(Record)]
-_TYPES = {field.name: field.type for field in fields(Record)}
 
 
 @contextmanager
-def writer(path: Path | None, kind: type = Record) -> Iterator[Callable]:
-    """Yields add(record of `kind`), which writes a row of a new CSV file and flushes it. Without a path nothing is written.
+def writer(path: Path | None, kind: type = Record, go_on: bool = False) -> Iterator[Callable]:
+    """Yields add(record of `kind`), which writes a row of a CSV file and flushes it. Without a path nothing is written.
 
-    An interrupted run keeps what it measured.
+    The file is written anew, or with `go_on` rows are added to what it holds. An interrupted run keeps what it measured.
     """
     if path is None:
         yield lambda record: None
         return
-    with Path(path).open("w", newline="") as file:
+    new = not (go_on and Path(path).exists())
+    with Path(path).open("w" if new else "a", newline="") as file:
         rows = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
-        rows.writeheader()
+        if new:
+            rows.writeheader()
+            file.flush()
 
         def add(record) -> None:
             rows.writerow(
@@ -93,14 +127,22 @@ def writer(path: Path | None, kind: type = Record) -> Iterator[Callable]:
         yield add
 
 
-def read(path: Path) -> list[Record]:
-    """Rows of a CSV file. Raises ValueError naming the file if its columns are not COLUMNS, in order."""
+def read(path: Path, kind: type = Record) -> list:
+    """Rows of a CSV file of `kind`. Raises ValueError naming the file if its columns are not the fields of `kind`, in order."""
+    types = {field.name: field.type for field in fields(kind)}
     with Path(path).open(newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
-        if header != COLUMNS:
-            raise ValueError(f"{path}: columns are {header}, expected {COLUMNS}")
-        return [Record(**{name: _TYPES[name](value) for name, value in zip(COLUMNS, row, strict=True)}) for row in rows]
+        if header != list(types):
+            raise ValueError(f"{path}: columns are {header}, expected {list(types)}")
+        return [kind(**{name: types[name](value) for name, value in zip(types, row, strict=True)}) for row in rows]
+
+
+def held(path: Path | None, kind: type, origin: dict[str, str]) -> list:
+    """Rows that a file, if there is one, holds already of this origin (commit, processor, versions): a run goes on after them."""
+    if path is None or not Path(path).exists():
+        return []
+    return [row for row in read(path, kind) if origin.items() <= asdict(row).items()]
 
 
 def write(path: Path, records: Iterable[Record]) -> None:

@@ -2,7 +2,9 @@
 
 The model has random weights and the context is faked: the cache is filled with random keys and values and its lengths are set,
 because a prefill of 256K tokens would cost minutes and changes nothing about a step's time. Wall time counts the host too, and
-waits for the GPU after every token, as generate() does. Implementations run one after another in one process.
+waits for the GPU after every token, as generate() does. Implementations run one after another in one process. `--phase prefill`
+times whole prompts instead (step_prefill.py). A run that was interrupted goes on where it stopped: what the file already holds
+for this commit, GPU, torch and transformers is skipped.
 """
 
 import argparse
@@ -11,115 +13,34 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import machine
+import step_prefill
 import torch
 import transformers
-from duo_recreation import DuoLayer, duo_weights, fake_duo
-from records import StepRecord, writer
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
+from duo_recreation import duo_weights, fake_duo
+from fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
+from model_memory import kv_bytes, peak_bytes, weight_bytes
+from models import MODELS, PLANS, K, build_model, even_plan, make_plan
+from profile_gpu import profiled, wait
+from records import StepRecord, held, writer
+from transformers import CompileConfig
 
 import zigzag_ext as zz
 
-K = 1024
-MARGIN = 256  # tokens a cache can take beyond the context
-WARMUP, STEPS, PROFILED = 5, 30, 5
-SINK, WINDOW = 64, 256
-MODELS = {
-    "llama3-8b": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=512 * K, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-    ),
-    "llama2-7b": LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=512 * K,
-    ),
-    "qwen2.5-7b": Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, max_position_embeddings=512 * K, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-    "tiny": LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64,
-    ),
-}  # fmt: skip
-PLANS = {
-    "retrieval_100": 1.0,
-    "exclusive_50": 0.5,
-    "exclusive_25": 0.25,
-    "heads_50": 0.5,
-}  # share that retrieves: layers, or KV heads
-HEADS_SEED = 0  # of the heads that retrieve
-
-
-def build_model(name: str, device: str):
-    """Random weights, made on the device; bfloat16 on a GPU, float32 on a CPU."""
-    config = MODELS[name]
-    config.pad_token_id, config.eos_token_id = 0, None
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32).eval()
-
-
-def even_plan(num_layers: int, share: float) -> zz.Plan:
-    """`share` of the layers retrieve, spread evenly over the depth."""
-    kinds = ["retrieval" if int((i + 1) * share) > int(i * share) else "streaming" for i in range(num_layers)]
-    return zz.Plan(kinds, sink=SINK, window=WINDOW, provenance={"source": "spread evenly, for timing"})
-
-
-def mixed_plan(num_layers: int, kv_heads: int, share: float) -> zz.Plan:
-    """`share` of the KV heads of every layer retrieve, chosen at random: both kinds in one layer, as DuoAttention leaves them."""
-    rng = torch.Generator().manual_seed(HEADS_SEED)
-    chosen = [torch.randperm(kv_heads, generator=rng)[: round(kv_heads * share)].tolist() for _ in range(num_layers)]
-    retrieval = [[head in heads for head in range(kv_heads)] for heads in chosen]
-    return zz.Plan.from_heads(retrieval, sink=SINK, window=WINDOW, provenance={"source": "random heads, for timing"})
-
-
-def make_plan(name: str, config) -> zz.Plan:
-    if name.startswith("heads"):
-        return mixed_plan(config.num_hidden_layers, config.num_key_value_heads, PLANS[name])
-    return even_plan(config.num_hidden_layers, PLANS[name])
-
-
-def fake_zigzag(model, plan: zz.Plan, context: int) -> zz.ZigzagCache:
-    """A ZigzagCache as after a prompt of `context` tokens, of random contents: one real token allocates it."""
-    cache = zz.ZigzagCache(model.config, plan, max_len=context + MARGIN)
-    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
-    rows = cache.parts[0]
-    rows.columns = rows.longest = context - 1
-    cache.begin(1, 1)  # memory for the whole context
-    for part in (part for layer in cache.layers for part in layer.parts):
-        part.keys.normal_()
-        part.values.normal_()
-    rows.q_len, rows.columns, rows.longest = 0, context, context
-    cache.seq_lens.fill_(context)
-    return cache
-
-
-def fake_dynamic(model, context: int) -> DynamicCache:
-    cache, config = DynamicCache(config=model.config), model.config
-    shape = (1, config.num_key_value_heads, context, config.head_dim)
-    for layer in range(config.num_hidden_layers):
-        cache.update(*(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)), layer)
-    return cache
-
-
-def fake_static(model, context: int) -> StaticCache:
-    cache, config = StaticCache(config=model.config, max_cache_len=context + MARGIN), model.config
-    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(context)
-    return cache
+WARMUP, STEPS, PROFILED = 3, 30, 3
+LEAST_STEPS, SECONDS = 8, 1.0  # of slow steps fewer are timed: as many as fit in this time
+PHASES = {"decode": ("step", "generate"), "prefill": ("prefill",)}
 
 
 class Decoder:
     """Steps of one model with one cache, as generate() makes them."""
 
-    def __init__(self, model, cache, context: int, call):
+    def __init__(self, model, cache, context: int, call, margin: int = MARGIN):
         self.model, self.cache, self.call, self.held = model, cache, call, context
-        self.ids = torch.randint(0, model.config.vocab_size, (1, context + MARGIN), device=model.device)
+        self.ids = torch.randint(0, model.config.vocab_size, (1, context + margin), device=model.device)
         self.mask = torch.ones_like(self.ids)
 
     def step(self) -> None:
@@ -146,73 +67,60 @@ class Decoder:
         return time.perf_counter() - start
 
 
-def wait(model) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def time_steps(decoder: Decoder) -> float:
     """Milliseconds of wall per step."""
     times = []
-    for _ in range(WARMUP + STEPS):
+    for _ in range(WARMUP):
+        decoder.step()
+    while len(times) < min(LEAST_STEPS, STEPS) or (len(times) < STEPS and sum(times) < SECONDS):
         start = time.perf_counter()
         decoder.step()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[WARMUP:]) * 1e3
+    return statistics.median(times) * 1e3
 
 
-def time_generate(decoder: Decoder) -> float:
+def time_generate(decoder: Decoder, step_ms: float) -> float:
     """Milliseconds of wall per token; what a call costs whatever its length drops out of the difference of two."""
-    few, many = 4, 4 + STEPS
+    tokens = max(min(LEAST_STEPS, STEPS), min(STEPS, int(SECONDS / (step_ms * 1e-3))))
+    few, many, differences, start = 4, 4 + tokens, [], time.perf_counter()
     decoder.generate(few)
-    return statistics.median(decoder.generate(many) - decoder.generate(few) for _ in range(3)) / (many - few) * 1e3
+    while len(differences) < 3 and (not differences or time.perf_counter() - start < SECONDS):
+        differences.append(decoder.generate(many) - decoder.generate(few))
+    return statistics.median(differences) / tokens * 1e3
 
 
 def busy(decoder: Decoder) -> tuple[float, float]:
     """Milliseconds of kernels, and launches, per step on a GPU."""
-    if decoder.model.device.type != "cuda":
-        return 0.0, 0.0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(PROFILED):
-            decoder.step()
-    on_gpu = torch.autograd.DeviceType.CUDA
-    events = [e for e in profile.events() if e.device_type == on_gpu and not getattr(e, "is_user_annotation", False)]
-    return sum(e.time_range.elapsed_us() for e in events) / PROFILED * 1e-3, len(events) / PROFILED
-
-
-def measure(decoder: Decoder) -> Iterator[dict]:
     on_gpu = decoder.model.device.type == "cuda"
-    if on_gpu:
+    gpu_ms, launches = profiled(lambda: [decoder.step() for _ in range(PROFILED)], on_gpu) if on_gpu else (0.0, 0.0)
+    return gpu_ms / PROFILED, launches / PROFILED
+
+
+def measure(prepare: Callable[[], Decoder]) -> Iterator[dict]:
+    decoder = prepare()
+    if decoder.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     wall_ms = time_steps(decoder)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    cache = decoder.cache
-    if isinstance(cache.layers[0], DuoLayer):
-        kv_bytes = sum(layer.memory_bytes for layer in cache.layers)
-    elif isinstance(cache, zz.ZigzagCache):
-        kv_bytes = cache.memory_bytes()
-        peak += sum(
-            part.memory_bytes for layer in cache.layers for part in layer.parts if part.growing
-        )  # which torch does not count
-    else:
-        kv_bytes = sum(b.untyped_storage().nbytes() for layer in cache.layers for b in (layer.keys, layer.values))
+    cache, model = decoder.cache, decoder.model
+    common = {"kv_bytes": kv_bytes(cache), "peak_bytes": peak_bytes(model, cache), "weight_bytes": weight_bytes(model)}
     gpu_ms, launches = busy(decoder)
-    common = {"gpu_ms": gpu_ms, "launches": launches, "kv_bytes": kv_bytes, "peak_bytes": peak}
+    common |= {"gpu_ms": gpu_ms, "launches": launches}
     yield {"phase": "step", "wall_ms": wall_ms, **common}
-    yield {"phase": "generate", "wall_ms": time_generate(decoder), **common}
+    yield {"phase": "generate", "wall_ms": time_generate(decoder, wall_ms), **common}
 
 
 IMPLS = ("zigzag_eager", "zigzag_compiled", "transformers_eager", "transformers_compiled", "duo_recreation")
 
 
 def cells(impl: str, model, plans: list[str], contexts: list[int]) -> Iterator[tuple[str, int, Callable]]:
-    """Plan, context and a maker of the decoder for every cell of one implementation, which is on while they are drawn."""
+    """Plan, context and a measurement for every cell of one implementation, which is on while they are drawn."""
     if impl == "duo_recreation":
         for name in (name for name in plans if name != "retrieval_100"):
             plan = make_plan(name, model.config)
             with duo_weights(model, plan):
                 for context in contexts:
-                    yield name, context, lambda n=context, plan=plan: Decoder(model, fake_duo(model, plan, n, MARGIN), n, model)
+                    duo = partial(fake_duo, model, plan, context, MARGIN)
+                    yield name, context, partial(measure, lambda n=context, duo=duo: Decoder(model, duo(), n, model))
         return
     if not impl.startswith("zigzag"):
         compiled = impl == "transformers_compiled"
@@ -220,18 +128,15 @@ def cells(impl: str, model, plans: list[str], contexts: list[int]) -> Iterator[t
         fake = fake_static if compiled else fake_dynamic
         for context in contexts:
             torch.compiler.reset()  # or the second context is compiled for shapes of any size, which is slower
-            yield (
-                "full",
-                context,
-                lambda n=context: Decoder(model, fake(model, n), n, call),
-            )
+            yield "full", context, partial(measure, lambda n=context: Decoder(model, fake(model, n), n, call))
         return
     layers = model.config.num_hidden_layers
     with zz.zigzag(model, even_plan(layers, 1.0), compile=impl == "zigzag_compiled"):
         for name in plans:
             plan = make_plan(name, model.config)
             for context in contexts:
-                yield name, context, lambda n=context, plan=plan: Decoder(model, fake_zigzag(model, plan, n), n, model)
+                fake = partial(fake_zigzag, model, plan, context)
+                yield name, context, partial(measure, lambda n=context, fake=fake: Decoder(model, fake(), n, model))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -241,41 +146,69 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b")
-    parser.add_argument("--quick", action="store_true", help="4K and 128K tokens, half of the layers streaming: three minutes")
-    parser.add_argument("--context", type=names, default=[4 * K, 32 * K, 128 * K, 256 * K], help="tokens, separated by commas")
-    parser.add_argument("--plan", type=names, default=list(PLANS), help=f"of {', '.join(PLANS)}")
-    parser.add_argument("--impl", type=names, default=list(IMPLS), help=f"of {', '.join(IMPLS)}")
-    parser.add_argument("--csv", type=Path, help="file for the results, written anew; name it step*.csv")
+    parser.add_argument("--phase", choices=PHASES, default="decode", help="decode steps (the default) or whole prompts")
+    parser.add_argument(
+        "--quick", action="store_true", help="decode: 4K and 128K tokens, half of the layers streaming: a minute or two"
+    )
+    parser.add_argument(
+        "--context", type=names, help="tokens, separated by commas; default 4K, 32K, 128K, 256K; prompts 128K, 320K"
+    )
+    parser.add_argument("--plan", type=names, help=f"of {', '.join(PLANS)}; default all; prompts {', '.join(step_prefill.PLANS)}")
+    parser.add_argument("--impl", type=names, help=f"of {', '.join(IMPLS)}; default all; prompts zigzag_eager")
+    parser.add_argument("--chunk", type=int, default=step_prefill.CHUNK, help="tokens of a prompt that are computed at once")
+    parser.add_argument("--csv", type=Path, help="file for the results, to which rows are added; name it step*.csv")
     parser.add_argument("--commit", default=machine.commit(), help="name of the measured source")
     args = parser.parse_args(argv)
-    if args.quick:
-        args.context, args.plan = [4 * K, 128 * K], ["exclusive_50"]
-    for given, known in ((args.plan, PLANS), (args.impl, IMPLS)):
+    prompts = args.phase == "prefill"
+    contexts, plans = ([4 * K, 128 * K], ["exclusive_50"]) if args.quick else ([4 * K, 32 * K, 128 * K, 256 * K], list(PLANS))
+    args.context = [int(n) for n in args.context or (step_prefill.CONTEXTS if prompts else contexts)]
+    args.plan = args.plan or (step_prefill.PLANS if prompts else plans)
+    args.impl = args.impl or (["zigzag_eager"] if prompts else IMPLS)
+    for given, known in ((args.plan, PLANS), (args.impl, step_prefill.IMPLS if prompts else IMPLS)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     return args
 
 
+def all_cells(args: argparse.Namespace, model) -> Iterator[tuple[str, str, int, Callable]]:
+    """Implementation, plan, context and a measurement for every cell."""
+    for impl in args.impl:
+        if args.phase == "prefill":
+            drawn = step_prefill.cells(impl, model, args.plan, args.context, args.chunk)
+        else:
+            drawn = cells(impl, model, args.plan, args.context)
+        for cell in drawn:
+            yield impl, *cell
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    gpu, driver = machine.processor(args.device), machine.driver(args.device)
-    origin = {"commit": args.commit, "gpu": gpu, "driver": driver, "torch": torch.__version__, "model": args.model}
-    model, failed = build_model(args.model, args.device), []
-    with torch.no_grad(), writer(args.csv, StepRecord) as add:
-        for impl in args.impl:
-            for plan, context, prepare in cells(impl, model, args.plan, [int(n) for n in args.context]):
-                cell = {"plan": plan, "impl": impl, "context": context, "transformers": transformers.__version__}
-                try:
-                    for row in measure(prepare()):
-                        add(StepRecord(**origin, **cell, **row))
-                        times = f"{row['wall_ms']:8.2f} ms wall {row['gpu_ms']:8.2f} ms GPU {row['launches']:7.1f} launches"
-                        print(f"{impl:22} {plan:14} {context:7} {row['phase']:9} {times}", flush=True)
-                except torch.OutOfMemoryError as error:
-                    print(f"{impl:22} {plan:14} {context:7} out of memory: {str(error).splitlines()[0]}", flush=True)
-                    failed.append(impl)
-                gc.collect()
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
+    origin = {"commit": args.commit, "gpu": machine.processor(args.device), "driver": machine.driver(args.device)}
+    origin |= {"torch": torch.__version__, "transformers": transformers.__version__, "model": args.model}
+    kept, failed = held(args.csv, StepRecord, origin), []
+    done = {(row.impl, row.plan, row.context, row.phase) for row in kept}
+    model = build_model(args.model, args.device)
+    with torch.no_grad(), writer(args.csv, StepRecord, go_on=True) as add:
+        for impl, plan, context, rows in all_cells(args, model):
+            name, start = f"{impl:22} {plan:14} {context:7}", time.perf_counter()
+            if all((impl, plan, context, phase) in done for phase in PHASES[args.phase]):
+                print(f"{name} in {args.csv} already", flush=True)
+                continue
+            try:
+                for row in rows():
+                    if (impl, plan, context, row["phase"]) in done:
+                        continue
+                    kept.append(StepRecord(**origin, plan=plan, impl=impl, context=context, **row))
+                    add(kept[-1])
+                    times = f"{row['wall_ms']:8.2f} ms wall {row['gpu_ms']:8.2f} ms GPU {row['launches']:7.1f} launches"
+                    print(f"{name} {row['phase']:9} {times}, after {time.perf_counter() - start:.1f} s", flush=True)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                print(f"{name} out of memory: {str(error).splitlines()[0]}", flush=True)
+                failed.append(impl)
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    print("\n".join(step_prefill.bars(kept)))
     return 1 if any(impl.startswith("zigzag") for impl in failed) else 0
 
 

@@ -1,6 +1,5 @@
 """The benchmark scripts: the CSV they share, the report, and a run over tiny cells from end to end."""
 
-import csv
 import math
 import sys
 from dataclasses import replace
@@ -13,16 +12,12 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import clock  # noqa: E402
-import duo_recreation  # noqa: E402
 import peers  # noqa: E402
 import problem  # noqa: E402
 import records  # noqa: E402
 import run  # noqa: E402
 import scenarios  # noqa: E402
-import step  # noqa: E402
 from scenarios import Cell, ring  # noqa: E402
-
-from zigzag_ext import reference  # noqa: E402
 
 TINY = [
     Cell("full", (70,), num_q_heads=8, num_kv_heads=2, head_dim=64),
@@ -194,78 +189,3 @@ def test_unknown_names_list_the_known_ones(fast):
 def test_every_peer_file_is_registered():
     files = {path.stem for path in (BENCHMARKS / "peers").glob("[!_]*.py")}
     assert files == {*peers.for_device("cpu"), *peers.for_device("cuda")}
-
-
-def test_steps_of_a_whole_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step, "STEPS", 4)
-    path, contexts = tmp_path / "step.csv", (700, 1400)
-    arguments = ["--device", "cpu", "--model", "tiny", "--context", "700,1400", "--csv", str(path), "--commit", "abc"]
-    assert step.main([*arguments, "--impl", "zigzag_eager,transformers_eager,duo_recreation"]) == 0
-    rows = list(csv.DictReader(path.open()))
-    assert len(rows) == 2 * len(contexts) * (2 * len(step.PLANS)) and {row["phase"] for row in rows} == {"step", "generate"}
-    assert all(float(row["wall_ms"]) > 0 for row in rows if row["phase"] == "step")
-    per_token, ring = 2 * 2 * 64 * 4, step.SINK + step.WINDOW  # K and V, 2 heads of 64, float32
-    for name, retrieval in (("retrieval_100", 4), ("exclusive_50", 2), ("exclusive_25", 1), ("heads_50", 2)):
-        for context in contexts:
-            found = {
-                row["kv_bytes"]
-                for row in rows
-                if (row["plan"], row["context"], row["impl"]) == (name, str(context), "zigzag_eager")
-            }
-            least = per_token * (retrieval * context + (4 - retrieval) * ring)
-            assert len(found) == 1 and 0 <= int(found.pop()) - least <= retrieval * (per_token * step.MARGIN + 2 * 4096), (
-                "in pages"
-            )
-    with pytest.raises(SystemExit):
-        step.main(["--plan", "all"])
-    assert "unknown all; known: retrieval_100" in capsys.readouterr().err
-
-
-def test_a_faked_context_decodes_like_a_real_one():
-    """The step after `fake_zigzag` attends to every faked key: it equals a step on the same keys after a real prompt."""
-    model, plan = step.build_model("tiny", "cpu"), step.even_plan(4, 0.5)
-    with torch.no_grad(), step.zz.zigzag(model, plan):
-        cache = step.fake_zigzag(model, plan, 500)
-        twin = step.zz.ZigzagCache(model.config, plan, max_len=500 + step.MARGIN)
-        model(torch.zeros(1, 500, dtype=torch.long), past_key_values=twin)
-        for layer, other in zip(cache.layers, twin.layers, strict=True):
-            held = min(layer.slots, other.slots)  # only committed slots may be touched
-            other.keys[:, :, :held] = layer.keys[:, :, :held]
-            other.values[:, :, :held] = layer.values[:, :, :held]
-        token = torch.ones(1, 1, dtype=torch.long)
-        assert model(token, past_key_values=cache).logits.equal(model(token, past_key_values=twin).logits)
-        assert cache.get_seq_length() == twin.get_seq_length() == 501
-
-
-@pytest.mark.parametrize("name", ["heads_50", "exclusive_50"])
-def test_the_recreation_of_duo_attention_computes_the_same_step(name):
-    """On the same keys: weights permuted, two calls, joined, against our caches and the model's own weights."""
-    model = step.build_model("tiny", "cpu")
-    plan, context, token = step.make_plan(name, model.config), 500, torch.tensor([[7]])
-    weights = model.model.layers[1].self_attn.q_proj.weight.clone()
-    with torch.no_grad():
-        with step.zz.zigzag(model, plan):
-            cache = step.fake_zigzag(model, plan, context)
-        with step.duo_weights(model, plan):
-            duo = step.fake_duo(model, plan, context, step.MARGIN)
-            for layer, theirs, order in zip(cache.layers, duo.layers, duo_recreation.orders(plan, 2), strict=True):
-                copy_to_duo(layer, theirs, order, plan, context)
-            logits = [model(token, past_key_values=duo, position_ids=torch.tensor([[context + i]])).logits for i in range(3)]
-        assert torch.equal(weights, model.model.layers[1].self_attn.q_proj.weight), "weights are not as before"
-        with step.zz.zigzag(model, plan):
-            expected = [model(token, past_key_values=cache, position_ids=torch.tensor([[context + i]])).logits for i in range(3)]
-    torch.testing.assert_close(torch.cat(logits), torch.cat(expected), atol=1e-4, rtol=1e-4)
-
-
-def copy_to_duo(layer, theirs, order, plan, context):
-    """What our layer holds, into the buffers of the re-creation; a ring by position, without its oldest token."""
-    for part in layer.parts:
-        heads = part.heads or range(len(order))
-        rank = sorted(range(len(heads)), key=lambda i: order.index(heads[i]))
-        position = torch.arange(context) if not part.window else torch.tensor(
-            [*range(plan.sink), *range(context - plan.window + 1, context)]
-        )  # fmt: skip
-        slot = reference.slot_of(position, part.sink, part.window)
-        targets = theirs.streaming if part.window else theirs.full
-        for target, held in zip(targets, (part.keys, part.values), strict=True):
-            target[:, : len(slot)] = held[:, rank][:, :, slot].transpose(1, 2)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import prefill as bench  # noqa: E402
 import prefill_cells  # noqa: E402
+import records  # noqa: E402
 from prefill_cells import PrefillCell, PrefillProblem  # noqa: E402
 
 from zigzag_ext import reference  # noqa: E402
@@ -21,6 +22,10 @@ TINY = [
     PrefillCell("retrieval_tiny", 70, impls=("zigzag", "zigzag_kernel", "torch_cpu", "cudnn"), **SHAPE),
     PrefillCell("short_tiny", 40, 50, impls=("zigzag", "decode_calls", "route_torch_cpu", "torch_cpu"), **SHAPE),
 ]
+
+
+def read(path):
+    return records.read(path, bench.PrefillRecord)
 
 
 @pytest.fixture
@@ -43,9 +48,9 @@ def test_pairs_are_those_of_the_reference(tokens, past, sink, window):
 def test_end_to_end_and_again(tiny, tmp_path, capsys):
     path = tmp_path / "p.csv"
     assert bench.main(["--device", "cpu", "--csv", str(path), "--commit", "abc", "--scenario", "streaming,retrieval"]) == 0
-    first = bench.read(path)
+    first = read(path)
     assert bench.main(["--device", "cpu", "--csv", str(path), "--commit", "abc"]) == 0
-    out, rows = capsys.readouterr().out, bench.read(path)
+    out, rows = capsys.readouterr().out, read(path)
     assert rows[: len(first)] == first and out.count("streaming_tiny: 90 tokens") == 1 and "retrieval_tiny: in" in out
     assert {(r.scenario, r.impl) for r in rows} == {
         (cell.scenario, impl)
@@ -59,7 +64,7 @@ def test_end_to_end_and_again(tiny, tmp_path, capsys):
     assert next(r for r in rows if r.impl == "full_torch_cpu").window == 0
     assert out.count("streaming layer in percent of the best full layer") == 2
     assert bench.main(["--device", "cpu", "--csv", str(path), "--commit", "other", "--scenario", "short"]) == 0
-    assert len(bench.read(path)) == len(rows) + 3
+    assert len(read(path)) == len(rows) + 3
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,6 @@ def test_bars():
 def test_other_columns_and_names_are_refused(tmp_path):
     (tmp_path / "p.csv").write_text("commit,gpu\n")
     with pytest.raises(ValueError, match="p.csv: columns are"):
-        bench.read(tmp_path / "p.csv")
+        read(tmp_path / "p.csv")
     with pytest.raises(SystemExit, match="unknown scenario x; known: streaming_16k"):
         bench.main(["--device", "cuda", "--scenario", "x"])

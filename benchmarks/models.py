@@ -1,0 +1,62 @@
+"""Models of random weights and plans spread evenly: what benchmarks of whole models share."""
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+import zigzag_ext as zz
+
+K = 1024
+SINK, WINDOW = 64, 256
+MODELS = {
+    "llama3-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=512 * K, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    ),
+    "llama2-7b": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=512 * K,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=512 * K, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64,
+    ),
+}  # fmt: skip
+PLANS = {
+    "retrieval_100": 1.0,
+    "exclusive_50": 0.5,
+    "exclusive_25": 0.25,
+    "heads_50": 0.5,
+}  # share that retrieves: layers, or KV heads
+HEADS_SEED = 0  # of the heads that retrieve
+
+
+def build_model(name: str, device: str):
+    """Random weights, made on the device; bfloat16 on a GPU, float32 on a CPU."""
+    config = MODELS[name]
+    config.pad_token_id, config.eos_token_id = 0, None
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32).eval()
+
+
+def even_plan(num_layers: int, share: float) -> zz.Plan:
+    """`share` of the layers retrieve, spread evenly over the depth."""
+    kinds = ["retrieval" if int((i + 1) * share) > int(i * share) else "streaming" for i in range(num_layers)]
+    return zz.Plan(kinds, sink=SINK, window=WINDOW, provenance={"source": "spread evenly, for timing"})
+
+
+def mixed_plan(num_layers: int, kv_heads: int, share: float) -> zz.Plan:
+    """`share` of the KV heads of every layer retrieve, chosen at random: both kinds in one layer, as DuoAttention leaves them."""
+    rng = torch.Generator().manual_seed(HEADS_SEED)
+    chosen = [torch.randperm(kv_heads, generator=rng)[: round(kv_heads * share)].tolist() for _ in range(num_layers)]
+    retrieval = [[head in heads for head in range(kv_heads)] for heads in chosen]
+    return zz.Plan.from_heads(retrieval, sink=SINK, window=WINDOW, provenance={"source": "random heads, for timing"})
+
+
+def make_plan(name: str, config) -> zz.Plan:
+    if name.startswith("heads"):
+        return mixed_plan(config.num_hidden_layers, config.num_key_value_heads, PLANS[name])
+    return even_plan(config.num_hidden_layers, PLANS[name])
