@@ -236,10 +236,26 @@ def test_cuda_choice_depends_on_the_shape():
         q = torch.empty(1, 32, q_len, 128, dtype=torch.bfloat16, device=device)
         return prefill.choose(q, q[:, :8], past)
 
-    assert choose(16, 100_000) == "zigzag" and choose(64, 100) == "zigzag"
-    assert choose(64, 100_000) == "flash"
+    assert choose(16, 100_000) == "zigzag" and choose(64, 400) == "zigzag"
+    assert choose(64, 600) == choose(64, 100_000) == "flash"
     assert choose(32_768, 0) == ranked[0]
     assert choose(2048, 0) != "cudnn", "a plan would cost more than it gains"
+
+
+@pytest.mark.parametrize("pad", [None, (0, 5, 17)], ids=["", "padded"])
+@pytest.mark.parametrize("q_len", [17, 40, 64])
+def test_slices_through_the_decode_kernel(device, dtype, q_len, pad, monkeypatch):
+    case = Case((600, 0, 77), q_len, pad=pad, spare_slots=3).on(device, dtype)
+    inputs, route = case.build(), case.build()
+    expected, _, expected_k, expected_v = specification(inputs, case)
+    allowed = 2 * torch_error(inputs, case, expected) + FLOOR[dtype]
+    out = prefill.attend_in_slices(**inputs, scale=case.head_dim**-0.5)
+    assert relative_error(out.cpu(), expected) <= allowed
+    for name, wanted in (("k_cache", expected_k), ("v_cache", expected_v)):
+        torch.testing.assert_close(inputs[name].cpu().double(), wanted, rtol=0, atol=0, equal_nan=True)
+    if device == "cuda":  # rows of different lengths go there
+        monkeypatch.setattr(prefill, "attend_in_slices", lambda *args, **kwargs: "slices")
+        assert attend(route, case, "auto", known=False) == "slices"
 
 
 @needs_cuda

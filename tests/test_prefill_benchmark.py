@@ -115,13 +115,15 @@ def test_bars():
         row("streaming_256k", "zigzag", 4.1),
     ]
     rows += [row("retrieval_16k", "zigzag", 10.2), row("retrieval_16k", "flash", 20.0), row("retrieval_16k", "cudnn", 10.0)]
+    rows += [row("retrieval_16k", "route_fa3", 8.4), row("retrieval_16k", "fa3", 8.0)]
     rows += [row("chunk_8k", "zigzag", 1.0, 90.0), row("chunk_8k", "cudnn_dense", 1.0, 100.0)]
     lines = "\n".join(bench.bars(rows))
     for expected in (
         "best full layer: 2.00",
         "FlexAttention: 4.00",
         "256k: 4.10 times",
-        "best peer: 1.020",
+        "torch's best: 1.020",
+        "over fa3: 1.050",
         "dense TFLOP/s: 90.0",
     ):
         assert expected in lines

@@ -235,6 +235,8 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   config.dependent_launch = modern && options.dependent_launch && whole;
   for (const int cluster : {8, 4, 2, 16}) {
     if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1 || cluster == 2)) continue;
+    // Several tokens are bound by the latency of their mma rather than by memory: half of the SMs are too few.
+    if (options.cluster == 0 && cluster == 4 && a.q_len > 1) continue;
     if (groups * cluster * 9 / 4 < device.sm_count || groups * cluster > device.sm_count) continue;
     configure<Split>(p, config, cluster);
     if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
