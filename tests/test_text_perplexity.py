@@ -1,5 +1,6 @@
 """The perplexity of a real model on a real text does not depend on how the text is cut."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,26 +8,67 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import AttentionInterface  # noqa: E402
+
 from zigzag_ext import demo  # noqa: E402
 from zigzag_ext.evaluate.text_perplexity import text_perplexity  # noqa: E402
+from zigzag_ext.hf.attention import NAME, attention  # noqa: E402
 from zigzag_ext.plan import Plan  # noqa: E402
 
-TOKENS, WINDOW = 512, 64  # 7,000 tokens take half an hour on two cores: python -m zigzag_ext.evaluate.text_perplexity TEXT_FILE
-TEXT = Path(__file__).parent.parent / "LICENSE"
+ROOT = Path(__file__).parent.parent
+TEXT = [ROOT / "LICENSE", *sorted((ROOT / "docs").glob("*.md"))]
+TOKENS, WINDOW = 512, 64
+LONG = 7000  # tokens; minutes on two cores, so there only if this variable is set:
+SWITCH = "ZIGZAG_LONG_TESTS"
+
+
+def tokens(tokenizer, count: int, device: str) -> torch.Tensor:
+    ids = tokenizer("\n".join(path.read_text() for path in TEXT), return_tensors="pt")["input_ids"][:, :count]
+    assert ids.shape[1] == count
+    return ids.to(device)
 
 
 @pytest.mark.slow
 def test_smollm2_has_one_perplexity_for_every_chunk_size():
     """The rings of the demo plan, narrowed, wrap seven times. Full attention must give another number, or this shows nothing."""
     model, tokenizer = demo.load(device="cpu")
-    ids = tokenizer(TEXT.read_text(), return_tensors="pt")["input_ids"][:, :TOKENS]
-    assert ids.shape[1] == TOKENS
+    ids = tokens(tokenizer, TOKENS, "cpu")
     plans = demo.demo_plans()
     plan = Plan(plans["good plan"].kinds, sink=4, window=WINDOW)
     once = text_perplexity(model, ids, plan)
     for chunk in (64, 200):
         assert abs(text_perplexity(model, ids, plan, chunk) - once) <= 1e-3, chunk
     assert 1.5 < once < 30 and abs(text_perplexity(model, ids, plans["full"]) - once) > 1e-3
+
+
+@pytest.fixture
+def half_attention():
+    """Attention in float16, for the CUDA kernels; the rest of the model may then be float32.
+
+    Rounded to 16 bits, matrix products of chunks of different sizes may differ by more than attention does.
+    """
+
+    def attend(module, query, key, value, *args, **options):
+        out, weights = attention(module, query.half(), key.half(), value.half(), *args, **options)
+        return out.to(query.dtype), weights
+
+    AttentionInterface.register(NAME, attend)
+    yield
+    AttentionInterface.register(NAME, attention)
+
+
+@pytest.mark.slow
+def test_7000_tokens_have_one_perplexity_for_every_chunk_size(device, request):
+    """The demo plan as it is: 16 rings of 4 + 256 tokens wrap 27 times."""
+    if device == "cpu" and not os.environ.get(SWITCH):
+        pytest.skip(f"minutes on a CPU: set {SWITCH}=1")
+    if device == "cuda":
+        request.getfixturevalue("half_attention")
+    model, tokenizer = demo.load(device, "float32")
+    ids, plan = tokens(tokenizer, LONG, device), demo.demo_plans()["good plan"]
+    values = {chunk: text_perplexity(model, ids, plan, chunk) for chunk in (None, 64, 500, 2048)}
+    print(values)
+    assert 1.5 < values[None] < 30 and max(values.values()) - min(values.values()) <= 1e-3, values
 
 
 def test_misuse_raises():
