@@ -68,6 +68,8 @@ def head_errors(cache: zz.ZigzagCache, heads: list[int], num_q_heads: int) -> li
     Of one new token of random queries, whose keys go to slots past those in use: what is held stays.
     """
     layers = [layer for layer in cache.layers if not layer.window]
+    cache.begin(1, 1)  # memory for that token
+    cache.end(failed=True)
     context, errors = cache.get_seq_length(), []
     for layer in dict.fromkeys(layers[i] for i in (0, len(layers) // 2, -1)):
         num_kv_heads, head_dim = layer.keys.shape[1], layer.values.shape[3] * (2 if layer.kv_format.v == "int4" else 1)

@@ -206,11 +206,14 @@ def test_capacity(tmp_path, monkeypatch, capsys, weights):
     monkeypatch.setattr(clock, "COPY_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(clock, "CPU_SECONDS", 0.0)
     path = tmp_path / "capacity.csv"
-    arguments = [*CPU, "--cell", "exclusive_50:3000,exclusive_25:700", "--weights", weights, "--csv", str(path)]
+    arguments = [*CPU, "--cell", "exclusive_50:3000,exclusive_25:1024", "--weights", weights, "--csv", str(path)]
     arguments += ["--impl", "zigzag_eager"]
     assert capacity.main(arguments) == 0
     rows = read(path, CapacityRecord)
-    assert [(r.plan, r.context, r.heads_checked) for r in rows] == [("exclusive_50", 3000, 4), ("exclusive_25", 700, 2)]
+    assert [(r.plan, r.context, r.heads_checked) for r in rows] == [
+        ("exclusive_50", 3000, 4),
+        ("exclusive_25", 1024, 2),
+    ]  # 1024 tokens end with a page
     for row, retrieval in zip(rows, (2, 1), strict=True):
         assert row.new_tokens >= 8 and row.wall_ms > 0 and row.floor_ms > 0 and row.largest_error_pct <= 0.01
         # two heads: 32 bytes of codes and a scale for K and V each; rings are plain
