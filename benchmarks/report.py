@@ -1,7 +1,7 @@
 """Results to tables and figures:  python benchmarks/report.py
 
-Reads benchmarks/results/*.csv, puts tables between the results:decode markers of README.md and docs/performance.md, and draws
-docs/figures/*.png. Speed-ups compare rows of one file only, because one file is one run.
+Reads benchmarks/results/*.csv, puts tables between the results markers (decode, step, prefill, capacity) of README.md and
+docs/performance.md, and draws docs/figures/*.png. Speed-ups compare rows of one file only, because one file is one run.
 """
 
 import argparse
@@ -12,11 +12,13 @@ from pathlib import Path
 
 import figures
 import records
-from records import Record
+import report_steps
+from prefill import PrefillRecord
+from records import CapacityRecord, Record, StepRecord
 from scenarios import BY_DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results:decode -->", "<!-- /results:decode -->"
+KINDS = {"step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord}  # files that begin so; all others: Record
 QUICK = {cell.scenario for cells in BY_DEVICE.values() for cell in cells if cell.quick}
 Cells = dict[tuple, dict[str, Record]]  # shape -> impl -> row
 
@@ -102,16 +104,38 @@ def sections(sources: dict[Path, list[Record]], target: Path, complete: bool) ->
     return "\n\n".join(parts)
 
 
-def insert(target: Path, text: str) -> bool:
-    """Replaces what stands between the markers. False if the file or its markers do not exist."""
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+
+
+def insert(target: Path, name: str, text: str) -> bool:
+    """Replaces what stands between the markers of `name`. False if the file or its markers do not exist."""
     if not target.exists():
         return False
-    before, begin, rest = target.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    opening, closing = markers(name)
+    before, begin, rest = target.read_text().partition(opening)
+    _, end, after = rest.partition(closing)
     if not (begin and end):
         return False
-    target.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    target.write_text(f"{before}{opening}\n{text}\n{closing}{after}")
     return True
+
+
+def model_sections(kind: str, sources: dict[Path, list], target: Path, complete: bool) -> str:
+    """What step, prefill and capacity files say. The short form of steps shows the longest context that every file has."""
+    parts = []
+    for path, rows in sources.items():
+        link = Path(os.path.relpath(path, target.parent)).as_posix()
+        title = origin(rows[0], path.name, link)
+        if kind == "prefill":
+            parts += [title, report_steps.prefill_table(rows)]
+        elif kind == "capacity":
+            parts += [title, report_steps.capacity_table(rows)]
+        else:
+            parts += [title, report_steps.step_table(rows if complete else report_steps.highlights(rows))]
+            if any(row.phase == "prefill" for row in rows):
+                parts.append(report_steps.prompt_table(rows))
+    return "\n\n".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,18 +143,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of CSV files")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args(argv)
-    # Files of other columns have no decode rows; bench_layers writes chains of layers, which have no peers, in the same columns.
-    files = [path for path in sorted(args.results.glob("*.csv")) if not path.name.startswith(("step", "prefill", "capacity"))]
-    one_layer = {path: [r for r in records.read(path) if r.op.startswith("decode_")] for path in files}
-    sources = {path: rows for path, rows in one_layer.items() if rows}
-    if not sources:
+    kind_of = {path: next((k for k in KINDS if path.name.startswith(k)), "decode") for path in sorted(args.results.glob("*.csv"))}
+    found = {
+        kind: {p: records.read(p, KINDS.get(kind, Record)) for p, k in kind_of.items() if k == kind}
+        for kind in ["decode", *KINDS]
+    }
+    # bench_layers writes chains of layers, which have no peers, in the columns of decode.
+    found["decode"] = {path: [r for r in rows if r.op.startswith("decode_")] for path, rows in found["decode"].items()}
+    found = {kind: {path: rows for path, rows in sources.items() if rows} for kind, sources in found.items()}
+    if not any(found.values()):
         print(f"no results in {args.results}: run benchmarks/run.py or bench_decode first", file=sys.stderr)
         return 1
     for name, complete in (("README.md", False), ("docs/performance.md", True)):
         target = args.root / name
-        done = insert(target, sections(sources, target, complete))
-        print(f"{target}: updated" if done else f"{target}: skipped, no {BEGIN} ... {END} in it")
-    for path in figures.draw_all(sources, args.root / "docs" / "figures"):
+        for kind, sources in ((kind, sources) for kind, sources in found.items() if sources):
+            text = sections(sources, target, complete) if kind == "decode" else model_sections(kind, sources, target, complete)
+            done = insert(target, kind, text)
+            print(f"{target}: {kind} updated" if done else f"{target}: {kind} skipped, no {markers(kind)[0]} in it")
+    folder = args.root / "docs" / "figures"
+    drawn = figures.draw_all(found["decode"], folder)
+    for path, rows in found["step"].items():
+        drawn += report_steps.draw_steps(rows, folder, path.stem)
+    for path in drawn:
         print(path)
     return 0
 

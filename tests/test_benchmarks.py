@@ -100,7 +100,8 @@ def test_report_fills_both_documents_and_draws(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "docs").mkdir()
     records.write(tmp_path / "results" / "decode.csv", synthetic())
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    opening, closing = report.markers("decode")
+    text = f"before\n{opening}\nold\n{closing}\nafter\n"
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "docs" / "performance.md").write_text(text)
     assert report.main(["--results", str(tmp_path / "results"), "--root", str(tmp_path)]) == 0
@@ -125,7 +126,7 @@ def test_report_names_what_it_skips(tmp_path, capsys):
     assert "no results" in capsys.readouterr().err
     records.write(tmp_path / "decode.csv", synthetic()[:1])
     assert report.main(["--results", str(tmp_path), "--root", str(tmp_path)]) == 0
-    assert "README.md: skipped" in capsys.readouterr().out
+    assert "README.md: decode skipped" in capsys.readouterr().out
 
 
 def test_run_on_the_cpu_end_to_end(fast, tmp_path, capsys):
