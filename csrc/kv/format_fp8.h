@@ -35,29 +35,31 @@ struct Fp8 {
   }
 
 #if defined(__CUDACC__)
-  // As float16 operands: see formats.h. Where there is no conversion in hardware, exponent and mantissa land in their
-  // fields with a bias that is 8 too small, for subnormal codes too.
+  // As float16 operands: see formats.h.
+  __device__ static constexpr uint32_t offset(int) { return 0; }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
   __device__ static constexpr float unit(int) { return 1.0f; }
-#else
-  __device__ static constexpr float unit(int) { return 0x1p-8f; }
-#endif
-  __device__ static constexpr uint32_t offset(int) { return 0; }
   static constexpr int kApart = 1;
 
   __device__ __forceinline__ static void widen_row(uint32_t codes, uint32_t (&pair)[2]) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
     device::widen_e4m3(codes, pair[0], pair[1]);
-#else
-    pair[0] = moved(__byte_perm(codes, 0, 0x1404)), pair[1] = moved(__byte_perm(codes, 0, 0x3424));
-#endif
   }
   __device__ __forceinline__ static void widen_columns(uint32_t codes, uint32_t (&pair)[2]) {
     widen_row(__byte_perm(codes, 0, 0x3120), pair);
   }
+#else
+  // Exponent and mantissa land in their fields with a bias that is 8 too small, those of subnormal codes too.
+  __device__ static constexpr float unit(int) { return 0x1p-8f; }
+  static constexpr int kApart = 2;
+
+  __device__ __forceinline__ static void widen_row(uint32_t codes, uint32_t (&pair)[2]) {
+    pair[0] = moved(codes << 8), pair[1] = moved(codes);
+  }
+  __device__ __forceinline__ static void widen_columns(uint32_t codes, uint32_t (&pair)[2]) { widen_row(codes, pair); }
 
   // The codes in the high bytes of the halves of x.
   __device__ __forceinline__ static uint32_t moved(uint32_t x) { return (x & 0x80008000u) | (x >> 1 & 0x3f803f80u); }
+#endif
 #endif
 };
 
