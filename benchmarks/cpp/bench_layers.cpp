@@ -77,6 +77,7 @@ Chain make_chain(const Arguments& arguments, const Cell& shape, const std::vecto
 std::vector<Job> make_jobs(const Arguments& arguments) {
   std::vector<Job> all;
   for (const Cell& shape : shape_axes(arguments)) {
+    ZZ_CHECK(shape.kv_format == KvFormat::kPlain, "bench_layers takes --kv-format none only");
     for (const std::vector<LayerKind>& kinds : plans(arguments)) {
       for (int batch : arguments.integers("batch")) {
         for (const std::string& context : arguments.list("kv-len")) {

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <numeric>
 
+#include "codes.h"
 #include "core/error.h"
 #include "kernels/attention.h"
+#include "random.h"
 
 namespace zigzag::bench {
 namespace {
@@ -13,6 +15,7 @@ namespace {
 constexpr float kQuerySigma = 2.5f;  // logits then spread by 2.5, so that the softmax is neither flat nor one-hot
 constexpr int kBandwidthBuffers = 2;
 constexpr int64_t kBandwidthBytes = 1'000'000'000;
+constexpr int64_t kDistinctVectors = 4099;  // a prime: repeated, they meet every place of a tile
 
 Strides contiguous(int heads, int tokens, int head_dim) {
   return {int64_t{heads} * tokens * head_dim, int64_t{tokens} * head_dim, head_dim};
@@ -24,17 +27,25 @@ int Cell::slots() const { return window > 0 ? sink + window : *std::max_element(
 
 int64_t Cell::kv_bytes() const {
   const int64_t keys = std::accumulate(kv_lens.begin(), kv_lens.end(), int64_t{0});
-  return 2 * keys * num_kv_heads * head_dim * static_cast<int64_t>(element_size(dtype));
+  return 2 * keys * num_kv_heads * (vector_bytes(kv_format, dtype, head_dim) + scale_bytes(kv_format));
+}
+
+Strides Cell::strides(int row) const {
+  const int64_t all = int64_t{num_kv_heads} * slots() * row;
+  if (token_major) return {all, row, int64_t{num_kv_heads} * row};
+  return {all, int64_t{slots()} * row, row};
 }
 
 Strides Cell::cache_strides() const {
-  const int64_t row = int64_t{num_kv_heads} * slots() * head_dim;
-  if (token_major) return {row, head_dim, int64_t{num_kv_heads} * head_dim};
-  return {row, int64_t{slots()} * head_dim, head_dim};
+  const bool plain = kv_format == KvFormat::kPlain;
+  return strides(plain ? head_dim : static_cast<int>(vector_bytes(kv_format, dtype, head_dim)));
 }
 
-const char* kv_format(DType dtype) {
-  switch (dtype) {
+Strides Cell::scale_strides() const { return strides(1); }
+
+const char* kv_format(const Cell& cell) {
+  if (cell.kv_format != KvFormat::kPlain) return name(cell.kv_format);
+  switch (cell.dtype) {
     case DType::kFloat32: return "fp32";
     case DType::kFloat16: return "fp16";
     case DType::kBFloat16: return "bf16";
@@ -45,7 +56,8 @@ const char* kv_format(DType dtype) {
 Problem::Problem(Device& device, const Cell& cell) {
   const int64_t batch = cell.batch(), rows = batch * cell.num_q_heads * cell.q_len;
   const int64_t query = rows * cell.head_dim, fresh = batch * cell.num_kv_heads * cell.q_len * cell.head_dim;
-  const int64_t cache = batch * cell.num_kv_heads * cell.slots() * cell.head_dim;
+  const int64_t vectors = batch * cell.num_kv_heads * cell.slots();
+  const int64_t cache = vectors * vector_bytes(cell.kv_format, cell.dtype, cell.head_dim);
   const int64_t size = static_cast<int64_t>(element_size(cell.dtype));
   const int64_t sets = std::max<int64_t>(2, (kColdBytes + cell.kv_bytes() - 1) / cell.kv_bytes());
   const auto allocate = [&](int64_t bytes) {
@@ -58,7 +70,11 @@ Problem::Problem(Device& device, const Cell& cell) {
     return data;
   };
   char *q = random(query, kQuerySigma), *k_new = random(fresh, 1), *v_new = random(fresh, 1);
-  char *k_cache = random(cache, 1), *v_cache = random(cache, 1);
+  const bool plain = cell.kv_format == KvFormat::kPlain;
+  const auto random_cache = [&] {
+    return plain ? random(vectors * cell.head_dim, 1) : random_codes(device, cell, sets * vectors);
+  };
+  char *k_cache = random_cache(), *v_cache = random_cache();
   char* out = allocate(sets * query * size);
   char* lse = allocate(sets * rows * static_cast<int64_t>(sizeof(float)));
   char* seq_lens = allocate(batch * static_cast<int64_t>(sizeof(int32_t)));
@@ -78,6 +94,8 @@ Problem::Problem(Device& device, const Cell& cell) {
   p.q_len = cell.q_len, p.head_dim = cell.head_dim, p.slots = cell.slots(), p.sink = cell.sink, p.window = cell.window;
   p.scale = 1.0f / std::sqrt(static_cast<float>(cell.head_dim));
   p.dtype = cell.dtype;
+  p.k_store.format = p.v_store.format = cell.kv_format;
+  p.k_store.scale_stride = p.v_store.scale_stride = cell.scale_strides();
   if (cell.rope) {
     p.rotary.dim = cell.head_dim, p.rotary.dtype = cell.dtype;
     p.rotary.cos_token = p.rotary.sin_token = cell.head_dim;
@@ -86,11 +104,31 @@ Problem::Problem(Device& device, const Cell& cell) {
   for (int64_t set = 0; set < sets; ++set) {
     p.q = q + set * query * size, p.out = out + set * query * size;
     p.k_new = k_new + set * fresh * size, p.v_new = v_new + set * fresh * size;
-    p.k_cache = k_cache + set * cache * size, p.v_cache = v_cache + set * cache * size;
+    p.k_cache = k_cache + set * cache, p.v_cache = v_cache + set * cache;
+    if (!plain) {
+      p.k_store.scale = reinterpret_cast<float*>(k_cache + sets * cache) + set * vectors;
+      p.v_store.scale = reinterpret_cast<float*>(v_cache + sets * cache) + set * vectors;
+    }
     p.lse = reinterpret_cast<float*>(lse) + set * rows;
     if (cell.rope) p.rotary.cos = cos + set * table * size, p.rotary.sin = sin + set * table * size;
     params_.push_back(p);
   }
+}
+
+char* Problem::random_codes(Device& device, const Cell& cell, int64_t vectors) {
+  const uint64_t seed = buffers_.size() + 1;
+  std::vector<float> x(static_cast<std::size_t>(kDistinctVectors * cell.head_dim));
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = random_normal(seed, i);
+  const Codes codes = encode_vectors(x, cell.kv_format, cell.head_dim);
+  const int64_t row = vector_bytes(cell.kv_format, cell.dtype, cell.head_dim), size = int64_t{sizeof(float)};
+  buffers_.push_back(device.allocate(vectors * (row + size)));
+  char* first = static_cast<char*>(buffers_.back().get());
+  for (int64_t i = 0; i < vectors; i += kDistinctVectors) {
+    const int64_t count = std::min(kDistinctVectors, vectors - i);
+    device.upload(first + i * row, codes.bytes.data(), count * row);
+    device.upload(first + vectors * row + i * size, codes.scales.data(), count * size);
+  }
+  return first;
 }
 
 Bandwidth measure_bandwidth(Device& device) {
@@ -125,7 +163,7 @@ void run_cell(Device& device, const Cell& cell, const Bandwidth& bandwidth, Tabl
   Row row;
   row.op = cell.window > 0 ? "decode_stream" : "decode_full";
   row.impl = "zigzag", row.scenario = cell.scenario;
-  row.kv_format = kv_format(cell.dtype);
+  row.kv_format = kv_format(cell);
   row.batch = cell.batch(), row.num_q_heads = cell.num_q_heads, row.num_kv_heads = cell.num_kv_heads;
   row.head_dim = cell.head_dim, row.q_len = cell.q_len, row.sink = cell.sink, row.window = cell.window;
   row.kv_len = *std::max_element(cell.kv_lens.begin(), cell.kv_lens.end());

@@ -20,15 +20,21 @@ struct Cell {
   std::vector<int> seq_lens;  // per row: tokens cached before the call
   bool token_major =
       false;  // caches [batch, slots, heads, head_dim] in memory instead of [batch, heads, slots, head_dim]
+  KvFormat kv_format = KvFormat::kPlain;  // of keys and values
 
   int batch() const { return static_cast<int>(kv_lens.size()); }
   int slots() const;
-  int64_t kv_bytes() const;  // K and V of all attended keys, read once
-  Strides cache_strides() const;
+  int64_t kv_bytes() const;       // K and V of all attended keys, their scales included, read once
+  Strides cache_strides() const;  // of elements or codes
+  Strides scale_strides() const;
+
+ private:
+  Strides strides(int row) const;
 };
 
 // Copies of the op's arguments at different addresses, as many as it takes to span kColdBytes: rotating through them
-// finds the caches cold. Inputs are random and normal; slots past the cached tokens hold random numbers too.
+// finds the caches cold. Inputs are random and normal; slots past the cached tokens hold random numbers too. Quantised
+// caches repeat a few thousand vectors.
 class Problem {
  public:
   Problem(Device& device, const Cell& cell);
@@ -37,6 +43,9 @@ class Problem {
   const AttentionParams& params(int set) const { return params_[static_cast<std::size_t>(set)]; }
 
  private:
+  // `vectors` random vectors as codes, then their scales, in one buffer.
+  char* random_codes(Device& device, const Cell& cell, int64_t vectors);
+
   std::vector<std::shared_ptr<void>> buffers_;
   std::vector<AttentionParams> params_;
 };
@@ -44,6 +53,7 @@ class Problem {
 // Keys or values of one KV head: the cache as it was before the op, and the new tokens.
 struct HeadTokens {
   std::vector<char> cached, fresh;
+  DType dtype;  // of what is attended; the values of codes are float32
 };
 
 // Compares sampled heads of an op with attention in double precision. Made before the op runs: it keeps a copy of what
@@ -74,7 +84,7 @@ struct Bandwidth {
 Bandwidth measure_bandwidth(Device& device);
 
 // How results name the type of the caches.
-const char* kv_format(DType dtype);
+const char* kv_format(const Cell& cell);
 
 // Checks, times and reports the cell: one row for the op, one (impl "read") for a pure read of the same bytes.
 void run_cell(Device& device, const Cell& cell, const Bandwidth& bandwidth, Table& table);

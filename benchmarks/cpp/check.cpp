@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cell.h"
+#include "codes.h"
 #include "core/error.h"
 #include "element.h"
 
@@ -27,10 +28,10 @@ Tolerance tolerance(DType dtype) {
 
 constexpr int64_t kFetchBytes = 64 << 20;  // downloaded at once
 
-// Tokens [0, count) of one row and head, packed.
+// Tokens [0, count) of one row and head, packed: `length` units of `size` bytes each, which strides count too.
 std::vector<char> fetch(Device& device, const void* data, const Strides& stride, int row, int head, int count,
-                        const AttentionParams& p) {
-  const int64_t size = static_cast<int64_t>(element_size(p.dtype)), bytes = size * p.head_dim;
+                        int64_t size, int64_t length) {
+  const int64_t bytes = size * length;
   const char* first = static_cast<const char*>(data) + (row * stride.batch + head * stride.head) * size;
   std::vector<char> packed(static_cast<std::size_t>(count * bytes)), span;
   const int64_t step = std::max<int64_t>(1, kFetchBytes / (stride.token * size));
@@ -46,9 +47,46 @@ std::vector<char> fetch(Device& device, const void* data, const Strides& stride,
   return packed;
 }
 
+std::vector<char> fetch(Device& device, const void* data, const Strides& stride, int row, int head, int count,
+                        const AttentionParams& p) {
+  return fetch(device, data, stride, row, head, count, static_cast<int64_t>(element_size(p.dtype)), p.head_dim);
+}
+
+Codes fetch_codes(Device& device, const void* data, const Strides& stride, const KvStore& store, int row, int head,
+                  int first, int count, const AttentionParams& p) {
+  const char* codes = static_cast<const char*>(data) + first * stride.token;
+  const float* scales = store.scale + first * store.scale_stride.token;
+  Codes fetched;
+  fetched.bytes = fetch(device, codes, stride, row, head, count, 1, vector_bytes(store.format, p.dtype, p.head_dim));
+  const std::vector<char> bytes = fetch(device, scales, store.scale_stride, row, head, count, sizeof(float), 1);
+  fetched.scales.resize(static_cast<std::size_t>(count));
+  std::memcpy(fetched.scales.data(), bytes.data(), bytes.size());
+  return fetched;
+}
+
+std::vector<char> as_bytes(const std::vector<float>& x) {
+  const char* bytes = reinterpret_cast<const char*>(x.data());
+  return std::vector<char>(bytes, bytes + x.size() * sizeof(float));
+}
+
+// What the cache holds before the op, as it is attended.
+HeadTokens fetch_cache(Device& device, const void* data, const Strides& stride, const KvStore& store, int row, int head,
+                       const AttentionParams& p) {
+  if (store.format == KvFormat::kPlain) return {fetch(device, data, stride, row, head, p.slots, p), {}, p.dtype};
+  const Codes codes = fetch_codes(device, data, stride, store, row, head, 0, p.slots, p);
+  return {as_bytes(decode_vectors(codes, store.format, p.head_dim)), {}, DType::kFloat32};
+}
+
+// New tokens as codes.
+Codes encode_fresh(const std::vector<char>& fresh, const KvStore& store, const AttentionParams& p) {
+  std::vector<float> x(fresh.size() / element_size(p.dtype));
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = load_element(fresh.data(), static_cast<int64_t>(i), p.dtype);
+  return encode_vectors(x, store.format, p.head_dim);
+}
+
 // Slots first, then the new tokens.
 const char* token(const HeadTokens& tokens, const AttentionParams& p, int index) {
-  const int64_t bytes = static_cast<int64_t>(element_size(p.dtype)) * p.head_dim;
+  const int64_t bytes = static_cast<int64_t>(element_size(tokens.dtype)) * p.head_dim;
   return index < p.slots ? tokens.cached.data() + index * bytes : tokens.fresh.data() + (index - p.slots) * bytes;
 }
 
@@ -87,7 +125,7 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
     double dot = 0;
     for (int d = 0; d < p.head_dim; ++d) {
       dot += double{load_element(q.data(), int64_t{column} * p.head_dim + d, p.dtype)} *
-             double{load_element(token(k, p, i), d, p.dtype)};
+             double{load_element(token(k, p, i), d, k.dtype)};
     }
     logits[static_cast<std::size_t>(i)] = dot * double{p.scale};
     highest = std::max(highest, dot * double{p.scale});
@@ -99,7 +137,7 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
     if (weight == 0) continue;
     sum += weight;
     for (int d = 0; d < p.head_dim; ++d)
-      out[static_cast<std::size_t>(d)] += weight * double{load_element(token(v, p, i), d, p.dtype)};
+      out[static_cast<std::size_t>(d)] += weight * double{load_element(token(v, p, i), d, v.dtype)};
   }
   for (double& value : out) value /= sum;
   return highest + std::log(sum);
@@ -125,6 +163,23 @@ void check_append(Device& device, const AttentionParams& p, const void* cache, c
       }
     }
     ZZ_CHECK(same, "row ", row, ", KV head ", head, ": position ", length + i, " was not appended to slot ", slot);
+  }
+}
+
+// The new tokens must now be in their slots as codes, bit for bit.
+void check_codes(Device& device, const AttentionParams& p, const void* cache, const Strides& stride,
+                 const KvStore& store, const Codes& fresh, int row, int head, int length) {
+  const RingLayout ring{p.sink, p.window};
+  const std::size_t bytes = fresh.bytes.size() / fresh.scales.size();
+  for (int i = 0; i < p.q_len; ++i) {
+    if (!ring.survives(length + i, length + p.q_len)) continue;
+    const int slot = ring.slot(length + i);
+    const Codes appended = fetch_codes(device, cache, stride, store, row, head, slot, 1, p);
+    const char* expected = fresh.bytes.data() + static_cast<std::size_t>(i) * bytes;
+    ZZ_CHECK(std::memcmp(appended.bytes.data(), expected, bytes) == 0 &&
+                 appended.scales[0] == fresh.scales[static_cast<std::size_t>(i)],
+             "row ", row, ", KV head ", head, ": the codes of position ", length + i, " were not appended to slot ",
+             slot);
   }
 }
 
@@ -164,10 +219,8 @@ Check::Check(Device& device, const Cell& cell, const AttentionParams& p)
   std::vector<std::pair<int, int>> heads = {{0, 0}, {p.batch - 1, p.num_kv_heads - 1}};
   if (heads[0] == heads[1]) heads.pop_back();
   for (const auto& [row, head] : heads) {
-    samples_.push_back({row,
-                        head,
-                        {fetch(device, p.k_cache, p.k_cache_stride, row, head, p.slots, p), {}},
-                        {fetch(device, p.v_cache, p.v_cache_stride, row, head, p.slots, p), {}}});
+    samples_.push_back({row, head, fetch_cache(device, p.k_cache, p.k_cache_stride, p.k_store, row, head, p),
+                        fetch_cache(device, p.v_cache, p.v_cache_stride, p.v_store, row, head, p)});
   }
 }
 
@@ -180,9 +233,21 @@ double Check::worst_error() {
     sample.k.fresh = fetch(device_, p.k_new, p.k_new_stride, sample.row, sample.head, p.q_len, p);
     rotate(device_, p, sample.row, sample.k.fresh);
     sample.v.fresh = fetch(device_, p.v_new, p.v_new_stride, sample.row, sample.head, p.q_len, p);
+    Codes k_codes, v_codes;
+    const bool quantised = p.k_store.format != KvFormat::kPlain;  // both or none, in a benchmark
+    if (quantised) {
+      k_codes = encode_fresh(sample.k.fresh, p.k_store, p), v_codes = encode_fresh(sample.v.fresh, p.v_store, p);
+      sample.k.fresh = as_bytes(decode_vectors(k_codes, p.k_store.format, p.head_dim));
+      sample.v.fresh = as_bytes(decode_vectors(v_codes, p.v_store.format, p.head_dim));
+    }
     for (int member = 0; member < group; ++member) {
       worst =
           std::max(worst, check_head(device_, p, sample.k, sample.v, sample.row, sample.head * group + member, length));
+    }
+    if (quantised) {
+      check_codes(device_, p, p.k_cache, p.k_cache_stride, p.k_store, k_codes, sample.row, sample.head, length);
+      check_codes(device_, p, p.v_cache, p.v_cache_stride, p.v_store, v_codes, sample.row, sample.head, length);
+      continue;
     }
     check_append(device_, p, p.k_cache, sample.k, sample.row, sample.head, length);
     check_append(device_, p, p.v_cache, sample.v, sample.row, sample.head, length);

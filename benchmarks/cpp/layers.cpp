@@ -178,7 +178,7 @@ double check_chain(Device& device, const Chain& chain, ChainProblem& problem) {
 Row row_of(const Chain& chain, const Bandwidth& bandwidth) {
   const Cell& cell = chain.cell(0);
   Row row = {};
-  row.scenario = chain.scenario, row.kv_format = kv_format(cell.dtype);
+  row.scenario = chain.scenario, row.kv_format = kv_format(cell);
   row.batch = cell.batch(), row.num_q_heads = cell.num_q_heads, row.num_kv_heads = cell.num_kv_heads;
   row.head_dim = cell.head_dim, row.q_len = cell.q_len, row.kv_len = cell.seq_lens[0] + cell.q_len;
   row.sink = chain.streaming.sink, row.window = chain.streaming.window;

@@ -27,12 +27,20 @@ std::vector<Option> with_common(const std::vector<Option>& options) {
       {"layout", "heads",
        "list: order of the caches in memory: heads [batch, heads, slots, head_dim], tokens [batch, slots, heads, "
        "head_dim]"},
+      {"kv-format", "none", "list: none, fp8, int8, int4: how the caches hold keys and values"},
       {"q-len", "1", "list: new tokens per call, 1 to 16"},
       {"csv", "", "file for the results, written anew"},
       {"commit", commit ? commit : "unknown", "name of the measured source; default from ZIGZAG_COMMIT"},
   };
   all.insert(all.begin() + 2, options.begin(), options.end());
   return all;
+}
+
+KvFormat parse_kv_format(const std::string& text) {
+  for (const KvFormat format : {KvFormat::kPlain, KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
+    if (text == name(format)) return format;
+  }
+  throw Error("--kv-format takes none, fp8, int8 and int4; got '" + text + "'");
 }
 
 }  // namespace
@@ -56,7 +64,11 @@ std::vector<Cell> shape_axes(const Arguments& arguments) {
               Cell cell = {"", parse_dtype(dtype), num_q_heads, num_kv_heads, head_dim, q_len, 0, 0, rope == "on", {},
                            {}};
               cell.token_major = layout == "tokens";
-              cells.push_back(cell);
+              for (const std::string& format : arguments.list("kv-format")) {
+                cell.kv_format = parse_kv_format(format);
+                ZZ_CHECK(!cell.rope || cell.kv_format == KvFormat::kPlain, "--rope on needs --kv-format none");
+                cells.push_back(cell);
+              }
             }
           }
         }

@@ -131,23 +131,14 @@ __device__ __forceinline__ float2 unpack2<__half>(uint32_t x) {
 
 // ---- arithmetic ----
 
-// a * b + c on two 16-bit floats at once, subnormals kept.
-template <class T>
-__device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
-
-template <>
-__device__ __forceinline__ uint32_t fma2<__nv_bfloat16>(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+// Four e4m3 as float16, in two registers. Exact.
+__device__ __forceinline__ void widen_e4m3(uint32_t x, uint32_t& low, uint32_t& high) {
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(x));
 }
-
-template <>
-__device__ __forceinline__ uint32_t fma2<__half>(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
+#endif
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -1,16 +1,21 @@
 // Attention over quantised caches: attend.cuh with other tiles. Codes become operands in registers, nothing is written
 // back dequantised.
 //
-// Both mma are free in the order of what they sum over or spread out: a lane takes the four neighbouring codes it can
-// load at once, and the queries (for S^T = K Q^T) or the place of the result (for O^T = V^T P^T) follow. Lane = 4 g +
-// t:
+// All arithmetic is in float16, whatever the element type: it holds every code, and query rows scaled by a power of
+// two. Both mma are free in the order of what they sum over or spread out, so that a lane takes the codes that ldmatrix
+// gives it, n = 4 or 8 in a register, and the queries (for S^T = K Q^T) or the place of the result (for O^T = V^T P^T)
+// follow. Lane = 4 g + t, piece = 16 bytes of a row:
 //
-//   K    dims 16 step + 4 t .. + 3 of keys g and g + 8
-//   V    dims 32 i + 4 g .. + 3 of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9, for the steps 2 i and 2 i + 1
+//   K    codes n t .. + n - 1 of a piece, of keys g and g + 8
+//   V    codes n / 2 g .. + n / 2 - 1 of a piece, of keys 2 t, 2 t + 1 and 2 t + 8, 2 t + 9
+//
+// Codes enter with the unit and the offset of their format (kv/formats.h). Keys: the sum of a query row times the
+// offset is what its logits start from. Values: an mma of the offsets takes them off tile by tile, so that they never
+// add up; units are applied when a segment ends.
 //
 // Scales: that of a key multiplies its logit s. With that of a value, sV, the weight is 2^(s + log2 sV - m), where m is
-// the running maximum of the same sum: it is at most 1 whatever the values' magnitude, in either 16-bit type. The sum
-// of exponentials adds the weight over sV.
+// the running maximum of the same sum: it is at most 1 whatever the values' magnitude. The sum of exponentials adds the
+// weight over sV.
 #pragma once
 
 #include "core/dispatch.h"
@@ -26,18 +31,24 @@ struct CodeShape : Shape<Element, kHeadDim, kRowTiles, kRing, false> {
   using KTile = CodeTile<KFormat, kHeadDim>;
   using VTile = CodeTile<VFormat, kHeadDim>;
   static constexpr bool kCodes = true;
-  static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes + 2 * kTileKeys * 4;  // the last: scales
+  static constexpr int kScales = KTile::kBytes + VTile::kBytes;  // where a stage has its scales
+  static constexpr int kStageBytes = kScales + 2 * kTileKeys * 4;
   // As deep as shared memory of 8 warps allows beside queries and partial results, from 3 to 6 stages.
   static constexpr int kFree = 227 * 1024 / kMaxWarps - Base::kRows * (Base::kRowBytes + 4 * (kHeadDim + 4) + 8);
   static constexpr int kStages = kFree / kStageBytes < 3 ? 3 : kFree / kStageBytes > 6 ? 6 : kFree / kStageBytes;
+
+  // Where a stage has the scale of a row: those of keys g, g + 8 and values g, g + 8 side by side.
+  __device__ __forceinline__ static int scale_at(bool is_v, int row) {
+    return kScales + row % 8 * 16 + (is_v ? 8 : 0) + row / 8 * 4;
+  }
 
   __device__ __forceinline__ static void append(const AttentionParams& p, const Keys& keys, int thread, int count) {
     append_codes<CodeShape>(p, keys, thread, count);
   }
 
   __device__ __forceinline__ static constexpr int out_dim(int step, int g, int half) {
-    if ((step | 1) >= Base::kSteps) return 16 * step + 2 * g + half;
-    return 32 * (step / 2) + 4 * g + 2 * (step % 2) + half;
+    constexpr int kPieceSteps = 8 / VFormat::kBits;  // mma steps of a piece
+    return 16 * kPieceSteps * (step / kPieceSteps) + 2 * kPieceSteps * g + 2 * (step % kPieceSteps) + half;
   }
 };
 
@@ -60,126 +71,198 @@ void dispatch_code_shape(const AttentionParams& a, F&& f) {
   });
 }
 
-// B fragments of Q^T in the order of the keys' codes.
+// Query rows as float16 in the order of the keys' codes: B fragments of Q^T.
 template <class S>
 struct CodeQueries {
-  static constexpr bool kInRegisters = S::kRowTiles * S::kSteps <= 16;
-  const char* rows;
-  uint32_t fragment[kInRegisters ? S::kSteps : 1][S::kRowTiles][2];
+  using Format = typename S::KTile::Format;
+  static constexpr int kCodes = 32 / Format::kBits;  // in a register
+  static constexpr int kPieceSteps = kCodes / 4;
+  uint32_t fragment[S::kSteps][S::kRowTiles][2];
+  float bias[S::kRowTiles][2];    // what the logits of rows 2t, 2t + 1 start from
+  float factor[S::kRowTiles][2];  // of the same rows: takes units out of logits, and to base 2
 
-  __device__ __forceinline__ void read(int step, uint32_t (&b)[S::kRowTiles][2]) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  // `rows` are as stage_queries() leaves them.
+  __device__ __forceinline__ void attach(const char* rows, float scale_log2) {
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) {
-      const int row = 8 * n + g, byte = 32 * step + 8 * t;
+    for (int n = 0; n < S::kRowTiles; ++n) attach(rows, scale_log2, n);
+  }
+
+ private:
+  // Element e of this lane in piece `piece` of row 8 n + g.
+  __device__ __forceinline__ static void read(const char* rows, int n, int piece, float (&x)[kCodes]) {
+    const int row = 8 * n + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kCodes; i += 4) {
+      const int byte = 2 * (4 * kCodes * piece + kCodes * t + i);
       const uint2 quad = *reinterpret_cast<const uint2*>(rows + swizzled(row, byte / 16, S::kRowBytes) + byte % 16);
-      element_pairs<typename S::KTile::Format>(quad, b[n][0], b[n][1]);
+      const float2 low = device::unpack2<typename S::Element>(quad.x);
+      const float2 high = device::unpack2<typename S::Element>(quad.y);
+      x[i] = low.x, x[i + 1] = low.y, x[i + 2] = high.x, x[i + 3] = high.y;
     }
   }
-  __device__ __forceinline__ void attach(const char* buffer) {
-    rows = buffer;
-    if constexpr (kInRegisters) {
+
+  __device__ __forceinline__ void attach(const char* rows, float scale_log2, int n) {
+    uint32_t amax = 0;
+    float x[kCodes];
 #pragma unroll
-      for (int step = 0; step < S::kSteps; ++step) read(step, fragment[step]);
+    for (int piece = 0; piece < S::KTile::kChunks; ++piece) {
+      read(rows, n, piece, x);
+#pragma unroll
+      for (int i = 0; i < kCodes; ++i) amax = max(amax, float_bits(x[i]) & 0x7fffffffu);
     }
-  }
-  __device__ __forceinline__ void get(int step, uint32_t (&b)[S::kRowTiles][2]) const {
-    if constexpr (kInRegisters) {
+    amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
+    amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
+    // The power of two that takes the largest magnitude to 2^13 .. 2^14, or nearly so where it is tiny. All but
+    // elements 2^-30 times as large or less then keep the bits of a bfloat16.
+    const uint32_t exponent = max(amax >> 23, 14u);
+    const float up = bits_float((267u - exponent) << 23), down = bits_float((exponent - 13u) << 23);
+    float offset = 0.f;  // sum of elements times offsets, in units of 2^-24
 #pragma unroll
-      for (int n = 0; n < S::kRowTiles; ++n) b[n][0] = fragment[step][n][0], b[n][1] = fragment[step][n][1];
-    } else {
-      read(step, b);
+    for (int piece = 0; piece < S::KTile::kChunks; ++piece) {
+      read(rows, n, piece, x);
+#pragma unroll
+      for (int i = 0; i < kCodes / 2; ++i) {
+        const int e = Format::kApart == 1 ? 2 * i : i;
+        const float scale = up * (Format::unit(0) / Format::unit(i));
+        const uint32_t pair = device::pack2<__half>(x[e] * scale, x[e + Format::kApart] * scale);
+        const float2 rounded = device::unpack2<__half>(pair);
+        offset += static_cast<float>(Format::offset(i)) * (rounded.x + rounded.y);
+        fragment[piece * kPieceSteps + i / 2][n][i % 2] = pair;
+      }
+    }
+    offset += __shfl_xor_sync(0xffffffffu, offset, 1);
+    offset += __shfl_xor_sync(0xffffffffu, offset, 2);
+    // What is not finite must not end as a weight of zero.
+    float back = scale_log2 * down * (1.0f / Format::unit(0));
+    if (amax >= 0x7f800000u || fabsf(back) == INFINITY) back = NAN;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int lane = 4 * (2 * (threadIdx.x % 4) + e);
+      bias[n][e] = -0x1p-24f * __shfl_sync(0xffffffffu, offset, lane);
+      factor[n][e] = __shfl_sync(0xffffffffu, back, lane);
     }
   }
 };
 
-// s[n][..] = raw logits of keys g, g + 8.
+// Address of this lane's row in the first of the ldmatrix of a tile; pieces 2 i, 2 i + 1 are i << 5 further, by xor.
+template <class Tile>
+__device__ __forceinline__ uint32_t first_pieces(uint32_t tile) {
+  static_assert(Tile::kChunks % 2 == 0 && Tile::kBytes % 128 == 0);
+  return tile + Tile::place(threadIdx.x % 16, threadIdx.x % 32 / 16 * 16);
+}
+
+// s[n][..] = logits of keys g, g + 8 without the keys' scales.
 template <class S>
-__device__ __forceinline__ void code_logits(const CodeQueries<S>& queries, const char* tile,
-                                            float (&s)[S::kRowTiles][4]) {
+__device__ __forceinline__ void code_logits(const CodeQueries<S>& queries, uint32_t tile, float (&s)[S::kRowTiles][4]) {
   using Format = typename S::KTile::Format;
-  using Element = typename S::Element;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  constexpr int kPairs = 16 / Format::kBits;
   constexpr int kChains = S::kRowTiles == 1 ? 2 : 1;  // two chains of dependent mma halve their latency
   float chain[kChains][S::kRowTiles][4] = {};
 #pragma unroll
-  for (int step = 0; step < S::kSteps; ++step) {
-    const int byte = (16 * step + 4 * t) * Format::kBits / 8;
-    uint32_t a[4], b[S::kRowTiles][2];
-    const auto quad = [&](int row) {
-      return *reinterpret_cast<const Quad<Format>*>(tile + S::KTile::place(row, byte));
-    };
-    widen_quad<Format, Element>(quad(g), a[0], a[2]);
-    widen_quad<Format, Element>(quad(g + 8), a[1], a[3]);
-    queries.get(step, b);
+  for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) device::mma_m16n8k16<Element>(chain[step % kChains][n], a, b[n][0], b[n][1]);
+    for (int i = 0; i < 4; ++i) chain[0][n][i] = Format::offset(0) != 0 ? queries.bias[n][i % 2] : 0.f;
+  }
+  const uint32_t address = first_pieces<typename S::KTile>(tile);
+#pragma unroll
+  for (int piece = 0; piece < S::KTile::kChunks; piece += 2) {
+    uint32_t codes[4];  // keys g, g + 8 of this piece, then of the next
+    device::ldmatrix_x4(codes, address ^ (piece << 4));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t low[kPairs], high[kPairs];
+      Format::widen_row(codes[2 * half], low);
+      Format::widen_row(codes[2 * half + 1], high);
+#pragma unroll
+      for (int i = 0; i < kPairs; i += 2) {
+        const int step = (piece + half) * kPairs / 2 + i / 2;
+        const uint32_t a[4] = {low[i], high[i], low[i + 1], high[i + 1]};
+#pragma unroll
+        for (int n = 0; n < S::kRowTiles; ++n) {
+          const uint32_t (&b)[2] = queries.fragment[step][n];
+          device::mma_m16n8k16<__half>(chain[step % kChains][n], a, b[0], b[1]);
+        }
+      }
+    }
   }
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[n][i] = kChains == 2 ? chain[0][n][i] + chain[kChains - 1][n][i] : chain[0][n][i];
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] = queries.factor[n][i % 2] * (kChains == 2 ? chain[0][n][i] + chain[kChains - 1][n][i] : chain[0][n][i]);
+    }
   }
 }
 
 // state.out += V^T P^T.
 template <class S>
 __device__ __forceinline__ void add_code_values(State<S>& state, const uint32_t (&weights)[S::kRowTiles][2],
-                                                const char* tile) {
+                                                uint32_t tile) {
   using Format = typename S::VTile::Format;
-  using Element = typename S::Element;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const auto add = [&](int step, const uint32_t (&a)[4]) {
+  constexpr int kPairs = 16 / Format::kBits;
+  constexpr uint32_t kMinus = 0x80008000u;
+  constexpr uint32_t kEven = kMinus | Format::offset(0) * 0x10001u, kOdd = kMinus | Format::offset(1) * 0x10001u;
+  const uint32_t offsets[4] = {kEven, kOdd, kEven, kOdd};
+  const uint32_t address = first_pieces<typename S::VTile>(tile);
+#pragma unroll
+  for (int piece = 0; piece < S::VTile::kChunks; piece += 2) {
+    uint32_t codes[4];  // two keys of 0 .. 7 and two of 8 .. 15 of this piece, then of the next
+    device::ldmatrix_x4_trans(codes, address ^ (piece << 4));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t low[kPairs], high[kPairs];
+      Format::widen_columns(codes[2 * half], low);
+      Format::widen_columns(codes[2 * half + 1], high);
+#pragma unroll
+      for (int i = 0; i < kPairs; i += 2) {
+        const int step = (piece + half) * kPairs / 2 + i / 2;
+        const uint32_t a[4] = {low[i], low[i + 1], high[i], high[i + 1]};
+#pragma unroll
+        for (int n = 0; n < S::kRowTiles; ++n) {
+          device::mma_m16n8k16<__half>(state.out[step][n], a, weights[n][0], weights[n][1]);
+          if constexpr (Format::offset(0) != 0) {
+            device::mma_m16n8k16<__half>(state.out[step][n], offsets, weights[n][0], weights[n][1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Takes the units of the values out of a finished state.
+template <class S>
+__device__ __forceinline__ void apply_units(State<S>& state) {
+  using Format = typename S::VTile::Format;
+#pragma unroll
+  for (int step = 0; step < S::kSteps; ++step) {
 #pragma unroll
     for (int n = 0; n < S::kRowTiles; ++n) {
-      device::mma_m16n8k16<Element>(state.out[step][n], a, weights[n][0], weights[n][1]);
-    }
-  };
 #pragma unroll
-  for (int step = 0; step + 1 < S::kSteps; step += 2) {
-    const int byte = (16 * step + 4 * g) * Format::kBits / 8;
-    const auto quad = [&](int row) -> uint32_t {
-      return *reinterpret_cast<const Quad<Format>*>(tile + S::VTile::place(row, byte));
-    };
-    const uint32_t x = quad(2 * t), y = quad(2 * t + 1), z = quad(2 * t + 8), w = quad(2 * t + 9);
-    const uint32_t low[4] = {widen_across<Format, Element, 0>(x, y), widen_across<Format, Element, 1>(x, y),
-                             widen_across<Format, Element, 0>(z, w), widen_across<Format, Element, 1>(z, w)};
-    const uint32_t high[4] = {widen_across<Format, Element, 2>(x, y), widen_across<Format, Element, 3>(x, y),
-                              widen_across<Format, Element, 2>(z, w), widen_across<Format, Element, 3>(z, w)};
-    add(step, low);
-    add(step + 1, high);
-  }
-  if constexpr (S::kSteps % 2 != 0) {  // 16 dims are left: two of each lane
-    const int byte = (16 * (S::kSteps - 1) + 2 * g) * Format::kBits / 8;
-    using Pair = std::conditional_t<Format::kBits == 8, uint16_t, uint8_t>;
-    const auto pair = [&](int row) -> uint32_t {
-      return *reinterpret_cast<const Pair*>(tile + S::VTile::place(row, byte));
-    };
-    const uint32_t x = pair(2 * t), y = pair(2 * t + 1), z = pair(2 * t + 8), w = pair(2 * t + 9);
-    const uint32_t last[4] = {widen_across<Format, Element, 0>(x, y), widen_across<Format, Element, 1>(x, y),
-                              widen_across<Format, Element, 0>(z, w), widen_across<Format, Element, 1>(z, w)};
-    add(S::kSteps - 1, last);
+      for (int i = 0; i < 4; ++i) state.out[step][n][i] *= 1.0f / Format::unit(i / 2);
+    }
   }
 }
 
 // Adds the 16 keys of a stage to the state. mask(s) sets the logits of keys a row must not see to -inf.
 template <class S, class Mask>
-__device__ __forceinline__ void attend_code_tile(State<S>& state, const CodeQueries<S>& queries, const char* stage,
-                                                 float scale_log2, bool first, const Mask& mask) {
-  using Element = typename S::Element;
-  const int g = threadIdx.x % 32 / 4;
-  const char* values = stage + S::KTile::kBytes;
-  const float* scales = reinterpret_cast<const float*>(values + S::VTile::kBytes);
-  float factor[2], shift[2], inverse[2];  // of keys g, g + 8
+__device__ __forceinline__ void attend_code_tile(State<S>& state, const CodeQueries<S>& queries, int stage, bool first,
+                                                 const Mask& mask) {
+  const uint32_t keys = device::shared_address(shared_memory) + stage, values = keys + S::KTile::kBytes;
+  // Of the keys of g and g + 8, of the values.
+  const float4 scales =
+      *reinterpret_cast<const float4*>(shared_memory + stage + S::kScales + threadIdx.x % 32 / 4 * 16);
+  const float factor[2] = {scales.x, scales.y};
+  float shift[2] = {device::log2_approx(scales.z), device::log2_approx(scales.w)};
+  // A scale of zero means that there is no key, and a weight of zero. No other scale is below 2^-90.
+  const float inverse[2] = {device::reciprocal_approx(fmaxf(scales.z, 0x1p-100f)),
+                            device::reciprocal_approx(fmaxf(scales.w, 0x1p-100f))};
+  if constexpr (S::KTile::Format::offset(0) != 0) {
+    // Infinite scales make NaN of a logit of zero; this one is rounded.
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    factor[i] = scale_log2 * scales[g + 8 * i];
-    const float scale = scales[kTileKeys + g + 8 * i];
-    shift[i] = device::log2_approx(scale);
-    inverse[i] = scale == 0.f ? 0.f : device::reciprocal_approx(scale);  // no key: its weight is 0
+    for (int i = 0; i < 2; ++i) shift[i] = fmaf(factor[i], 0.f, shift[i]);
   }
   float s[S::kRowTiles][4];
-  code_logits<S>(queries, stage, s);
+  code_logits<S>(queries, keys, s);
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
@@ -196,8 +279,8 @@ __device__ __forceinline__ void attend_code_tile(State<S>& state, const CodeQuer
     for (int i = 0; i < 4; ++i) e[i] = device::exp2_approx(s[n][i] - state.max[n][i % 2]);
     state.sum[n][0] += e[0] * inverse[0] + e[2] * inverse[1];
     state.sum[n][1] += e[1] * inverse[0] + e[3] * inverse[1];
-    weights[n][0] = device::movmatrix_trans(device::pack2<Element>(e[0], e[1]));
-    weights[n][1] = device::movmatrix_trans(device::pack2<Element>(e[2], e[3]));
+    weights[n][0] = device::movmatrix_trans(device::pack2<__half>(e[0], e[1]));
+    weights[n][1] = device::movmatrix_trans(device::pack2<__half>(e[2], e[3]));
   }
   add_code_values<S>(state, weights, values);
 }
@@ -209,14 +292,13 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
   const uint32_t base = device::shared_address(shared_memory);
   const int query_buffer = warp * S::kRows * S::kRowBytes;
   const int ring = p.layout.ring + warp * p.layout.stages * S::kStageBytes;
-  const float scale_log2 = p.scale * kLog2e;
   CodeReader reader;
   const auto load = [&](int item, int stage) {
     if (item < segment.end) load_code_tile<S>(p, segment.keys, reader, item, base + stage, shared_memory + stage);
     device::cp_async_commit();
   };
   const auto fill = [&] {
-    reader.attach(p, segment.keys);
+    reader.attach<S>(p, segment.keys);
     device::grid_dependency_wait();
     device::grid_dependency_launch();
     if (turning_pairs(p) == 0) {
@@ -241,7 +323,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
     CodeQueries<S> queries;
     device::cp_async_wait<S::kStages - 1>();
     __syncwarp();
-    queries.attach(shared_memory + query_buffer);
+    queries.attach(shared_memory + query_buffer, p.scale * kLog2e);
     int query_position[S::kRowTiles][2];
 #pragma unroll
     for (int n = 0; n < S::kRowTiles; ++n) {
@@ -264,7 +346,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
       device::cp_async_wait<S::kStages - 1>();
       __syncwarp();
       const bool first = item == segment.begin + warp;
-      attend_code_tile<S>(state, queries, shared_memory + stage, scale_log2, first, [&](float (&s)[S::kRowTiles][4]) {
+      attend_code_tile<S>(state, queries, stage, first, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
         const RingLayout layout = {p.sink, S::kRing ? p.window : 0};
 #pragma unroll
@@ -281,6 +363,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
       if (stage == ring + S::kStages * S::kStageBytes) stage = ring;
     }
 
+    apply_units(state);
     const Segment done = segment;
     more = job.next(segment);
     if (more) {

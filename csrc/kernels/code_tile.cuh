@@ -7,8 +7,8 @@
 
 namespace zigzag::attend {
 
-// Rows of `kBytes` bytes at a pitch of a power of two, their 16-byte pieces swizzled so that neither 8 rows at one
-// piece (keys) nor every second row at two neighbouring pieces (values) meet on a bank.
+// Rows of `kRowBytes` bytes at a pitch of a power of two, their 16-byte pieces swizzled so that 8 rows at one piece,
+// which is what ldmatrix reads, do not meet on a bank.
 template <class Format_, int kHeadDim>
 struct CodeTile {
   using Format = Format_;
@@ -19,11 +19,11 @@ struct CodeTile {
   static_assert(kRowBytes % 16 == 0 && kRowBytes <= 256);
 
   // Byte `byte` of row `row`.
-  __device__ __forceinline__ static int place(int row, int byte) {
-    int turn = row % 8;                                                   // whole 128-byte lines
-    if constexpr (kPitch == 64) turn = row / 2 % 4 | (row / 2 % 2) << 2;  // two rows a line
-    if constexpr (kPitch == 32) turn = row / 4 % 2;                       // four rows a line
-    return (row * kPitch + byte) ^ (turn << 4);
+  __device__ __forceinline__ static constexpr int place(int row, int byte) {
+    int turn = row % 8;                              // whole 128-byte lines
+    if constexpr (kPitch == 64) turn = row / 2 % 4;  // two rows a line
+    if constexpr (kPitch == 32) turn = row / 4 % 2;  // four rows a line
+    return row * kPitch + (byte ^ (turn << 4));
   }
 };
 
@@ -82,37 +82,31 @@ struct NewVector {
   }
 
   template <class Tile>
-  __device__ __forceinline__ void stage(char* tile, float* scales, int row) const {
+  __device__ __forceinline__ void stage(char* tile, float* scale, int row) const {
     if (held) {
       *reinterpret_cast<Quad<Format>*>(tile + Tile::place(row, byte_of(quads.low))) = codes.low;
       *reinterpret_cast<Quad<Format>*>(tile + Tile::place(row, byte_of(quads.high))) = codes.high;
     }
-    if (threadIdx.x % 32 == 0) scales[row] = codes.scale;
+    if (threadIdx.x % 32 == 0) *scale = codes.scale;
   }
 };
 
-// The pieces of a tile that a lane copies: `kStep` rows apart, the first at row `row`, byte `byte`. Where a row's
-// pieces do not divide a warp, a piece's row is worked out on its own.
+// The 16-byte pieces of a tile that a lane copies: those of its column in every kTall-th row.
 template <class Tile>
 struct TilePieces {
-  static constexpr int kPieces = kTileKeys * Tile::kChunks;
-  static constexpr bool kEven = 32 % Tile::kChunks == 0;
+  static constexpr int kTall = 32 / Tile::kChunks;
+  static_assert(32 % Tile::kChunks == 0 && kTileKeys % kTall == 0);
 
-  __device__ __forceinline__ static int row(int i) {
-    return kEven ? threadIdx.x % 32 / Tile::kChunks + i / Tile::kChunks : (threadIdx.x % 32 + i) / Tile::kChunks;
-  }
-  __device__ __forceinline__ static int byte(int i) {
-    return (kEven ? threadIdx.x % 32 : threadIdx.x % 32 + i) % Tile::kChunks * 16;
-  }
-  __device__ __forceinline__ static bool exists(int i) { return i + 32 <= kPieces || threadIdx.x % 32 + i < kPieces; }
+  __device__ __forceinline__ static int row() { return threadIdx.x % 32 / Tile::kChunks; }
+  __device__ __forceinline__ static int byte() { return threadIdx.x % Tile::kChunks * 16; }
 
-  // Starts the copy of the tile whose rows begin at `codes`.
+  // Starts the copy of a tile. `codes` is the lane's first piece.
   __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile) {
+    const uint32_t first = tile + Tile::place(row(), byte()), second = tile + (Tile::place(row(), byte()) ^ kTurned);
 #pragma unroll
-    for (int i = 0; i < kPieces; i += 32) {
-      if (!exists(i)) break;
-      device::cp_async_16(tile + Tile::place(row(i), byte(i)), codes + static_cast<int64_t>(row(i)) * step + byte(i),
-                          true);
+    for (int i = 0; i < kTileKeys; i += kTall) {
+      const uint32_t to = (i / kTall % 2 == 0 ? first : second) + i * Tile::kPitch;
+      device::cp_async_16(to, codes + static_cast<int64_t>(step) * i, true);
     }
   }
 
@@ -121,14 +115,17 @@ struct TilePieces {
   __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile, int rows, int encoded,
                                               int encoded_end, const void* nowhere) {
 #pragma unroll 1
-    for (int i = 0; i < kPieces; i += 32) {
-      if (!exists(i)) break;
-      const int at = row(i);
+    for (int i = 0; i < kTileKeys; i += kTall) {
+      const int at = row() + i;
       if (at >= encoded && at < encoded_end) continue;
-      const void* source = at < rows ? codes + static_cast<int64_t>(at) * step + byte(i) : nowhere;
-      device::cp_async_16_reused(tile + Tile::place(at, byte(i)), source, at < rows);
+      const void* source = at < rows ? codes + static_cast<int64_t>(step) * i : nowhere;
+      device::cp_async_16_reused(tile + Tile::place(at, byte()), source, at < rows);
     }
   }
+
+ private:
+  // What swizzles every second of a lane's pieces differently.
+  static constexpr int kTurned = Tile::place(kTall % kTileKeys, 0) - kTall % kTileKeys * Tile::kPitch;
 };
 
 // f(tile type, is_v) for the keys and for the values; where their formats are the same, as one piece of code.
@@ -143,29 +140,34 @@ __device__ __forceinline__ void for_keys_and_values(const F& f) {
   }
 }
 
-// Where a lane reads the codes of a segment: slot 0 of the keys and values, and of the scales of the keys (lanes 0 ..
-// 15) or of the values.
+// Where a lane reads the codes of a segment: its first pieces of the first tile of keys and of values, and its scale of
+// the keys (lanes 0 .. 15) or of the values.
 struct CodeReader {
   const char *k, *v;
   const float* scale;
   int k_step, v_step, scale_step;  // from slot to slot, in bytes and in floats; fit: check_strides()
 
+  template <class S>
   __device__ __forceinline__ void attach(const AttentionParams& p, const Keys& keys) {
+    using KPieces = TilePieces<typename S::KTile>;
+    using VPieces = TilePieces<typename S::VTile>;
     const CodeSource scales = code_source(p, keys, threadIdx.x % 32 >= kTileKeys);
-    k = keys.k, v = keys.v, scale = scales.scale + threadIdx.x % kTileKeys * scales.scale_step;
     k_step = static_cast<int>(p.k_cache_stride.token), v_step = static_cast<int>(p.v_cache_stride.token);
     scale_step = static_cast<int>(scales.scale_step);
+    k = keys.k + static_cast<int64_t>(k_step) * KPieces::row() + KPieces::byte();
+    v = keys.v + static_cast<int64_t>(v_step) * VPieces::row() + VPieces::byte();
+    scale = scales.scale + threadIdx.x % kTileKeys * scales.scale_step;
   }
 };
 
-// Starts the copy of a tile of the list: codes of keys, codes of values, then 16 scales of each. Keys that are neither
+// Starts the copy of a tile of the list: codes of keys, codes of values, then the scales of both. Keys that are neither
 // cached nor new become zeros of scale zero: what was never written may be anything.
 template <class S>
 __device__ __forceinline__ void load_code_tile(const AttentionParams& p, const Keys& keys, const CodeReader& reader,
                                                int item, uint32_t stage, char* stage_pointer) {
   const int tile = item * kTileKeys, row = threadIdx.x % kTileKeys;
   const uint32_t v_stage = stage + S::KTile::kBytes;
-  const uint32_t scale_stage = v_stage + S::VTile::kBytes + 4 * (threadIdx.x % 32);
+  const uint32_t scale_stage = stage + S::scale_at(threadIdx.x % 32 >= kTileKeys, row);
   const char* k = reader.k + static_cast<int64_t>(tile) * reader.k_step;
   const char* v = reader.v + static_cast<int64_t>(tile) * reader.v_step;
   const float* scale = reader.scale + static_cast<int64_t>(tile) * reader.scale_step;
@@ -189,10 +191,9 @@ __device__ __forceinline__ void load_code_tile(const AttentionParams& p, const K
     const int column = keys.first + tile + i - keys.stored;
     for_keys_and_values<S>([&](auto tile_type, bool is_v) {
       using Tile = decltype(tile_type);
-      float* scale_pointer = reinterpret_cast<float*>(stage_pointer + S::KTile::kBytes + S::VTile::kBytes);
       NewVector<typename Tile::Format, typename S::Element>::template load<S>(p, keys, is_v, column)
-          .template stage<Tile>(stage_pointer + (is_v ? S::KTile::kBytes : 0), scale_pointer + (is_v ? kTileKeys : 0),
-                                i);
+          .template stage<Tile>(stage_pointer + (is_v ? S::KTile::kBytes : 0),
+                                reinterpret_cast<float*>(stage_pointer + S::scale_at(is_v, i)), i);
     });
   }
 }

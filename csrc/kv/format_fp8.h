@@ -4,8 +4,6 @@
 //                sign  exponent  mantissa         largest 448 = 0x7e; 0x7f and 0xff are NaN and never written
 #pragma once
 
-#include <type_traits>
-
 #include "core/types.h"
 #include "kv/code_bits.h"
 
@@ -37,16 +35,31 @@ struct Fp8 {
   }
 
 #if defined(__CUDACC__)
-  // Two codes, each in both bytes of its half of x, as two elements: exact. The exponent lands in its field with the
-  // wrong bias, which one multiplication corrects, for subnormal codes too.
-  template <class Element>
-  __device__ __forceinline__ static uint32_t widen2(uint32_t x) {
-    constexpr bool kHalf = std::is_same_v<Element, __half>;
-    constexpr uint32_t kShift = kHalf ? 1 : 4, kMagnitude = kHalf ? 0x3f803f80u : 0x07f007f0u;
-    constexpr uint32_t kFactor = kHalf ? 0x5c005c00u : 0x7b807b80u;  // 2^8 and 2^120
-    const uint32_t moved = (x & 0x80008000u) | ((x >> kShift) & kMagnitude);
-    return device::fma2<Element>(moved, kFactor, 0x80008000u);
+  // As float16 operands: see formats.h.
+  __device__ static constexpr uint32_t offset(int) { return 0; }
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  __device__ static constexpr float unit(int) { return 1.0f; }
+  static constexpr int kApart = 1;
+
+  __device__ __forceinline__ static void widen_row(uint32_t codes, uint32_t (&pair)[2]) {
+    device::widen_e4m3(codes, pair[0], pair[1]);
   }
+  __device__ __forceinline__ static void widen_columns(uint32_t codes, uint32_t (&pair)[2]) {
+    widen_row(__byte_perm(codes, 0, 0x3120), pair);
+  }
+#else
+  // Exponent and mantissa land in their fields with a bias that is 8 too small, those of subnormal codes too.
+  __device__ static constexpr float unit(int) { return 0x1p-8f; }
+  static constexpr int kApart = 2;
+
+  __device__ __forceinline__ static void widen_row(uint32_t codes, uint32_t (&pair)[2]) {
+    pair[0] = moved(codes << 8), pair[1] = moved(codes);
+  }
+  __device__ __forceinline__ static void widen_columns(uint32_t codes, uint32_t (&pair)[2]) { widen_row(codes, pair); }
+
+  // The codes in the high bytes of the halves of x.
+  __device__ __forceinline__ static uint32_t moved(uint32_t x) { return (x & 0x80008000u) | (x >> 1 & 0x3f803f80u); }
+#endif
 #endif
 };
 

@@ -4,14 +4,8 @@
 //              element 2i + 1   element 2i        a nibble holds code + 8; codes are -7 .. 7
 #pragma once
 
-#include <type_traits>
-
 #include "core/types.h"
 #include "kv/code_bits.h"
-
-#if defined(__CUDACC__)
-#include "device/ptx.cuh"
-#endif
 
 namespace zigzag {
 
@@ -24,14 +18,17 @@ struct Int4 {
   ZZ_HOST_DEVICE static float decode(uint32_t nibble) { return static_cast<float>(static_cast<int>(nibble) - 8); }
 
 #if defined(__CUDACC__)
-  // The codes in the low nibbles of the halves of x as two elements: exact. A nibble in the low mantissa bits of a
-  // power of two is that power plus the nibble.
-  template <class Element>
-  __device__ __forceinline__ static uint32_t widen2(uint32_t x) {
-    constexpr bool kHalf = std::is_same_v<Element, __half>;
-    const uint32_t shifted = (x & 0x000f000fu) | (kHalf ? 0x64006400u : 0x43004300u);  // 1024 or 128, + 8 + code
-    return device::fma2<Element>(shifted, kHalf ? 0x3c003c00u : 0x3f803f80u, kHalf ? 0xe408e408u : 0xc308c308u);
+  // As float16 operands: see formats.h. A nibble alone in its half is a subnormal, an integer times 2^-24; one left in
+  // place, 4 bits higher, is 16 times that.
+  __device__ static constexpr float unit(int i) { return i % 2 == 0 ? 0x1p-24f : 0x1p-20f; }
+  __device__ static constexpr uint32_t offset(int i) { return i % 2 == 0 ? 0x08 : 0x80; }
+  static constexpr int kApart = 4;
+
+  __device__ __forceinline__ static void widen_row(uint32_t codes, uint32_t (&pair)[4]) {
+    pair[0] = codes & 0x000f000fu, pair[1] = codes & 0x00f000f0u;
+    pair[2] = codes >> 8 & 0x000f000fu, pair[3] = codes >> 8 & 0x00f000f0u;
   }
+  __device__ __forceinline__ static void widen_columns(uint32_t codes, uint32_t (&pair)[4]) { widen_row(codes, pair); }
 #endif
 };
 

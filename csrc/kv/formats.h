@@ -1,6 +1,14 @@
 // The list of quantised formats. A format is one file with a struct: kFormat, kBits (4 or 8) per element, kMaxCode,
-// encode and decode of one element, and widen2 for the tensor cores of a GPU. What turns vectors into codes and back is
+// encode and decode of one element, and what the tensor cores of a GPU need. What turns vectors into codes and back is
 // written once over this interface.
+//
+// On a GPU codes become pairs of float16, in as few instructions as there are: times a unit, a power of two, and for
+// integers with an offset, which the kernels take off again. With n = 32 / kBits:
+//
+//   widen_row      n neighbouring codes of one vector: pair i holds elements e and e + kApart, from e = 0 on
+//   widen_columns  n / 2 neighbouring codes of a vector, then those of another one: pair i holds code i of both
+//   unit(i)        pair i holds (code + an offset) * unit(i), exactly; unit(i + 2) is unit(i)
+//   offset(i)      bits of the float16 offset * unit(i), a subnormal or 0; offset(i + 2) is offset(i)
 #pragma once
 
 #include "kv/format_fp8.h"

@@ -23,6 +23,8 @@ struct CodeCase {
   DType dtype;
   int num_kv_heads, group, q_len, head_dim, slots, sink, window;
   std::vector<int32_t> seq_lens, pad;
+  double magnitude = 1;  // of the queries, taken out by the factor on the logits
+  float bad = 0;         // not finite: stands in one element of the first query row and of the last new key
 };
 
 std::string describe(const CodeCase& c) {
@@ -73,12 +75,14 @@ struct Problem {
     std::normal_distribution<double> normal;
     const size_t heads = static_cast<size_t>(batch) * c.num_kv_heads;
     for (size_t i = 0; i < heads * c.group * c.q_len * c.head_dim; ++i)
-      q.push_back(zigzag::encode(2 * normal(engine), c.dtype));
+      q.push_back(zigzag::encode(2 * c.magnitude * normal(engine), c.dtype));
+    if (c.bad != 0) q[3] = zigzag::encode(c.bad, c.dtype);
     for (Side* side : {&k, &v}) {
       side->format = side == &k ? c.k : c.v;
       side->head_dim = c.head_dim, side->row_bytes = static_cast<int>(vector_bytes(side->format, c.dtype, c.head_dim));
       for (size_t i = 0; i < heads * c.q_len * c.head_dim; ++i)
         side->fresh.push_back(zigzag::encode(normal(engine), c.dtype));
+      if (c.bad != 0 && side == &k) side->fresh[side->fresh.size() - 5] = zigzag::encode(c.bad, c.dtype);
       side->codes.assign(heads * c.slots * side->row_bytes, 0xff);
       side->scale.assign(heads * c.slots, std::nanf(""));
       std::vector<double> x(c.head_dim);
@@ -110,7 +114,7 @@ struct Problem {
     const auto add = [&](const std::vector<double>& key, const std::vector<double>& value) {
       double logit = 0;
       for (int d = 0; d < c.head_dim; ++d) logit += zigzag::decode(q[row + d], c.dtype) * key[d];
-      logit /= std::sqrt(c.head_dim);
+      logit /= std::sqrt(c.head_dim) * c.magnitude;
       const double top = std::max(high, logit), decay = std::exp(high - top), weight = std::exp(logit - top);
       high = top, sum = sum * decay + weight;
       for (int d = 0; d < c.head_dim; ++d) out[d] = out[d] * decay + weight * value[d];
@@ -189,7 +193,7 @@ void run(const CodeCase& c, bool attend) {
     fill(p);
     p.q = q.data(), p.out = out.data(), p.lse = lse.data(), p.workspace = workspace.data(), p.workspace_bytes = bytes;
     p.q_stride = p.out_stride = strides(q_heads, c.q_len, c.head_dim);
-    p.num_q_heads = q_heads, p.scale = static_cast<float>(1 / std::sqrt(c.head_dim));
+    p.num_q_heads = q_heads, p.scale = static_cast<float>(1 / (std::sqrt(c.head_dim) * c.magnitude));
     attention_cuda(p, nullptr);
   } else {
     AppendParams p = {};
@@ -211,7 +215,13 @@ void run(const CodeCase& c, bool attend) {
         CHECK(got_lse[row] == -INFINITY);
         continue;
       }
-      const double log_sum = problem.attend(b, static_cast<int>(row / c.q_len % q_heads), column, expected);
+      const int head = static_cast<int>(row / c.q_len % q_heads);
+      if (c.bad != 0 && (row == 0 || (b == problem.batch - 1 && head >= q_heads - c.group && column == c.q_len - 1))) {
+        for (int d = 0; d < c.head_dim; ++d) CHECK(std::isnan(zigzag::decode(got[row * c.head_dim + d], c.dtype)));
+        CHECK(std::isnan(got_lse[row]));
+        continue;
+      }
+      const double log_sum = problem.attend(b, head, column, expected);
       for (int d = 0; d < c.head_dim; ++d) {
         const double difference = zigzag::decode(got[row * c.head_dim + d], c.dtype) - expected[d];
         error += difference * difference, norm += expected[d] * expected[d];
@@ -279,6 +289,26 @@ TEST_CASE("prompts over quantised caches in parts") {
     run({pair[0], pair[1], DType::kBFloat16, 1, 2, 50, 64, 90, 0, 0, {0, 40, 7}, {0, 0, 20}}, true);
     if (pair[0] == pair[1])
       run({pair[0], pair[1], DType::kBFloat16, 1, 2, 50, 64, 20, 4, 16, {0, 40, 7}, {3, 0, 50}}, true);
+  }
+}
+
+TEST_CASE("queries of every magnitude") {
+  if (no_device()) return;
+  for (const auto& pair : kPairs) {
+    for (const double magnitude : {0x1p-110, 0x1p-20, 0x1p20, 0x1p90}) {
+      run({pair[0], pair[1], DType::kBFloat16, 1, 4, 2, 128, 70, 0, 0, {60}, {}, magnitude}, true);
+    }
+  }
+}
+
+TEST_CASE("what is not finite stays visible, where it is attended only") {
+  if (no_device()) return;
+  for (const auto& pair : kPairs) {
+    for (const float bad : {INFINITY, -INFINITY, NAN}) {
+      run({pair[0], pair[1], DType::kBFloat16, 2, 4, 2, 128, 70, 0, 0, {0, 60}, {}, 1, bad}, true);
+      if (pair[0] != pair[1]) continue;
+      run({pair[0], pair[1], DType::kFloat16, 2, 4, 2, 64, 20, 4, 16, {0, 60}, {}, 1, bad}, true);
+    }
   }
 }
 

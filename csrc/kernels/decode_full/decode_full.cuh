@@ -2,8 +2,8 @@
 // over blocks:
 //
 //   cluster   4 to 16 blocks per row group, merged through distributed shared memory: fastest where they fill nearly
-//             half of the GPU and need no second wave. For one row only: each row of a batch would get the same number
-//             of blocks, however different their lengths
+//             half of the GPU (quantised caches: nearly all of it) and need no second wave. For one row only: each row
+//             of a batch would get the same number of blocks, however different their lengths
 //   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
 //             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks
 //             share is merged by the block that comes last, in block order
@@ -228,16 +228,17 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   const bool modern = device.arch >= 90 && !options.force_plain;
 
   // Blocks on at least nearly half of the SMs saturate the memory (in clusters of 2 they do not); a second wave of
-  // clusters would not. 16 comes last, for few row groups: few places of a GPU take such a cluster.
+  // clusters would not. Two kinds of work want nearly all SMs: codes become operands first, and several row blocks read
+  // the same keys. 16 comes last, for few row groups: few places of a GPU take such a cluster.
+  const bool computes = Split::kCodes || p.row_blocks > 1;
+  const int least = computes && options.cluster == 0 ? device.sm_count * 9 / 10 : device.sm_count * 4 / 9;
   device::LaunchConfig config = {};
   // A launch that reads what the one before it appended must not start early.
   const bool whole = a.columns_before + a.columns_after == 0;
   config.dependent_launch = modern && options.dependent_launch && whole;
   for (const int cluster : {8, 4, 2, 16}) {
     if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1 || cluster == 2)) continue;
-    // Several tokens are bound by the latency of their mma rather than by memory: half of the SMs are too few.
-    if (options.cluster == 0 && cluster == 4 && a.q_len > 1) continue;
-    if (groups * cluster * 9 / 4 < device.sm_count || groups * cluster > device.sm_count) continue;
+    if (groups * cluster < least || groups * cluster > device.sm_count) continue;
     configure<Split>(p, config, cluster);
     if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
   }
