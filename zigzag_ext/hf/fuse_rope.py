@@ -1,9 +1,9 @@
 """RoPE moves into the attention launch: a pass over the graph that torch.compile traces from a model's own forward.
 
-Where both the query and the new key of a zigzag op are  x * cos + rotate_half(x) * sin  of the same tables, the op is given the two
-x and the tables instead, and rotates in the launch that attends and appends (in float32, rounded once). The tables remain the
-model's own computation, whatever its frequencies and scaling. RoPE in any other form (interleaved pairs, a norm after it, none)
-stays in the graph as it is.
+Where both the query and the new key of a zigzag op are  x * cos + rotate_half(x) * sin  of the same tables, the op is given the
+two x and the tables instead, and rotates in the launch that attends and appends (in float32, rounded once). The tables remain
+the model's own computation, whatever its frequencies and scaling. RoPE in any other form (interleaved pairs, a norm after it,
+none) stays in the graph as it is.
 """
 
 import operator
@@ -28,7 +28,7 @@ class _Rotated(NamedTuple):
 
 
 def fuse_rope(graph: Graph) -> int:
-    """Rewrites, in place, the zigzag ops whose RoPE is recognised. Returns how many. Nodes without users are left to the compiler."""
+    """Rewrites, in place, the zigzag ops whose RoPE is recognised, and returns how many. The compiler drops what nobody uses."""
     fused = 0
     for node in graph.nodes:
         if node.target not in _OPS or node.args[_COS] is not None:
