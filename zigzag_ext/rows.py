@@ -40,6 +40,7 @@ class Rows:
         self.batch = batch
         self.seq_lens: dict[torch.device, Tensor] = {}  # [batch] int32; one copy per device that holds layers
         self.pad: dict[torch.device, Tensor] = {}  # [batch] int32, of this chunk; empty without padding
+        self.step_pad: Tensor | None = None  # [batch] int32, of steps of one column
         self.workspaces: dict[tuple, Tensor] = {}
         self.steps = Steps()
         self.forget()
@@ -71,7 +72,8 @@ class Rows:
 
     def pad_on(self, device: torch.device) -> Tensor | None:
         if self.pad and device not in self.pad:
-            self.pad[device] = next(iter(self.pad.values())).to(device)
+            with torch.inference_mode(False):
+                self.pad[device] = next(iter(self.pad.values())).to(device)
         return self.pad.get(device)
 
     @in_normal_mode
@@ -79,7 +81,6 @@ class Rows:
         known = next(iter(self.seq_lens.values()), None)
         self.seq_lens[device] = torch.zeros(self.batch, dtype=torch.int32, device=device) if known is None else known.to(device)
 
-    @in_normal_mode
     def read_mask(self, mask: Tensor, q_len: int) -> tuple[Tensor | None, int]:
         """Padding columns of this chunk per row, or None if there are none, and the tokens of the longest row after it."""
         if mask.dim() != 2 or tuple(mask.shape) != (self.batch, self.columns + q_len):
@@ -93,7 +94,19 @@ class Rows:
             )
         if q_len == 1:
             self.uniform = False  # until the next prompt's mask is read: looking at this one would wait for the device
-            return (mask[:, -1] == 0).int(), self.longest + 1
+            return self._read_step(mask[:, -1]), self.longest + 1
+        return self._read_prompt(mask, q_len)
+
+    def _read_step(self, visible: Tensor) -> Tensor:
+        """One launch, to an address that stays: a captured step reads it there."""
+        pad = self.step_pad
+        if pad is None or (pad.shape, pad.device) != (visible.shape, visible.device):
+            with torch.inference_mode(False):
+                pad = self.step_pad = torch.empty(visible.shape, dtype=torch.int32, device=visible.device)
+        return torch.eq(visible, 0, out=pad)
+
+    @in_normal_mode
+    def _read_prompt(self, mask: Tensor, q_len: int) -> tuple[Tensor | None, int]:
         mask = mask.bool()
         padding = (~mask).sum(1)
         held = self.lengths_on(mask.device)

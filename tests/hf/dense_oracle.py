@@ -43,3 +43,13 @@ def dense_oracle(model, kinds, sink: int, window: int):
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def next_logits(model, answer, input_ids, attention_mask) -> torch.Tensor:
+    """Logits [batch, new tokens, vocab] from which `answer` [batch, new tokens] was to be chosen, in one forward."""
+    mask = torch.cat([attention_mask, torch.ones_like(answer)], 1)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    tokens = torch.cat([input_ids, answer], 1)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return logits[:, input_ids.shape[1] - 1 : -1].float()

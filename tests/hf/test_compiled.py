@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from dense_oracle import dense_oracle
+from dense_oracle import dense_oracle, next_logits
 from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt, tiny_model
 from torch._dynamo.utils import counters
 
@@ -14,6 +14,7 @@ import zigzag_ext as zz
 SINK, WINDOW = 4, 16
 MIXED = ["streaming", "retrieval", "streaming", "streaming"]
 PLAN = zz.Plan(MIXED, sink=SINK, window=WINDOW)
+SAMPLING, SEED = {"do_sample": True, "temperature": 0.8, "top_k": 20}, 5
 
 
 def never_again():
@@ -41,23 +42,32 @@ def compiled():
         yield model
 
 
+def chosen(logits: torch.Tensor, sampled: bool) -> torch.Tensor:
+    """The tokens that generate() picks, one column after the other, from logits [batch, new tokens, vocab]."""
+    if not sampled:
+        return logits.argmax(-1)
+    torch.manual_seed(SEED)
+    logits = logits / SAMPLING["temperature"]
+    logits = logits.masked_fill(logits < logits.topk(SAMPLING["top_k"]).values[..., -1:], -torch.inf)
+    return torch.cat([column.softmax(-1).multinomial(1) for column in logits.unbind(1)], 1)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt_neox", "phi3"])
-@pytest.mark.parametrize("lengths", [[40], [40, 23, 3]], ids=["single", "left_padded"])
-def test_tokens_over_many_windows_equal_eager_and_reference(family, lengths):
-    model, batch, sample = tiny_model(family), padded_prompt(lengths), {"do_sample": True, "temperature": 0.8, "top_k": 20}
-    ways = {
-        "reference": dense_oracle(model, MIXED, SINK, WINDOW),
-        "eager": zz.zigzag(model, PLAN),
-        "compiled": zz.zigzag(model, PLAN, max_len=640, compile=True),
-    }
-    greedy, sampled = {}, {}
-    for name, way in ways.items():
+def test_tokens_over_many_windows_equal_eager_and_reference(family):
+    """One row and a left-padded batch, greedy and sampled. The reference sees what was answered and must choose the same."""
+    model = tiny_model(family)
+    cases = [(padded_prompt(lengths), sampled) for lengths in ([40], [40, 23, 3]) for sampled in (False, True)]
+    answers = {}
+    for name, way in {"eager": zz.zigzag(model, PLAN), "compiled": zz.zigzag(model, PLAN, max_len=640, compile=True)}.items():
         with way:
-            greedy[name] = generate(model, 600, **batch)
-            torch.manual_seed(5)
-            sampled[name] = generate(model, 600, **batch, **sample)
-    for tokens in (greedy, sampled):
-        assert tokens["eager"].equal(tokens["reference"]) and tokens["compiled"].equal(tokens["eager"])
+            for case, (batch, sampled) in enumerate(cases):
+                torch.manual_seed(SEED)
+                answers[name, case] = generate(model, 600, **batch, **(SAMPLING if sampled else {}))
+    with dense_oracle(model, MIXED, SINK, WINDOW):
+        for case, (batch, sampled) in enumerate(cases):
+            answer = answers["eager", case]
+            assert answer.equal(chosen(next_logits(model, answer, **batch), sampled))
+            assert answers["compiled", case].equal(answer)
 
 
 def test_nothing_is_compiled_again(compiled, eager):

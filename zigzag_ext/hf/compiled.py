@@ -17,7 +17,9 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_map
 
 from ..cache import ZigzagCache
+from ..rows import in_normal_mode
 from .attention import current
+from .fuse_rope import fuse_rope
 from .step_cache import StepCache
 
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -40,7 +42,7 @@ class CompiledDecoding:
         # Tuning writes products of one row as reductions, which reach the bandwidth that cuBLAS leaves, and fuses what surrounds
         # them: 88 kernels instead of 155 in a step of 8 Llama-3-8B layers on an H100, 2.57 ms instead of 2.84.
         options = {"triton.cudagraphs": False, "coordinate_descent_tuning": True}
-        self.compiled = torch.compile(own, fullgraph=True, options=options)
+        self.compiled = torch.compile(own, fullgraph=True, backend=_Backend(options))
         self.model, self.forward = model, forward
         self.retired: list[tuple] = []  # parts of the last cache that is gone
         functools.update_wrapper(self, forward)  # generate() reads the signature
@@ -66,11 +68,10 @@ class CompiledDecoding:
         if cache is None or not cache.decodes or self._differentiates():
             return self.forward(*args, **kwargs)
         inputs = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "past_key_values")}
-        with torch.inference_mode(False), torch.no_grad():
-            steps, signature = cache.steps.setdefault(self, {}), _signature(inputs, cache)
-            if signature not in steps:
-                steps[signature] = _Step(self.model, self.compiled, cache, inputs)
-            output = steps[signature](cache, inputs)
+        steps, signature = cache.steps.setdefault(self, {}), _signature(inputs, cache)
+        if signature not in steps:
+            steps[signature] = _Step(self.model, self.compiled, cache, inputs)
+        output = steps[signature](cache, inputs)
         cache.mark_attended()
         return output
 
@@ -78,9 +79,27 @@ class CompiledDecoding:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
 
 
-class _Step:
-    """A decode step on the buffers of one cache: inputs at fixed addresses, and on a GPU the graph captured with them."""
+class _Backend:
+    """Inductor, behind the passes of this package over the traced graph."""
 
+    def __init__(self, options: dict):
+        self.options = options
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list) -> Callable:
+        from torch._inductor.compile_fx import compile_fx  # takes seconds to import
+
+        fuse_rope(module.graph)
+        module.recompile()
+        return compile_fx(module, inputs, config_patches=self.options)
+
+
+class _Step:
+    """A decode step on the buffers of one cache: inputs at fixed addresses, and on a GPU the graph captured with them.
+
+    The GPU idles from one token to the replay of the next: what can wait comes behind the replay.
+    """
+
+    @in_normal_mode
     def __init__(self, model: nn.Module, compiled: Callable, cache: ZigzagCache, inputs: dict):
         self.model, self.compiled = model, compiled
         self.view = StepCache(cache)
@@ -93,12 +112,14 @@ class _Step:
         self.graph = self.output = self.captured_on = None
         self.last_forward = -1
 
+    @torch.no_grad()
     def __call__(self, cache: ZigzagCache, inputs: dict):
         for name, static in self.tensors.items():
             static.copy_(inputs[name])
         self.view.refresh(cache)
         on_gpu = self.view.device.type == "cuda"
         output = self._replay(cache.num_forwards) if on_gpu else self._run()
+        self.view.advance()
 
         def to_caller(leaf):
             if leaf is self.view:
@@ -107,6 +128,7 @@ class _Step:
 
         return tree_map(to_caller, output)
 
+    @in_normal_mode
     def _run(self):
         current.cache, cache = self.view, current.cache
         try:

@@ -137,6 +137,8 @@ class _Session:
 
     def by_name(self, model: nn.Module, args: tuple, kwargs: dict) -> dict:
         """All arguments by name; TypeError as Python would raise it for the call."""
+        if not args:
+            return kwargs
         name = f"{type(model).__name__}.forward()"
         if len(args) > len(self.parameters):
             raise TypeError(f"{name} takes {len(self.parameters)} positional arguments but {len(args)} were given")

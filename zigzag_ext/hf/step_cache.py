@@ -12,8 +12,9 @@ from ..mixed import MixedLayer
 class _Shared:
     """Read by all layers: tokens held and padding, [batch] int32 (padding may be None), columns seen (0-d int64), scratch."""
 
-    def __init__(self, seq_lens: Tensor, pad: Tensor | None, columns: Tensor, workspaces: dict[tuple, Tensor]):
-        self.seq_lens, self.pad, self.columns, self.workspaces = seq_lens, pad, columns, workspaces
+    def __init__(self, seq_lens: Tensor, pad: Tensor | None, workspaces: dict[tuple, Tensor]):
+        self.seq_lens, self.pad, self.workspaces = seq_lens, pad, workspaces
+        self.columns = torch.zeros((), dtype=torch.int64, device=seq_lens.device)
 
 
 class _Part:
@@ -71,19 +72,25 @@ class StepLayer(CacheLayerMixin):
 
 
 class StepCache(Cache):
-    """The buffers of `cache`, after its first forward, and inputs of its own (padding, columns) that `refresh` sets."""
+    """The buffers of `cache`, after its first forward. `refresh` goes before a step, `advance` behind it."""
 
     def __init__(self, cache: ZigzagCache):
         rows, self.device = cache.layers[0].rows, cache.layers[0].device
-        columns = torch.zeros((), dtype=torch.int64, device=self.device)
-        pad = None if cache.padding is None else cache.padding.clone()
         workspaces = {key[:3]: workspace for key, workspace in rows.workspaces.items()}
-        shared = _Shared(cache.seq_lens, pad, columns, workspaces)
+        shared = _Shared(cache.seq_lens, cache.padding, workspaces)
         super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
+        self.num_columns = 0  # what `columns` is on the device
 
     def refresh(self, cache: ZigzagCache) -> None:
-        """Copies in what the forward under way has noted."""
-        shared = self.layers[0].shared
-        shared.columns.fill_(cache.get_seq_length())
-        if shared.pad is not None:
-            shared.pad.copy_(cache.padding)
+        """Copies in what the forward under way has noted. A step that follows another finds all of it in place."""
+        shared, padding, columns = self.layers[0].shared, cache.padding, cache.get_seq_length()
+        if padding is not shared.pad:
+            shared.pad.copy_(padding)
+        if columns != self.num_columns:
+            shared.columns.fill_(columns)
+            self.num_columns = columns
+
+    def advance(self) -> None:
+        """Prepares the next step while the device is busy with this one."""
+        self.layers[0].shared.columns.add_(1)
+        self.num_columns += 1
