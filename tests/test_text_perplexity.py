@@ -16,9 +16,9 @@ TEXT = Path(__file__).parent.parent / "LICENSE"
 
 
 @pytest.mark.slow
-def test_smollm2_has_one_perplexity_for_every_chunk_size():
+def test_smollm2_has_one_perplexity_for_every_chunk_size(demo_model):
     """The rings of the demo plan, narrowed, wrap seven times. Full attention must give another number, or this shows nothing."""
-    model, tokenizer = demo.load(device="cpu")
+    model, tokenizer = demo_model
     ids = tokenizer(TEXT.read_text(), return_tensors="pt")["input_ids"][:, :TOKENS]
     assert ids.shape[1] == TOKENS
     plans = demo.demo_plans()
