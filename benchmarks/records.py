@@ -67,8 +67,43 @@ class StepRecord:
     peak_bytes: int  # allocated at most, weights included; 0 on a CPU
 
 
+@dataclass(frozen=True)
+class QualityRecord:
+    """What a KV format does to the demo model's answers. Written by kv_quality.py; its files are named kv_quality*.csv."""
+
+    commit: str
+    machine: str  # the GPU, or the CPU model and its number of threads
+    torch: str
+    model: str
+    dtype: str  # of the model, and of what is not quantised
+    plan: str  # full, or the demo's good plan
+    kv_format: str
+    key_smoothing: bool
+    impl: str  # zigzag, or emulated in torch
+    tokens: int  # per passage and per prompt
+    passages: int
+    prompts: int
+    perplexity: float
+    exact: float  # share of the passkeys found, with its Wilson interval
+    exact_low: float
+    exact_high: float
+    logprob: float  # natural, mean per token of a passkey, with its normal interval
+    logprob_low: float
+    logprob_high: float
+
+    @property
+    def origin(self) -> tuple:
+        """What rows of one table share."""
+        return (self.machine, self.torch, self.model, self.dtype, self.tokens, self.passages, self.prompts)
+
+    @property
+    def cell(self) -> tuple:
+        """What was measured, whichever commit did it."""
+        return (*self.origin, self.plan, self.kv_format, self.key_smoothing, self.impl)
+
+
 COLUMNS = [field.name for field in fields(Record)]
-_TYPES = {field.name: field.type for field in fields(Record)}
+_PARSE = {bool: lambda text: {"True": True, "False": False}[text]}
 
 
 @contextmanager
@@ -95,12 +130,18 @@ def writer(path: Path | None, kind: type = Record) -> Iterator[Callable]:
 
 def read(path: Path) -> list[Record]:
     """Rows of a CSV file. Raises ValueError naming the file if its columns are not COLUMNS, in order."""
+    return read_as(path, Record)
+
+
+def read_as(path: Path, kind: type) -> list:
+    """Rows of `kind` of a CSV file. Raises ValueError naming the file if its columns are not the fields of `kind`, in order."""
+    types = {field.name: _PARSE.get(field.type, field.type) for field in fields(kind)}
     with Path(path).open(newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
-        if header != COLUMNS:
-            raise ValueError(f"{path}: columns are {header}, expected {COLUMNS}")
-        return [Record(**{name: _TYPES[name](value) for name, value in zip(COLUMNS, row, strict=True)}) for row in rows]
+        if header != list(types):
+            raise ValueError(f"{path}: columns are {header}, expected {list(types)}")
+        return [kind(**{name: types[name](value) for name, value in zip(types, row, strict=True)}) for row in rows]
 
 
 def write(path: Path, records: Iterable[Record]) -> None:

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args(argv)
     # Files of other columns have no decode rows; bench_layers writes chains of layers, which have no peers, in the same columns.
-    files = [path for path in sorted(args.results.glob("*.csv")) if not path.name.startswith(("step", "prefill"))]
+    files = [path for path in sorted(args.results.glob("*.csv")) if not path.name.startswith(("step", "prefill", "kv_quality"))]
     one_layer = {path: [r for r in records.read(path) if r.op.startswith("decode_")] for path in files}
     sources = {path: rows for path, rows in one_layer.items() if rows}
     if not sources:
