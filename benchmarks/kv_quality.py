@@ -22,7 +22,7 @@ import torch
 from records import QualityRecord, read_as, writer
 from torch import Tensor
 
-from zigzag_ext import Plan, demo, reference
+from zigzag_ext import Plan, demo, reference, smoothing
 from zigzag_ext.evaluate import passkey, perplexity
 from zigzag_ext.evaluate.rows import statistics
 from zigzag_ext.evaluate.scoring import score
@@ -48,10 +48,10 @@ def zero_point_int4(x: Tensor) -> Tensor:
 
 
 def less_mean(codec: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The codec after key smoothing: here the mean is that of all tokens, as in SageAttention (arXiv 2410.02367)."""
+    """The codec after key smoothing, see `zigzag_ext.smoothing`."""
 
     def smoothed(k: Tensor) -> Tensor:
-        mean = k.float().mean(2, keepdim=True).to(k)
+        mean = k[:, :, : smoothing.TOKENS].float().mean(2, keepdim=True).to(k)
         return codec(k - mean) + mean
 
     return smoothed
@@ -61,9 +61,9 @@ EMULATED = {"int4, symmetric": symmetric_int4, "int4, zero point": zero_point_in
 
 
 @contextmanager
-def emulated(model, plan: Plan, codec: Callable[[Tensor], Tensor], smoothing: bool) -> Iterator[None]:
+def emulated(model, plan: Plan, codec: Callable[[Tensor], Tensor], smooth: bool) -> Iterator[None]:
     """Retrieval layers attend keys and values that went through `codec`, streaming layers as they are."""
-    key_codec = less_mean(codec) if smoothing else codec
+    key_codec = less_mean(codec) if smooth else codec
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if plan.kinds[layer] == "streaming":
@@ -87,11 +87,11 @@ def variants() -> Iterator[tuple[str, bool, Callable | None]]:
 
 def measure(model, plan: Plan, variant: tuple, texts: list, keys: list) -> dict:
     """The measured columns of a row."""
-    kv_format, smoothing, codec = variant
+    kv_format, smooth, codec = variant
     if codec is None:
-        chosen, attention = replace(plan, kv_format=kv_format, key_smoothing=smoothing), nullcontext()
+        chosen, attention = replace(plan, kv_format=kv_format, key_smoothing=smooth), nullcontext()
     else:
-        chosen, attention = None, emulated(model, plan, codec, smoothing)
+        chosen, attention = None, emulated(model, plan, codec, smooth)
     with attention:
         text, found = (statistics(score(model, samples, chosen)) for samples in (texts, keys))
     mean = torch.tensor(text["logprob"], dtype=torch.float64)
@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> None:
             add(row)
         for name, plan in plans.items():
             for variant in variants():
-                kv_format, smoothing, codec = variant
-                what = {"plan": name, "kv_format": kv_format, "key_smoothing": smoothing}
+                kv_format, smooth, codec = variant
+                what = {"plan": name, "kv_format": kv_format, "key_smoothing": smooth}
                 what["impl"] = "zigzag" if codec is None else "emulated"
                 zeros = dict.fromkeys(("perplexity", *SCORED), 0.0)
                 if QualityRecord(**everywhere, **what, **zeros).cell in done:
