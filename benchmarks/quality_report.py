@@ -5,6 +5,7 @@ from pathlib import Path
 
 from records import QualityRecord, read_as
 
+ORDER = ("none", "fp8", "int8", "int8/int4", "int4", "int4, zero point")
 BEGIN, END = "<!-- results:kv_quality -->", "<!-- /results:kv_quality -->"
 HEADER = ("layers", "keys/values", "key smoothing", "perplexity", "keys found", "key's log-probability")
 
@@ -18,7 +19,8 @@ def table_row(row: QualityRecord) -> str:
 
 
 def text(rows: list[QualityRecord]) -> str:
-    """One table per machine, dtype and size, in the order measured."""
+    """One table per machine, dtype and size."""
+    rows = sorted(rows, key=lambda row: (row.plan != "full", ORDER.index(row.kv_format), row.key_smoothing))
     parts = []
     for origin in dict.fromkeys(row.origin for row in rows):
         own = [row for row in rows if row.origin == origin]

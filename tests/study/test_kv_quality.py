@@ -56,7 +56,7 @@ def test_a_run_a_second_run_and_the_report(model, tokenizer, tmp_path, monkeypat
     command = ["--tokens", "420", "--passages", "1", "--prompts", "1", "--csv", str(path), "--commit", "abc"]
     assert kv_quality.main(command) == 0
     rows = records.read_as(path, records.QualityRecord)
-    assert len(rows) == 2 * 13 == len({row.cell for row in rows})
+    assert len(rows) == 2 * 11 == len({row.cell for row in rows})
     assert {row.plan for row in rows} == {"full", "good"} and {row.prompts for row in rows} == {5}
     path.write_text("\n".join(path.read_text().splitlines()[:-3]) + "\n")
     capsys.readouterr()
@@ -69,6 +69,6 @@ def test_a_run_a_second_run_and_the_report(model, tokenizer, tmp_path, monkeypat
     assert quality_report.write(path, page) == 0
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert text.count("\n| full |") == 13 and "int4, zero point (emulated)" in text and "commit abc" in text
+    assert text.count("\n| full |") == 11 and "int4, zero point (emulated)" in text and "commit abc" in text
     page.write_text("no markers")
     assert quality_report.write(path, page) == quality_report.write(tmp_path / "none.csv", page) == 1
