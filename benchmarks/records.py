@@ -118,6 +118,7 @@ def writer(path: Path | None, kind: type = Record) -> Iterator[Callable]:
     with Path(path).open("w", newline="") as file:
         rows = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         rows.writeheader()
+        file.flush()
 
         def add(record) -> None:
             rows.writerow(
