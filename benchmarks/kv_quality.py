@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import machine
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("none", "int4", "int8/int4", "fp8", "int8")
 DEPTHS = (0.0, 0.1, 0.2, 0.3, 0.4)  # the windows of streaming layers do not reach back to these
 SCORED = ("exact", "exact_low", "exact_high", "logprob", "logprob_low", "logprob_high")
+Variant = tuple[str, bool, Callable[[Tensor], Tensor] | None]  # format, key smoothing, and the codec of an emulation
 
 
 def symmetric_int4(x: Tensor) -> Tensor:
@@ -71,8 +73,8 @@ def emulated(model, plan: Plan, codec: Callable[[Tensor], Tensor], smooth: bool)
         yield
 
 
-def variants() -> Iterator[tuple[str, bool, Callable | None]]:
-    """Format, key smoothing, and the codec of an emulation; first what says most, as a run may be cut short."""
+def variants() -> Iterator[Variant]:
+    """First what says most, as a run may be cut short."""
     for kv_format in FORMATS:
         for smooth in (False, True)[: 1 if kv_format == "none" else 2]:
             yield kv_format, smooth, None
@@ -80,7 +82,7 @@ def variants() -> Iterator[tuple[str, bool, Callable | None]]:
                 yield "int4, zero point", smooth, zero_point_int4
 
 
-def measure(model, plan: Plan, variant: tuple, texts: list, keys: list) -> dict:
+def measure(model, plan: Plan, variant: Variant, samples: list) -> dict:
     """The measured columns of a row."""
     kv_format, smooth, codec = variant
     if codec is None:
@@ -88,24 +90,33 @@ def measure(model, plan: Plan, variant: tuple, texts: list, keys: list) -> dict:
     else:
         chosen, attention = None, emulated(model, plan, codec, smooth)
     with attention:
-        text, found = (statistics(score(model, samples, chosen)) for samples in (texts, keys))
-    mean = torch.tensor(text["logprob"], dtype=torch.float64)
-    return {"perplexity": float((-mean).exp()), **{name: found[name] for name in SCORED}}
+        found = statistics(score(model, samples, chosen))
+    return {name: found[name] for name in SCORED}
+
+
+def cells(tasks: dict[str, list], plans: dict[str, Plan]) -> Iterator[tuple[dict, list, Plan, Variant]]:
+    """Columns that say what is measured, and what it takes to."""
+    for task, samples in tasks.items():
+        for variant, (name, plan) in product(variants(), plans.items()):
+            kv_format, smooth, codec = variant
+            what = {"plan": name, "kv_format": kv_format, "key_smoothing": smooth, "task": task}
+            what |= {"impl": "zigzag" if codec is None else "emulated"}
+            what |= {"tokens": len(samples[0].ids), "samples": len(samples)}
+            yield what, samples, plan, variant
 
 
 def run(args: argparse.Namespace) -> None:
     model, tokenizer = demo.load(args.device, args.dtype)
-    texts = perplexity.samples(tokenizer, args.tokens, [None], args.passages)
-    keys = passkey.samples(tokenizer, args.tokens, DEPTHS, args.prompts)
+    tasks = {
+        "perplexity": perplexity.samples(tokenizer, args.tokens, [None], args.passages),
+        "passkey": passkey.samples(tokenizer, args.tokens, DEPTHS, args.prompts),
+    }
     everywhere = {
         "commit": args.commit or machine.commit(),
         "machine": machine.processor(model.device.type),
         "torch": torch.__version__,
         "model": demo.PACKAGE,
         "dtype": str(model.dtype)[6:],
-        "tokens": args.tokens,
-        "passages": len(texts),
-        "prompts": len(keys),
     }
     old = read_as(args.csv, QualityRecord) if args.csv.exists() else []
     done = {row.cell for row in old}
@@ -113,15 +124,10 @@ def run(args: argparse.Namespace) -> None:
     with writer(args.csv, QualityRecord) as add:
         for row in old:
             add(row)
-        for variant in variants():
-            for name, plan in plans.items():
-                kv_format, smooth, codec = variant
-                what = {"plan": name, "kv_format": kv_format, "key_smoothing": smooth}
-                what["impl"] = "zigzag" if codec is None else "emulated"
-                zeros = dict.fromkeys(("perplexity", *SCORED), 0.0)
-                if QualityRecord(**everywhere, **what, **zeros).cell in done:
-                    continue
-                row = QualityRecord(**everywhere, **what, **measure(model, plan, variant, texts, keys))
+        for what, samples, plan, variant in cells(tasks, plans):
+            blank = QualityRecord(**everywhere, **what, **dict.fromkeys(SCORED, 0.0))
+            if blank.cell not in done:
+                row = replace(blank, **measure(model, plan, variant, samples))
                 add(row)
                 print(row, flush=True)
 

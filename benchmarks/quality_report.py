@@ -1,5 +1,6 @@
 """The table "What quantised caches cost" of docs/evidence.md from the results of kv_quality.py."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,28 +11,31 @@ BEGIN, END = "<!-- results:kv_quality -->", "<!-- /results:kv_quality -->"
 HEADER = ("layers", "keys/values", "key smoothing", "perplexity", "keys found", "key's log-probability")
 
 
-def table_row(row: QualityRecord) -> str:
+def table_row(rows: list[QualityRecord]) -> str:
+    """One line of the table: the results of both tasks for one format."""
+    row, found = rows[0], {row.task: row for row in rows}
     kv_format = f"{row.kv_format} (emulated)" if row.impl == "emulated" else row.kv_format
-    found = f"{100 * row.exact:.0f} [{100 * row.exact_low:.0f}, {100 * row.exact_high:.0f}]"
-    logprob = f"{row.logprob:.3f} ± {row.logprob_high - row.logprob:.3f}"
-    smoothing = "yes" if row.key_smoothing else ""
-    return "| " + " | ".join((row.plan, kv_format, smoothing, f"{row.perplexity:.3f}", found, logprob)) + " |"
+    cells = [row.plan, kv_format, "yes" if row.key_smoothing else "", *["–"] * 3]
+    if text := found.get("perplexity"):
+        cells[3] = f"{math.exp(-text.logprob):.3f}"
+    if key := found.get("passkey"):
+        cells[4] = f"{100 * key.exact:.0f} [{100 * key.exact_low:.0f}, {100 * key.exact_high:.0f}]"
+        cells[5] = f"{key.logprob:.3f} ± {key.logprob_high - key.logprob:.3f}"
+    return "| " + " | ".join(cells) + " |"
 
 
 def text(rows: list[QualityRecord]) -> str:
-    """One table per machine, dtype and size."""
+    """One table per machine and dtype."""
     rows = sorted(rows, key=lambda row: (row.plan != "full", ORDER.index(row.kv_format), row.key_smoothing))
     parts = []
     for origin in dict.fromkeys(row.origin for row in rows):
         own = [row for row in rows if row.origin == origin]
-        first = own[0]
-        commits = ", ".join(dict.fromkeys(row.commit for row in own))
-        parts.append(
-            f"**{first.machine}, {first.dtype}**, torch {first.torch}, commit {commits}: {first.passages} passages and "
-            f"{first.prompts} passkey prompts of {first.tokens} tokens"
-        )
-        rule = "| --- | --- | --- | ---: | ---: | ---: |"
-        parts.append("\n".join(["| " + " | ".join(HEADER) + " |", rule, *map(table_row, own)]))
+        first, commits = own[0], ", ".join(dict.fromkeys(row.commit for row in own))
+        sizes = "; ".join(dict.fromkeys(f"{row.task}: {row.samples} samples of {row.tokens} tokens" for row in own))
+        parts.append(f"**{first.machine}, {first.dtype}**, torch {first.torch}, commit {commits}. {sizes}")
+        lines = {line: [row for row in own if row.line == line] for line in dict.fromkeys(row.line for row in own)}
+        head = ["| " + " | ".join(HEADER) + " |", "| --- | --- | --- | ---: | ---: | ---: |"]
+        parts.append("\n".join([*head, *map(table_row, lines.values())]))
     return "\n\n".join(parts)
 
 

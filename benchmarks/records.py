@@ -80,26 +80,29 @@ class QualityRecord:
     kv_format: str
     key_smoothing: bool
     impl: str  # zigzag, or emulated in torch
-    tokens: int  # per passage and per prompt
-    passages: int
-    prompts: int
-    perplexity: float
-    exact: float  # share of the passkeys found, with its Wilson interval
+    task: str  # perplexity or passkey
+    tokens: int  # per sample
+    samples: int
+    exact: float  # share of the samples all of whose targets are the likeliest tokens, with its Wilson interval
     exact_low: float
     exact_high: float
-    logprob: float  # natural, mean per token of a passkey, with its normal interval
+    logprob: float  # natural, mean per target token; its normal interval is one of samples, which all rows of a task share
     logprob_low: float
     logprob_high: float
 
     @property
     def origin(self) -> tuple:
         """What rows of one table share."""
-        return (self.machine, self.torch, self.model, self.dtype, self.tokens, self.passages, self.prompts)
+        return (self.machine, self.torch, self.model, self.dtype)
 
     @property
     def cell(self) -> tuple:
         """What was measured, whichever commit did it."""
-        return (*self.origin, self.plan, self.kv_format, self.key_smoothing, self.impl)
+        return (*self.origin, *self.line, self.task, self.tokens, self.samples)
+
+    @property
+    def line(self) -> tuple:
+        return (self.plan, self.kv_format, self.key_smoothing, self.impl)
 
 
 COLUMNS = [field.name for field in fields(Record)]
@@ -121,8 +124,9 @@ def writer(path: Path | None, kind: type = Record) -> Iterator[Callable]:
         file.flush()
 
         def add(record) -> None:
+            digits = 4 if kind is QualityRecord else 3
             rows.writerow(
-                {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(record).items()}
+                {name: round(value, digits) if isinstance(value, float) else value for name, value in asdict(record).items()}
             )
             file.flush()
 

@@ -56,8 +56,11 @@ def test_a_run_a_second_run_and_the_report(model, tokenizer, tmp_path, monkeypat
     command = ["--tokens", "420", "--passages", "1", "--prompts", "1", "--csv", str(path), "--commit", "abc"]
     assert kv_quality.main(command) == 0
     rows = records.read_as(path, records.QualityRecord)
-    assert len(rows) == 2 * 11 == len({row.cell for row in rows})
-    assert {row.plan for row in rows} == {"full", "good"} and {row.prompts for row in rows} == {5}
+    assert len(rows) == 2 * 2 * 11 == len({row.cell for row in rows})
+    assert {row.plan for row in rows} == {"full", "good"} and {(row.task, row.samples) for row in rows} == {
+        ("perplexity", 1),
+        ("passkey", 5),
+    }
     path.write_text("\n".join(path.read_text().splitlines()[:-3]) + "\n")
     capsys.readouterr()
     assert kv_quality.main(command) == 0
