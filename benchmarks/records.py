@@ -99,7 +99,46 @@ class CapacityRecord:
     largest_error_pct: float  # relative, of those heads
 
 
+@dataclass(frozen=True)
+class QualityRecord:
+    """What a KV format does to the demo model's answers. Written by kv_quality.py; its files are named kv_quality*.csv."""
+
+    commit: str
+    machine: str  # the GPU, or the CPU model and its number of threads
+    torch: str
+    model: str
+    dtype: str  # of the model, and of what is not quantised
+    plan: str  # full, or the demo's good plan
+    kv_format: str
+    key_smoothing: bool
+    impl: str  # zigzag, or emulated in torch
+    task: str  # perplexity or passkey
+    tokens: int  # per sample
+    samples: int
+    exact: float  # share of the samples all of whose targets are the likeliest tokens, with its Wilson interval
+    exact_low: float
+    exact_high: float
+    logprob: float  # natural, mean per target token; its normal interval is one of samples, which all rows of a task share
+    logprob_low: float
+    logprob_high: float
+
+    @property
+    def origin(self) -> tuple:
+        """What rows of one table share."""
+        return (self.machine, self.torch, self.model, self.dtype)
+
+    @property
+    def cell(self) -> tuple:
+        """What was measured, whichever commit did it."""
+        return (*self.origin, *self.line, self.task, self.tokens, self.samples)
+
+    @property
+    def line(self) -> tuple:
+        return (self.plan, self.kv_format, self.key_smoothing, self.impl)
+
+
 COLUMNS = [field.name for field in fields(Record)]
+_PARSE = {bool: lambda text: {"True": True, "False": False}[text]}
 
 
 @contextmanager
@@ -119,8 +158,9 @@ def writer(path: Path | None, kind: type = Record, go_on: bool = False) -> Itera
             file.flush()
 
         def add(record) -> None:
+            digits = 4 if kind is QualityRecord else 3
             rows.writerow(
-                {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(record).items()}
+                {name: round(value, digits) if isinstance(value, float) else value for name, value in asdict(record).items()}
             )
             file.flush()
 
@@ -129,7 +169,7 @@ def writer(path: Path | None, kind: type = Record, go_on: bool = False) -> Itera
 
 def read(path: Path, kind: type = Record) -> list:
     """Rows of a CSV file of `kind`. Raises ValueError naming the file if its columns are not the fields of `kind`, in order."""
-    types = {field.name: field.type for field in fields(kind)}
+    types = {field.name: _PARSE.get(field.type, field.type) for field in fields(kind)}
     with Path(path).open(newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])

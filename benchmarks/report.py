@@ -143,7 +143,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of CSV files")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args(argv)
-    kind_of = {path: next((k for k in KINDS if path.name.startswith(k)), "decode") for path in sorted(args.results.glob("*.csv"))}
+    kind_of = {
+        path: next((k for k in KINDS if path.name.startswith(k)), "decode")
+        for path in sorted(args.results.glob("*.csv"))
+        if not path.name.startswith("kv_quality")
+    }  # quality_report.py has those
     found = {
         kind: {p: records.read(p, KINDS.get(kind, Record)) for p, k in kind_of.items() if k == kind}
         for kind in ["decode", *KINDS]

@@ -11,3 +11,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device,dtype", pairs)
     elif "device" in metafunc.fixturenames:
         metafunc.parametrize("device", devices)
+
+
+@pytest.fixture(scope="module")
+def demo_model():
+    """The demo's model and tokenizer. Without the package that carries them a test is skipped, but never in CI: .ci/checks.py."""
+    from zigzag_ext import demo
+
+    try:
+        return demo.load(device="cpu")
+    except FileNotFoundError as error:
+        if demo.FETCH_COMMAND not in str(error):
+            raise
+        pytest.skip(str(error))

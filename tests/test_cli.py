@@ -188,6 +188,14 @@ def test_generate_with_a_plan(model_folder, plan_file, options):
     assert text != full
 
 
+def test_generate_with_quantised_keys(model_folder):
+    prompt = " ".join(f"w{(7 * i) % VOCABULARY}" for i in range(60))
+    options = ["generate", model_folder, "-n", 4, "--device", "cpu", "-p", prompt, "--key-smoothing"]
+    run = zigzag(*options, "--kv-format", "int8/int4")
+    assert len(generated(run)[0].split()) == 4 and "int8/int4" in run.stderr and "key_smoothing" in run.stderr
+    assert "key_smoothing needs quantised keys" in failure(*options)
+
+
 def test_generate_refuses_by_one_line(model_folder, tmp_path):
     wrong = tmp_path / "wrong.json"
     zz.Plan(["retrieval"] * 3, sink=0, window=4).save(wrong)

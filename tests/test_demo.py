@@ -56,9 +56,9 @@ def test_both_bundled_plans_take_the_same_memory():
 
 
 @pytest.mark.slow
-def test_demo_on_the_real_model():
+def test_demo_on_the_real_model(demo_model):
     """What the README promises: with at most 60% of the KV memory the good plan finds the key, and the bad one does not."""
-    model, tokenizer = demo.load(device="cpu")
+    model, tokenizer = demo_model
     outcomes = demo.run(demo.passkey_prompts(tokenizer, TOKENS, [0.25], [0]), model, tokenizer)
     full, good, bad = outcomes
     tokens = full.generations[0].prompt_tokens + demo.ANSWER_TOKENS
@@ -75,8 +75,8 @@ def test_demo_on_the_real_model():
 
 
 @pytest.mark.slow
-def test_the_good_plan_finds_the_key_in_compiled_steps():
-    model, tokenizer = demo.load(device="cpu")
+def test_the_good_plan_finds_the_key_in_compiled_steps(demo_model):
+    model, tokenizer = demo_model
     [prompt] = demo.passkey_prompts(tokenizer, TOKENS, [0.25], [0])
     _, good, _ = demo.demo_plans().values()
     eager, compiled = (

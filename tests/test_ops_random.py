@@ -1,17 +1,21 @@
-"""Random shapes, lengths, strides and paddings against the specification.
+"""Random shapes, lengths, strides and paddings against the specification, over plain and quantised caches.
 
-ZIGZAG_RANDOM_CASES sets how many (default 240 for each device); a failure prints the case, and its seed repeats it.
+ZIGZAG_RANDOM_CASES sets how many for each device and format (default 240, and 72 per quantised format); a failure prints the
+case, and its seed repeats it. 20,000 per format on a GPU: ZIGZAG_RANDOM_CASES=20000 pytest tests/test_ops_random.py -k cuda -n 14
 """
 
 import os
 import random
 
 import pytest
+import torch
 from op_cases import DTYPES, Case, check
+from quant_cases import CUDA_HEAD_DIMS, SAME, call, check_call, check_close, is_served, quantised, same
 
 from zigzag_ext import ops
 
 NUM_CASES = int(os.environ.get("ZIGZAG_RANDOM_CASES", "240"))
+NUM_QUANTISED = int(os.environ.get("ZIGZAG_RANDOM_CASES", "72"))
 GROUPS = 24  # tests that share the cases out, so that they run in parallel
 
 
@@ -50,5 +54,115 @@ def test_random_cases(device, group):
         case = random_case(random.Random(seed), device)
         try:
             check(case, seed)
+        except (AssertionError, RuntimeError) as error:
+            raise AssertionError(f"seed {seed}, {case}") from error
+
+
+def random_quantised_case(rng: random.Random, device: str, pair: tuple[str, str]) -> Case:
+    """Small ones: most of the time goes to the specification."""
+    sink, window = rng.choice([0, 1, 4, 16]), rng.choice([0, 0, 0, 1, 2, 7, 16, 33, 64])
+    window = window if is_served(device, pair, window) else 0
+    if window:
+        edges = [0, sink, window, sink + window, sink + 2 * window, sink + 5 * window + window // 3]
+    else:
+        edges = [0, 16, 48, 64, 128, rng.randint(0, 300), rng.choice([200] * 9 + [2500])]
+    batch, q_len = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 1, 2, 3, 4, 8, 16, 17, rng.randint(1, 16), rng.randint(17, 60)])
+    head_dim = rng.choice(ops.HEAD_DIMS if device == "cpu" else CUDA_HEAD_DIMS)
+    rope = q_len <= ops.MAX_DECODE_QUERIES and rng.random() < 0.3
+    return Case(
+        seq_lens=tuple(near(rng, *edges) for _ in range(batch)),
+        q_len=q_len,
+        group=rng.choice([1, 2, 3, 4, 7, 8, 16]),
+        num_kv_heads=rng.choice([1, 2, 3]),
+        head_dim=head_dim,
+        sink=sink,
+        window=window,
+        pad=tuple(rng.choice([0, 0, rng.randint(0, q_len), q_len]) for _ in range(batch)) if rng.random() < 0.3 else None,
+        spare_slots=rng.choice([0, 1, 3, 70]),
+        strided=rng.random() < 0.3,
+        rotary_dim=rng.choice([8, head_dim // 16 * 8, head_dim]) if rope else 0,
+        table_dtype=rng.choice([None, torch.float32]),
+        shared_table=rng.random() < 0.5,
+        dtype=rng.choice(DTYPES[device]),
+        device=device,
+    )
+
+
+def exact_tables(inputs: dict, rng: torch.Generator) -> None:
+    """Tables by which float32 and float64 rotate to the same bits, in place: codes can then be compared bit for bit."""
+    for name in ("cos", "sin"):
+        if inputs.get(name) is not None:
+            powers = torch.tensor([-1.0, 0.0, 0.5, 1.0])[torch.randint(4, inputs[name].shape, generator=rng)]
+            inputs[name].copy_(powers)
+
+
+def make_extreme(kind: str, t: torch.Tensor, rng: torch.Generator) -> float:
+    """Changes vectors of t [batch, heads, tokens, head_dim] in place; returns the factor by which some have grown."""
+    vectors, wide = (*t.shape[:3], 1), t.dtype != torch.float16
+    chosen = (torch.rand(vectors, generator=rng) < 0.5).to(t.device)
+    factor = {"zeros": 0.0, "tiny": 2.0 ** (-90 if wide else -14), "huge": 2.0 ** (40 if wide else 8)}.get(kind)
+    if factor is not None:
+        t.copy_(torch.where(chosen, t * factor, t))
+    elif kind == "mixed":
+        exponents = torch.randint(-12, 9, vectors, generator=rng)
+        factor = 2.0**8
+        t.mul_((2.0**exponents).to(t))
+    elif kind == "outlier":
+        factor = 2.0 ** int(torch.randint(3, 10, (), generator=rng))
+        channel = torch.randint(t.shape[3], vectors, generator=rng).to(t.device)
+        hit = chosen & (torch.arange(t.shape[3], device=t.device) == channel)
+        t.copy_(torch.where(hit, t * factor, t))
+    return max(1.0, factor or 1.0)
+
+
+def extreme_inputs(case: Case, pair: tuple[str, str], seed: int) -> dict:
+    """Inputs of which vectors of keys and values are zero, tiny, huge or have an outlier; logits stay of usual size."""
+    rng, kinds = torch.Generator().manual_seed(seed), ("usual", "usual", "zeros", "tiny", "huge", "mixed", "outlier")
+    kind = {name: kinds[int(torch.randint(len(kinds), (), generator=rng))] for name in "kv"}
+
+    def alter(inputs: dict) -> None:
+        exact_tables(inputs, rng)
+        for name in ("k_new", "v_new", "k_cache", "v_cache"):
+            growth = make_extreme(kind[name[0]], inputs[name], rng)
+            if name == "k_new":
+                inputs["q"].div_(growth)
+
+    return quantised(case, pair, seed, alter)
+
+
+def in_pieces(inputs: dict, case: Case, rng: random.Random) -> torch.Tensor:
+    """The call as several of fewer tokens; returns all their outputs."""
+    done, outs, lens = 0, [], inputs["seq_lens"].clone()
+    while done < case.q_len:
+        step = rng.randint(1, case.q_len - done)
+        cut = {n: inputs[n][:, :, done : done + step] for n in ("q", "k_new", "v_new")}
+        cut |= {n: inputs[n][:, done : done + step] for n in ("cos", "sin") if inputs.get(n) is not None}
+        pad = None if inputs["pad"] is None else (inputs["pad"] - done).clamp(0, step)
+        outs.append(call(inputs | cut | {"seq_lens": lens, "pad": pad}, case)[0])
+        lens = lens + step - (0 if pad is None else pad)
+        done += step
+    return torch.cat(outs, 2)
+
+
+def check_quantised(case: Case, pair: tuple[str, str], seed: int) -> None:
+    """The call against the specification, and cut into pieces against itself: the same codes, and outputs within rounding."""
+    inputs = extreme_inputs(case, pair, seed)
+    names = ("k_cache", "v_cache", "k_scale", "v_scale")
+    pieces = inputs | {n: inputs[n].clone() for n in names}
+    # In 16 bits the rounding of the output counts, in float32 that of logits, which are as large as 100 here.
+    roundings = 16 if case.dtype == torch.float32 else 2
+    out = check_call(inputs, case, roundings)
+    if case.q_len > 1:
+        check_close(in_pieces(pieces, case, random.Random(seed)).cpu(), out, case.dtype, 2 * roundings)
+        assert all(same(pieces[n], inputs[n].cpu()) for n in names), "pieces write other codes"
+
+
+@pytest.mark.parametrize("pair", [*SAME, ("int8", "int4")], ids="-".join)
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_random_quantised_cases(device, group, pair):
+    for seed in range(group, NUM_QUANTISED, GROUPS):
+        case = random_quantised_case(random.Random(seed), device, pair)
+        try:
+            check_quantised(case, pair, seed)
         except (AssertionError, RuntimeError) as error:
             raise AssertionError(f"seed {seed}, {case}") from error

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -166,7 +167,7 @@ def content(**changes) -> dict:
         ("3", '"format": "zigzag-plan"'),
         (content(format=...), '"format": "zigzag-plan"'),
         (content(format="zigzag-scores"), '"format": "zigzag-plan"'),
-        (content(version=4), "version 4, from a newer zigzag_ext; this one supports versions up to 3"),
+        (content(version=5), "version 5, from a newer zigzag_ext; this one supports versions up to 4"),
         (content(version=...), "version is None; supported: 1"),
         (content(version=0), "version is 0; supported: 1"),
         (content(version="1"), "version is '1'"),
@@ -175,7 +176,7 @@ def content(**changes) -> dict:
         (content(sink=..., window=...), "missing fields: sink, window"),
         (
             content(layers=3),
-            "unknown fields: layers; known: format, kinds, kv_format, provenance, ring_kv_format, sink, version, window",
+            "unknown fields: layers; known: format, key_smoothing, kinds, kv_format, provenance, ring_kv_format, sink, version",
         ),
         (content(kinds=[]), "at least one layer"),
         (content(kinds=["full"]), '"full"; supported: retrieval, streaming'),
@@ -234,3 +235,15 @@ def test_kv_formats_are_kept(tmp_path):
 def test_unknown_kv_formats(wrong, error):
     with pytest.raises(error, match="kv_format .*fp8, int8, int4"):
         Plan(KINDS, sink=4, window=8, kv_format=wrong)
+
+
+def test_key_smoothing_is_kept_and_needs_quantised_keys(tmp_path):
+    plan = Plan(KINDS, sink=4, window=8, ring_kv_format="int4/none", key_smoothing=True)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan != replace(plan, key_smoothing=False)
+    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 4
+    assert "key_smoothing" in repr(plan) and "key smoothing" in plan.summary()
+    with pytest.raises(ValueError, match="key_smoothing needs quantised keys.*none/int8"):
+        Plan(KINDS, sink=4, window=8, kv_format="none/int8", key_smoothing=True)
+    with pytest.raises(TypeError, match="True or False, got 1"):
+        Plan(KINDS, sink=4, window=8, kv_format="int8", key_smoothing=1)

@@ -3,17 +3,9 @@
 import pytest
 import torch
 from op_cases import FLOOR, Case, relative_error
-from quant_cases import FORMATS, PAIRS, call, check, quantised, same, specification
+from quant_cases import CUDA_HEAD_DIMS, FORMATS, PAIRS, SAME, call, check, is_served, quantised, same, specification
 
 from zigzag_ext import ops, reference
-
-SAME = [(f, f) for f in FORMATS]
-
-
-def compiled_for_cuda(pair, window):
-    """One format for both; in full caches also int8 keys with int4 values."""
-    return pair in SAME or (not window and pair == ("int8", "int4"))
-
 
 RINGS = [(0, 1), (3, 4), (5, 64)]
 
@@ -67,7 +59,7 @@ def test_error_of_a_code(kv_format):
 @pytest.mark.parametrize("window", [0, 24])
 @pytest.mark.parametrize("q_len", [1, 3, 40])
 def test_formats_of_keys_and_values(device, dtype, q_len, window, pair):
-    if device != "cpu" and not compiled_for_cuda(pair, window):
+    if not is_served(device, pair, window):
         with pytest.raises(RuntimeError, match="every pair on the CPU"):
             check(Case((0, 7, 90), q_len, sink=4, window=window).on(device, dtype), pair)
         return
@@ -93,11 +85,22 @@ def test_ring_lengths(device, dtype, sink, window, q_len, pair):
 def test_head_dims_and_groups(device, dtype, head_dim, group, pair):
     for window in (0, 24):
         case = Case((0, 33, 200), 2, group=group, head_dim=head_dim, sink=4, window=window).on(device, dtype)
-        if device != "cpu" and head_dim not in (64, 128):
-            with pytest.raises(RuntimeError, match="supported: 64, 128"):
-                check(case, pair)
-        else:
+        if is_served(device, pair, window, head_dim):
             check(case, pair)
+
+
+@pytest.mark.parametrize("pair", SAME, ids="-".join)
+@pytest.mark.parametrize("head_dim", sorted({*ops.HEAD_DIMS} - {*CUDA_HEAD_DIMS}))
+def test_head_dims_without_cuda_kernels(device, head_dim, pair):
+    """Refused by name; int4 rows of 40 bytes (head_dim 80) already for where they start."""
+    if device == "cpu":
+        return check(Case((5, 20), 1, head_dim=head_dim), pair)
+    case = Case((5, 20), 1, head_dim=head_dim).on(device, torch.bfloat16)
+    inputs = quantised(case, pair)
+    before = {n: inputs[n].cpu().clone() for n in ("k_cache", "v_cache", "k_scale", "v_scale")}
+    with pytest.raises(RuntimeError, match="supported: 64, 128|multiple of 16 bytes"):
+        call(inputs, case)
+    assert all(same(inputs[n], before[n]) for n in before)
 
 
 @pytest.mark.parametrize("pair", SAME, ids="-".join)
@@ -131,7 +134,7 @@ def test_values_of_every_magnitude(device, dtype, magnitude, pair):
 @pytest.mark.parametrize("pair", [*SAME, ("int8", "int4")], ids="-".join)
 def test_any_chunking_equals_one_shot(device, dtype, pair, window):
     """New tokens are attended as their codes, so a chunk border changes neither codes nor outputs."""
-    if device != "cpu" and not compiled_for_cuda(pair, window):
+    if not is_served(device, pair, window):
         pytest.skip("no CUDA kernel for this pair in a ring")
     total, case = 100, Case((0, 0), 100, sink=3, window=window, spare_slots=0).on(device, dtype)
     once, pieces = quantised(case, pair), quantised(case, pair)

@@ -29,9 +29,9 @@ def tokens(tokenizer, count: int, device: str) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_smollm2_has_one_perplexity_for_every_chunk_size():
+def test_smollm2_has_one_perplexity_for_every_chunk_size(demo_model):
     """The rings of the demo plan, narrowed, wrap seven times. Full attention must give another number, or this shows nothing."""
-    model, tokenizer = demo.load(device="cpu")
+    model, tokenizer = demo_model
     ids = tokens(tokenizer, TOKENS, "cpu")
     plans = demo.demo_plans()
     plan = Plan(plans["good plan"].kinds, sink=4, window=WINDOW)

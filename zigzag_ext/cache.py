@@ -27,8 +27,8 @@ class ZigzagCache(Cache):
 
     Rings always take sink + window tokens. Retrieval layers reserve addresses for all tokens to come and take memory as tokens
     come (`zigzag_ext.virtual`): they never move and are never copied, and only slots in use may be looked at. Keys and values
-    are held in the formats of the plan (`kv_format`, `ring_kv_format`). Buffers are [batch, num_kv_heads, slots, head_dim] and
-    live where the keys live.
+    are held in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads,
+    slots, head_dim] and live where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
     pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its
     addresses. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`,
@@ -70,7 +70,8 @@ class ZigzagCache(Cache):
         self._rows = Rows(max_len, stores)
         plan.check_kv_heads(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
-        kinds = {"retrieval": (0, 0, formats[0]), "streaming": (plan.sink, plan.window, formats[1])}
+        smooth = plan.key_smoothing
+        kinds = {"retrieval": (0, 0, formats[0], smooth), "streaming": (plan.sink, plan.window, formats[1], smooth)}
 
         def layer(index: int, kind) -> ZigzagLayer | MixedLayer:
             if isinstance(kind, str):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from . import ops, prefill
+from . import ops, prefill, smoothing
 from .kv_format import PLAIN, KvFormat
 from .rows import Rows, in_normal_mode
 from .virtual import GrowingBuffer
@@ -19,18 +19,23 @@ class ZigzagLayer(CacheLayerMixin):
 
     `keys` and `values` [batch, num_kv_heads, slots, head_dim] show what has memory. `buffers` are the whole tensors that kernels
     take, by name: those of a retrieval layer are addresses for all tokens to come, and touching one without memory is a crash.
-    As a part of a `MixedLayer` it holds the KV heads `heads` only.
+    As a part of a `MixedLayer` it holds the KV heads `heads` only. With `smooth`, keys are held less `key_offset`
+    [batch, num_kv_heads, 1, head_dim], which has all heads that the layer is given.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False  # mask sizes are the same for every layer: masks are never built
 
-    def __init__(self, rows: Rows, index: int, sink: int, window: int, kv_format: KvFormat = PLAIN, heads=None):
+    def __init__(
+        self, rows: Rows, index: int, sink: int, window: int, kv_format: KvFormat = PLAIN, smooth: bool = False, heads=None
+    ):
         self.is_initialized = False  # instead of the base class, whose constructor sets keys and values
         self.heads: tuple[int, ...] | None = heads
         self.head_numbers: Tensor | None = None  # the same, [n] int32 on the device
         self.rows, self.index, self.sink, self.window, self.kv_format = rows, index, sink, window, kv_format
+        self.smooth = smooth and kv_format.k != "none"
+        self.key_offset: Tensor | None = None
         self.buffers: dict[str, Tensor] = {}  # keys, values; if quantised also key_scales, value_scales [..., slots] float32
         self.growing: dict[str, GrowingBuffer] = {}  # behind the buffers of a retrieval layer, by attribute
 
@@ -40,7 +45,8 @@ class ZigzagLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         kind = f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
-        return kind if self.kv_format == PLAIN else f"{kind}, {self.kv_format}"
+        kind += "" if self.kv_format == PLAIN else f", {self.kv_format}"
+        return f"{kind}, smoothed keys" if self.smooth else kind
 
     @property
     def parts(self) -> "list[ZigzagLayer]":
@@ -76,6 +82,7 @@ class ZigzagLayer(CacheLayerMixin):
         if self.rows.batch is None:
             self.rows.start(batch)
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.key_offset = smoothing.new_offset(key_states) if self.smooth else None
         kinds = {"keys": self.kv_format.k, "values": self.kv_format.v}
         if self.window or not self.rows.stores:
             geometry = (batch, num_kv_heads, self.slots, head_dim, self.dtype, self.device)
@@ -119,8 +126,17 @@ class ZigzagLayer(CacheLayerMixin):
         tensors, options = self._arguments(q, k, v, scale)
         prefill.attend_heads(*tensors, self.head_numbers, out, lse, **options)
 
-    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[tuple, dict]:
+    def _smoothed(self, k: Tensor) -> Tensor:
+        """Keys as they are cached, less the offsets of their rows; sets those of rows that start with this chunk."""
+        if self.key_offset is None:
+            return k
         rows = self.rows
+        if smoothing.sets_offsets(k.shape[2], rows.columns > 0 and rows.uniform):
+            smoothing.set_offsets(self.key_offset, k, rows.lengths_on(k.device), rows.pad_on(k.device))
+        return k - self.key_offset
+
+    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[tuple, dict]:
+        rows, k = self.rows, self._smoothed(k)
         options = {
             "pad": rows.pad_on(q.device),
             "sink": self.sink,
@@ -148,13 +164,16 @@ class ZigzagLayer(CacheLayerMixin):
         self.rows.forget()
 
     def release(self) -> None:
-        """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""
+        """Forgets all tokens, gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""
+        if self.key_offset is not None:
+            self.key_offset.zero_()
         for buffer in self.growing.values():
             buffer.release()
 
     def drop(self) -> None:
         self.buffers = {}
         self.growing = {}
+        self.key_offset = None
         self.is_initialized = False
 
     def grow(self, capacity: int) -> None:
@@ -173,6 +192,9 @@ class ZigzagLayer(CacheLayerMixin):
         """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
         held = self.slots if self.window else min(self.rows.longest, self.slots)
         index = index.to(self.device)
+        if self.key_offset is not None:
+            chosen = self.key_offset.index_select(0, index)
+            self.key_offset = self.key_offset.copy_(chosen) if len(index) == len(self.key_offset) else chosen
         for name, buffer in self.buffers.items():
             chosen = buffer[:, :, :held].index_select(0, index)
             if len(index) != buffer.shape[0]:

@@ -179,6 +179,9 @@ def generate(
         typer.Option(help="How retrieval layers hold keys and values: none, fp8, int8, int4, or keys/values: int8/int4."),
     ] = None,
     ring_kv_format: Annotated[str | None, typer.Option(help="The same for streaming layers.")] = None,
+    key_smoothing: Annotated[
+        bool | None, typer.Option("--key-smoothing/--no-key-smoothing", help="Quantise keys less the mean of the first ones.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens: less memory.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
@@ -194,6 +197,7 @@ def generate(
     chosen = Plan.load(plan) if plan else None
     formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
     formats = {name: parse_kv_format(name, given) for name, given in formats.items() if given is not None}
+    formats |= {} if key_smoothing is None else {"key_smoothing": key_smoothing}
     text = prompt if prompt is not None else sys.stdin.read()
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = generation.load_model(model, device, dtype)

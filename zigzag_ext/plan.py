@@ -3,6 +3,7 @@
 A plan file is JSON: `{"format": "zigzag-plan", "version": 1, "kinds": [...], "sink": 64, "window": 256, "provenance": {...}}`.
 A plan with quantised caches has version 2 and `"kv_format": {"k": "int8", "v": "int4"}`, `"ring_kv_format": ...`.
 A plan with layers of both kinds of heads has version 3; such a layer is a list of kinds, one per KV head.
+A plan with key smoothing has version 4 and `"key_smoothing": true`.
 """
 
 import json
@@ -17,11 +18,11 @@ from . import _C
 from .kv_format import PLAIN, KvFormat, parse_kv_format
 
 FORMAT = "zigzag-plan"
-VERSION = 3  # the oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers
+VERSION = 4  # the oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers, 4 with key smoothing
 KINDS = ("retrieval", "streaming")
 _REQUIRED = {"format", "version", "kinds", "sink", "window"}
 _FORMATS = ("kv_format", "ring_kv_format")
-_KNOWN = _REQUIRED | {"provenance", *_FORMATS}
+_KNOWN = _REQUIRED | {"provenance", "key_smoothing", *_FORMATS}
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,10 +39,13 @@ class Plan:
             {"k": "int8", "v": "int4"}. One scale per token and head; 8-bit formats take about half of the bytes of a 16-bit
             dtype, int4 about a quarter.
         ring_kv_format: the same for streaming layers and heads, whose few tokens rarely are worth it.
+        key_smoothing: subtract a constant from the keys of each head before they are quantised, in every layer whose keys are
+            (`zigzag_ext.smoothing`). Attention stays what it was; the codes of few bits get finer.
         provenance: where the plan comes from; any JSON object.
 
     Raises:
-        TypeError: an argument has the wrong type. ValueError: it has a value that no plan can have.
+        TypeError: an argument has the wrong type. ValueError: it has a value that no plan can have; or `key_smoothing` is asked
+            for where no keys are quantised.
 
     Example:
         >>> plan = Plan(["retrieval", "streaming", "streaming"], sink=64, window=256)
@@ -54,6 +58,7 @@ class Plan:
     window: int = field(kw_only=True)
     kv_format: KvFormat = field(default=PLAIN, kw_only=True)
     ring_kv_format: KvFormat = field(default=PLAIN, kw_only=True)
+    key_smoothing: bool = field(default=False, kw_only=True)
     provenance: dict[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self):
@@ -64,6 +69,16 @@ class Plan:
         values |= {name: parse_kv_format(name, getattr(self, name)) for name in _FORMATS}
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        self._check_key_smoothing()
+
+    def _check_key_smoothing(self) -> None:
+        if not isinstance(self.key_smoothing, bool):
+            raise TypeError(f"key_smoothing must be True or False, got {self.key_smoothing!r}")
+        if self.key_smoothing and self.kv_format.k == self.ring_kv_format.k == "none":
+            raise ValueError(
+                "key_smoothing needs quantised keys: kv_format or ring_kv_format must be fp8, int8 or int4 for them; got "
+                f"kv_format {self.kv_format}, ring_kv_format {self.ring_kv_format}"
+            )
 
     @classmethod
     def from_heads(cls, retrieval, *, sink: int, window: int, provenance: dict[str, Any] | None = None) -> "Plan":
@@ -148,7 +163,8 @@ class Plan:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {path.parent} to save a plan in")
         formats = {name: getattr(self, name)._asdict() for name in _FORMATS if getattr(self, name) != PLAIN}
-        version = VERSION if self.mixed_layers else 2 if formats else 1
+        version = 4 if self.key_smoothing else 3 if self.mixed_layers else 2 if formats else 1
+        formats |= {"key_smoothing": True} if self.key_smoothing else {}
         content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window, **formats}
         content["provenance"] = self.provenance
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
@@ -191,6 +207,7 @@ class Plan:
             ("sink", f"{self.sink} tokens"),
             ("window", f"{self.window} tokens"),
             *((name.replace("_", " "), str(getattr(self, name))) for name in _FORMATS if getattr(self, name) != PLAIN),
+            *([("key smoothing", "yes")] if self.key_smoothing else []),
         ]
         recorded = {key: value for key, value in self.provenance.items() if not isinstance(value, list)}
         rows += [(key.replace("_", " "), _as_text(value)) for key, value in recorded.items()]
@@ -203,6 +220,7 @@ class Plan:
         counts = f"{len(self.retrieval_layers)} retrieval, {len(self.streaming_layers)} streaming"
         counts += f", {len(self.mixed_layers)} mixed" if self.mixed_layers else ""
         formats = "".join(f", {name} {getattr(self, name)}" for name in _FORMATS if getattr(self, name) != PLAIN)
+        formats += ", key_smoothing" if self.key_smoothing else ""
         return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}{formats}>"
 
 

@@ -39,7 +39,7 @@ class Row:
 
     @property
     def cell(self) -> tuple:
-        """What was measured, whatever the plan was called: two rows with the same cell are the same measurement."""
+        """What was measured, whatever the plan was called: rows of one cell are the same measurement, of plain caches."""
         what = (self.model, self.device, self.dtype, self.task, self.kinds, self.sink, self.window)
         return (*what, self.length, self.depth, self.seed, self.prompts)
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..cache import ZigzagCache
 from ..hf import zigzag
+from ..kv_format import PLAIN
 from ..plan import Plan
 from .haystack import Sample
 
@@ -61,7 +63,7 @@ def score(
     verdicts: dict[int, Verdict] = {}
     with attention_of(model, plan):
         for indices in _batches(samples, batch_tokens):
-            found = _score_batch(model, [samples[index] for index in indices])
+            found = _score_batch(model, [samples[index] for index in indices], plan)
             verdicts.update(zip(indices, found, strict=True))
             advance(len(indices))
     return [verdicts[index] for index in range(len(samples))]
@@ -86,11 +88,14 @@ def _batches(samples: Sequence[Sample], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _score_batch(model: nn.Module, samples: list[Sample]) -> list[Verdict]:
+def _score_batch(model: nn.Module, samples: list[Sample], plan: Plan | None) -> list[Verdict]:
     ids = torch.tensor([sample.ids for sample in samples], device=model.device)
     first = min(min(sample.targets) for sample in samples)
     kept = ids.shape[1] - first + 1  # logits of position p - 1 predict token p; the rest of the vocabulary rows is never computed
-    logits = model(ids, use_cache=False, logits_to_keep=kept).logits
+    cache = {"use_cache": False}
+    if plan is not None and not plan.kv_format == plan.ring_kv_format == PLAIN:  # what is not cached is not quantised
+        cache = {"past_key_values": ZigzagCache(model.config, plan, ids.shape[1])}
+    logits = model(ids, **cache, logits_to_keep=kept).logits
     found = []
     for row, sample in enumerate(samples):
         targets = torch.tensor(sample.targets, device=model.device)

@@ -23,11 +23,16 @@ class _Part:
     def __init__(self, part: ZigzagLayer):
         buffers = part.buffers
         self.keys, self.values, self.heads = buffers["keys"], buffers["values"], part.head_numbers
+        self.key_offset = part.key_offset
         self.own = {"sink": part.sink, "window": part.window}
         self.own |= {"k_scale": buffers.get("key_scales"), "v_scale": buffers.get("value_scales")}
         if not part.window:  # one compilation for every capacity
             for buffer in buffers.values():
                 torch._dynamo.maybe_mark_dynamic(buffer, 2)
+
+    def cached(self, k: Tensor) -> Tensor:
+        """New keys as they are cached: see `zigzag_ext.smoothing`."""
+        return k if self.key_offset is None else k - self.key_offset
 
 
 class StepLayer(CacheLayerMixin):
@@ -53,11 +58,11 @@ class StepLayer(CacheLayerMixin):
         options = {"pad": shared.pad, "scale": scale, "workspace": workspace}
         if len(self.parts) == 1:
             part = self.parts[0]
-            return ops.attention(q, k, v, part.keys, part.values, shared.seq_lens, **options, **part.own)[0]
+            return ops.attention(q, part.cached(k), v, part.keys, part.values, shared.seq_lens, **options, **part.own)[0]
         out, lse = ops.new_output(q)
         for part in self.parts:
             tensors = (part.keys, part.values, shared.seq_lens, part.heads, out, lse)
-            ops.attention_heads(q, k, v, *tensors, **options, **part.own)
+            ops.attention_heads(q, part.cached(k), v, *tensors, **options, **part.own)
         return out
 
     def get_seq_length(self) -> Tensor:
