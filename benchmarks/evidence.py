@@ -3,11 +3,11 @@
     python benchmarks/evidence.py                        # SmolLM2-135M-Instruct, everything: minutes on a GPU, a day on a CPU
     python benchmarks/evidence.py --quick                # one method, one length: an hour on two CPU cores
     python benchmarks/evidence.py --budget-seconds 300   # stops cleanly; the same command goes on later
+    python benchmarks/evidence.py --ruler 50             # also RULER's tasks, 50 prompts a cell; needs zigzag_ext[ruler]
     python benchmarks/evidence.py --report               # tables and figures of docs/evidence.md from the results
 
 Results are appended to rows.csv in --results and never measured twice; head_scores/ there keeps the scores, plans.csv says which
-plan is which, runs.jsonl on what machine and commit. Full attention and plans of whole layers run on the zigzag kernels,
-head-level plans in torch. No network is used.
+plan is which, runs.jsonl on what machine and commit. Every plan runs on the zigzag kernels. No network is used.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import machine
 import torch
 import transformers
-from evidence_plans import RATIOS, Named, all_plans, distinct
+from evidence_plans import RATIOS, Named, all_plans, demo_plan, distinct, in_ruler
 
 import zigzag_ext as zz
 from zigzag_ext import demo, evaluate
@@ -30,6 +30,7 @@ from zigzag_ext.generation import load_model
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 SINK, WINDOW, SEED = 64, 256, 0
+RULER_TASKS, RULER_LENGTHS = ("niah_single_1", "niah_multikey_2", "ruler_vt"), (1024, 2048, 4096)
 DEPTHS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 
 # Method, its options, and how much it reads on a GPU; on a CPU its defaults apply, which take minutes.
@@ -91,7 +92,8 @@ def measure(model, tokenizer, named: Named, grid, done: set, path: Path, clock: 
     rows = []
     for task, length, options in grid:
         prompts = options["prompts"] * (len(options["depths"]) if task.has_depth else 1)
-        cell = (*describe(model).values(), task.name, named.kinds, SINK, WINDOW, length, None, SEED, prompts)
+        sizes = (named.plan.sink, named.plan.window)
+        cell = (*describe(model).values(), task.name, named.kinds, *sizes, length, None, SEED, prompts)
         if cell in done:
             continue
         clock.check()
@@ -138,6 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=50, help="per task and length, over 10 depths")
     parser.add_argument("--identify-tokens", type=int, default=None, help="length of the prompts that find the scores")
     parser.add_argument("--identify-prompts", type=int, default=None, help="how many of them, or training steps of the gates")
+    parser.add_argument("--ruler", type=int, default=0, help="prompts per task and length of RULER; 0: none")
     parser.add_argument("--budget-seconds", type=float, default=None, help="stop cleanly after this time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="lazy scores, half of the layers, 1024 tokens, 10 prompts")
@@ -166,12 +169,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         scores = head_scores(model, tokenizer, args.methods, args.results / "head_scores", sizes, clock)
         named = list(all_plans(scores, layers, kv_heads, args.ratios, SINK, WINDOW))
+        if args.model is None:
+            named.insert(2, demo_plan())
         write_plans(args.results / "plans.csv", named)
         plans, grid = distinct(named), tasks_of(args.lengths, args.prompts)
         done = {row.cell for row in evaluate.read(path)} if path.exists() else set()
         print(f"[{clock.seconds:6.0f} s] {len(named)} plans, {len(plans)} of them distinct; {len(grid)} cells each", flush=True)
         for each in plans:
             measure(model, tokenizer, each, grid, done, path, clock)
+        ruler = [(evaluate.RULER[name], length, {"prompts": args.ruler}) for name in RULER_TASKS for length in RULER_LENGTHS]
+        for each in distinct([each for each in named if args.ruler and in_ruler(each)]):
+            measure(model, tokenizer, each, ruler, done, path, clock)
     except OutOfTime:
         print(f"stopped after {clock.seconds:.0f} s; the same command goes on from here")
         return 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import zigzag_ext as zz
+from zigzag_ext import demo
 from zigzag_ext.evaluate.rows import kinds_of
 
 OBJECTIVES = ("mean", "count", "transport", "knapsack")
@@ -18,7 +19,7 @@ class Named:
     """A plan and how it came about. One plan may have several names."""
 
     source: str  # a method of identification, or none
-    rule: str  # objective, "heads" for a head-level plan, or even, random, full, streaming
+    rule: str  # objective, "heads" for a head-level plan, or even, random, full, streaming, demo
     ratio: float  # of streaming layers, or of streaming heads
     plan: zz.Plan
 
@@ -54,6 +55,20 @@ def all_plans(
         for source, matrix in scores.items():
             for objective in OBJECTIVES[1:]:
                 yield Named(source, objective, ratio, zz.solve(matrix, 1.0 - ratio, objective, **sizes))
+
+
+def demo_plan() -> Named:
+    """The plan that `zigzag demo` calls good, with its own sink and window."""
+    plan = demo.demo_plans()["good plan"]
+    return Named("", "demo", 1.0 - plan.retrieval_ratio, plan)
+
+
+def in_ruler(named: Named) -> bool:
+    """RULER generates its answers, which takes longer: it gets references, and the best and the worst at half of the layers."""
+    if named.rule in ("full", "streaming", "demo"):
+        return True
+    chosen = (("", "even"), *(("ablation_heads", rule) for rule in ("count", "transport", "heads")))
+    return named.ratio == 0.5 and (named.source, named.rule) in chosen
 
 
 def distinct(named: Sequence[Named]) -> list[Named]:

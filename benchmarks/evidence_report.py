@@ -12,11 +12,11 @@ import report
 from evidence_plans import canonical
 
 from zigzag_ext import plots
-from zigzag_ext.evaluate import Row, read
+from zigzag_ext.evaluate import RULER, Row, read
 from zigzag_ext.evaluate.rows import wilson
 
 BEGIN, END = "<!-- results:evidence -->", "<!-- /results:evidence -->"
-REFERENCES = (("", "full"), ("", "streaming"))
+REFERENCES = (("", "full"), ("", "streaming"), ("", "demo"))
 NONE = "–"
 
 
@@ -31,7 +31,10 @@ class Results:
             lines = list(csv.DictReader(file))
         self.names = [(line["source"], line["rule"], float(line["ratio"])) for line in lines]
         self.kinds = {name: canonical(line["kinds"]) for name, line in zip(self.names, lines, strict=True)}
-        self.cells = sorted({(task, length) for _, task, length in self.rows}, key=lambda cell: (_ORDER[cell[0]], cell[1]))
+        cells = {(task, length) for _, task, length in self.rows}
+        self.cells = sorted((c for c in cells if c[0] in _ORDER), key=lambda cell: (_ORDER[cell[0]], cell[1]))
+        self.ruler_cells = sorted(cell for cell in cells if cell[0] in RULER)
+        self.ratios = sorted({ratio for *pair, ratio in self.names if tuple(pair) not in REFERENCES})
         self.run = json.loads((folder / "runs.jsonl").read_text().splitlines()[-1])
 
     def of(self, name: tuple, task: str, length: int | None = None) -> list[Row]:
@@ -70,7 +73,7 @@ def perplexity(rows: Sequence[Row]) -> str:
 def title(source: str, rule: str) -> str:
     if rule == "heads":
         return f"{source}, per head"
-    return f"{source}, {rule}" if source else {"streaming": "all streaming"}.get(rule, rule)
+    return f"{source}, {rule}" if source else {"streaming": "all streaming", "demo": "the demo's plan"}.get(rule, rule)
 
 
 def detail_table(results: Results, ratio: float) -> str:
@@ -95,9 +98,9 @@ def detail_table(results: Results, ratio: float) -> str:
 
 def budget_table(results: Results, task: str, show) -> str:
     """One line per source at objective mean, per head, and without scores; one column per share of streaming layers."""
-    ratios = sorted({ratio for *_, ratio in results.names} - {0.0, 1.0})
+    ratios = results.ratios
     pairs = list(dict.fromkeys((source, rule) for source, rule, _ in results.names if rule in ("mean", "heads", "even")))
-    full, streaming = (next(n for n in results.names if n[:2] == pair) for pair in REFERENCES)
+    full, streaming = (next(n for n in results.names if n[:2] == pair) for pair in REFERENCES[:2])
     ends = [show(results.of(full, task)), show(results.of(streaming, task))]
     lines = [[title(*pair), ends[0], *(show(results.of((*pair, ratio), task)) for ratio in ratios), ends[1]] for pair in pairs]
     random = {
@@ -108,10 +111,22 @@ def budget_table(results: Results, task: str, show) -> str:
     return report.table(["streaming", "0%", *(f"{ratio:.0%}" for ratio in ratios), "100%"], lines)
 
 
+def ruler_table(results: Results) -> str:
+    """Mean score in percent of every plan that RULER's tasks were put to."""
+    lines = []
+    for kinds in dict.fromkeys(results.kinds.values()):
+        found = [results.rows.get((kinds, *cell)) for cell in results.ruler_cells]
+        if any(found):
+            percents = [[round(100 * x) for x in (row.exact, row.exact_low, row.exact_high)] if row else None for row in found]
+            source, rule, _ = next(name for name, value in results.kinds.items() if value == kinds)
+            lines.append([title(source, rule), *(f"{cell[0]} [{cell[1]}, {cell[2]}]" if cell else NONE for cell in percents)])
+    return report.table(["plan", *(f"{task} {length}" for task, length in results.ruler_cells)], lines)
+
+
 def text(results: Results) -> str:
     run = results.run
     parts = [f"**{run['model']}, {run['dtype']}, {run['gpu']}**, torch {run['torch']}, commit {run['commit']}"]
-    for ratio in sorted({ratio for *_, ratio in results.names} - {0.0, 1.0}, key=lambda ratio: abs(ratio - 0.5))[:1]:
+    for ratio in sorted(results.ratios, key=lambda ratio: abs(ratio - 0.5))[:1]:
         parts += [
             f"### All plans at {ratio:.0%} streaming layers",
             "Exact matches in percent with 95% intervals; perplexity; the passkey's log-probability per token, over all lengths.",
@@ -122,6 +137,8 @@ def text(results: Results) -> str:
         "### Passkey over the budget: log-probability per token, all lengths", budget_table(results, "passkey", logprob),
         "### Perplexity over the budget", budget_table(results, "perplexity", perplexity),
     ]  # fmt: skip
+    if results.ruler_cells:
+        parts += ["### RULER at 50% streaming layers: mean score in percent", ruler_table(results)]
     return "\n\n".join(parts)
 
 

@@ -1,5 +1,6 @@
-"""`zigzag identify`, `eval` and `plot`: which layers of a model may stream, and what a plan costs in quality."""
+"""`zigzag identify`, `eval`, `lm-eval` and `plot`: which layers of a model may stream, and what a plan costs in quality."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,8 @@ from .identify import METHODS
 _MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
 _DEVICE = "auto, cpu, cuda or cuda:<number>."
 _DTYPE = "auto, bfloat16, float16 or float32."
-_TASKS = ("passkey", "multikey", "multivalue", "perplexity")
+_TASKS = "passkey, multikey, multivalue, perplexity"
+_RULER = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe, ruler_fwe"
 
 
 @app.command()
@@ -60,7 +62,10 @@ def identify(
 def evaluate(
     model: Annotated[str, typer.Argument(help=_MODEL)],
     plan: Annotated[list[Path] | None, typer.Option(help="Plan file. May be repeated.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(_TASKS)}. May be repeated; default passkey.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{_TASKS}; of RULER (extra `ruler`): {_RULER}. May be repeated; default passkey."),
+    ] = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens per prompt. May be repeated; default 1024, 2048.")] = None,
     depth: Annotated[list[float] | None, typer.Option(help="Place of the needle, 0 to 1. May be repeated.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 10,
@@ -76,7 +81,7 @@ def evaluate(
     from .generation import load_model
     from .plan import Plan
 
-    chosen = [_task(tasks.TASKS, name) for name in task or ["passkey"]]
+    chosen = [_task(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
     plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path) for path in plan or []}
     if len(plans) != len(plan or []) + full:
         raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
@@ -100,6 +105,23 @@ def evaluate(
     console.print(_table(rows))
     if output is not None:
         console.print(f"wrote {output}", highlight=False)
+
+
+@app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+@one_line_errors
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness with the model `zigzag`: --model zigzag --model_args pretrained=MODEL,plan=plan.json --tasks ...
+
+    Everything after `lm-eval` goes to lm_eval's own command line; --help shows it. Needs the extra `ruler`.
+    """
+    quiet_transformers()
+    from .harness import main
+
+    main(context.args)
 
 
 @app.command()
@@ -148,6 +170,7 @@ def _table(rows) -> Table:
     for (plan, task, length), group in cells.items():
         count = len(group)
         exact = f"{sum(row.exact for row in group) / count:.0%}" if task != "perplexity" else "-"
-        logprob = sum(row.logprob for row in group) / count
-        table.add_row(plan, task, str(length), str(sum(row.prompts for row in group)), exact, f"{logprob:.3f}")
+        logprob = sum(row.logprob for row in group) / count  # RULER has none
+        shown = "-" if math.isnan(logprob) else f"{logprob:.3f}"
+        table.add_row(plan, task, str(length), str(sum(row.prompts for row in group)), exact, shown)
     return table

@@ -9,9 +9,12 @@ from .multivalue import multivalue
 from .passkey import passkey
 from .perplexity import perplexity
 from .rows import Row, append, read
+from .ruler import RULER, RulerTask
 from .scoring import score
 from .task import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (passkey, multikey, multivalue, perplexity)}
 
-__all__ = ["TASKS", "Row", "Task", "append", "multikey", "multivalue", "passkey", "perplexity", "read", "score"]
+__all__ = [
+    "RULER", "TASKS", "Row", "RulerTask", "Task", "append", "multikey", "multivalue", "passkey", "perplexity", "read", "score",
+]  # fmt: skip

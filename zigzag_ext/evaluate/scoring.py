@@ -1,5 +1,6 @@
 """Answers scored from one prefill forward each: exact match and log-probability, under any plan."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -58,11 +59,9 @@ def score(
         ValueError: a sample is longer than the model's context; plan and model do not fit; what `zigzag_ext.enable` raises.
     """
     check_length(model, max((len(sample.ids) for sample in samples), default=0))
-    if batch_tokens is None:
-        batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
     verdicts: dict[int, Verdict] = {}
     with attention_of(model, plan):
-        for indices in _batches(samples, batch_tokens):
+        for indices in _batches(samples, functools.partial(batch_rows, model, batch_tokens)):
             found = _score_batch(model, [samples[index] for index in indices], plan)
             verdicts.update(zip(indices, found, strict=True))
             advance(len(indices))
@@ -76,14 +75,21 @@ def check_length(model: nn.Module, tokens: int) -> None:
         raise ValueError(f"{tokens} tokens are more than the model's context of {limit}")
 
 
-def _batches(samples: Sequence[Sample], batch_tokens: int) -> list[list[int]]:
-    """Indices of samples of one length, at most `batch_tokens` tokens (or one sample) at a time."""
+def batch_rows(model: nn.Module, batch_tokens: int | None, length: int) -> int:
+    """Samples of `length` tokens per forward: at most `batch_tokens` tokens (None: the device's default), at least one sample."""
+    if batch_tokens is None:
+        batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
+    return max(batch_tokens // length, 1)
+
+
+def _batches(samples: Sequence[Sample], rows_of: Callable[[int], int]) -> list[list[int]]:
+    """Indices of samples of one length, at most `rows_of(length)` at a time."""
     by_length: dict[int, list[int]] = {}
     for index, sample in enumerate(samples):
         by_length.setdefault(len(sample.ids), []).append(index)
     batches = []
     for length, indices in by_length.items():
-        rows = max(batch_tokens // length, 1)
+        rows = rows_of(length)
         batches += [indices[first : first + rows] for first in range(0, len(indices), rows)]
     return batches
 
