@@ -200,9 +200,18 @@ __device__ __forceinline__ void add_code_values(State<S>& state, const uint32_t 
                                                 uint32_t tile) {
   using Format = typename S::VTile::Format;
   constexpr int kPairs = 16 / Format::kBits;
-  constexpr uint32_t kMinus = 0x80008000u;
-  constexpr uint32_t kEven = kMinus | Format::offset(0) * 0x10001u, kOdd = kMinus | Format::offset(1) * 0x10001u;
-  const uint32_t offsets[4] = {kEven, kOdd, kEven, kOdd};
+  if constexpr (Format::offset(0) != 0) {  // first and by themselves: no mma waits for the one before it
+    constexpr uint32_t kMinus = 0x80008000u;
+    constexpr uint32_t kEven = kMinus | Format::offset(0) * 0x10001u, kOdd = kMinus | Format::offset(1) * 0x10001u;
+    const uint32_t offsets[4] = {kEven, kOdd, kEven, kOdd};
+#pragma unroll
+    for (int step = 0; step < S::kSteps; ++step) {
+#pragma unroll
+      for (int n = 0; n < S::kRowTiles; ++n) {
+        device::mma_m16n8k16<__half>(state.out[step][n], offsets, weights[n][0], weights[n][1]);
+      }
+    }
+  }
   const uint32_t address = first_pieces<typename S::VTile>(tile);
 #pragma unroll
   for (int piece = 0; piece < S::VTile::kChunks; piece += 2) {
@@ -220,9 +229,6 @@ __device__ __forceinline__ void add_code_values(State<S>& state, const uint32_t 
 #pragma unroll
         for (int n = 0; n < S::kRowTiles; ++n) {
           device::mma_m16n8k16<__half>(state.out[step][n], a, weights[n][0], weights[n][1]);
-          if constexpr (Format::offset(0) != 0) {
-            device::mma_m16n8k16<__half>(state.out[step][n], offsets, weights[n][0], weights[n][1]);
-          }
         }
       }
     }

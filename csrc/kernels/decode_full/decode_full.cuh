@@ -228,17 +228,18 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   const bool modern = device.arch >= 90 && !options.force_plain;
 
   // Blocks on at least nearly half of the SMs saturate the memory (in clusters of 2 they do not); a second wave of
-  // clusters would not. Two kinds of work want nearly all SMs: codes become operands first, and several row blocks read
-  // the same keys. 16 comes last, for few row groups: few places of a GPU take such a cluster.
-  const bool computes = Split::kCodes || p.row_blocks > 1;
-  const int least = computes && options.cluster == 0 ? device.sm_count * 9 / 10 : device.sm_count * 4 / 9;
+  // clusters would not. 16 comes last, for few row groups: few places of a GPU take such a cluster, and its blocks of
+  // half the warps share SMs. Two kinds of work want nearly all SMs to themselves: codes become operands first, and
+  // several row blocks read the same keys.
+  const bool computes = (Split::kCodes || p.row_blocks > 1) && options.cluster == 0;
+  const int least = computes ? device.sm_count * 9 / 10 : device.sm_count * 4 / 9;
   device::LaunchConfig config = {};
   // A launch that reads what the one before it appended must not start early.
   const bool whole = a.columns_before + a.columns_after == 0;
   config.dependent_launch = modern && options.dependent_launch && whole;
   for (const int cluster : {8, 4, 2, 16}) {
     if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1 || cluster == 2)) continue;
-    if (groups * cluster < least || groups * cluster > device.sm_count) continue;
+    if (groups * cluster < least || groups * cluster > device.sm_count || (computes && cluster > 8)) continue;
     configure<Split>(p, config, cluster);
     if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
   }
