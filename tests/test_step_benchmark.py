@@ -223,7 +223,10 @@ def test_capacity(tmp_path, monkeypatch, capsys, weights, wrong):
     assert capacity.main(arguments) == 0 and read(path, CapacityRecord) == rows
     assert capsys.readouterr().out.count("already") == 2
     monkeypatch.setattr(capacity, "head_errors", lambda *args: [0.1, wrong, 0.1])
-    assert capacity.main([*arguments, "--commit", "wrong"]) == 1 and f"error {100 * wrong:.2g} %" in capsys.readouterr().err
+    assert (
+        capacity.main([*arguments, "--commit", "wrong"]) == 1
+        and f"relative error of {100 * wrong:.2g} %, allowed 0.01 %" in capsys.readouterr().err
+    )
 
 
 def test_int8_weights_are_the_model_with_rounded_linear_layers():
