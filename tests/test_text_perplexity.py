@@ -18,7 +18,7 @@ from zigzag_ext.plan import Plan  # noqa: E402
 
 TOKENS, WINDOW = 512, 64
 TEXT = Path(__file__).parent.parent / "LICENSE"
-LONG = 7000  # tokens; minutes on two cores, so there only if this variable is set:
+LONG = 7000  # tokens; four and a half minutes of a CPU core, so there only if this variable is set:
 SWITCH = "ZIGZAG_LONG_TESTS"
 LONG_TEXT = Path(unittest.case.__file__)  # English and code, on every machine
 
