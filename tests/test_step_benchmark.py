@@ -199,8 +199,8 @@ def test_attention_in_blocks_is_that_of_the_reference(monkeypatch):
     assert min(capacity.head_errors(cache, [0, 1], 4)) > 1e-3, "thirty tokens were left out"
 
 
-@pytest.mark.parametrize("weights", ["plain", "int8"])
-def test_capacity(tmp_path, monkeypatch, capsys, weights):
+@pytest.mark.parametrize("weights,wrong", [("plain", float("nan")), ("int8", 0.5)])
+def test_capacity(tmp_path, monkeypatch, capsys, weights, wrong):
     if weights == "int8" and importlib.util.find_spec("torchao") is None:
         pytest.skip("needs torchao")
     monkeypatch.setattr(clock, "COPY_BYTES", {"cpu": 1 << 20})
@@ -222,8 +222,11 @@ def test_capacity(tmp_path, monkeypatch, capsys, weights):
     capsys.readouterr()
     assert capacity.main(arguments) == 0 and read(path, CapacityRecord) == rows
     assert capsys.readouterr().out.count("already") == 2
-    monkeypatch.setattr(capacity, "head_errors", lambda *args: [0.5])
-    assert capacity.main([*arguments, "--commit", "wrong"]) == 1 and "error 50 %" in capsys.readouterr().err
+    monkeypatch.setattr(capacity, "head_errors", lambda *args: [0.1, wrong, 0.1])
+    assert (
+        capacity.main([*arguments, "--commit", "wrong"]) == 1
+        and f"relative error of {100 * wrong:.2g} %, allowed 0.01 %" in capsys.readouterr().err
+    )
 
 
 def test_int8_weights_are_the_model_with_rounded_linear_layers():
