@@ -85,8 +85,6 @@ def modules(command_line) -> dict[str, ModuleType]:
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": HFLM},
         "lm_eval.tasks": {"TaskManager": TaskManager, "__file__": "/lm_eval/tasks/__init__.py"},
-        "lm_eval.tasks.ruler": {},
-        "lm_eval.tasks.ruler.cwe_utils": {"RNG": random.Random(1)},
         "nltk": {"download": download},
     }
     made = {}

@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,10 +124,7 @@ def _load(name: str, tokenizer, length: int, seed: int):
         tokenizer.save_pretrained(scratch)  # lm-eval loads it by name
         sizes = {"max_seq_lengths": [length], "tokenizer": scratch}
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False, metadata=sizes)
-        if name == "ruler_cwe":  # it draws from a generator of its own, whose state outlives a call
-            import lm_eval.tasks.ruler.cwe_utils as words
-
-            words.RNG.seed(seed)
+        sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # it draws from a generator of its own: made anew with the module
         return manager.load_task_or_group([name])[name]
 
 
