@@ -16,7 +16,7 @@ from zigzag_ext import ops
 
 NUM_CASES = int(os.environ.get("ZIGZAG_RANDOM_CASES", "240"))
 NUM_QUANTISED = int(os.environ.get("ZIGZAG_RANDOM_CASES", "72"))
-GROUPS = 24  # tests that share the cases out, so that they run in parallel
+GROUPS = max(24, NUM_CASES // 250)  # tests that share the cases out, so that they run in parallel
 
 
 def near(rng: random.Random, *edges: int) -> int:
