@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu import launched_kernels, needs_cuda
-from tiny_models import NUM_LAYERS, padded_prompt, prompt, tiny_model
+from tiny_models import NUM_LAYERS, new_model, padded_prompt, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,7 +46,7 @@ def test_one_launch_per_layer_and_no_wait(lengths):
 @needs_cuda
 def test_one_gpu_launch_per_layer():
     """The attention part of a step is one decode kernel per layer; nothing is concatenated, indexed or gathered around it."""
-    model = tiny_model().to("cuda", torch.bfloat16)
+    model = new_model("llama").to("cuda", torch.bfloat16)
     cache = zz.ZigzagCache(model.config, PLAN, max_len=64)
     q = torch.randn(1, 4, 1, 64, dtype=torch.bfloat16, device="cuda")
     k, v = torch.randn(2, 1, 2, 1, 64, dtype=torch.bfloat16, device="cuda")

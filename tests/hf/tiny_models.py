@@ -70,10 +70,17 @@ FAMILIES: dict[str, dict] = {
 }
 
 
-@functools.lru_cache(maxsize=4)
+_shared_model = functools.lru_cache(maxsize=4)(lambda family: new_model(family))
+
+
 def tiny_model(family: str = "llama"):
     """The family's causal LM with the same random weights every time, in eval mode. Tests share it, so they must restore it."""
-    return new_model(family)
+    model = _shared_model(family)
+    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    assert kinds == {("cpu", torch.float32)}, (
+        f"a test has moved the shared {family} model: {kinds}; new_model() gives one of its own"
+    )
+    return model
 
 
 def new_model(family: str, **overrides):
