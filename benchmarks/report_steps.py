@@ -111,8 +111,9 @@ def draw_steps(rows: list[StepRecord], folder: Path, name: str) -> list[Path]:
     series: dict[tuple[str, str], list[StepRecord]] = {}
     for row in sorted(steps, key=lambda row: row.context):
         series.setdefault((row.impl, row.plan), []).append(row)
-    contexts = sorted({row.context for row in steps})
-    if len(contexts) < 2:
+    series = {key: points for key, points in series.items() if len(points) > 1}
+    contexts = sorted({row.context for points in series.values() for row in points})
+    if len(series) < 2:  # nothing to compare
         return []
     written = []
     panels = {
