@@ -1,6 +1,5 @@
 """Benchmarks of whole models over a tiny one on the CPU: steps, prompts, capacity, and the caches they fake."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -201,8 +200,8 @@ def test_attention_in_blocks_is_that_of_the_reference(monkeypatch):
 
 @pytest.mark.parametrize("weights,wrong", [("plain", float("nan")), ("int8", 0.5)])
 def test_capacity(tmp_path, monkeypatch, capsys, weights, wrong):
-    if weights == "int8" and importlib.util.find_spec("torchao") is None:
-        pytest.skip("needs torchao")
+    if weights == "int8":
+        pytest.importorskip("torchao")
     monkeypatch.setattr(clock, "COPY_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(clock, "CPU_SECONDS", 0.0)
     path = tmp_path / "capacity.csv"

@@ -109,14 +109,13 @@ def evaluate(
 
 @app.command(
     "lm-eval",
-    add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 @one_line_errors
 def lm_eval(context: typer.Context) -> None:
     """lm-evaluation-harness with the model `zigzag`: --model zigzag --model_args pretrained=MODEL,plan=plan.json --tasks ...
 
-    Everything after `lm-eval` goes to lm_eval's own command line; --help shows it. Needs the extra `ruler`.
+    Everything after `lm-eval` goes to lm_eval's own command line; `zigzag lm-eval -- --help` shows it. Needs the extra `ruler`.
     """
     quiet_transformers()
     from .harness import main
