@@ -35,7 +35,8 @@ class Results:
         self.cells = sorted((c for c in cells if c[0] in _ORDER), key=lambda cell: (_ORDER[cell[0]], cell[1]))
         self.ruler_cells = sorted(cell for cell in cells if cell[0] in RULER)
         self.ratios = sorted({ratio for *pair, ratio in self.names if tuple(pair) not in REFERENCES})
-        self.run = json.loads((folder / "runs.jsonl").read_text().splitlines()[-1])
+        runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+        self.run, self.commits = runs[-1], list(dict.fromkeys(run["commit"] for run in runs))
 
     def of(self, name: tuple, task: str, length: int | None = None) -> list[Row]:
         """Rows of a plan: one, or one per length."""
@@ -125,7 +126,7 @@ def ruler_table(results: Results) -> str:
 
 def text(results: Results) -> str:
     run = results.run
-    parts = [f"**{run['model']}, {run['dtype']}, {run['gpu']}**, torch {run['torch']}, commit {run['commit']}"]
+    parts = [f"**{run['model']}, {run['dtype']}, {run['gpu']}**, torch {run['torch']}, commit {', '.join(results.commits)}"]
     for ratio in sorted(results.ratios, key=lambda ratio: abs(ratio - 0.5))[:1]:
         parts += [
             f"### All plans at {ratio:.0%} streaming layers",

@@ -1,10 +1,10 @@
 // Attention over quantised caches: attend.cuh with other tiles. Codes become operands in registers, nothing is written
 // back dequantised.
 //
-// All arithmetic is in float16, whatever the element type: it holds every code, and query rows scaled by a power of
-// two. Both mma are free in the order of what they sum over or spread out, so that a lane takes the codes that ldmatrix
-// gives it, n = 4 or 8 in a register, and the queries (for S^T = K Q^T) or the place of the result (for O^T = V^T P^T)
-// follow. Lane = 4 g + t, piece = 16 bytes of a row:
+// All operands are float16, whatever the element type: it holds every code, and query rows scaled by a power of two.
+// Sums are float32. Both mma are free in the order of what they sum over or spread out, so that a lane takes the codes
+// that ldmatrix gives it, n = 4 or 8 in a register, and the queries (for S^T = K Q^T) or the place of the result (for
+// O^T = V^T P^T) follow. Lane = 4 g + t, piece = 16 bytes of a row:
 //
 //   K    codes n t .. + n - 1 of a piece, of keys g and g + 8
 //   V    codes n / 2 g .. + n / 2 - 1 of a piece, of keys 2 t, 2 t + 1 and 2 t + 8, 2 t + 9

@@ -1,6 +1,8 @@
 // Vectors to codes, for every format, by one warp.
 #pragma once
 
+#include <type_traits>
+
 #include "device/ptx.cuh"
 #include "kv/formats.h"
 

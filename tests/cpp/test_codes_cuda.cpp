@@ -279,6 +279,7 @@ TEST_CASE("quantised caches long enough for several blocks and stages") {
   if (no_device()) return;
   for (const auto& pair : kPairs) {
     run({pair[0], pair[1], DType::kBFloat16, 1, 4, 1, 128, 3000, 0, 0, {2999, 100}, {}}, true);
+    run({pair[0], pair[1], DType::kFloat16, 1, 12, 2, 128, 3000, 0, 0, {2900}, {}}, true);  // row tiles, row blocks
     if (pair[0] == pair[1]) run({pair[0], pair[1], DType::kBFloat16, 1, 4, 2, 64, 1064, 64, 1000, {5000}, {}}, true);
   }
 }

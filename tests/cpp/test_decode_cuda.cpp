@@ -6,10 +6,6 @@
 #include "kernels/attention.h"
 
 #if ZIGZAG_WITH_CUDA
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,6 +15,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "cuda_testing.h"
 #include "kv/ring.h"
 
 namespace zigzag {
@@ -38,35 +35,6 @@ std::string describe(const DecodeCase& c) {
   if (c.rotary_dim > 0) text += concat(" rotary_dim ", c.rotary_dim, c.float_table ? " float32" : "");
   return text;
 }
-
-bool has_gpu() {
-  int count = 0;
-  const bool found = cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
-  if (!found) MESSAGE("no GPU: skipped");
-  return found;
-}
-
-void check(cudaError_t status) { REQUIRE_MESSAGE(status == cudaSuccess, cudaGetErrorString(status)); }
-
-template <class T>
-struct DeviceArray {
-  T* data = nullptr;
-  size_t bytes;
-
-  explicit DeviceArray(const std::vector<T>& host) : bytes(host.size() * sizeof(T)) {
-    check(cudaMalloc(&data, std::max<size_t>(bytes, 16)));
-    check(cudaMemcpy(data, host.data(), bytes, cudaMemcpyHostToDevice));
-  }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  ~DeviceArray() { cudaFree(data); }
-
-  std::vector<T> host() const {
-    std::vector<T> copy(bytes / sizeof(T));
-    check(cudaMemcpy(copy.data(), data, bytes, cudaMemcpyDeviceToHost));
-    return copy;
-  }
-};
 
 double to_double(__nv_bfloat16 x) { return __bfloat162float(x); }
 double to_double(__half x) { return __half2float(x); }
@@ -157,9 +125,11 @@ struct Tensors {
       const DeviceArray<T> d_k(before.k_cache), d_v(before.v_cache), d_out(before.out);
       const DeviceArray<float> d_lse(before.lse);
       AttentionParams p = {};
-      p.q = d_q.data, p.k_new = d_k_new.data, p.v_new = d_v_new.data, p.k_cache = d_k.data, p.v_cache = d_v.data;
-      p.out = d_out.data, p.lse = d_lse.data, p.seq_lens = d_lens.data, p.pad = c.pad.empty() ? nullptr : d_pad.data;
-      p.workspace = workspace.data, p.workspace_bytes = bytes;
+      p.q = d_q.data(), p.k_new = d_k_new.data(), p.v_new = d_v_new.data(), p.k_cache = d_k.data(),
+      p.v_cache = d_v.data();
+      p.out = d_out.data(), p.lse = d_lse.data(), p.seq_lens = d_lens.data(),
+      p.pad = c.pad.empty() ? nullptr : d_pad.data();
+      p.workspace = workspace.data(), p.workspace_bytes = bytes;
       p.q_stride = p.out_stride = strides(num_q_heads, c.q_len);
       p.k_new_stride = p.v_new_stride = strides(c.num_kv_heads, c.q_len);
       p.k_cache_stride = p.v_cache_stride = strides(c.num_kv_heads, c.slots);
@@ -169,14 +139,14 @@ struct Tensors {
       p.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
       if (c.rotary_dim > 0) {
         Rotary& r = p.rotary;
-        r.cos = c.float_table ? static_cast<const void*>(d_wide_cos.data) : d_cos.data;
-        r.sin = c.float_table ? static_cast<const void*>(d_wide_sin.data) : d_sin.data;
+        r.cos = c.float_table ? static_cast<const void*>(d_wide_cos.data()) : d_cos.data();
+        r.sin = c.float_table ? static_cast<const void*>(d_wide_sin.data()) : d_sin.data();
         r.cos_token = r.sin_token = r.dim = c.rotary_dim;
         r.cos_batch = r.sin_batch = static_cast<int64_t>(c.q_len) * c.rotary_dim;
         r.dtype = c.float_table ? DType::kFloat32 : p.dtype;
       }
       attention_cuda(p, nullptr);
-      check(cudaDeviceSynchronize());
+      CHECK_CUDA(cudaDeviceSynchronize());
       if (repeat == 0) {
         out = d_out.host(), lse = d_lse.host(), k_cache = d_k.host(), v_cache = d_v.host();
       } else {
@@ -282,7 +252,7 @@ void check_case(const DecodeCase& c, unsigned seed) {
 }
 
 void check_both_dtypes(const std::vector<DecodeCase>& cases) {
-  if (!has_gpu()) return;
+  if (no_device()) return;
   unsigned seed = 1;
   for (const DecodeCase& c : cases) {
     check_case<__nv_bfloat16>(c, seed++);

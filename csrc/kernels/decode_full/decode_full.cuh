@@ -2,8 +2,9 @@
 // over blocks:
 //
 //   cluster   4 to 16 blocks per row group, merged through distributed shared memory: fastest where they fill nearly
-//             half of the GPU (quantised caches: nearly all of it) and need no second wave. For one row only: each row
-//             of a batch would get the same number of blocks, however different their lengths
+//             half of the GPU and need no second wave. Quantised caches, and several row groups per KV head, ask for 4
+//             or 8 that fill nearly all of it. For one row only: each row of a batch would get the same number of
+//             blocks, however different their lengths
 //   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
 //             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks
 //             share is merged by the block that comes last, in block order
