@@ -118,12 +118,9 @@ def run(args: argparse.Namespace) -> None:
         "model": demo.PACKAGE,
         "dtype": str(model.dtype)[6:],
     }
-    old = read(args.csv, QualityRecord) if args.csv.exists() else []
-    done = {row.cell for row in old}
+    done = {row.cell for row in read(args.csv, QualityRecord)} if args.csv.exists() else set()
     plans = {name.removesuffix(" plan"): plan for name, plan in demo.demo_plans().items() if name != "bad plan"}
-    with writer(args.csv, QualityRecord) as add:
-        for row in old:
-            add(row)
+    with writer(args.csv, QualityRecord, go_on=True) as add:
         for what, samples, plan, variant in cells(tasks, plans):
             blank = QualityRecord(**everywhere, **what, **dict.fromkeys(SCORED, 0.0))
             if blank.cell not in done:

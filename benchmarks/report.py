@@ -122,7 +122,7 @@ def insert(target: Path, name: str, text: str) -> bool:
 
 
 def model_sections(kind: str, sources: dict[Path, list], target: Path, complete: bool) -> str:
-    """What step, prefill and capacity files say. The short form of steps shows the longest context that every file has."""
+    """What step, prefill and capacity files say. The short form of steps shows one model at one context."""
     parts = []
     for path, rows in sources.items():
         link = Path(os.path.relpath(path, target.parent)).as_posix()

@@ -211,8 +211,7 @@ class ZigzagCache(Cache):
             chosen = lengths.index_select(0, index.to(device))
             rows.seq_lens[device] = lengths.copy_(chosen) if len(index) == rows.batch else chosen
         if len(index) != rows.batch:
-            rows.batch, rows.workspaces = len(index), {}
-            rows.steps.clear()
+            rows.set_batch(len(index))
 
     @in_normal_mode
     def reorder_cache(self, beam_idx: Tensor) -> None:

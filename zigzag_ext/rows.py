@@ -128,6 +128,13 @@ class Rows:
                 self.workspaces[key] = ops.new_workspace(self.batch, num_q_heads, num_kv_heads, head_dim, device)
         return self.workspaces[key]
 
+    def set_batch(self, batch: int) -> None:
+        """Goes on with another number of rows. A compiled step makes no scratch, so there is some for all geometries at once."""
+        geometries, self.batch, self.workspaces = list(self.workspaces), batch, {}
+        for geometry in geometries:
+            self.workspace(*geometry)
+        self.steps.clear()
+
     def advance(self, q_len: int) -> None:
         for device, lengths in self.seq_lens.items():
             lengths.add_(q_len)

@@ -32,6 +32,7 @@ def sets_offsets(q_len: int, all_started: bool) -> bool:
     return q_len > ops.MAX_DECODE_QUERIES and not all_started
 
 
+@torch.no_grad()  # the ops refuse autograd later: the offset must not have become part of its graph
 def set_offsets(offset: Tensor, k: Tensor, seq_lens: Tensor, pad: Tensor | None) -> None:
     """Sets, in place, the offset of rows that are empty to the mean of their first `TOKENS` keys in this chunk.
 

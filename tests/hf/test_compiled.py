@@ -77,6 +77,23 @@ def test_tokens_over_many_windows_equal_eager_and_reference(family):
             assert answers["compiled", index].equal(answer)
 
 
+def test_a_step_right_after_the_batch_has_changed(compiled, eager):
+    """Rows are repeated, then one of them is chosen, without an eager forward between."""
+
+    def logits(model):
+        cache = zz.ZigzagCache(model.config, PLAN, max_len=256)
+        step = lambda ids, held: model(ids, past_key_values=cache, attention_mask=torch.ones(len(ids), held)).logits  # noqa: E731
+        with torch.no_grad():
+            step(prompt(30), 30)
+            cache.batch_repeat_interleave(2)
+            repeated = step(torch.tensor([[3], [4]]), 31)
+            cache.batch_select_indices(torch.tensor([1]))
+            return repeated, step(torch.tensor([[5]]), 32)
+
+    for found, expected in zip(logits(compiled), logits(eager), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_compiled_again(compiled, eager):
     """A longer context, another prompt, another cache object, another capacity, a cache after reset(), a cache that grows."""
     cache = zz.ZigzagCache(compiled.config, PLAN, max_len=111)

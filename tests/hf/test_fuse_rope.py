@@ -21,13 +21,13 @@ def fused(monkeypatch):
     return counts
 
 
-def both_ways(model, plan=PLAN):
+def both_ways(model, plan=PLAN, new_tokens=40):
     """Tokens of eager steps and of compiled ones."""
     batch = padded_prompt([30, 11])
     with zz.zigzag(model, plan):
-        eager = generate(model, 40, **batch)
+        eager = generate(model, new_tokens, **batch)
     with zz.zigzag(model, plan, max_len=80, compile=True):
-        return eager, generate(model, 40, **batch)
+        return eager, generate(model, new_tokens, **batch)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox", "olmo2"])
@@ -56,19 +56,81 @@ def test_both_calls_of_a_mixed_layer_rotate(fused):
     assert steps.equal(eager) and fused == [2 + 2 * 2]
 
 
-@pytest.mark.parametrize("scale, expected", [(1.0, 4), (0.9, 0)])
-def test_a_key_of_another_scale_is_not_fused(fused, monkeypatch, scale, expected):
-    """What the model does to a key after its RoPE must happen: only q would be rotated by the op."""
+def scaled(rotate, q, k, cos, sin):
+    q, k = rotate(q, k, cos, sin)
+    return q, k * 0.9
+
+
+def scaled_in_place(rotate, q, k, cos, sin):
+    q, k = rotate(q, k, cos, sin)
+    k.mul_(0.9)
+    return q, k
+
+
+def scaled_in_a_view(rotate, q, k, cos, sin):
+    q, k = rotate(q, k, cos, sin)
+    k[..., :8] *= 0.5
+    return q, k
+
+
+def overwritten_later(rotate, q, k, cos, sin):
+    rotated = rotate(q, k, cos, sin)
+    q.zero_()
+    return rotated
+
+
+def tables_overwritten_later(rotate, q, k, cos, sin):
+    rotated = rotate(q, k, cos, sin)
+    cos.add_(0.01)
+    return rotated
+
+
+def of_other_tables(rotate, q, k, cos, sin):
+    return rotate(q, k, cos, sin)[0], rotate(q, k, sin, cos)[1]
+
+
+def of_strided_heads(rotate, q, k, cos, sin):
+    return rotate(torch.stack([q, q], -1)[..., 0], k, cos, sin)
+
+
+def of_misaligned_heads(rotate, q, k, cos, sin):
+    return rotate(torch.nn.functional.pad(q, (1, 0))[..., 1:], k, cos, sin)
+
+
+def of_strided_tables(rotate, q, k, cos, sin):
+    return rotate(q, k, torch.stack([cos, cos], -1)[..., 0], sin)
+
+
+def of_repeated_rows(rotate, q, k, cos, sin):
+    """One row of queries, rotated for the positions of each row of the batch."""
+    return rotate(q[:1], k, cos, sin)
+
+
+def joined_by_keyword(rotate, q, k, cos, sin):
+    q, k = rotate(q, k, cos, sin)
+    return torch.cat(tensors=(q[..., :8], q[..., 8:]), dim=-1), k
+
+
+def twice(rotate, q, k, cos, sin):
+    return rotate(*rotate(q, k, cos, sin), cos, sin)
+
+
+def plain(rotate, q, k, cos, sin):
+    return rotate(q, k, cos, sin)
+
+
+OTHERS = [scaled, scaled_in_place, scaled_in_a_view, overwritten_later, tables_overwritten_later, of_other_tables]
+OTHERS += [of_strided_heads, of_misaligned_heads, of_strided_tables, of_repeated_rows, joined_by_keyword]
+
+
+@pytest.mark.parametrize("rope, expected", [(plain, 1), (twice, 1), *((rope, 0) for rope in OTHERS)])
+def test_what_surrounds_the_rotation_happens(fused, monkeypatch, rope, expected):
+    """Whatever else a model does to q, k or the tables, compiled steps do too: otherwise its RoPE stays in the graph."""
     from transformers.models.llama import modeling_llama
 
     rotate = modeling_llama.apply_rotary_pos_emb
-
-    def scaled(q, k, cos, sin, **options):
-        q, k = rotate(q, k, cos, sin, **options)
-        return q, k if scale == 1 else k * scale
-
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", scaled)
-    eager, steps = both_ways(new_model("llama"))
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, **_: rope(rotate, q, k, cos, sin))
+    eager, steps = both_ways(new_model("llama", num_hidden_layers=1), zz.Plan(["retrieval"], sink=0, window=1), new_tokens=8)
     assert steps.equal(eager) and fused == [expected]
 
 

@@ -122,6 +122,18 @@ def test_an_offset_stays_and_goes_with_its_row():
     assert all(layer.key_offset.equal(offset) for layer, offset in zip(other.layers, first, strict=True))
 
 
+def test_a_forward_that_is_refused_leaves_the_cache_usable():
+    """Autograd is refused by the op, after the offsets are set."""
+    cache, (q, k, v) = zz.ZigzagCache(CONFIG, SMALL, max_len=400), draw(1, 40)
+    cache.begin(1, 40)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        cache.layers[0].attend(q, k.clone().requires_grad_(), v, 0.125)
+    cache.end(failed=True)
+    fresh = zz.ZigzagCache(CONFIG, SMALL, max_len=400)
+    for out, expected in zip(feed(cache, (q, k, v)), feed(fresh, (q, k, v)), strict=True):
+        assert out.equal(expected)
+
+
 def test_rows_that_start_with_few_tokens_are_not_smoothed():
     """Nor are keys that stay in the model's dtype."""
     cache = zz.ZigzagCache(CONFIG, SMALL, max_len=400)

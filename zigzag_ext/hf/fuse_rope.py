@@ -3,7 +3,7 @@
 Where both the query and the new key of a zigzag op are  x * cos + rotate_half(x) * sin  of the same tables, the op is given the
 two x and the tables instead, and rotates in the launch that attends and appends (in float32, rounded once). The tables remain
 the model's own computation, whatever its frequencies and scaling. RoPE in any other form (interleaved pairs, a norm after it,
-none) stays in the graph as it is.
+none) stays in the graph as it is, and so does what is written to in place, or laid out as the op does not read it.
 """
 
 import operator
@@ -43,7 +43,7 @@ def fuse_rope(graph: Graph) -> int:
 
 def _rotated(node: Node) -> _Rotated | None:
     """What `node` is the rotation of, or None. Casts that leave the dtype of x in the end are left out: they only round more."""
-    dtype, node = _value(node).dtype, _uncast(node)
+    rotated, node = _value(node), _uncast(node)
     if (halves := _joined(node)) is None:
         found = _full_rotation(node)
     else:  # cat(rotation of the first dims, the other dims as they are)
@@ -52,10 +52,11 @@ def _rotated(node: Node) -> _Rotated | None:
         if not (first and rest and first[0] is rest[0] and (first[1], first[2], rest[2]) == (0, rest[1], _width(rest[0]))):
             return None
         found = found._replace(x=first[0])
-    if found is None or _value(found.x).dtype != dtype:
+    if found is None or not all(_is_unwritten(part) and _is_readable(_value(part)) for part in found):
         return None
-    tables, x = [_value(found.cos), _value(found.sin)], _value(found.x)
-    fits = all(t.dim() == 3 and t.dtype in (dtype, torch.float32) and t.shape == tables[0].shape for t in tables)
+    x, *tables = map(_value, found)
+    fits = (x.shape, x.dtype) == (rotated.shape, rotated.dtype)
+    fits = fits and all(t.dim() == 3 and t.dtype in (x.dtype, torch.float32) and t.shape == tables[0].shape for t in tables)
     fits = fits and tables[0].dtype == tables[1].dtype and tables[0].shape[1] == x.shape[2]
     return found if fits and tables[0].shape[2] % _UNIT == 0 else None
 
@@ -102,7 +103,7 @@ def _columns(node: Node) -> tuple[Node, int, int] | None:
 
 def _joined(node: Node) -> tuple[Node, Node] | None:
     """The operands of cat((a, b), dim=-1)."""
-    if not _calls(node, {torch.cat}):
+    if not _calls(node, {torch.cat}) or "tensors" in node.kwargs:
         return None
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     return tuple(node.args[0]) if len(node.args[0]) == 2 and dim == -1 else None
@@ -116,7 +117,7 @@ def _either_order(node: Node, operation: set) -> list[tuple[Node, Node]]:
 
 
 def _uncast(node: Node) -> Node:
-    while node.op == "call_method" and node.target in ("to", "float", "type_as") and _same_device(node):
+    while node.op == "call_method" and node.target in ("to", "float", "type_as") and _same_device(node) and _is_unwritten(node):
         node = node.args[0]
     return node
 
@@ -126,7 +127,21 @@ def _same_device(node: Node) -> bool:
 
 
 def _calls(node: Node, operation: set) -> bool:
-    return node.op == "call_function" and node.target in operation
+    return node.op == "call_function" and node.target in operation and _is_unwritten(node)
+
+
+def _is_unwritten(node: Node) -> bool:
+    """Whether nothing in the graph writes in place to the value, its base or a view of it: the op reads at another time."""
+    value = _value(node)
+    if not isinstance(value, Tensor):
+        return True
+    return not value.is_inference() and value._version == 0  # tensors of inference mode keep no count of writes
+
+
+def _is_readable(t: Tensor) -> bool:
+    """Whether the op takes the layout: last dim contiguous, every row at a multiple of 16 bytes."""
+    steps = [t.storage_offset(), *(step for step, size in zip(t.stride()[:-1], t.shape, strict=False) if size != 1)]
+    return t.stride(-1) == 1 and all(step * t.itemsize % 16 == 0 for step in steps)
 
 
 def _value(node: Node) -> Tensor:
