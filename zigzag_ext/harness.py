@@ -56,8 +56,8 @@ def register() -> type:
             plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
             if plan is None and (compile or prefill_chunk is not None):
                 raise ValueError("compile and prefill_chunk need a plan: without one, the model keeps its own attention")
-            if isinstance(pretrained, str):
-                pretrained, beside = load_model(pretrained, device or "auto", dtype)
+            if isinstance(pretrained, (str, Path)):
+                pretrained, beside = load_model(str(pretrained), device or "auto", dtype)
                 tokenizer = tokenizer or beside
             super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", **options)
             if plan is not None:
