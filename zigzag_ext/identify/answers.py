@@ -16,7 +16,7 @@ class Answers(Method):
         self.samples = [self.sample(number) for number in range(settings.prompts)]
 
     def logprob(self, retrieval: np.ndarray) -> float:
-        """Natural log-probability per token of the answers, mean over the samples; bool [layers, kv_heads]: which see everything."""
+        """Natural log-probability per token of the answers, mean over the samples. retrieval: bool [layers, kv_heads]."""
         plan = Plan.from_heads(retrieval, sink=self.settings.sink, window=self.settings.window)
         verdicts = score(self.model, self.samples, plan, self.batch_tokens)
         return float(np.mean([verdict.logprob for verdict in verdicts]))
