@@ -1,4 +1,4 @@
-"""greedy: backward elimination. From full attention on, the layer that the answers miss least begins to stream, until one is left.
+"""greedy: backward elimination. From full attention on, the layer that answers miss least begins to stream, until one is left.
 
 In each round the cost of a layer is what the answers' mean log-probability per token loses when it streams too, beside those that
 stream already; the cheapest one (among equals the lowest) begins to stream. Scores are the order: 0 for the first layer to
