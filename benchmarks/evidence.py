@@ -39,6 +39,7 @@ METHODS = {
     "retrieval": ("retrieval", {}, {"tokens": 4096, "prompts": 32}),
     "ablation": ("ablation", {}, {"tokens": 2048, "prompts": 16}),
     "ablation_heads": ("ablation", {"level": "head"}, {"tokens": 2048, "prompts": 16}),
+    "greedy": ("greedy", {}, {"tokens": 2048, "prompts": 16, "exhaustive": True}),
     "gates": ("gates", {}, {"tokens": 2048, "prompts": 400}),
     "gates_layers": ("gates", {"level": "layer"}, {"tokens": 2048, "prompts": 400}),
 }

@@ -26,6 +26,8 @@ def identify(
     method: Annotated[str, typer.Option(help="; ".join(f"{name}: {text}" for name, text in METHODS.items()))] = "lazy",
     output: Annotated[Path, typer.Option("--output", "-o", help="Scores: .tsv, .csv, .npy or a folder.")] = Path("scores.tsv"),
     level: Annotated[str | None, typer.Option(help="Of ablation and gates: layer or head.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Of greedy: layers left at which it stops; default 1.")] = None,
+    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Of greedy: measure every layer in every round.")] = False,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     sink: Annotated[int, typer.Option(help="First tokens that a streaming layer would keep.")] = 64,
     window: Annotated[int, typer.Option(help="Last tokens that a streaming layer would keep.")] = 256,
@@ -44,7 +46,8 @@ def identify(
 
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = load_model(model, device, dtype)
-    options = {} if level is None else {"level": level}
+    given = {"level": level, "keep": keep, "exhaustive": exhaustive or None}
+    options = {name: value for name, value in given.items() if value is not None}
     with _progress() as bar:
         line = bar.add_task(method, total=None)
         scores = run(

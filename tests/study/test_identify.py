@@ -162,7 +162,7 @@ def test_prompts_hide_every_phrase_and_ask_for_it(tokenizer):
 @pytest.mark.parametrize(
     "method,options,named",
     [
-        ("magic", {}, "lazy, retrieval, ablation, gates"),
+        ("magic", {}, "lazy, retrieval, ablation, greedy, gates"),
         ("lazy", {"level": "head"}, "no option level; it has queries"),
         ("retrieval", {"queries": 3}, "it has none"),
         ("lazy", {"queries": 0}, "queries"),

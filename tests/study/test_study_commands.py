@@ -53,10 +53,20 @@ def test_identify_solve_eval_plot(model, tokenizer, model_folder, tmp_path):
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"passkey_exact.png", "passkey_logprob.png"}
 
 
+def test_identify_passes_the_options_of_greedy(model_folder, tmp_path):
+    options = ["--tokens", 1600, "--prompts", 1, "--sink", 4, "--window", 32, "--device", "cpu", "-o", tmp_path / "scores.tsv"]
+    assert f"between 1 and {LAYERS - 1}" in failure("identify", model_folder, "--method", "greedy", "--keep", LAYERS, *options)
+    result = zigzag("identify", model_folder, "--method", "greedy", "--keep", 2, "--exhaustive", *options)
+    assert result.exit_code == 0, result.output
+    assert sorted(zz.load_scores(tmp_path / "scores.tsv")[:, 0]) == [0.0, 0.5, 1.0]
+
+
 def test_expected_failures_are_one_line(model_folder, tmp_path):
     device = ["--device", "cpu"]
     assert "lazy, retrieval" in failure("identify", model_folder, "--method", "magic", *device)
     assert "no option level" in failure("identify", model_folder, "--level", "head", *device)
+    assert "no option keep" in failure("identify", model_folder, "--keep", 2, *device)
+    assert "no option exhaustive" in failure("identify", model_folder, "--exhaustive", *device)
     assert "context of 2048" in failure("identify", model_folder, "--tokens", 9000, *device)
     assert "folder" in failure("identify", model_folder, "-o", tmp_path / "none" / "x.tsv", "--tokens", 1600, *device)
     assert "passkey, multikey" in failure("eval", model_folder, "--task", "magic", *device)

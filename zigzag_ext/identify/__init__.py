@@ -10,6 +10,7 @@ METHODS: dict[str, str] = {
     "lazy": "attention that the last queries pay to tokens outside sink and window (LightTransfer, SimLayerKV)",
     "retrieval": "how often a head's strongest key is the needle token to be copied (Retrieval Head)",
     "ablation": "how much likelier the answer is than with this layer or head alone streaming",
+    "greedy": "how late a layer streams if the one that the answers miss least goes first, beside those gone before",
     "gates": "trained gates between full and streaming attention (DuoAttention; per layer: LoZA)",
 }
 
@@ -45,8 +46,8 @@ def identify(
         output: where to save the scores (.tsv, .csv, .npy or a folder, see `save_scores`). A run that is interrupted leaves
             `<output>.partial.npz` beside it, and the same call goes on from there, to the same bits.
         advance: called with (steps done, steps in all).
-        options: of the method: lazy: queries=64; ablation: level="layer" or "head"; gates: level="head" or "layer",
-            learning_rate=0.02, regularizer=0.05, batch=1.
+        options: of the method: lazy: queries=64; ablation: level="layer" or "head"; greedy: keep=1 (layers at which
+            to stop), exhaustive=False; gates: level="head" or "layer", learning_rate=0.02, regularizer=0.05, batch=1.
 
     Returns:
         float64 [layers, kv_heads] in [0, 1]. Only the order and the gaps within one matrix mean something.

@@ -8,20 +8,15 @@ saturates, so units that do no harm are still told apart. The criterion is this 
 
 import numpy as np
 
-from ..evaluate.scoring import score
-from ..plan import Plan
-from .method import Method, Settings
+from .answers import Answers
+from .method import Settings
 
 
-class Ablation(Method):
-    TOKENS, PROMPTS = 1024, 4
-
+class Ablation(Answers):
     def __init__(self, model, tokenizer, settings: Settings, level: str = "layer", batch_tokens: int | None = None):
         if level not in ("layer", "head"):
             raise ValueError(f"level must be 'layer' or 'head', got {level!r}")
-        super().__init__(model, tokenizer, settings)
-        self.level, self.batch_tokens = level, batch_tokens
-        self.samples = [self.sample(number) for number in range(settings.prompts)]
+        super().__init__(model, tokenizer, settings, batch_tokens)
         self.units = self.layers * (self.kv_heads if level == "head" else 1)
         self.steps = 1 + self.units
         self.state = {"logprob": self.zeros(self.steps)}  # of full attention, then with each unit streaming
@@ -30,9 +25,7 @@ class Ablation(Method):
         retrieval = np.ones((self.layers, self.kv_heads), dtype=bool)
         if index:
             retrieval.reshape(self.units, -1)[index - 1] = False
-        plan = Plan.from_heads(retrieval, sink=self.settings.sink, window=self.settings.window)
-        verdicts = score(self.model, self.samples, plan, self.batch_tokens)
-        self.state["logprob"][index] = float(np.mean([verdict.logprob for verdict in verdicts]))
+        self.state["logprob"][index] = self.logprob(retrieval)
 
     def scores(self) -> np.ndarray:
         logprob = self.state["logprob"].numpy()

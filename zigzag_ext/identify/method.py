@@ -53,7 +53,7 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, index: int) -> None:
-        """Does step `index` of `self.steps`; adds to `self.state`."""
+        """Does step `index` of `self.steps`, or nothing if the state shows that it is not needed; adds to `self.state`."""
 
     @abstractmethod
     def scores(self) -> np.ndarray:
