@@ -4,7 +4,11 @@ In each round the cost of a layer is what the answers' mean log-probability per 
 stream already; the cheapest one (among equals the lowest) begins to stream. Scores are the order: 0 for the first layer to
 stream, 1 for the last, in equal steps. So `solve` with objective "mean" lets exactly the first ones stream, at every ratio, and
 the sets are nested. Layers that back each other up cost nothing one at a time and much together: only a method that keeps
-earlier choices in force sees it. What it finds is still no optimum: no choice is ever taken back.
+earlier choices in force sees it.
+
+What it finds is no optimum: no choice is taken back. And all choices are made on the same prompts, so few prompts are fitted
+rather than learned from: with two of 1024 tokens, the first 15 of SmolLM2-135M's 30 layers gained 0.07 on these two and lost
+0.08 on two others, per token. Give it as many prompts as there is time for.
 
 Lazy evaluation (Minoux' accelerated greedy, 1978): a round measures layers in the order of their last known costs, until the
 cheapest measured one is no dearer than any of those last known costs. This gives what measuring all of them would give if costs
@@ -25,8 +29,6 @@ from .method import Settings
 
 class Greedy(Answers):
     """Step 0 measures full attention. A round with n layers left has n steps, and those that lazy evaluation saves do nothing."""
-
-    PROMPTS = 2
 
     def __init__(
         self,
