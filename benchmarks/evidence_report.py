@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-import report
+from documents import insert, markers, table
 from evidence_plans import canonical
 
 from zigzag_ext import plots
 from zigzag_ext.evaluate import RULER, Row, read
 from zigzag_ext.evaluate.rows import wilson
 
-BEGIN, END = "<!-- results:evidence -->", "<!-- /results:evidence -->"
+NAME = "evidence"
 REFERENCES = (("", "full"), ("", "streaming"), ("", "demo"))
 NONE = "–"
 
@@ -94,7 +94,7 @@ def detail_table(results: Results, ratio: float) -> str:
     for name in [n for n in results.names if n[:2] in REFERENCES] + [n for n in at_ratio if n not in random]:
         add(title(*name[:2]), [name])
     add(f"random, {len(random)} plans", random)
-    return report.table(["plan", *columns, "key's log-probability"], lines)
+    return table(["plan", *columns, "key's log-probability"], lines)
 
 
 def budget_table(results: Results, task: str, show) -> str:
@@ -109,7 +109,7 @@ def budget_table(results: Results, task: str, show) -> str:
         for ratio in ratios
     }
     lines.append(["random", ends[0], *(show(random[ratio]) for ratio in ratios), ends[1]])
-    return report.table(["streaming", "0%", *(f"{ratio:.0%}" for ratio in ratios), "100%"], lines)
+    return table(["streaming", "0%", *(f"{ratio:.0%}" for ratio in ratios), "100%"], lines)
 
 
 def ruler_table(results: Results) -> str:
@@ -121,7 +121,7 @@ def ruler_table(results: Results) -> str:
             percents = [[round(100 * x) for x in (row.exact, row.exact_low, row.exact_high)] if row else None for row in found]
             source, rule, _ = next(name for name, value in results.kinds.items() if value == kinds)
             lines.append([title(source, rule), *(f"{cell[0]} [{cell[1]}, {cell[2]}]" if cell else NONE for cell in percents)])
-    return report.table(["plan", *(f"{task} {length}" for task, length in results.ruler_cells)], lines)
+    return table(["plan", *(f"{task} {length}" for task, length in results.ruler_cells)], lines)
 
 
 def text(results: Results) -> str:
@@ -166,13 +166,10 @@ def write(folder: Path, target: Path) -> int:
     if not (folder / "rows.csv").exists():
         print(f"no results in {folder}: run benchmarks/evidence.py first", file=sys.stderr)
         return 1
-    before, begin, rest = target.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        print(f"{target} has no {BEGIN} ... {END}", file=sys.stderr)
-        return 1
     results, figures = Results(folder), target.parent / "figures"
-    target.write_text(f"{before}{BEGIN}\n{text(results)}\n{END}{after}")
+    if not insert(target, NAME, text(results)):
+        print(f"{target} has no {' ... '.join(markers(NAME))}", file=sys.stderr)
+        return 1
     figures.mkdir(exist_ok=True)
     for path in (target, *draw(results, figures)):
         print(f"{path}: updated")

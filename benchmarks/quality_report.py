@@ -4,14 +4,15 @@ import math
 import sys
 from pathlib import Path
 
+from documents import insert, markers, table
 from records import QualityRecord, read
 
 ORDER = ("none", "fp8", "int8", "int8/int4", "int4", "int4, zero point")
-BEGIN, END = "<!-- results:kv_quality -->", "<!-- /results:kv_quality -->"
-HEADER = ("layers", "keys/values", "key smoothing", "perplexity", "keys found", "key's log-probability")
+NAME = "kv_quality"
+HEADER = ["layers", "keys/values", "key smoothing", "perplexity", "keys found", "key's log-probability"]
 
 
-def table_row(rows: list[QualityRecord]) -> str:
+def table_row(rows: list[QualityRecord]) -> list[str]:
     """One line of the table: the results of both tasks for one format."""
     row, found = rows[0], {row.task: row for row in rows}
     kv_format = f"{row.kv_format} (emulated)" if row.impl == "emulated" else row.kv_format
@@ -21,7 +22,7 @@ def table_row(rows: list[QualityRecord]) -> str:
     if key := found.get("passkey"):
         cells[4] = f"{100 * key.exact:.0f} [{100 * key.exact_low:.0f}, {100 * key.exact_high:.0f}]"
         cells[5] = f"{key.logprob:.3f} ± {key.logprob_high - key.logprob:.3f}"
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def text(rows: list[QualityRecord]) -> str:
@@ -34,8 +35,7 @@ def text(rows: list[QualityRecord]) -> str:
         sizes = "; ".join(dict.fromkeys(f"{row.task}: {row.samples} samples of {row.tokens} tokens" for row in own))
         parts.append(f"**{first.machine}, {first.dtype}**, torch {first.torch}, commit {commits}. {sizes}")
         lines = {line: [row for row in own if row.line == line] for line in dict.fromkeys(row.line for row in own)}
-        head = ["| " + " | ".join(HEADER) + " |", "| --- | --- | --- | ---: | ---: | ---: |"]
-        parts.append("\n".join([*head, *map(table_row, lines.values())]))
+        parts.append(table(HEADER, [table_row(line) for line in lines.values()], text_columns=3))
     return "\n\n".join(parts)
 
 
@@ -44,11 +44,8 @@ def write(results: Path, target: Path) -> int:
     if not results.exists():
         print(f"no results at {results}: run benchmarks/kv_quality.py first", file=sys.stderr)
         return 1
-    before, begin, rest = target.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        print(f"{target} has no {BEGIN} ... {END}", file=sys.stderr)
+    if not insert(target, NAME, text(read(results, QualityRecord))):
+        print(f"{target} has no {' ... '.join(markers(NAME))}", file=sys.stderr)
         return 1
-    target.write_text(f"{before}{BEGIN}\n{text(read(results, QualityRecord))}\n{END}{after}")
     print(f"{target}: updated")
     return 0

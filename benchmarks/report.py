@@ -13,6 +13,7 @@ from pathlib import Path
 import figures
 import records
 import report_steps
+from documents import insert, markers, table
 from prefill import PrefillRecord
 from records import CapacityRecord, Record, StepRecord
 from scenarios import BY_DEVICE
@@ -32,12 +33,6 @@ def by_cell(rows: Iterable[Record]) -> Cells:
 
 def best_peer(impls: dict[str, Record]) -> Record | None:
     return min((row for name, row in impls.items() if name not in ("zigzag", "read")), key=lambda row: row.p50_us, default=None)
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
 
 
 def microseconds(row: Record | None) -> str:
@@ -102,23 +97,6 @@ def sections(sources: dict[Path, list[Record]], target: Path, complete: bool) ->
         if complete and any(best_peer(impls) for impls in cells.values()):
             parts.append(full_table(cells))
     return "\n\n".join(parts)
-
-
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-
-
-def insert(target: Path, name: str, text: str) -> bool:
-    """Replaces what stands between the markers of `name`. False if the file or its markers do not exist."""
-    if not target.exists():
-        return False
-    opening, closing = markers(name)
-    before, begin, rest = target.read_text().partition(opening)
-    _, end, after = rest.partition(closing)
-    if not (begin and end):
-        return False
-    target.write_text(f"{before}{opening}\n{text}\n{closing}{after}")
-    return True
 
 
 def model_sections(kind: str, sources: dict[Path, list], target: Path, complete: bool) -> str:

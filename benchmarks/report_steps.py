@@ -4,6 +4,7 @@ from pathlib import Path
 
 import figures
 import matplotlib.pyplot as plt
+from documents import table
 from prefill import PrefillRecord, bars
 from records import CapacityRecord, StepRecord
 
@@ -22,12 +23,6 @@ PLANS = {
     "heads_50": "50% of heads retrieve",
     "full": "full attention",
 }
-
-
-def table(header: list[str], lines: list[list[str]], text_columns: int) -> str:
-    """Markdown; the first columns are text, the others are numbers."""
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
 
 
 def tokens(n: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from documents import table
 
 import zigzag_ext as zz
 
@@ -38,19 +39,14 @@ def row(name: str, scores: np.ndarray) -> list[str]:
     ]
 
 
-def table(sources: Sequence[Path]) -> str:
-    lines = [
-        HEADER,
-        ["---", *["---:"] * (len(HEADER) - 1)],
-        *(row(path.name.removesuffix(".pt"), zz.load_scores(path)) for path in sources),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def solver_table(sources: Sequence[Path]) -> str:
+    return table(list(HEADER), [row(path.name.removesuffix(".pt"), zz.load_scores(path)) for path in sources])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scores", type=Path, nargs="+", help="DuoAttention folders, .pt, .tsv, .csv or .npy files")
-    print(table(parser.parse_args(argv).scores))
+    print(solver_table(parser.parse_args(argv).scores))
     return 0
 
 

@@ -95,12 +95,13 @@ def test_no_implementation_finds_buffers_that_another_has_just_read(monkeypatch,
 
 def test_report_fills_both_documents_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    import documents
     import report
 
     (tmp_path / "results").mkdir()
     (tmp_path / "docs").mkdir()
     records.write(tmp_path / "results" / "decode.csv", synthetic())
-    opening, closing = report.markers("decode")
+    opening, closing = documents.markers("decode")
     text = f"before\n{opening}\nold\n{closing}\nafter\n"
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "docs" / "performance.md").write_text(text)

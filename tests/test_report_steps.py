@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import documents  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
 from prefill import PrefillRecord  # noqa: E402
@@ -45,7 +46,7 @@ def test_every_kind_of_result_gets_its_table(tmp_path):
     with records.writer(results / "prefill.csv", PrefillRecord) as add:
         add(ours)
         add(peer)
-    places = "\n".join("\n".join(report.markers(kind)) for kind in report.KINDS)
+    places = "\n".join("\n".join(documents.markers(kind)) for kind in report.KINDS)
     (tmp_path / "README.md").write_text(places)
     (docs / "performance.md").write_text(places)
 

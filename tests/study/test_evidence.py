@@ -69,7 +69,7 @@ def test_a_run_a_second_run_and_its_report(model_folder, tmp_path, capsys):
     assert evaluate.read(results / "rows.csv") == rows and "passkey" not in capsys.readouterr().out
 
     page = tmp_path / "evidence.md"
-    page.write_text(f"before\n{evidence_report.BEGIN}\nold\n{evidence_report.END}\nafter\n")
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*evidence_report.markers(evidence_report.NAME)))
     assert evidence_report.write(results, page) == 0
     text = page.read_text()
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"evidence_exact.png", "evidence_logprob.png"}
@@ -108,7 +108,7 @@ def test_report_pools_prompts(model, tokenizer):
 def test_the_solver_table(tmp_path):
     scores = np.array([[1.0, 0.0], [0.6, 0.6], [0.2, 0.3], [0.1, 0.2]])
     zz.save_scores(scores, tmp_path / "model")
-    [*_, line] = solver_table.table([tmp_path / "model"]).splitlines()
+    [*_, line] = solver_table.solver_table([tmp_path / "model"]).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     kept = (1.0 + 0.6 + 0.6 + 0.3) / 3.0, (1.0 + 1.2) / 3.0  # four heads; layers 0 and 1
     assert cells[:4] == ["model", "4 x 2", f"{kept[0]:.3f}", f"{kept[1]:.3f}"]

@@ -68,7 +68,7 @@ def test_a_run_a_second_run_and_the_report(model, tokenizer, tmp_path, monkeypat
     assert records.read(path, records.QualityRecord) == rows
 
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{quality_report.BEGIN}\nold\n{quality_report.END}\nafter\n")
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*quality_report.markers(quality_report.NAME)))
     assert quality_report.write(path, page) == 0
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
