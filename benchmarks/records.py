@@ -67,6 +67,11 @@ class StepRecord:
     peak_bytes: int  # in use at most, weights and KV included; 0 on a CPU
     weight_bytes: int
 
+    @property
+    def beside_bytes(self) -> int:
+        """In use at most beside weights and KV: activations and scratch."""
+        return self.peak_bytes - self.weight_bytes - self.kv_bytes
+
 
 @dataclass(frozen=True)
 class CapacityRecord:

@@ -83,11 +83,9 @@ def origin(row: Record, file: str, link: str) -> str:
 
 
 def sections(sources: dict[Path, list[Record]], target: Path, complete: bool) -> str:
-    """The text between the markers of `target`. The short form shows the quick subset of the runs with peers, on plain caches."""
+    """The text between the markers of `target`. The short form shows the quick subset of the runs with peers."""
     parts = []
     for path, rows in sources.items():
-        if not complete and path.stem.endswith("quantised"):  # its plain cells are there for comparison, with fewer peers
-            continue
         cells = by_cell(row for row in rows if complete or row.scenario in QUICK)
         if not complete and not any(best_peer(impls) for impls in cells.values()):
             continue

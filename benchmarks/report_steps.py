@@ -73,7 +73,7 @@ def prompt_table(rows: list[StepRecord]) -> str:
     for r in sorted(prompts, key=lambda r: (r.model, r.context, r.plan)):
         whole = full.get((r.model, r.context, r.impl))
         ratio = f"{whole / r.wall_ms:.2f}x" if whole else "–"
-        memory = [f"{r.kv_bytes / GB:.2f}", f"{(r.peak_bytes - r.weight_bytes - r.kv_bytes) / GB:.2f}"]
+        memory = [f"{r.kv_bytes / GB:.2f}", f"{r.beside_bytes / GB:.2f}"]
         names = [r.model, tokens(r.context), PLANS.get(r.plan, r.plan), IMPLS.get(r.impl, r.impl)]
         lines.append([*names, f"{r.wall_ms * 1e-3:.2f}", ratio, *memory])
     return table(["model", "prompt", "plan", "run by", "wall, s", "speed-up", "KV, GB", "beside weights and KV, GB"], lines, 4)

@@ -87,8 +87,7 @@ def bars(rows: list[StepRecord]) -> list[str]:
     full = {(row.model, row.context): row for row in rows if row.impl == "zigzag_eager" and row.plan == "retrieval_100"}
     lines = []
     for row in rows:
-        beside = (row.peak_bytes - row.weight_bytes - row.kv_bytes) / 2**30
-        memory = f", {beside:.2f} GiB above weights and KV" if row.peak_bytes else ""
+        memory = f", {row.beside_bytes / 2**30:.2f} GiB above weights and KV" if row.peak_bytes else ""
         other = full.get((row.model, row.context))
         gain = f", {other.wall_ms / row.wall_ms:.2f} times as fast as retrieval_100" if other and other != row else ""
         lines.append(f"prefill {row.impl} {row.plan} {row.context}: {row.wall_ms / 1e3:.2f} s{gain}{memory}")

@@ -23,9 +23,9 @@ from torch import nn
 
 from ..harness import register, require_lm_eval
 from ..plan import Plan
-from .rows import Row, kinds_of, wilson
+from .rows import Row, wilson
 from .scoring import attention_of, batch_rows, check_length
-from .task import describe
+from .task import describe, describe_plan
 
 _SAMPLES = 500  # that lm-eval makes per length, whatever the number that is asked
 
@@ -72,11 +72,8 @@ class RulerTask:
             rows.append(
                 Row(
                     **describe(model),
+                    **describe_plan(plan, name, model.config.num_hidden_layers),
                     task=self.name,
-                    plan=name or ("full" if plan is None else "plan"),
-                    kinds=kinds_of(plan, model.config.num_hidden_layers),
-                    sink=getattr(plan, "sink", 0),
-                    window=getattr(plan, "window", 0),
                     length=length,
                     depth=None,
                     seed=seed,

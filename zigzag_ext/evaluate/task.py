@@ -74,11 +74,8 @@ class Task:
             rows += [
                 Row(
                     **describe(model),
+                    **describe_plan(plan, name, model.config.num_hidden_layers),
                     task=self.name,
-                    plan=name or ("full" if plan is None else "plan"),
-                    kinds=kinds_of(plan, model.config.num_hidden_layers),
-                    sink=getattr(plan, "sink", 0),
-                    window=getattr(plan, "window", 0),
                     length=length,
                     depth=depth,
                     seed=seed,
@@ -100,3 +97,9 @@ def describe(model: nn.Module) -> dict[str, str]:
     """The columns that name a model: the last part of where it was loaded from, its device and its dtype."""
     source = str(model.config._name_or_path).rstrip("/").rpartition("/")[2]
     return {"model": source or model.config.model_type, "device": model.device.type, "dtype": str(model.dtype)[6:]}
+
+
+def describe_plan(plan: Plan | None, name: str | None, num_layers: int) -> dict[str, str | int]:
+    """The columns that name a plan; None is full attention."""
+    sizes = {"sink": getattr(plan, "sink", 0), "window": getattr(plan, "window", 0)}
+    return {"plan": name or ("full" if plan is None else "plan"), "kinds": kinds_of(plan, num_layers), **sizes}
