@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "device/launch.h"
 #include "kernels/append/append.h"
 #include "kernels/prefill/prefill.h"
 
@@ -9,7 +10,20 @@ namespace zigzag {
 namespace device {
 
 template <class T>
-void launch_prefill(const AttentionParams& p, void* stream);
+void launch_prefill_mma(const AttentionParams& p, void* stream);
+template <class T>
+void launch_prefill_wgmma(const AttentionParams& p, void* stream);  // compiled where ZIGZAG_SM90A is 1
+
+template <class T>
+void launch_prefill(const AttentionParams& p, void* stream) {
+#if ZIGZAG_SM90A
+  // What is compiled for sm_90a runs on no other architecture, later ones included.
+  if (p.head_dim % 64 == 0 && device_info().arch == 90 && !launch_options().force_plain) {
+    return launch_prefill_wgmma<T>(p, stream);
+  }
+#endif
+  launch_prefill_mma<T>(p, stream);
+}
 
 }  // namespace device
 

@@ -1,7 +1,7 @@
-#include "kernels/prefill/prefill_launch.cuh"
+#include "kernels/prefill/prefill_mma.cuh"
 
 namespace zigzag::device {
 
-template void launch_prefill<__half>(const AttentionParams& p, void* stream);
+template void launch_prefill_mma<__half>(const AttentionParams& p, void* stream);
 
 }  // namespace zigzag::device

@@ -1,4 +1,4 @@
-// Geometry of one thread block of the prefill kernel: tile sizes, and which queries and keys the block owns.
+// Which queries and keys a thread block of the prefill kernel owns.
 #pragma once
 
 #include "core/params.h"
@@ -8,36 +8,6 @@ namespace zigzag::device {
 
 // Rows of a tile are (chunk column, query head of the group) pairs of one KV head, heads fastest, so that K and V are
 // read once per KV head whatever the group size.
-template <int kHeadDim>
-struct PrefillShape {
-  static constexpr bool kWide = kHeadDim > 128;  // two row tiles of output would not fit in the registers
-  static constexpr int kRowTiles =
-      kWide ? 1 : 2;  // 16-row tensor core tiles per warp: two halve the shared memory reads
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kBlocksPerSm = kHeadDim <= 64 ? 3 : 2;  // as many as the registers hold without spilling
-  static constexpr int kRows = 16 * kRowTiles * kWarps;
-  static constexpr int kKeys = kWide ? 32 : 64;  // keys per step; 32 keeps head_dim 256 within 99 KB (sm_86, sm_89)
-  static constexpr int kChunks = kHeadDim / 8;   // 16-byte chunks per row
-  // ldmatrix reads 8 rows at once; they hit 8 different bank groups because chunks are permuted by an XOR with the row,
-  // or, where a row is not a multiple of 128 bytes, because rows are padded by 16 bytes.
-  static constexpr bool kSwizzle = kHeadDim % 64 == 0;
-  // Threads that load one row together: a power of two that divides kChunks, at most a 128-byte line.
-  static constexpr int kThreadsPerRow = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
-  static constexpr int kRowBytes = kHeadDim * 2 + (kSwizzle ? 0 : 16);
-  static constexpr int kKeyBytes = kKeys * kRowBytes;                     // one K or V buffer
-  static constexpr int kSharedBytes = kRows * kRowBytes + 4 * kKeyBytes;  // Q, then two stages of K and V
-
-  // Byte offset of a 16-byte chunk in a tile.
-  static __device__ __forceinline__ int offset(int row, int chunk) {
-    return row * kRowBytes + ((kSwizzle ? chunk ^ (row & 7) : chunk) << 4);
-  }
-
-  // offset(row, chunk + 2 * step) from offset(row, chunk), for chunk 0 or 1.
-  static __device__ __forceinline__ int advance(int chunk_offset, int step) {
-    return kSwizzle ? chunk_offset ^ (step << 5) : chunk_offset + (step << 5);
-  }
-};
 
 // Keys and values of one row and KV head: the cache, or the chunk.
 struct KeySource {
