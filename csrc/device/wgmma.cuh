@@ -35,10 +35,10 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
   return kSwizzle128 | kRows8 | kUnused | ((address & 0x3ffff) >> 4);
 }
 
-// d [64, 64] += a [64, 16] * b [64, 16]^T, both operands in shared memory. d[n][...] is the m16n8 accumulator of
-// columns 8 n and on, for rows 16 * (warp of the warpgroup) and on. T is __half or __nv_bfloat16.
+// d [64, 64] = a [64, 16] * b [64, 16]^T, plus d if `accumulate`; both operands in shared memory. d[n][...] is the
+// m16n8 accumulator of columns 8 n and on, for rows 16 * (warp of the warpgroup) and on. T is __half or __nv_bfloat16.
 template <class T>
-__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], uint64_t a, uint64_t b);
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate);
 
 // d [64, 64] += a [64, 16] * b [16, 64], a as m16n8k16 fragments of the warps.
 template <class T>
@@ -50,12 +50,12 @@ __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], const uint32_t
   ZZ_WGMMA_D8(0), ZZ_WGMMA_D8(1), ZZ_WGMMA_D8(2), ZZ_WGMMA_D8(3), ZZ_WGMMA_D8(4), ZZ_WGMMA_D8(5), ZZ_WGMMA_D8(6), ZZ_WGMMA_D8(7)
 #define ZZ_WGMMA_M64N64K16(T, type)                                                                                     \
   template <>                                                                                                           \
-  __device__ __forceinline__ void wgmma_m64n64k16<T>(float(&d)[8][4], uint64_t a, uint64_t b) {                         \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type        \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "     \
-                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;}"                     \
+  __device__ __forceinline__ void wgmma_m64n64k16<T>(float(&d)[8][4], uint64_t a, uint64_t b, bool accumulate) {                                          \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type      \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "    \
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;}"                    \
                  : ZZ_WGMMA_D                                                                                           \
-                 : "l"(a), "l"(b));                                                                                     \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                  \
   }                                                                                                                     \
   template <>                                                                                                           \
   __device__ __forceinline__ void wgmma_m64n64k16<T>(float(&d)[8][4], const uint32_t(&a)[4], uint64_t b) {              \

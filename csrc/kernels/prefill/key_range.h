@@ -13,13 +13,7 @@
 
 namespace zigzag {
 
-// A key as a mask compares it, in two comparisons per query instead of the four of RingLayout::visible: seen by the
-// queries with first <= query and query - window < last. `last` is the key's position, and INT_MAX for a sink.
-struct KeyBounds {
-  int first;
-  int last;
-};
-
+// A query sees the numbers [0, num_sink) and [window_begin, end) of its tile, of both only what lies before its end.
 struct KeyRange {
   RingLayout seen;  // the visibility rule, with window INT_MAX for a full cache
   int first_query, last_query;
@@ -45,15 +39,11 @@ struct KeyRange {
 
   ZZ_HOST_DEVICE constexpr int position(int number) const { return number + (number < num_sink ? first : gap); }
 
-  // Key numbers past the end are allowed: no query sees them.
-  ZZ_HOST_DEVICE constexpr KeyBounds bounds(int number) const {
-    const int key = number < count ? position(number) : INT_MAX;
-    return {key, key < seen.sink ? INT_MAX : key};
-  }
+  // Of the keys that are no sinks, the first number that the query sees: at least num_sink.
+  ZZ_HOST_DEVICE constexpr int window_begin(int query) const { return larger(num_sink, query - seen.window + 1 - gap); }
 
-  ZZ_HOST_DEVICE constexpr bool visible(KeyBounds key, int query) const {
-    return key.first <= query && query - seen.window < key.last;
-  }
+  // The number behind the query's own key.
+  ZZ_HOST_DEVICE constexpr int end(int query) const { return query + 1 - (query < first + num_sink ? first : gap); }
 
   // Whether every query of the tile sees all of the `size` keys from `number` on, so that no mask is needed. Numbers
   // past the end fail, as their positions follow last_query.

@@ -45,8 +45,16 @@ struct MmaBlock {
   // Behind it no warp reads the queries of this one.
   static __device__ __forceinline__ void release_queries() { __syncwarp(); }
 
-  // scores = q . k for the warp's rows; scores are zero before.
+  // scores = q . k for the warp's rows.
   static __device__ __forceinline__ void multiply_queries(Scores& scores, uint32_t q_tile, uint32_t k_tile) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[m][n][e] = 0.0f;
+      }
+    }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t q_warp = q_tile + warp * kRowTiles * 16 * kRowBytes;
     const int q_lane = query_offset(lane % 16, lane / 16);

@@ -72,47 +72,60 @@ __device__ __forceinline__ void load_keys(RingLayout layout, const QueryTile& ti
 // -inf where the row's query does not see the key.
 template <class Block>
 __device__ __forceinline__ void mask_scores(typename Block::Scores& scores, const QueryTile& tile, int number) {
-  const int lane = threadIdx.x % 32;
-  int query[Block::kRowTiles][2];
+  // All numbers from here on count from the lane's first column.
+  number += threadIdx.x % 4 * 2;
+  const int num_sink = tile.keys.num_sink - number;
 #pragma unroll
   for (int m = 0; m < Block::kRowTiles; ++m) {
 #pragma unroll
-    // Rows of padding columns would be negative; their scores are never used.
-    for (int half = 0; half < 2; ++half) query[m][half] = max(0, tile.position(tile.column(lane_row<Block>(m, half))));
-  }
+    for (int half = 0; half < 2; ++half) {
+      // Rows of padding columns would be negative; their scores are never used.
+      const int query = max(0, tile.position(tile.column(lane_row<Block>(m, half))));
+      const int begin = tile.keys.window_begin(query) - number, end = tile.keys.end(query) - number;
 #pragma unroll
-  for (int n = 0; n < Block::kKeys / 8; ++n) {
+      for (int n = 0; n < Block::kKeys / 8; ++n) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const KeyBounds key = tile.keys.bounds(number + n * 8 + lane % 4 * 2 + e);
-#pragma unroll
-      for (int m = 0; m < Block::kRowTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (!tile.keys.visible(key, query[m][half])) scores[m][n][half * 2 + e] = -INFINITY;
+        for (int e = 0; e < 2; ++e) {
+          const int key = n * 8 + e;
+          const bool hidden = (num_sink <= key && key < begin) || end <= key;
+          if (hidden) scores[m][n][half * 2 + e] = -INFINITY;
         }
       }
     }
   }
 }
 
-// Turns scores (base 2) into weights relative to the row's new maximum and rescales what was summed before. A row
-// without a visible key so far keeps its maximum of -inf; 0 stands in for it, as -inf - -inf would be NaN.
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ void negate(float (&scores)[kRowTiles][kTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[m][n][e] = -scores[m][n][e];
+    }
+  }
+}
+
+// Turns scores into weights, 2^(scale * score), relative to the row's new maximum and rescales what was summed before.
+// A row without a visible key so far keeps its maximum of -inf; 0 stands in for it, as -inf - -inf would be NaN.
 template <class Block>
-__device__ __forceinline__ void update_softmax(PrefillState<Block>& state, typename Block::Scores& scores) {
+__device__ __forceinline__ void update_softmax(PrefillState<Block>& state, typename Block::Scores& scores,
+                                               float scale) {
   float rescale[Block::kRowTiles][2];
   bool changed = false;
 #pragma unroll
   for (int m = 0; m < Block::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = state.top[m][half];
+      float top = -INFINITY;
 #pragma unroll
       for (int n = 0; n < Block::kKeys / 8; ++n) {
         top = fmaxf(top, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
       }
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      top = fmaxf(state.top[m][half], top * scale);
       const float base = top == -INFINITY ? 0.0f : top;
       rescale[m][half] = exp2_approx(state.top[m][half] - base);
       changed |= state.top[m][half] != top;
@@ -122,7 +135,7 @@ __device__ __forceinline__ void update_softmax(PrefillState<Block>& state, typen
       for (int n = 0; n < Block::kKeys / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float weight = exp2_approx(scores[m][n][half * 2 + e] - base);
+          const float weight = exp2_approx(fmaf(scores[m][n][half * 2 + e], scale, -base));
           scores[m][n][half * 2 + e] = weight;
           sum += weight;
         }
@@ -200,7 +213,9 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksPerSm)
   if (threadIdx.x == 0) tile = QueryTile::of_block(p, Block::kRows);
   __syncthreads();
   const RingLayout layout{p.sink, p.window};
-  const float scale = p.scale * 1.44269504088896f;  // log2(e): the softmax works in base 2
+  // Positive, so that the largest score is the largest logit, and never 0, which times a hidden key's -inf would be
+  // NaN. log2(e): the softmax works in base 2.
+  const float scale = fmaxf(fabsf(p.scale) * 1.44269504088896f, 1e-30f);
 
   PrefillState<Block> state = {};
 #pragma unroll
@@ -224,18 +239,11 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksPerSm)
       load_keys<Block>(layout, tile, number + Block::kKeys, stages + stage * 2 * Block::kKeyBytes);
       cp_async_commit();
     }
-    typename Block::Scores scores = {};
+    typename Block::Scores scores;
     Block::multiply_queries(scores, q_tile, k_tile);
-#pragma unroll
-    for (int m = 0; m < Block::kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Block::kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) scores[m][n][e] *= scale;
-      }
-    }
+    if (p.scale < 0.0f) negate(scores);
     if (!tile.keys.all_visible(number, Block::kKeys)) mask_scores<Block>(scores, tile, number);
-    update_softmax<Block>(state, scores);
+    update_softmax<Block>(state, scores, scale);
     Block::multiply_values(state.out, scores, k_tile + Block::kKeyBytes);
   }
   store_output<Block>(p, tile, state, shared);

@@ -41,7 +41,7 @@ struct WgmmaBlock {
   // Behind it no warp reads the queries of this one.
   static __device__ __forceinline__ void release_queries() { warpgroup_barrier(); }
 
-  // scores = q . k for the warpgroup's rows; scores are zero before.
+  // scores = q . k for the warpgroup's rows.
   static __device__ __forceinline__ void multiply_queries(Scores& scores, uint32_t q_tile, uint32_t k_tile) {
     const uint32_t q_group = q_tile + threadIdx.x / 128 * 64 * kRowBytes;
     wgmma_fence();
@@ -49,7 +49,7 @@ struct WgmmaBlock {
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const int block = step / 4, bytes = step % 4 * 32;
       wgmma_m64n64k16<T>(scores[0], swizzled_operand(q_group + block * kRows * kRowBytes + bytes),
-                         swizzled_operand(k_tile + block * kKeyChunkBytes + bytes));
+                         swizzled_operand(k_tile + block * kKeyChunkBytes + bytes), step > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
