@@ -38,9 +38,10 @@ demo: $(BUILT) $(VENV)/model
 
 test: cpptest pytest
 
-# Passive waiting: the workers' thread pools would otherwise spin against each other.
+# Passive waiting: the workers' thread pools would otherwise spin against each other. Work is stolen because the slow tests are
+# neighbours: one worker would still be at them when the others have nothing left.
 pytest: $(BUILT) $(VENV)/model
-	OMP_WAIT_POLICY=passive python -m pytest -n $(PYTEST_JOBS) $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive python -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # The C++ tests link the libzigzag_core.so that the Python package uses: one build of the kernels serves both.
 cpptest: $(BUILT)

@@ -55,11 +55,21 @@ def test_both_bundled_plans_take_the_same_memory():
     assert (good.sink, good.window, good.num_layers) == (bad.sink, bad.window, bad.num_layers)
 
 
+@pytest.fixture(scope="module")
+def passkey(demo_model):
+    """One prompt of TOKENS tokens, as the demo has it."""
+    [prompt] = demo.passkey_prompts(demo_model[1], TOKENS, [0.25], [0])
+    return prompt
+
+
+@pytest.fixture(scope="module")
+def outcomes(demo_model, passkey):
+    return demo.run([passkey], *demo_model)
+
+
 @pytest.mark.slow
-def test_demo_on_the_real_model(demo_model):
+def test_demo_on_the_real_model(outcomes):
     """What the README promises: with at most 60% of the KV memory the good plan finds the key, and the bad one does not."""
-    model, tokenizer = demo_model
-    outcomes = demo.run(demo.passkey_prompts(tokenizer, TOKENS, [0.25], [0]), model, tokenizer)
     full, good, bad = outcomes
     tokens = full.generations[0].prompt_tokens + demo.ANSWER_TOKENS
     per_token = 2 * 4 * 3 * 64  # bytes: K and V, float32, 3 KV heads of 64
@@ -75,11 +85,7 @@ def test_demo_on_the_real_model(demo_model):
 
 
 @pytest.mark.slow
-def test_the_good_plan_finds_the_key_in_compiled_steps(demo_model):
-    model, tokenizer = demo_model
-    [prompt] = demo.passkey_prompts(tokenizer, TOKENS, [0.25], [0])
-    _, good, _ = demo.demo_plans().values()
-    eager, compiled = (
-        generation.generate(model, tokenizer, prompt.text, good, demo.ANSWER_TOKENS, compile=compile) for compile in (False, True)
-    )
-    assert is_hit(prompt, compiled.text) and compiled.text == eager.text
+def test_the_good_plan_finds_the_key_in_compiled_steps(demo_model, passkey, outcomes):
+    _, good, _ = outcomes
+    compiled = generation.generate(*demo_model, passkey.text, good.plan, demo.ANSWER_TOKENS, compile=True)
+    assert is_hit(passkey, compiled.text) and compiled.text == good.generations[0].text
