@@ -204,7 +204,7 @@ def test_every_prompt_mixes_the_kinds_and_no_answer_is_the_evaluations(tokenizer
         assert len(set(zip(kinds, names, strict=True))) == len(told)
         for kind, name, answer in zip(kinds, names, sample.answers, strict=True):
             lead = kind.format(name=name)
-            assert text((answer[0] - len(lead), answer[0])) == lead  # asked for by the words that it was told with
+            assert text((answer[0] - len(lead) - 1, answer[0])).strip() == lead  # asked for by the words that told it
         orders.add(tuple(kinds))
         lengths |= {len(run) for needle in told for run in re.findall(r"\d+", needle)}
     assert len(orders) > 20 and lengths == {3, 4, 6, 7, 8}
