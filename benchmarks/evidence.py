@@ -6,8 +6,9 @@
     python benchmarks/evidence.py --ruler 50             # also RULER's tasks, 50 prompts a cell; needs zigzag_ext[ruler]
     python benchmarks/evidence.py --report               # tables and figures of docs/evidence.md from the results
 
-Results are appended to rows.csv in --results and never measured twice; head_scores/ there keeps the scores, plans.csv says which
-plan is which, runs.jsonl on what machine and commit. Every plan runs on the zigzag kernels. No network is used.
+Results are appended to rows.csv in --results and never measured twice; head_scores/ there keeps the scores, with what they were
+made from (scores of an older version of the prompts are replaced), plans.csv says which plan is which, runs.jsonl on what machine
+and commit. Every plan runs on the zigzag kernels. No network is used.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import csv
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import machine
@@ -26,6 +28,7 @@ import zigzag_ext as zz
 from zigzag_ext import demo, evaluate
 from zigzag_ext.evaluate.task import describe
 from zigzag_ext.generation import load_model
+from zigzag_ext.identify.data import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -33,7 +36,7 @@ SINK, WINDOW, SEED = 64, 256, 0
 RULER_TASKS, RULER_LENGTHS = ("niah_single_1", "niah_multikey_2", "ruler_vt"), (1024, 2048, 4096)
 DEPTHS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 
-# Method, its options, and how much it reads on a GPU; on a CPU its defaults apply, which take minutes.
+# Method, its options, and how much it reads on a GPU; on a CPU its defaults apply.
 METHODS = {
     "lazy": ("lazy", {}, {"tokens": 4096, "prompts": 32}),
     "retrieval": ("retrieval", {}, {"tokens": 4096, "prompts": 32}),
@@ -63,16 +66,29 @@ class Clock:
 
 
 def head_scores(model, tokenizer, methods: list[str], folder: Path, sizes: dict, clock: Clock) -> dict:
-    """Scores by method: read from `folder`, or found now and kept there."""
+    """Scores by method: read from `folder`, or found now and kept there. Those made from other prompts (`data.VERSION`) are made
+    anew. A method that fails is reported and left out."""
     folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "origins.json"
+    origins = json.loads(note.read_text()) if note.exists() else {}
     scores = {}
     for name in methods:
         path, (method, options, on_gpu) = folder / f"{name}.tsv", METHODS[name]
-        if not path.exists():
+        if not path.exists() or origins.get(name, {}).get("data") != VERSION:
             reads = sizes or (on_gpu if model.device.type == "cuda" else {})
             options = {"seed": SEED, "sink": SINK, "window": WINDOW, **options, **reads}
             begin = clock.seconds
-            zz.identify(model, tokenizer, method, output=path, advance=clock.check, **options)
+            path.unlink(missing_ok=True)
+            try:
+                zz.identify(model, tokenizer, method, output=path, advance=clock.check, **options)
+            except OutOfTime:
+                raise
+            except Exception:  # whatever it is, the other methods have their scores all the same
+                traceback.print_exc()
+                print(f"[{clock.seconds:6.0f} s] no scores by {name}: it failed", flush=True)
+                continue
+            origins[name] = {"data": VERSION, **options, **describe(model)}
+            note.write_text(json.dumps(origins, indent=1) + "\n")
             print(f"[{clock.seconds:6.0f} s] scores by {name}: {clock.seconds - begin:.0f} s", flush=True)
         scores[name] = zz.load_scores(path)
     return scores
@@ -139,8 +155,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), help="shares of streaming layers, in this order")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 7168])
     parser.add_argument("--prompts", type=int, default=50, help="per task and length, over 10 depths")
-    parser.add_argument("--identify-tokens", type=int, default=None, help="length of the prompts that find the scores")
-    parser.add_argument("--identify-prompts", type=int, default=None, help="how many of them, or training steps of the gates")
+    parser.add_argument("--identify-tokens", type=int, help="length of the prompts that find scores (default: see METHODS)")
+    parser.add_argument("--identify-prompts", type=int, help="how many, or training steps of gates (default: see METHODS)")
     parser.add_argument("--ruler", type=int, default=0, help="prompts per task and length of RULER; 0: none")
     parser.add_argument("--budget-seconds", type=float, default=None, help="stop cleanly after this time")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -184,8 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     except OutOfTime:
         print(f"stopped after {clock.seconds:.0f} s; the same command goes on from here")
         return 0
-    print(f"[{clock.seconds:6.0f} s] complete: {path}")
-    return 0
+    missing = [name for name in args.methods if name not in scores]
+    print(f"[{clock.seconds:6.0f} s] complete{f' without {missing}' if missing else ''}: {path}")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":

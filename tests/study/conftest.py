@@ -32,7 +32,7 @@ def model():
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=KV_HEADS,
-        head_dim=64, vocab_size=len(string.printable), max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
+        head_dim=64, vocab_size=len(string.printable), max_position_embeddings=3072, eos_token_id=None, bos_token_id=None,
         pad_token_id=0, initializer_range=0.3, tie_word_embeddings=False,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -125,7 +125,7 @@ def test_a_task_gives_a_row_per_cell_and_the_same_rows_again(model, tokenizer):
 
 def test_impossible_evaluations_are_refused(model, tokenizer):
     for options, named in [
-        ({"lengths": [4096]}, "context of 2048"),
+        ({"lengths": [4096]}, "context of 3072"),
         ({"lengths": [100]}, "at least"),
         ({"lengths": [600], "depths": [2.0]}, "depth"),
         ({"lengths": [600], "prompts": 0}, "prompts"),
@@ -143,10 +143,10 @@ def test_wilson_interval():
 
 
 def test_statistics_of_a_cell():
-    values = rows.statistics([Verdict(True, -1.0), Verdict(False, -3.0), Verdict(True, -2.0)])
+    values = rows.statistics([Verdict(True, -1.0, (-1.0,)), Verdict(False, -3.0, (-3.0,)), Verdict(True, -2.0, (-2.0,))])
     assert (values["prompts"], values["exact"], values["logprob"]) == (3, pytest.approx(2 / 3), pytest.approx(-2.0))
     assert values["logprob_high"] - values["logprob"] == pytest.approx(1.959964 / math.sqrt(3))
-    assert rows.statistics([Verdict(True, -1.0)])["logprob_low"] == -math.inf
+    assert rows.statistics([Verdict(True, -1.0, (-1.0,))])["logprob_low"] == -math.inf
 
 
 def test_rows_survive_the_csv(model, tokenizer, tmp_path):

@@ -96,6 +96,37 @@ def test_the_budget_stops_a_run_and_the_next_one_goes_on(model_folder, tmp_path,
     assert len({row.cell for row in rows}) == len(rows)
 
 
+def test_scores_of_other_prompts_are_replaced_and_a_failing_method_stops_no_other(model_folder, tmp_path, monkeypatch, capsys):
+    folder, identify = tmp_path / "head_scores", zz.identify
+    folder.mkdir()
+    old = np.tile([0.0, 1.0], (LAYERS, 1))
+    zz.save_scores(old, folder / "retrieval.tsv")  # without a note: of unknown prompts
+    zz.save_scores(old, folder / "greedy.tsv")
+    (folder / "origins.json").write_text(json.dumps({"greedy": {"data": evidence.VERSION - 1}}))
+
+    def failing(model, tokenizer, method, **options):
+        if method == "greedy":
+            raise RuntimeError("out of memory")
+        return identify(model, tokenizer, method, **options)
+
+    methods = ("--methods", "greedy", "retrieval")
+    with monkeypatch.context() as patch:
+        patch.setattr(zz, "identify", failing)
+        assert run(model_folder, tmp_path, *methods) == 1
+    printed = capsys.readouterr()
+    assert "without ['greedy']" in printed.out and "out of memory" in printed.err
+    found = zz.load_scores(folder / "retrieval.tsv")
+    assert not np.array_equal(found, old) and not (folder / "greedy.tsv").exists()
+    assert "greedy" not in (tmp_path / "plans.csv").read_text()
+
+    assert run(model_folder, tmp_path, *methods) == 0
+    assert np.array_equal(zz.load_scores(folder / "retrieval.tsv"), found)
+    assert not np.array_equal(zz.load_scores(folder / "greedy.tsv"), old) and "greedy" in (tmp_path / "plans.csv").read_text()
+    origins = json.loads((folder / "origins.json").read_text())
+    assert {name: origin["data"] for name, origin in origins.items()} == dict.fromkeys(methods[1:], evidence.VERSION)
+    assert (origins["greedy"]["tokens"], origins["greedy"]["prompts"], origins["greedy"]["model"]) == (1600, 2, "tiny")
+
+
 def test_report_pools_prompts(model, tokenizer):
     rows = zz.evaluate.passkey(model, tokenizer, lengths=[600, 700], depths=[0.5], prompts=4)
     assert evidence_report.exact([]) == evidence_report.NONE

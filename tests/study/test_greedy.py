@@ -25,7 +25,8 @@ class Landscape:
     def __call__(self, model, samples, plan, batch_tokens):
         streaming = frozenset(range(plan.num_layers)) - frozenset(plan.retrieval_layers)
         self.asked.append(streaming)
-        return [Verdict(False, self.value(streaming) - 0.5), Verdict(True, self.value(streaming) + 0.5)]  # mean: the value
+        value = self.value(streaming)
+        return [Verdict(False, -9.0, (value - 0.5, value + 1.0)), Verdict(True, -9.0, (value, value - 0.5))]  # mean: the value
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_order_of_a_real_model_is_that_of_the_definition(model, tokenizer):
 
     def value(streaming):
         kinds = ["streaming" if layer in streaming else "retrieval" for layer in range(LAYERS)]
-        return np.mean([v.logprob for v in zz.evaluate.score(model, samples, zz.Plan(kinds, sink=4, window=32))])
+        return np.mean([v.answers for v in zz.evaluate.score(model, samples, zz.Plan(kinds, sink=4, window=32))])
 
     scores = zz.identify(model, tokenizer, "greedy", exhaustive=True, **SMALL)
     assert order_of(scores) == definition(LAYERS, value)

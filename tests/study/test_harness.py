@@ -106,12 +106,12 @@ def test_impossible_requests_are_refused(calls, model, tokenizer, monkeypatch):
     task = evaluate.RULER["ruler_fwe"]
     with pytest.raises(ValueError, match="1 to 500, got 501"):
         task(model, tokenizer, lengths=[60], prompts=501)
-    with pytest.raises(ValueError, match="context of 2048"):
-        task(model, tokenizer, lengths=[2049], prompts=1)
-    longer = lambda manager, names: {names[0]: lm_eval_stub.Task(2060)}  # noqa: E731
+    with pytest.raises(ValueError, match="context of 3072"):
+        task(model, tokenizer, lengths=[3073], prompts=1)
+    longer = lambda manager, names: {names[0]: lm_eval_stub.Task(3084)}  # noqa: E731
     monkeypatch.setattr(lm_eval_stub.TaskManager, "load_task_or_group", longer)
-    with pytest.raises(ValueError, match="2055 tokens are more than the model's context of 2048"):
-        task(model, tokenizer, lengths=[2000], prompts=1)
+    with pytest.raises(ValueError, match="3079 tokens are more than the model's context of 3072"):
+        task(model, tokenizer, lengths=[3000], prompts=1)
 
 
 def test_commands(calls, model_folder, plan_file, tmp_path):

@@ -1,8 +1,15 @@
 """Identification: every method gives what its definition says, the same bits from a seed, and resumes to the same bits."""
 
+import re
+import string
+import zlib
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import zigzag_ext as zz
 from zigzag_ext.identify import METHODS, data
@@ -12,8 +19,10 @@ from zigzag_ext.reference import visible
 from .conftest import KV_HEADS, LAYERS
 
 SMALL = {"sink": 4, "window": 32, "tokens": 1600, "prompts": 3}
-CASES = [(name, {}) for name in METHODS] + [("ablation", {"level": "head"}), ("gates", {"level": "layer", "batch": 2})]
-IDS = [f"{name}-{'-'.join(map(str, options.values())) or 'default'}" for name, options in CASES]
+LONG = {"tokens": 2400}  # for gates, whose shortest prompts are half as long
+CASES = [(name, LONG if name == "gates" else {}) for name in METHODS]
+CASES += [("ablation", {"level": "head"}), ("gates", {"level": "layer", "batch": 2, **LONG})]
+IDS = [f"{name}-{options.get('level', 'default')}" for name, options in CASES]
 Q_HEADS = 4
 
 
@@ -22,13 +31,17 @@ def test_scores_are_a_matrix_in_range_the_same_bits_again_and_readable(model, to
     before = {name: value.clone() for name, value in model.state_dict().items()}
     steps = []
     path = tmp_path / "scores.tsv"
-    scores = zz.identify(model, tokenizer, method, output=path, advance=lambda *at: steps.append(at), **SMALL, **options)
+    scores = zz.identify(model, tokenizer, method, output=path, advance=lambda *at: steps.append(at), **SMALL | options)
     assert scores.shape == (LAYERS, KV_HEADS) and scores.dtype == np.float64
     assert scores.min() >= 0 and scores.max() <= 1 and len(np.unique(scores)) > 1
     assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1] == len(steps) - 1
-    assert np.array_equal(scores, zz.identify(model, tokenizer, method, **SMALL, **options))
-    assert not np.array_equal(scores, zz.identify(model, tokenizer, method, seed=1, **SMALL, **options))
-    assert np.array_equal(scores, zz.load_scores(path)) and [file.name for file in tmp_path.iterdir()] == ["scores.tsv"]
+    zz.identify(model, tokenizer, method, output=tmp_path / "again.tsv", **SMALL | options)
+    assert (tmp_path / "again.tsv").read_bytes() == path.read_bytes()
+    assert not np.array_equal(scores, zz.identify(model, tokenizer, method, **SMALL | options | {"seed": 3}))
+    assert np.array_equal(scores, zz.load_scores(path)) and {file.name for file in tmp_path.iterdir()} == {
+        "scores.tsv",
+        "again.tsv",
+    }
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
 
@@ -42,14 +55,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(model, tokenizer, tmp_path,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        zz.identify(model, tokenizer, method, output=path, advance=interrupt, **SMALL, **options)
+        zz.identify(model, tokenizer, method, output=path, advance=interrupt, **SMALL | options)
     assert not path.exists() and (tmp_path / "scores.partial.npz").exists()
     with pytest.raises(ValueError, match="other arguments"):
-        zz.identify(model, tokenizer, method, output=path, seed=5, **SMALL, **options)
+        zz.identify(model, tokenizer, method, output=path, **SMALL | options | {"seed": 5})
     steps = []
-    resumed = zz.identify(model, tokenizer, method, output=path, advance=lambda *at: steps.append(at), **SMALL, **options)
+    resumed = zz.identify(model, tokenizer, method, output=path, advance=lambda *at: steps.append(at), **SMALL | options)
     assert steps[0][0] == 2
-    assert np.array_equal(resumed, zz.identify(model, tokenizer, method, **SMALL, **options))
+    assert np.array_equal(resumed, zz.identify(model, tokenizer, method, **SMALL | options))
     assert np.array_equal(resumed, zz.load_scores(path))
 
 
@@ -95,8 +108,8 @@ def test_retrieval_counts_copies(model, tokenizer):
             for layer in range(LAYERS):
                 for head in range(Q_HEADS):
                     key = int(weights[layer, head, position - 1].argmax())
-                    hits[layer, head] += start <= key < end and sample.ids[key] == sample.ids[position]
-    expected = (hits / len(sample.targets)).unflatten(1, (KV_HEADS, -1)).amax(-1)
+                    hits[layer, head] += (start <= key < end and sample.ids[key] == sample.ids[position]) / len(answer)
+    expected = (hits / len(sample.answers)).unflatten(1, (KV_HEADS, -1)).amax(-1)
     assert expected.max() > 0
     np.testing.assert_allclose(scores, expected.numpy(), atol=1e-9)
 
@@ -105,7 +118,7 @@ def test_retrieval_counts_copies(model, tokenizer):
 def test_ablation_compares_with_the_unit_streaming(model, tokenizer, level):
     scores = zz.identify(model, tokenizer, "ablation", level=level, **SMALL | {"prompts": 2})
     samples = [numbered(tokenizer, i) for i in range(2)]
-    value = lambda plan: np.mean([verdict.logprob for verdict in zz.evaluate.score(model, samples, plan)])  # noqa: E731
+    value = lambda plan: np.mean([verdict.answers for verdict in zz.evaluate.score(model, samples, plan)])  # noqa: E731
     for layer in range(LAYERS):
         for head in range(KV_HEADS):
             retrieval = np.ones((LAYERS, KV_HEADS), bool)
@@ -119,7 +132,7 @@ def test_gates_learn_which_layer_retrieves(tokenizer):
     torch.manual_seed(0)
     model = _one_retrieval_layer()
     scores = zz.identify(
-        model, tokenizer, "gates", level="layer", learning_rate=0.05, regularizer=0.002, **SMALL | {"prompts": 40}
+        model, tokenizer, "gates", level="layer", learning_rate=0.05, regularizer=0.002, **SMALL | LONG | {"prompts": 40}
     )
     assert scores[1, 0] > 0.9 and max(scores[0, 0], scores[2, 0]) < 0.5, scores
 
@@ -129,7 +142,7 @@ def _one_retrieval_layer():
 
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=KV_HEADS,
-        head_dim=64, vocab_size=100, max_position_embeddings=2048, initializer_range=0.3,
+        head_dim=64, vocab_size=100, max_position_embeddings=3072, initializer_range=0.3,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for layer in (0, 2):  # attention that adds nothing: full or streaming is all the same
@@ -139,7 +152,7 @@ def _one_retrieval_layer():
 
 def test_gates_need_no_gradient_mode_of_the_caller(model, tokenizer):
     with torch.no_grad():
-        zz.identify(model, tokenizer, "gates", **SMALL | {"prompts": 1})
+        zz.identify(model, tokenizer, "gates", **SMALL | LONG | {"prompts": 1})
 
 
 def test_weights_are_causal_and_sum_to_one():
@@ -150,13 +163,60 @@ def test_weights_are_causal_and_sum_to_one():
     assert not weights[0, :, 1, 8:].any() and weights[0, :, 0, 0].eq(1).all()
 
 
-def test_prompts_hide_every_phrase_and_ask_for_it(tokenizer):
-    sample = numbered(tokenizer, 0)
-    assert len(sample.ids) == 1600 and len(sample.answers) == data.PASSKEYS
-    for answer, (start, end) in zip(sample.answers, sample.needles, strict=True):
-        phrase = [sample.ids[position] for position in answer]
-        needle = list(sample.ids[start:end])
-        assert any(needle[i : i + len(phrase)] == phrase for i in range(len(needle)))
+@pytest.fixture(scope="module", params=["characters", "byte-level BPE", "metaspace BPE"])
+def any_tokenizer(request, tokenizer):
+    """Of single characters, or trained here with the pre-tokenizer of GPT-2, or as SentencePiece splits text."""
+    if request.param == "characters":
+        return tokenizer
+    trained = Tokenizer(models.BPE())
+    if request.param == "byte-level BPE":
+        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        parts = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+        trained.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    text = string.printable + data.python_reference()[:50_000]
+    trained.train_from_iterator([text], trainers.BpeTrainer(vocab_size=600, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=trained)
+
+
+def test_prompts_say_every_answer_in_a_needle(any_tokenizer):
+    """The same tokens in both places, whatever the tokenizer: the copy score needs them."""
+    for number in range(20):
+        sample = numbered(any_tokenizer, number)
+        assert len(sample.ids) == 1600 and len(sample.answers) == data.NEEDLES * len(data.KINDS)
+        for answer, (start, end) in zip(sample.answers, sample.needles, strict=True):
+            wanted, needle = [sample.ids[position] for position in answer], list(sample.ids[start:end])
+            assert any(needle[i : i + len(wanted)] == wanted for i in range(len(needle)))
+            assert end < sample.answers[0][0]
+
+
+def test_every_prompt_mixes_the_kinds_and_no_answer_is_the_evaluations(tokenizer):
+    """Text by text: each kind is asked for by different names, in changing order, and no number has five digits."""
+    orders, lengths = set(), set()
+    leads = {kind: re.compile(re.escape(kind).replace(r"\{name\}", "([A-Z][a-z]+)")) for kind in data.KINDS}
+    for number in range(30):
+        sample = numbered(tokenizer, number)
+        text = lambda span, ids=sample.ids: "".join(tokenizer.convert_ids_to_tokens(ids[slice(*span)]))  # noqa: E731
+        told = [text(span) for span in sample.needles]
+        kinds = [next(kind for kind in leads if leads[kind].search(needle)) for needle in told]
+        names = [leads[kind].search(needle)[1] for kind, needle in zip(kinds, told, strict=True)]
+        assert Counter(kinds) == dict.fromkeys(data.KINDS, data.NEEDLES)
+        assert len(set(zip(kinds, names, strict=True))) == len(told)
+        for kind, name, answer in zip(kinds, names, sample.answers, strict=True):
+            lead = kind.format(name=name)
+            assert text((answer[0] - len(lead) - 1, answer[0])).strip() == lead  # asked for by the words that told it
+        orders.add(tuple(kinds))
+        lengths |= {len(run) for needle in told for run in re.findall(r"\d+", needle)}
+    assert len(orders) > 20 and lengths == {3, 4, 6, 7, 8}
+
+
+def test_a_seed_gives_the_prompts_of_this_version(tokenizer, monkeypatch):
+    """Scores of different prompts must not be mixed: whoever changes these also raises `data.VERSION`."""
+    monkeypatch.setattr(data, "python_reference", lambda: "Some plain words that stand in for the long reference. " * 50)
+    for cached in (data._text, data._plain_runs):
+        monkeypatch.setattr(data, cached.__name__, cached.__wrapped__)
+    ids = [numbered(tokenizer, number, seed=seed).ids for seed, number in ((0, 0), (0, 1), (1, 0))]
+    assert (data.VERSION, zlib.crc32(str(ids).encode())) == (2, 3267837665)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +230,7 @@ def test_prompts_hide_every_phrase_and_ask_for_it(tokenizer):
         ("gates", {"level": "model"}, "'layer' or 'head'"),
         ("gates", {"learning_rate": 0}, "learning_rate"),
         ("lazy", {"tokens": 36}, "more than 36"),
-        ("lazy", {"tokens": 4000}, "context of 2048"),
+        ("lazy", {"tokens": 4000}, "context of 3072"),
         ("lazy", {"tokens": 200}, "at least"),
         ("lazy", {"prompts": 0}, "prompts"),
         ("lazy", {"window": 0}, "window"),

@@ -67,7 +67,7 @@ def test_expected_failures_are_one_line(model_folder, tmp_path):
     assert "no option level" in failure("identify", model_folder, "--level", "head", *device)
     assert "no option keep" in failure("identify", model_folder, "--keep", 2, *device)
     assert "no option exhaustive" in failure("identify", model_folder, "--exhaustive", *device)
-    assert "context of 2048" in failure("identify", model_folder, "--tokens", 9000, *device)
+    assert "context of 3072" in failure("identify", model_folder, "--tokens", 9000, *device)
     assert "folder" in failure("identify", model_folder, "-o", tmp_path / "none" / "x.tsv", "--tokens", 1600, *device)
     assert "passkey, multikey" in failure("eval", model_folder, "--task", "magic", *device)
     assert "at least" in failure("eval", model_folder, "--length", 10, *device)
@@ -88,7 +88,7 @@ def some_rows():
     for name, kinds in plans.items():
         for length in (1024, 2048):
             for depth in (0.1, 0.5, 0.9):
-                verdicts = [Verdict(bool(rng.random() < 0.7), -rng.random()) for _ in range(8)]
+                verdicts = [Verdict(bool(rng.random() < 0.7), -rng.random(), ()) for _ in range(8)]
                 what = {"model": "m", "device": "cpu", "dtype": "float32", "task": "passkey", "plan": name, "kinds": kinds}
                 rows.append(
                     evaluate.Row(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ class Verdict:
 
     exact: bool  # every target token was the likeliest one
     logprob: float  # natural log-probability of the target tokens, mean per token
+    answers: tuple[float, ...]  # the same of each answer
 
 
 @contextmanager
@@ -107,9 +109,11 @@ def _score_batch(model: nn.Module, samples: list[Sample], plan: Plan | None) -> 
         targets = torch.tensor(sample.targets, device=model.device)
         chosen = logits[row, targets - first].float()
         truth = ids[row, targets]
-        logprob = chosen.log_softmax(-1).gather(1, truth[:, None]).double().mean()
-        found.append(torch.stack([(chosen.argmax(-1) == truth).all().double(), logprob]))
-    verdicts = [Verdict(bool(exact), logprob) for exact, logprob in torch.stack(found).tolist()]  # the one transfer of a batch
+        logprobs = chosen.log_softmax(-1).gather(1, truth[:, None])[:, 0].double()
+        answers = [part.mean() for part in logprobs.split([len(answer) for answer in sample.answers])]
+        found += [(chosen.argmax(-1) == truth).all().double(), logprobs.mean(), *answers]
+    values = iter(torch.stack(found).tolist())  # the one transfer of a batch
+    verdicts = [Verdict(bool(next(values)), next(values), tuple(islice(values, len(sample.answers)))) for sample in samples]
     if any(math.isnan(verdict.logprob) for verdict in verdicts):
         raise ValueError(f"the model's log-probabilities are NaN in {str(model.dtype)[6:]}; try bfloat16 or float32")
     return verdicts

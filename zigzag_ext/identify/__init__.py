@@ -31,9 +31,9 @@ def identify(
 ) -> np.ndarray:
     """Scores every KV head of `model`: near 1, it needs the whole context; near 0, `sink` + `window` tokens do.
 
-    All methods read synthetic prompts: a long text that hides passkeys of several words, then questions and their answers
-    (DuoAttention's data, with a text that comes with Python). Nothing is downloaded, and attention weights are computed for the
-    few queries that need them only.
+    All methods read synthetic prompts: a long text that hides phrases, numbers, codes and quotations, then questions and their
+    answers (after DuoAttention's data, see `data`; the text comes with Python). Nothing is downloaded, and attention weights are
+    computed for the few queries that need them only.
 
     Args:
         model: a causal language model of transformers, in eval mode, on any device and in any dtype.

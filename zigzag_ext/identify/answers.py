@@ -1,4 +1,8 @@
-"""What methods share that ask how likely the right answers are while some layers or heads stream."""
+"""What methods share that ask how likely the right answers are while some layers or heads stream.
+
+Every answer weighs the same, whatever its length: the mean per token within an answer, then the mean over answers. In a mean
+over all tokens, eight words weigh three times what a number of four digits weighs, and hide it when that number is lost.
+"""
 
 import numpy as np
 
@@ -16,7 +20,7 @@ class Answers(Method):
         self.samples = [self.sample(number) for number in range(settings.prompts)]
 
     def logprob(self, retrieval: np.ndarray) -> float:
-        """Natural log-probability per token of the answers, mean over the samples. retrieval: bool [layers, kv_heads]."""
+        """Natural log-probability per token of an answer, mean over all answers. retrieval: bool [layers, kv_heads]."""
         plan = Plan.from_heads(retrieval, sink=self.settings.sink, window=self.settings.window)
         verdicts = score(self.model, self.samples, plan, self.batch_tokens)
-        return float(np.mean([verdict.logprob for verdict in verdicts]))
+        return float(np.mean([verdict.answers for verdict in verdicts]))

@@ -5,7 +5,7 @@ gate * full + (1 - gate) * streaming, where the full attention is that of the un
 difference of the last hidden states over the tokens of questions and answers, plus `regularizer` * mean |gate|. AdamW at
 `learning_rate` without decay, warmed up over the first fifth of the steps and lowered over the last one, to a tenth. Gates start
 at 1 and are clamped to [0, 1]. One gate per layer is the calibration of LoZA (https://arxiv.org/abs/2512.23966). Deviations:
-shorter prompts (see `data`), fewer steps, and streaming attention with this package's rule for the window.
+shorter prompts with other needles (see `data`), fewer steps, and streaming attention with this package's rule for the window.
 
 Full attention is torch's, streaming attention is computed per block of queries: nothing of size n x n is stored.
 """

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..evaluate.task import describe
 from ..scores.io import save_scores
+from .data import VERSION
 from .method import Method, Settings
 
 _SAVE_SECONDS = 10.0  # between two saves of the state
@@ -38,7 +39,8 @@ def run(
     method = kind(model, tokenizer, Settings(**settings), **options)
     # Everything that decides the result, but for the weights beyond the first: a note, compared as text.
     first = float(next(model.parameters()).detach().double().sum())
-    origin = json.dumps({"method": name, **settings, **options, **describe(model), "first_weights": first}, sort_keys=True)
+    decides = {"method": name, "data": VERSION, **settings, **options, **describe(model), "first_weights": first}
+    origin = json.dumps(decides, sort_keys=True)
     output = None if output is None else Path(output)
     if output is not None and not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.absolute().parent} to save scores in")
