@@ -29,6 +29,7 @@ def test_samples_have_the_length_and_the_answer_asked_for(tokenizer, name, lengt
             spans = (answer[0], answer[-1] + 1), needle
             number, told = (tokenizer.decode(sample.ids[slice(*span)]).replace(" ", "") for span in spans)
             assert len(number) == 5 and number.isdigit() and number in told
+            assert len(answer) == 5 and tokenizer.decode(sample.ids[answer[0] - 1]) == " "  # the blank is fed, not asked for
 
 
 @pytest.mark.parametrize("name", ["passkey", "multivalue"])
@@ -68,6 +69,8 @@ def test_needles_stand_in_order_and_lengths_are_exact():
     assert "".join(sample.ids[early - 3 : early]) in ("abc", "skabc", "kabc") and sample.ids[end] == "a"
     with pytest.raises(ValueError, match="at least 6 tokens, got 5"):
         hide(Words(), 5, "task", list("abc"), [(0.9, "late"), (0.1, "early one")], [("why", False), ("so", True)])
+    together = hide(Words(), 30, "task", list("abc"), [], [("why", False), (" so be it", True)])  # blanks have no tokens
+    assert together.targets == [27, 28, 29]
     with pytest.raises(ValueError, match="depth"):
         hide(Words(), 30, "task", list("abc"), [(1.1, "late")], [])
 
