@@ -109,7 +109,7 @@ def make_extreme(kind: str, t: torch.Tensor, rng: torch.Generator) -> float:
     if kind == "all zeros":
         t.zero_()
     elif kind == "constant":
-        t.copy_(torch.where(chosen, t[..., :1], t))
+        t.copy_(torch.where(chosen, t[..., :1].abs(), t))  # of one sign: two that cancel out leave only their rounding
     elif kind == "spread":
         exponents = int(math.log2(factor)) * (2 * torch.rand(vectors, generator=rng) - 1)
         t.mul_((2.0 ** exponents.round()).to(t))
