@@ -173,14 +173,26 @@ def writer(path: Path | None, kind: type = Record, go_on: bool = False) -> Itera
 
 
 def read(path: Path, kind: type = Record) -> list:
-    """Rows of a CSV file of `kind`. Raises ValueError naming the file if its columns are not the fields of `kind`, in order."""
+    """Rows of a CSV file of `kind`.
+
+    Raises ValueError naming the file if its columns are not the fields of `kind`, in order, and with the line where one is
+    damaged: a field too few or too many or that is no such value, or no end, as an interrupted run may leave the last one.
+    """
     types = {field.name: _PARSE.get(field.type, field.type) for field in fields(kind)}
-    with Path(path).open(newline="") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        if header != list(types):
-            raise ValueError(f"{path}: columns are {header}, expected {list(types)}")
-        return [kind(**{name: types[name](value) for name, value in zip(types, row, strict=True)}) for row in rows]
+    lines = Path(path).read_text().splitlines(keepends=True)
+    header = next(csv.reader(lines[:1]), [])
+    if header != list(types):
+        raise ValueError(f"{path}: columns are {header}, expected {list(types)}")
+    records = []
+    for number, line in enumerate(lines[1:], start=2):
+        row = next(csv.reader([line]), [])
+        try:
+            if len(row) != len(types) or not line.endswith("\n"):  # without an end, the last number may be half of one
+                raise ValueError(f"it has {len(row)} of {len(types)} fields and ends in {line[-12:]!r}")
+            records.append(kind(**{name: types[name](value) for name, value in zip(types, row, strict=True)}))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}:{number}: the line is damaged, delete it or measure again: {error}") from error
+    return records
 
 
 def held(path: Path | None, kind: type, origin: dict[str, str]) -> list:

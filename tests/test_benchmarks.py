@@ -65,6 +65,18 @@ def test_csv_with_other_columns_is_refused(tmp_path):
         records.read(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda line: line[:-9], lambda line: line[:-2], lambda line: line[:-1] + ",1\n", lambda _: "\n"]
+)
+def test_a_damaged_line_is_named(tmp_path, damage):
+    """Such as an interrupted run leaves: a torn line is never taken for one with a shorter number."""
+    records.write(tmp_path / "a.csv", synthetic()[:2])
+    *lines, last = (tmp_path / "a.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "a.csv").write_text("".join(lines) + damage(last))
+    with pytest.raises(ValueError, match=r"a\.csv:3: the line is damaged"):
+        records.read(tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize("cell", scenarios.CUDA + scenarios.CPU, ids=lambda cell: f"{cell.scenario}-{cell.kv_format}")
 def test_scenarios_are_consistent(cell):
     assert cell.slots <= 4 << 20 and cell.num_q_heads % cell.num_kv_heads == 0

@@ -92,7 +92,8 @@ def attention(
             (streaming layer): the query at position p sees [0, sink) and (p - window, p].
         scale: factor on q . k; default head_dim ** -0.5.
         workspace: from `new_workspace`; a fresh one is made if None, which costs an allocation per call on CUDA.
-        k_scale, v_scale: [batch, num_kv_heads, slots] float32, one scale per vector of a quantised cache; written to.
+        k_scale, v_scale: [batch, num_kv_heads, slots] float32, one scale per vector of a quantised cache; written to. On a GPU,
+            v_scale of a head may go 2^110 up from its smallest; beyond that tokens of tiny values may be left out.
 
     Returns:
         out: [batch, num_q_heads, q_len, head_dim] in the dtype of q (memory order: tokens before heads).

@@ -1,6 +1,7 @@
 """A whole model on the GPU in bfloat16 against the same model on the CPU in float32, and what a long context costs there."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import zigzag_ext as zz
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 
 
+FORMATS = {name: replace(PLAN, kv_format=name) for name in ("fp8", "int8", "int4", "int8/int4")}
+FORMATS["rings"] = replace(PLAN, kv_format="int8", ring_kv_format="int8")
 HEADS = zz.Plan(["streaming", ["retrieval", "streaming"], ["streaming", "retrieval"], "retrieval"], sink=4, window=16)
 
 
@@ -33,7 +36,7 @@ def logits_of(model, batch, steps, compile=False, plan=PLAN):
 
 
 @needs_cuda
-@pytest.mark.parametrize("plan", [PLAN, HEADS], ids=["layers", "heads"])
+@pytest.mark.parametrize("plan", [PLAN, HEADS, *FORMATS.values()], ids=["layers", "heads", *FORMATS])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
 @pytest.mark.parametrize("lengths", [[100], [90, 37, 5]], ids=["single", "left_padded"])
 def test_gpu_in_bfloat16_agrees_with_cpu(family, lengths, plan):
@@ -64,7 +67,7 @@ def greedy(model, ids, new_tokens):
 
 
 @needs_cuda
-@pytest.mark.parametrize("plan", [PLAN, HEADS], ids=["layers", "heads"])
+@pytest.mark.parametrize("plan", [PLAN, HEADS, *FORMATS.values()], ids=["layers", "heads", *FORMATS])
 @pytest.mark.parametrize("lengths", [[100], [90, 37, 5]], ids=["single", "left_padded"])
 def test_compiled_steps_agree_with_eager_ones(lengths, plan):
     model = new_model("llama").to("cuda", torch.bfloat16)

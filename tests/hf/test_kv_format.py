@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import generate, padded_prompt, prompt, tiny_model
+from tiny_models import generate, new_model, padded_prompt, prompt, tiny_model
 
 import zigzag_ext as zz
 from zigzag_ext import ops, reference
@@ -40,6 +40,36 @@ def test_chunks_of_a_prompt(kv_format):
         once = generate(model, 10, ids)
         assert once.equal(generate(model, 10, ids, prefill_chunk_size=37))
         assert once.equal(generate(model, 10, ids, past_key_values=zz.ZigzagCache(model.config, plan, 400)))
+
+
+def allocated(function, device) -> int:
+    """Bytes of the largest tensor that `function()` allocates, on a GPU of all that it holds at a time."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    return max(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize("kv_format", ["fp8", "int8", "int4", "int8/int4"])
+def test_generate_eager_and_compiled_copies_no_cache(device, kv_format):
+    """Nor anything near the size of one layer's keys, whose codes are the smallest tensor in proportion to the context."""
+    plan, tokens = replace(PLAN, kv_format=kv_format, ring_kv_format="int8"), {"cpu": 600, "cuda": 16000}[device]
+    model, answers = new_model("llama").to(device, {"cpu": torch.float32, "cuda": torch.bfloat16}[device]), []
+    for compile in (False, True):
+        with zz.zigzag(model, plan, max_len=32768, compile=compile), torch.inference_mode():
+            cache, ids = zz.ZigzagCache(model.config, plan, max_len=32768), prompt(tokens).to(device)
+            for length in (tokens, 1):  # the first step of a cache is captured
+                model(ids[:, :length], past_key_values=cache, logits_to_keep=1)
+            taken = allocated(lambda: [model(ids[:, :1], past_key_values=cache) for _ in range(5)], device)  # noqa: B023
+            ids = torch.cat([ids, ids[:, :8]], 1)  # generate() takes all tokens, and attends those that are not cached
+            answers.append(generate(model, 20, ids, past_key_values=cache))
+            keys = cache.layers[1].keys
+        assert keys.shape[2] >= tokens and 0 < taken < keys.nbytes / 4, f"{taken} bytes, keys of a layer have {keys.nbytes}"
+    assert device == "cuda" or answers[0].equal(answers[1])  # in bfloat16 the two round differently: see test_gpu.py
 
 
 def test_bytes_and_report():

@@ -164,6 +164,9 @@ def test_rows_survive_the_csv(model, tokenizer, tmp_path):
     path.write_text(path.read_text().replace("0.5", "half", 1))
     with pytest.raises(ValueError, match="rows.csv:2"):
         evaluate.read(path)
+    path.write_text(path.read_text()[:-2])
+    with pytest.raises(ValueError, match="rows.csv:3: the line has no end"):
+        evaluate.read(path)
     path.write_text("a,b\n1,2\n")
     for action in (lambda: evaluate.read(path), lambda: evaluate.append(path, first)):
         with pytest.raises(ValueError, match="columns"):

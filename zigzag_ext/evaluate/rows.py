@@ -100,8 +100,10 @@ def append(path: str | os.PathLike, rows: Iterable[Row]) -> None:
 def read(path: str | os.PathLike) -> list[Row]:
     """Rows of a CSV file. Raises ValueError naming the file if its columns are not `COLUMNS`, or the line that is damaged."""
     _check_header(Path(path))
+    text, rows = Path(path).read_text(encoding="utf-8"), []
+    if not text.endswith("\n"):  # the last number may be half of one
+        raise ValueError(f"{path}:{len(text.splitlines())}: the line has no end, as an interrupted run may leave it")
     with Path(path).open(newline="", encoding="utf-8") as file:
-        rows = []
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
                 rows.append(Row(**{name: _VALUE.get(kind, kind)(line[name]) for name, kind in _KINDS.items()}))
