@@ -4,6 +4,7 @@ ZIGZAG_RANDOM_CASES sets how many for each device and format (default 240, and 7
 case, and its seed repeats it. 20,000 per format on a GPU: ZIGZAG_RANDOM_CASES=20000 pytest tests/test_ops_random.py -k cuda -n 14
 """
 
+import math
 import os
 import random
 
@@ -96,34 +97,47 @@ def exact_tables(inputs: dict, rng: torch.Generator) -> None:
             inputs[name].copy_(powers)
 
 
+# What is done to keys or values. Factors of float32 and bfloat16, then of float16; "spread" goes from one over it to it.
+KINDS = ("usual", "zeros", "all zeros", "constant", "tiny", "huge", "spread", "outlier")
+FACTORS = {"zeros": (0.0, 0.0), "tiny": (2.0**-90, 2.0**-14), "huge": (2.0**100, 2.0**14), "spread": (2.0**50, 2.0**12)}
+
+
 def make_extreme(kind: str, t: torch.Tensor, rng: torch.Generator) -> float:
     """Changes vectors of t [batch, heads, tokens, head_dim] in place; returns the factor by which some have grown."""
-    vectors, wide = (*t.shape[:3], 1), t.dtype != torch.float16
+    vectors, factor = (*t.shape[:3], 1), FACTORS.get(kind, (1.0, 1.0))[t.dtype == torch.float16]
     chosen = (torch.rand(vectors, generator=rng) < 0.5).to(t.device)
-    factor = {"zeros": 0.0, "tiny": 2.0 ** (-90 if wide else -14), "huge": 2.0 ** (40 if wide else 8)}.get(kind)
-    if factor is not None:
-        t.copy_(torch.where(chosen, t * factor, t))
-    elif kind == "mixed":
-        exponents = torch.randint(-12, 9, vectors, generator=rng)
-        factor = 2.0**8
-        t.mul_((2.0**exponents).to(t))
+    if kind == "all zeros":
+        t.zero_()
+    elif kind == "constant":
+        t.copy_(torch.where(chosen, t[..., :1], t))
+    elif kind == "spread":
+        exponents = int(math.log2(factor)) * (2 * torch.rand(vectors, generator=rng) - 1)
+        t.mul_((2.0 ** exponents.round()).to(t))
     elif kind == "outlier":
         factor = 2.0 ** int(torch.randint(3, 10, (), generator=rng))
         channel = torch.randint(t.shape[3], vectors, generator=rng).to(t.device)
         hit = chosen & (torch.arange(t.shape[3], device=t.device) == channel)
         t.copy_(torch.where(hit, t * factor, t))
-    return max(1.0, factor or 1.0)
+    elif kind != "usual":
+        t.copy_(torch.where(chosen, t * factor, t))
+    return max(1.0, factor)
+
+
+def kinds_of(rng: torch.Generator) -> dict[str, str]:
+    return {name: KINDS[int(torch.randint(len(KINDS), (), generator=rng))] for name in "kv"}
 
 
 def extreme_inputs(case: Case, pair: tuple[str, str], seed: int) -> dict:
-    """Inputs of which vectors of keys and values are zero, tiny, huge or have an outlier; logits stay of usual size."""
-    rng, kinds = torch.Generator().manual_seed(seed), ("usual", "usual", "zeros", "tiny", "huge", "mixed", "outlier")
-    kind = {name: kinds[int(torch.randint(len(kinds), (), generator=rng))] for name in "kv"}
+    """Inputs of which vectors of keys and values are zero, 1e-27, 1e30, of one number, ...; logits stay of usual size."""
+    rng = torch.Generator().manual_seed(seed)
+    kind = kinds_of(rng)
 
     def alter(inputs: dict) -> None:
         exact_tables(inputs, rng)
         for name in ("k_new", "v_new", "k_cache", "v_cache"):
-            growth = make_extreme(kind[name[0]], inputs[name], rng)
+            growth, largest = make_extreme(kind[name[0]], inputs[name], rng), torch.finfo(case.dtype).max
+            largest /= 2 if name[0] == "k" else 1  # RoPE by these tables may double a key
+            inputs[name].clamp_(-largest, largest)  # NaN, what unwritten slots hold, stays
             if name == "k_new":
                 inputs["q"].div_(growth)
 
@@ -166,3 +180,15 @@ def test_random_quantised_cases(device, group, pair):
             check_quantised(case, pair, seed)
         except (AssertionError, RuntimeError) as error:
             raise AssertionError(f"seed {seed}, {case}") from error
+
+
+@pytest.mark.parametrize("pair", [*SAME, ("int8", "int4")], ids="-".join)
+def test_what_random_quantised_cases_cover(device, pair):
+    """Of the cases of a default run: every treatment of keys and values, rings that wrap, also within one call, and pieces."""
+    cases = [random_quantised_case(random.Random(seed), device, pair) for seed in range(72)]
+    kinds = [kinds_of(torch.Generator().manual_seed(seed)) for seed in range(72)]
+    assert all({kind[name] for kind in kinds} == {*KINDS} for name in "kv")
+    assert any(max(c.seq_lens) > 2500 for c in cases) and any(c.pad for c in cases) and any(c.rotary_dim for c in cases)
+    if is_served(device, pair, 1):
+        wrapped = [c for c in cases if c.window and max(c.seq_lens) > c.sink + 2 * c.window]
+        assert sum(c.q_len > 1 for c in wrapped) >= 5 and any(1 < c.window < c.q_len for c in wrapped)

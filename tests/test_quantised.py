@@ -3,7 +3,7 @@
 import pytest
 import torch
 from op_cases import FLOOR, Case, relative_error
-from quant_cases import CUDA_HEAD_DIMS, FORMATS, PAIRS, SAME, call, check, is_served, quantised, same, specification
+from quant_cases import CUDA_HEAD_DIMS, FORMATS, PAIRS, SAME, call, check, check_call, is_served, quantised, same, specification
 
 from zigzag_ext import ops, reference
 
@@ -128,6 +128,50 @@ def test_values_of_every_magnitude(device, dtype, magnitude, pair):
     expected, _, _ = specification(inputs, case)
     out, _ = call(inputs, case)
     assert relative_error((out.cpu().double() / magnitude), expected / magnitude) <= 2 * FLOOR[case.dtype]
+
+
+def with_values(case, pair, values, k=0.0, q=0.0):
+    """Inputs of a cache of `values` [tokens, head_dim] of any magnitude and a new token of zeros; keys and queries likewise."""
+    inputs = quantised(case, pair)
+    for name, vectors in (("k", torch.as_tensor(k).expand_as(values)), ("v", values)):
+        codes, scale = reference.encode(vectors.float(), inputs[f"{name}_cache"].dtype)
+        inputs[f"{name}_cache"][:, :, : len(values)], inputs[f"{name}_scale"][:, :, : len(values)] = codes, scale
+        inputs[f"{name}_new"].zero_()
+    inputs["q"].copy_(torch.as_tensor(q).expand_as(inputs["q"]))
+    return inputs
+
+
+@pytest.mark.parametrize("pair", [*SAME, ("int8", "int4")], ids="-".join)
+@pytest.mark.parametrize("low,high", [(2.0**-10, 2.0**100), (2.0**-79, 2.0**50), (0.0, 2.0**100), (2.0**-20, 2.0**114)])
+def test_values_far_apart(device, low, high, pair):
+    """Tokens of equal probability: none may be lost from the denominator because its values are small beside others."""
+    case, rng = Case((600,), 1).on(device, torch.bfloat16), torch.Generator().manual_seed(0)
+    sizes = torch.tensor([low, high]).repeat(300)[:, None]
+    inputs = with_values(case, pair, torch.randn(600, case.head_dim, generator=rng) * sizes)
+    check_call(inputs, case)
+
+
+@pytest.mark.parametrize("pair", [*SAME, ("int8", "int4")], ids="-".join)
+def test_values_further_apart_than_any_kernel_weighs(device, pair):
+    """2^199 in between: a GPU leaves the small ones out, but what comes out is finite and no larger than the values."""
+    case, rng = Case((600,), 1).on(device, torch.bfloat16), torch.Generator().manual_seed(0)
+    sizes = torch.tensor([2.0**-79, 2.0**120]).repeat(300)[:, None]
+    values = torch.randn(600, case.head_dim, generator=rng) * sizes
+    out, lse = call(with_values(case, pair, values), case)
+    assert out.isfinite().all() and lse.isfinite().all() and out.abs().max().cpu() <= values.abs().max()
+
+
+@pytest.mark.parametrize("pair", [*SAME, ("int8", "int4")], ids="-".join)
+def test_many_small_weights_add_up(device, dtype, pair):
+    """One key has 2^27 times the probability of each of 30,000 others: too little for float16, but together not nothing."""
+    case, others = Case((30001,), 1, group=2, num_kv_heads=1).on(device, dtype), 30000
+    k, values = torch.zeros(others + 1, case.head_dim), torch.zeros(others + 1, case.head_dim)
+    k[7, 0], values[7, 0] = 27 * 0.6931471805599453 * case.head_dim**0.5, 1.0
+    values[:7, 1], values[8:, 1] = 1.0, 1.0
+    inputs = with_values(case, pair, values, k, torch.eye(case.head_dim)[0])
+    expected, _, _ = specification(inputs, case)
+    out = call(inputs, case)[0].cpu()
+    torch.testing.assert_close(out[..., :2].double(), expected[..., :2], rtol=2 * FLOOR[dtype] + 1e-4, atol=0)
 
 
 @pytest.mark.parametrize("window", [0, 12])

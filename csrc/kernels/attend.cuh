@@ -140,8 +140,8 @@ struct Queries {
 
 // Raises the running maxima to cover the logits `s` and rescales what was summed before, if this is not the first tile.
 // Most tiles raise none.
-template <class S>
-__device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::kRowTiles][4], bool first) {
+template <class S, class AnyState>
+__device__ __forceinline__ void raise_max(AnyState& state, const float (&s)[S::kRowTiles][4], bool first) {
   bool raised = false;
   float high[S::kRowTiles][2];
 #pragma unroll
@@ -153,7 +153,7 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
     }
   }
   if (!first && !__any_sync(0xffffffffu, raised)) return;
-  float factor[S::kRowTiles][2];
+  Decay<S::kCodes> decay[S::kRowTiles][2];
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
@@ -161,8 +161,8 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
       float m = fmaxf(high[n][e], state.max[n][e]);
 #pragma unroll
       for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, offset));
-      factor[n][e] = device::exp2_approx(state.max[n][e] - m);
-      state.max[n][e] = m;
+      decay[n][e] = Decay<S::kCodes>::by(state.max[n][e] - m);
+      state.set_max(n, e, m);
     }
   }
   if (first) return;
@@ -170,11 +170,11 @@ __device__ __forceinline__ void raise_max(State<S>& state, const float (&s)[S::k
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      state.sum[n][e] *= factor[n][e];
+      state.sum[n][e] = decay[n][e].of_sum(state.sum[n][e]);
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
-        state.out[step][n][e] *= factor[n][e];
-        state.out[step][n][e + 2] *= factor[n][e];
+        state.out[step][n][e] *= decay[n][e].whole;
+        state.out[step][n][e + 2] *= decay[n][e].whole;
       }
     }
   }
@@ -209,7 +209,7 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
     }
   }
   mask(s);
-  raise_max(state, s, first);
+  raise_max<S>(state, s, first);
 
   uint32_t weights[S::kRowTiles][2];  // B fragments of P^T
 #pragma unroll

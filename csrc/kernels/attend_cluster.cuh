@@ -67,8 +67,9 @@ __device__ __forceinline__ void merge_unit(const Params& p, int unit, const Outp
   float weight[kSets];
 #pragma unroll
   for (int i = 0; i < kSets; ++i) {
-    weight[i] = lane + 32 * i < sources ? device::exp2_approx(norm[i].x - total.x) : 0.f;
-    total.y += weight[i] * norm[i].y;
+    const auto part = Decay<S::kCodes>::by(lane + 32 * i < sources ? norm[i].x - total.x : -INFINITY);
+    weight[i] = part.whole;
+    total.y += part.of_sum(norm[i].y);
   }
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) total.y += __shfl_xor_sync(0xffffffffu, total.y, offset);

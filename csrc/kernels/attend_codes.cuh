@@ -13,17 +13,28 @@
 // offset is what its logits start from. Values: an mma of the offsets takes them off tile by tile, so that they never
 // add up; units are applied when a segment ends.
 //
-// Scales: that of a key multiplies its logit s. With that of a value, sV, the weight is 2^(s + log2 sV - m), where m is
-// the running maximum of the same sum: it is at most 1 whatever the values' magnitude. The sum of exponentials adds the
-// weight over sV.
+// Scales: that of a key multiplies its logit s. With that of a value, sV, the weight is w = 2^(s + log2 sV - m +
+// kLift), where m is the running maximum of s + log2 sV: it fits float16 whatever the values' magnitude. The sum of
+// exponentials adds w / sV. Where this ends, logits being in base 2 and scales 2^-89 to 2^125 (kv/code_bits.h):
+//
+// - The sum of 8 million keys stays below 2^126 and above 2^-112, so that its reciprocal is a normal float.
+// - A weight below 2^-25 is 0 in float16: shares of the result below 2^-39 of the largest one are left out.
+// - A weight below 2^-126 is 0 in float32: a key whose s + log2 sV is below m - 140 is left out of the sum, too. What
+//   comes out is attention without it: finite and no larger than the values, but wrong where the key has probability.
+//   While the scales of a head's values are within 2^110 of each other it has less than 2^-30 of that of another key.
+//   (Values of float16 elements are within 2^46; bfloat16 goes further, models do not.)
 #pragma once
 
 #include "core/dispatch.h"
 #include "kernels/attend.cuh"
 #include "kernels/attention_codes.h"
+#include "kernels/code_queries.cuh"
 #include "kernels/code_tile.cuh"
 
 namespace zigzag::attend {
+
+// log2 of the largest weight: as far up as float16 and the sums have room, for the sake of millions of small weights.
+inline constexpr float kLift = 14.f;
 
 template <class Element, class KFormat, class VFormat, int kHeadDim, int kRowTiles, bool kRing>
 struct CodeShape : Shape<Element, kHeadDim, kRowTiles, kRing, false> {
@@ -70,79 +81,6 @@ void dispatch_code_shape(const AttentionParams& a, F&& f) {
     }
   });
 }
-
-// Query rows as float16 in the order of the keys' codes: B fragments of Q^T.
-template <class S>
-struct CodeQueries {
-  using Format = typename S::KTile::Format;
-  static constexpr int kCodes = 32 / Format::kBits;  // in a register
-  static constexpr int kPieceSteps = kCodes / 4;
-  uint32_t fragment[S::kSteps][S::kRowTiles][2];
-  float bias[S::kRowTiles][2];    // what the logits of rows 2t, 2t + 1 start from
-  float factor[S::kRowTiles][2];  // of the same rows: takes units out of logits, and to base 2
-
-  // `rows` are as stage_queries() leaves them.
-  __device__ __forceinline__ void attach(const char* rows, float scale_log2) {
-#pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) attach(rows, scale_log2, n);
-  }
-
- private:
-  // Element e of this lane in piece `piece` of row 8 n + g.
-  __device__ __forceinline__ static void read(const char* rows, int n, int piece, float (&x)[kCodes]) {
-    const int row = 8 * n + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < kCodes; i += 4) {
-      const int byte = 2 * (4 * kCodes * piece + kCodes * t + i);
-      const uint2 quad = *reinterpret_cast<const uint2*>(rows + swizzled(row, byte / 16, S::kRowBytes) + byte % 16);
-      const float2 low = device::unpack2<typename S::Element>(quad.x);
-      const float2 high = device::unpack2<typename S::Element>(quad.y);
-      x[i] = low.x, x[i + 1] = low.y, x[i + 2] = high.x, x[i + 3] = high.y;
-    }
-  }
-
-  __device__ __forceinline__ void attach(const char* rows, float scale_log2, int n) {
-    uint32_t amax = 0;
-    float x[kCodes];
-#pragma unroll
-    for (int piece = 0; piece < S::KTile::kChunks; ++piece) {
-      read(rows, n, piece, x);
-#pragma unroll
-      for (int i = 0; i < kCodes; ++i) amax = max(amax, float_bits(x[i]) & 0x7fffffffu);
-    }
-    amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
-    amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
-    // The power of two that takes the largest magnitude to 2^13 .. 2^14, or nearly so where it is tiny. All but
-    // elements 2^-30 times as large or less then keep the bits of a bfloat16.
-    const uint32_t exponent = max(amax >> 23, 14u);
-    const float up = bits_float((267u - exponent) << 23), down = bits_float((exponent - 13u) << 23);
-    float offset = 0.f;  // sum of elements times offsets, in units of 2^-24
-#pragma unroll
-    for (int piece = 0; piece < S::KTile::kChunks; ++piece) {
-      read(rows, n, piece, x);
-#pragma unroll
-      for (int i = 0; i < kCodes / 2; ++i) {
-        const int e = Format::kApart == 1 ? 2 * i : i;
-        const float scale = up * (Format::unit(0) / Format::unit(i));
-        const uint32_t pair = device::pack2<__half>(x[e] * scale, x[e + Format::kApart] * scale);
-        const float2 rounded = device::unpack2<__half>(pair);
-        offset += static_cast<float>(Format::offset(i)) * (rounded.x + rounded.y);
-        fragment[piece * kPieceSteps + i / 2][n][i % 2] = pair;
-      }
-    }
-    offset += __shfl_xor_sync(0xffffffffu, offset, 1);
-    offset += __shfl_xor_sync(0xffffffffu, offset, 2);
-    // What is not finite must not end as a weight of zero.
-    float back = scale_log2 * down * (1.0f / Format::unit(0));
-    if (amax >= 0x7f800000u || fabsf(back) == INFINITY) back = NAN;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int lane = 4 * (2 * (threadIdx.x % 4) + e);
-      bias[n][e] = -0x1p-24f * __shfl_sync(0xffffffffu, offset, lane);
-      factor[n][e] = __shfl_sync(0xffffffffu, back, lane);
-    }
-  }
-};
 
 // Address of this lane's row in the first of the ldmatrix of a tile; pieces 2 i, 2 i + 1 are i << 5 further, by xor.
 template <class Tile>
@@ -235,24 +173,32 @@ __device__ __forceinline__ void add_code_values(State<S>& state, const uint32_t 
   }
 }
 
-// Takes the units of the values out of a finished state.
 template <class S>
-__device__ __forceinline__ void apply_units(State<S>& state) {
-  using Format = typename S::VTile::Format;
-#pragma unroll
-  for (int step = 0; step < S::kSteps; ++step) {
+struct CodeState : State<S> {
+  float base[S::kRowTiles][2];  // max - kLift: weights are relative to it
+
+  __device__ __forceinline__ void set_max(int n, int e, float m) { this->max[n][e] = m, base[n][e] = m - kLift; }
+
+  // As merges take it: out without the units of the values, max as what it and the sum are relative to.
+  __device__ __forceinline__ void finish() {
+    using Format = typename S::VTile::Format;
 #pragma unroll
     for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) state.out[step][n][i] *= 1.0f / Format::unit(i / 2);
+      for (int e = 0; e < 2; ++e) this->max[n][e] -= kLift;
+#pragma unroll
+      for (int step = 0; step < S::kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) this->out[step][n][i] *= 1.0f / Format::unit(i / 2);
+      }
     }
   }
-}
+};
 
 // Adds the 16 keys of a stage to the state. mask(s) sets the logits of keys a row must not see to -inf.
 template <class S, class Mask>
-__device__ __forceinline__ void attend_code_tile(State<S>& state, const CodeQueries<S>& queries, int stage, bool first,
-                                                 const Mask& mask) {
+__device__ __forceinline__ void attend_code_tile(CodeState<S>& state, const CodeQueries<S>& queries, int stage,
+                                                 bool first, const Mask& mask) {
   const uint32_t keys = device::shared_address(shared_memory) + stage, values = keys + S::KTile::kBytes;
   // Of the keys of g and g + 8, of the values.
   const float4 scales =
@@ -275,14 +221,14 @@ __device__ __forceinline__ void attend_code_tile(State<S>& state, const CodeQuer
     for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], factor[i / 2], shift[i / 2]);
   }
   mask(s);
-  raise_max(state, s, first);
+  raise_max<S>(state, s, first);
 
   uint32_t weights[S::kRowTiles][2];  // B fragments of P^T
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
     float e[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) e[i] = device::exp2_approx(s[n][i] - state.max[n][i % 2]);
+    for (int i = 0; i < 4; ++i) e[i] = device::exp2_approx(s[n][i] - state.base[n][i % 2]);
     state.sum[n][0] += e[0] * inverse[0] + e[2] * inverse[1];
     state.sum[n][1] += e[1] * inverse[0] + e[3] * inverse[1];
     weights[n][0] = device::movmatrix_trans(device::pack2<__half>(e[0], e[1]));
@@ -324,7 +270,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
 
   fill();
   for (bool more = true; more;) {
-    State<S> state;
+    CodeState<S> state;
     state.clear();
     CodeQueries<S> queries;
     device::cp_async_wait<S::kStages - 1>();
@@ -369,7 +315,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
       if (stage == ring + S::kStages * S::kStageBytes) stage = ring;
     }
 
-    apply_units(state);
+    state.finish();
     const Segment done = segment;
     more = job.next(segment);
     if (more) {

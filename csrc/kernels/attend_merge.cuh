@@ -112,6 +112,8 @@ struct State {
       }
     }
   }
+
+  __device__ __forceinline__ void set_max(int n, int e, float m) { max[n][e] = m; }
 };
 
 // Adds up the sums of exponentials of the 8 lanes that share a row; all get the result.
@@ -135,9 +137,22 @@ struct Partial {
   float2 norm;  // {max, sum}
 };
 
+// What is left of a state's parts when its maximum rises, or gives way to a higher one: 2^difference of them. Over a
+// quantised cache the sum of exponentials spans more than a float factor does (attend_codes.cuh): it takes half, twice.
+template <bool kCodes>
+struct Decay {
+  float whole, half;
+
+  __device__ __forceinline__ static Decay by(float difference) {
+    const float half = device::exp2_approx(kCodes ? 0.5f * difference : difference);
+    return {kCodes ? half * half : half, half};
+  }
+  __device__ __forceinline__ float of_sum(float sum) const { return kCodes ? sum * half * half : sum * whole; }
+};
+
 // Merge of `count` partial results: at(i) gives the i-th 4 dims, norm(i) its {max, sum}. Eight at a time, so that their
 // loads are under way together.
-template <class At, class Norm>
+template <bool kCodes, class At, class Norm>
 __device__ __forceinline__ Partial merge_partials(int count, const At& at, const Norm& norm) {
   constexpr int kBatch = 8;
   Partial merged = {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(kEmptyMax, 0.f)};
@@ -154,14 +169,16 @@ __device__ __forceinline__ Partial merge_partials(int count, const At& at, const
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) high = fmaxf(high, norms[i].x);
-    const float factor = device::exp2_approx(merged.norm.x - high);
-    merged.norm = make_float2(high, merged.norm.y * factor);
+    const auto decay = Decay<kCodes>::by(merged.norm.x - high);
+    merged.norm = make_float2(high, decay.of_sum(merged.norm.y));
+    const float factor = decay.whole;
     merged.out =
         make_float4(merged.out.x * factor, merged.out.y * factor, merged.out.z * factor, merged.out.w * factor);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const float weight = base + i < count ? device::exp2_approx(norms[i].x - high) : 0.f;
-      merged.norm.y += weight * norms[i].y;
+      const auto part = Decay<kCodes>::by(base + i < count ? norms[i].x - high : -INFINITY);
+      const float weight = part.whole;
+      merged.norm.y += part.of_sum(norms[i].y);
       merged.out.x += weight * outs[i].x;
       merged.out.y += weight * outs[i].y;
       merged.out.z += weight * outs[i].z;
@@ -209,7 +226,7 @@ template <class S>
 __device__ __forceinline__ Partial merge_warps(const SharedLayout& layout, int row, int quad) {
   const float4* out = reinterpret_cast<const float4*>(shared_memory + layout.partial);
   constexpr int kStride = (S::kHeadDim + 4) / 4;
-  return merge_partials(
+  return merge_partials<S::kCodes>(
       blockDim.x / 32, [&](int warp) { return out[(warp * S::kRows + row) * kStride + quad]; },
       [&](int warp) { return warp_norm<S>(layout, warp, row); });
 }

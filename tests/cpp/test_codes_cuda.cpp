@@ -24,6 +24,7 @@ struct CodeCase {
   int num_kv_heads, group, q_len, head_dim, slots, sink, window;
   std::vector<int32_t> seq_lens, pad;
   double magnitude = 1;  // of the queries, taken out by the factor on the logits
+  double apart = 1;      // how much larger every second cached value is; else than at 1, logits are small
   float bad = 0;         // not finite: stands in one element of the first query row and of the last new key
 };
 
@@ -75,7 +76,7 @@ struct Problem {
     std::normal_distribution<double> normal;
     const size_t heads = static_cast<size_t>(batch) * c.num_kv_heads;
     for (size_t i = 0; i < heads * c.group * c.q_len * c.head_dim; ++i)
-      q.push_back(zigzag::encode(2 * c.magnitude * normal(engine), c.dtype));
+      q.push_back(zigzag::encode((c.apart == 1 ? 2 : 0.1) * c.magnitude * normal(engine), c.dtype));
     if (c.bad != 0) q[3] = zigzag::encode(c.bad, c.dtype);
     for (Side* side : {&k, &v}) {
       side->format = side == &k ? c.k : c.v;
@@ -88,7 +89,8 @@ struct Problem {
       std::vector<double> x(c.head_dim);
       for (size_t head = 0; head < heads; ++head) {
         for (int slot = 0; slot < layout().used_slots(c.seq_lens[head / c.num_kv_heads]); ++slot) {
-          for (double& y : x) y = std::exp2(slot % 5) * normal(engine);
+          const double size = side == &k ? 1 : slot % 2 == 0 ? 1 / std::sqrt(c.apart) : std::sqrt(c.apart);
+          for (double& y : x) y = std::exp2(slot % 5) * size * normal(engine);
           side->encode(x.data(), head * c.slots + slot);
         }
       }
@@ -302,13 +304,25 @@ TEST_CASE("queries of every magnitude") {
   }
 }
 
+TEST_CASE("values far apart") {
+  if (no_device()) return;
+  for (const auto& pair : kPairs) {
+    for (const double apart : {0x1p-20, 0x1p60, 0x1p128}) {
+      run({pair[0], pair[1], DType::kBFloat16, 1, 4, 2, 128, 70, 0, 0, {60}, {}, 1, apart}, true);
+      run({pair[0], pair[1], DType::kBFloat16, 1, 4, 1, 64, 1000, 0, 0, {999}, {}, 1, apart}, true);
+      if (pair[0] == pair[1])
+        run({pair[0], pair[1], DType::kBFloat16, 1, 4, 1, 64, 20, 4, 16, {60}, {}, 1, apart}, true);
+    }
+  }
+}
+
 TEST_CASE("what is not finite stays visible, where it is attended only") {
   if (no_device()) return;
   for (const auto& pair : kPairs) {
     for (const float bad : {INFINITY, -INFINITY, NAN}) {
-      run({pair[0], pair[1], DType::kBFloat16, 2, 4, 2, 128, 70, 0, 0, {0, 60}, {}, 1, bad}, true);
+      run({pair[0], pair[1], DType::kBFloat16, 2, 4, 2, 128, 70, 0, 0, {0, 60}, {}, 1, 1, bad}, true);
       if (pair[0] != pair[1]) continue;
-      run({pair[0], pair[1], DType::kFloat16, 2, 4, 2, 64, 20, 4, 16, {0, 60}, {}, 1, bad}, true);
+      run({pair[0], pair[1], DType::kFloat16, 2, 4, 2, 64, 20, 4, 16, {0, 60}, {}, 1, 1, bad}, true);
     }
   }
 }

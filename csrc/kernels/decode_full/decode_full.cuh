@@ -176,7 +176,7 @@ struct Job {
       const auto part = [&](int k) { return reinterpret_cast<const float4*>(partial(from + k, last)); };
       write_result<S>(
           p, segment, row, i % S::kQuads,
-          merge_partials(
+          merge_partials<S::kCodes>(
               last - from + 1, [&](int k) { return __ldcg(part(k) + i); },
               [&](int k) { return __ldcg(reinterpret_cast<const float2*>(part(k) + S::kRows * S::kQuads) + row); }));
     }
