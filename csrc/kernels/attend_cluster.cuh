@@ -46,7 +46,7 @@ __device__ __forceinline__ void send_to_cluster(const Params& p, const State<S>&
 template <class S>
 __device__ __forceinline__ void merge_unit(const Params& p, int unit, const OutputRow& target) {
   using Element = typename S::Element;
-  constexpr int kSets = S::kMostWarps * (S::kRing ? kMaxRingCluster : kMaxCluster) / 32;  // of 32 sources, one a lane
+  constexpr int kSets = kMaxWarps * (S::kRing ? kMaxRingCluster : kMaxCluster) / 32;  // of 32 sources, one a lane
   const int lane = threadIdx.x % 32, slice = lane / 8, quad = lane % 8;
   const int sources = (blockDim.x / 32) << p.cluster_log2;
   const int first = (unit >> p.cluster_log2) * sources;

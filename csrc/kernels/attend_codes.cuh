@@ -42,12 +42,10 @@ struct CodeShape : Shape<Element, kHeadDim, kRowTiles, kRing, false> {
   using KTile = CodeTile<KFormat, kHeadDim>;
   using VTile = CodeTile<VFormat, kHeadDim>;
   static constexpr bool kCodes = true;
-  // Codes take work between their arrival and their products, which more warps hide: 12 have 168 registers each.
-  static constexpr int kMostWarps = kRing || kRowTiles > 1 ? kMaxWarps : 12;
   static constexpr int kScales = KTile::kBytes + VTile::kBytes;  // where a stage has its scales
   static constexpr int kStageBytes = kScales + 2 * kTileKeys * 4;
-  // As deep as shared memory of all warps allows beside queries and partial results, from 3 to 6 stages.
-  static constexpr int kFree = 227 * 1024 / kMostWarps - Base::kRows * (Base::kRowBytes + 4 * (kHeadDim + 4) + 8);
+  // As deep as shared memory of 8 warps allows beside queries and partial results, from 3 to 6 stages.
+  static constexpr int kFree = 227 * 1024 / kMaxWarps - Base::kRows * (Base::kRowBytes + 4 * (kHeadDim + 4) + 8);
   static constexpr int kStages = kFree / kStageBytes < 3 ? 3 : kFree / kStageBytes > 6 ? 6 : kFree / kStageBytes;
 
   // Where a stage has the scale of a row: those of keys g, g + 8 and values g, g + 8 side by side.

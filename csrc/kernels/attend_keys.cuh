@@ -21,8 +21,6 @@ namespace zigzag::attend {
 
 inline constexpr int kTileKeys = 16;  // keys of one warp step: M of mma.m16n8k16
 
-inline constexpr int kMaxWarps = 8;  // of a block, with all 255 registers
-
 // Compile-time geometry. Rows are (query column, head of the group) pairs, packed column-major: row = column * group +
 // head.
 //
@@ -34,7 +32,6 @@ struct Shape {
   static constexpr bool kRing = kRing_;
   static constexpr bool kSingle = kSingle_;
   static constexpr bool kCodes = false;  // quantised caches: see CodeShape in attend_codes.cuh
-  static constexpr int kMostWarps = kMaxWarps;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kRows = 8 * kRowTiles;   // rows of a block: N of the mma, times kRowTiles

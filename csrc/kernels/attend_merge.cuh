@@ -8,6 +8,7 @@
 
 namespace zigzag::attend {
 
+inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxCluster = 16;     // more than 8 is beyond what CUDA promises: asked for and checked at launch
 inline constexpr int kMaxRingCluster = 8;  // of decode_stream, whose merge is on the critical path
 inline constexpr float kLog2e = 1.44269504088896340736f;

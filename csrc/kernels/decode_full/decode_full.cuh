@@ -184,7 +184,7 @@ struct Job {
 };
 
 template <class S>
-__global__ void __launch_bounds__(S::kMostWarps * 32, 1) decode_full_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __grid_constant__ Params p) {
   if constexpr (S::kSingle) {
     run_single<S>(p);
   } else {
@@ -201,8 +201,8 @@ void configure(Params& p, device::LaunchConfig& config, int cluster) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   // Twice the blocks of a head merge twice the partials, each of half as many warps: measured faster, on an H100.
-  const int most = cluster > 8 ? S::kMostWarps / 2 : S::kMostWarps;
-  int warps = options.warps > 0 ? std::min(options.warps, S::kMostWarps) : most;
+  const int most = cluster > 8 ? kMaxWarps / 2 : kMaxWarps;
+  int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : most;
   const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster); };
   while (warps > 1 && layout().total > device.shared_bytes) --warps;
   p.layout = layout();

@@ -7,7 +7,7 @@
 namespace zigzag::decode_full {
 
 template <class S>
-__global__ void __launch_bounds__(S::kMostWarps * 32, 1) decode_full_codes_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_codes_kernel(const __grid_constant__ Params p) {
   if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
   Segment segment;
   Job<S> job = {p, {}, 0, 0};
