@@ -35,6 +35,13 @@ def logits_of(model, batch, steps, compile=False, plan=PLAN):
     return torch.stack(logits).float().cpu()
 
 
+def flips(plan) -> float:
+    """How much further apart results may be that are rounded otherwise on the way: a code flips to its neighbour, a step away."""
+    if "int4" in plan.kv_format:
+        return 4
+    return 1 if plan.kv_format == plan.ring_kv_format == "none" else 2
+
+
 @needs_cuda
 @pytest.mark.parametrize("plan", [PLAN, HEADS, *FORMATS.values()], ids=["layers", "heads", *FORMATS])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
@@ -46,7 +53,7 @@ def test_gpu_in_bfloat16_agrees_with_cpu(family, lengths, plan):
     actual = logits_of(copy.deepcopy(model).to("cuda", torch.bfloat16), padded_prompt(lengths), steps, plan=plan)
     yardstick = (expected - expected.bfloat16().float()).norm() / expected.norm()
     error = (actual - expected).norm() / expected.norm()
-    assert error < max(0.06, 20 * yardstick), f"relative error of the logits {error:.3f}"
+    assert error < max(0.06 * flips(plan), 20 * yardstick), f"relative error of the logits {error:.3f}"
 
 
 @needs_cuda
@@ -75,7 +82,7 @@ def test_compiled_steps_agree_with_eager_ones(lengths, plan):
     expected = logits_of(model, batch, steps, plan=plan)
     for _ in range(2):  # the second time from a cache of other addresses
         actual = logits_of(model, batch, steps, compile=True, plan=plan)
-        assert (actual - expected).norm() / expected.norm() < 0.05
+        assert (actual - expected).norm() / expected.norm() < 0.05 * flips(plan)
 
 
 @needs_cuda
