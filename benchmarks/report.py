@@ -75,11 +75,12 @@ def full_table(cells: Cells) -> str:
     return table(["median, us", *impls], lines)
 
 
-def origin(row: Record, file: str, link: str) -> str:
+def origin(rows: list, file: str, link: str) -> str:
+    row, commits = rows[0], ", ".join(dict.fromkeys(row.commit for row in rows))
     parts = [row.gpu]
     parts += [f"driver {row.driver}"] if row.driver != "-" else []
     parts += [f"torch {row.torch}"] if row.torch != "-" else []
-    return f"**{', '.join(parts)}**, commit {row.commit} ([{file}]({link}))"
+    return f"**{', '.join(parts)}**, commit {commits} ([{file}]({link}))"
 
 
 def sections(sources: dict[Path, list[Record]], target: Path, complete: bool) -> str:
@@ -90,7 +91,7 @@ def sections(sources: dict[Path, list[Record]], target: Path, complete: bool) ->
         if not complete and not any(best_peer(impls) for impls in cells.values()):
             continue
         link = Path(os.path.relpath(path, target.parent)).as_posix()
-        parts.append(origin(rows[0], path.name, link))
+        parts.append(origin(rows, path.name, link))
         parts.append(summary_table(cells))
         if complete and any(best_peer(impls) for impls in cells.values()):
             parts.append(full_table(cells))
@@ -102,7 +103,7 @@ def model_sections(kind: str, sources: dict[Path, list], target: Path, complete:
     parts = []
     for path, rows in sources.items():
         link = Path(os.path.relpath(path, target.parent)).as_posix()
-        title = origin(rows[0], path.name, link)
+        title = origin(rows, path.name, link)
         if kind == "prefill":
             parts += [title, report_steps.prefill_table(rows)]
         elif kind == "capacity":
