@@ -155,7 +155,7 @@ def test_duo_folders_both_ways(tmp_path):
             function(plan)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published head scores are not here")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"published score files are not at {PUBLISHED}")
 def test_a_published_pattern_by_its_own_rule():
     scores = zz.load_scores(PUBLISHED)
     plan = exchange.from_duo(PUBLISHED, sparsity=0.5)
