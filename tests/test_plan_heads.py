@@ -1,18 +1,17 @@
 """Plans per KV head: what `Plan` holds, its file, `solve(level="head")`, and DuoAttention folders."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published import LLAMA3, needs_published
 
 import zigzag_ext as zz
 from zigzag_ext import exchange
 from zigzag_ext.plan import Plan
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "head_scores" / "Llama-3-8B-Instruct-Gradient-1048k"
 SIZES = {"sink": 4, "window": 8}
 MASK = [[True, True, True], [True, False, True], [False, False, False]]
 MASKS = st.integers(1, 5).flatmap(
@@ -155,10 +154,10 @@ def test_duo_folders_both_ways(tmp_path):
             function(plan)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"published score files are not at {PUBLISHED}")
+@needs_published
 def test_a_published_pattern_by_its_own_rule():
-    scores = zz.load_scores(PUBLISHED)
-    plan = exchange.from_duo(PUBLISHED, sparsity=0.5)
+    scores = zz.load_scores(LLAMA3)
+    plan = exchange.from_duo(LLAMA3, sparsity=0.5)
     assert plan.provenance["retrieval_heads"] == 128 and len(plan.mixed_layers) == 31  # of 32 layers
     above = scores > np.quantile(scores, 0.5)
     assert (np.array(plan.retrieval_heads(8)) >= above).all()

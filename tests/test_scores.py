@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from published import PUBLISHED, needs_published
 
 from zigzag_ext.scores import load_scores, save_scores
 from zigzag_ext.solve import solve
-
-PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "head_scores"
 
 
 def write(path: Path, text: str) -> Path:
@@ -135,7 +134,7 @@ def test_saving_refuses(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"published score files are not at {PUBLISHED}")
+@needs_published
 def test_published_kvzip_file():
     scores = load_scores(PUBLISHED / "qwen2.5-7b-scbench_qa_eng-0.pt")
     assert scores.shape == (28, 4)
@@ -145,7 +144,7 @@ def test_published_kvzip_file():
 
 # Shares that "count" retains at half the layers and times that "mean" moves more heads than "transport", computed
 # independently (numpy). Ties among heads that score the same decide the third decimal.
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"published score files are not at {PUBLISHED}")
+@needs_published
 @pytest.mark.parametrize(
     "model, count, ratio",
     [

@@ -48,22 +48,22 @@ __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], const uint32_t
 #define ZZ_WGMMA_D8(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define ZZ_WGMMA_D \
   ZZ_WGMMA_D8(0), ZZ_WGMMA_D8(1), ZZ_WGMMA_D8(2), ZZ_WGMMA_D8(3), ZZ_WGMMA_D8(4), ZZ_WGMMA_D8(5), ZZ_WGMMA_D8(6), ZZ_WGMMA_D8(7)
-#define ZZ_WGMMA_M64N64K16(T, type)                                                                                     \
-  template <>                                                                                                           \
-  __device__ __forceinline__ void wgmma_m64n64k16<T>(float(&d)[8][4], uint64_t a, uint64_t b, bool accumulate) {                                          \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type      \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "    \
-                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;}"                    \
-                 : ZZ_WGMMA_D                                                                                           \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                  \
-  }                                                                                                                     \
-  template <>                                                                                                           \
-  __device__ __forceinline__ void wgmma_m64n64k16<T>(float(&d)[8][4], const uint32_t(&a)[4], uint64_t b) {              \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type        \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "     \
-                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"       \
-                 : ZZ_WGMMA_D                                                                                           \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                 \
+#define ZZ_WGMMA_M64N64K16(T, type)                                                                                    \
+  template <>                                                                                                          \
+  __device__ __forceinline__ void wgmma_m64n64k16<T>(float(&d)[8][4], uint64_t a, uint64_t b, bool accumulate) {       \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type     \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "   \
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;}"                   \
+                 : ZZ_WGMMA_D                                                                                          \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                 \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  __device__ __forceinline__ void wgmma_m64n64k16<T>(float(&d)[8][4], const uint32_t(&a)[4], uint64_t b) {             \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type       \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "   \
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"     \
+                 : ZZ_WGMMA_D                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
   }
 ZZ_WGMMA_M64N64K16(__nv_bfloat16, "bf16")
 ZZ_WGMMA_M64N64K16(__half, "f16")

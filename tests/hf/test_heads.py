@@ -2,11 +2,11 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from dense_oracle import dense_oracle
+from published import LLAMA3, needs_published
 from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt, tiny_model
 
 import zigzag_ext as zz
@@ -16,7 +16,6 @@ from zigzag_ext.mixed import MixedLayer
 SINK, WINDOW, KV_HEADS = 4, 16, 2
 KINDS = ["streaming", ("retrieval", "streaming"), ("streaming", "retrieval"), "retrieval"]
 PLAN = zz.Plan(KINDS, sink=SINK, window=WINDOW)
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "head_scores" / "Llama-3-8B-Instruct-Gradient-1048k"
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8}  # of which any may retrieve
 
 
@@ -57,13 +56,13 @@ def test_any_pattern_of_heads(seed):
         assert generate(model, 60, **batch).equal(expected_tokens(60, plan, EIGHT, **batch))
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"published score files are not at {PUBLISHED}")
+@needs_published
 def test_a_published_pattern():
     """DuoAttention's for Llama-3-8B: 32 layers, 31 of them with heads of both kinds, here over a smaller window."""
-    plan = replace(exchange.from_duo(PUBLISHED, sparsity=0.5), sink=SINK, window=WINDOW)
+    plan = replace(exchange.from_duo(LLAMA3, sparsity=0.5), sink=SINK, window=WINDOW)
     assert len(plan.mixed_layers) == 31
     config = {"num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 8}
-    batch, calls = padded_prompt([40, 23]), []
+    batch = padded_prompt([40, 23])
     with zz.zigzag(new_model("llama", **config), plan) as model:
         with torch.profiler.profile() as profile:
             tokens = generate(model, 50, **batch)

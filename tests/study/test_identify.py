@@ -37,8 +37,9 @@ def test_scores_are_a_matrix_in_range_the_same_bits_again_and_readable(model, to
     assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1] == len(steps) - 1
     zz.identify(model, tokenizer, method, output=tmp_path / "again.tsv", **SMALL | options)
     assert (tmp_path / "again.tsv").read_bytes() == path.read_bytes()
-    others = (zz.identify(model, tokenizer, method, **SMALL | options | {"seed": seed}) for seed in (3, 4, 5, 6))
-    assert not all(np.array_equal(scores, other) for other in others)  # greedy's are one of six orders of three layers
+    seeds = (3, 4, 5, 6) if method == "greedy" else (3,)  # greedy's scores are one of six orders of three layers
+    others = [zz.identify(model, tokenizer, method, **SMALL | options | {"seed": seed}) for seed in seeds]
+    assert not all(np.array_equal(scores, other) for other in others)
     assert np.array_equal(scores, zz.load_scores(path)) and {file.name for file in tmp_path.iterdir()} == {
         "scores.tsv",
         "again.tsv",

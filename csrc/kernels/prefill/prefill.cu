@@ -12,15 +12,13 @@ namespace device {
 template <class T>
 void launch_prefill_mma(const AttentionParams& p, void* stream);
 template <class T>
-void launch_prefill_wgmma(const AttentionParams& p, void* stream);  // compiled where ZIGZAG_SM90A is 1
+bool launch_prefill_wgmma(const AttentionParams& p, void* stream);  // compiled where ZIGZAG_SM90A is 1
 
 template <class T>
 void launch_prefill(const AttentionParams& p, void* stream) {
 #if ZIGZAG_SM90A
   // What is compiled for sm_90a runs on no other architecture, later ones included.
-  if (p.head_dim % 64 == 0 && device_info().arch == 90 && !launch_options().force_plain) {
-    return launch_prefill_wgmma<T>(p, stream);
-  }
+  if (device_info().arch == 90 && !launch_options().force_plain && launch_prefill_wgmma<T>(p, stream)) return;
 #endif
   launch_prefill_mma<T>(p, stream);
 }

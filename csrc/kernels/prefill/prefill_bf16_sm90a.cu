@@ -2,6 +2,6 @@
 
 namespace zigzag::device {
 
-template void launch_prefill_wgmma<__nv_bfloat16>(const AttentionParams& p, void* stream);
+template bool launch_prefill_wgmma<__nv_bfloat16>(const AttentionParams& p, void* stream);
 
 }  // namespace zigzag::device

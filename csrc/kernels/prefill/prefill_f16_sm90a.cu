@@ -2,6 +2,6 @@
 
 namespace zigzag::device {
 
-template void launch_prefill_wgmma<__half>(const AttentionParams& p, void* stream);
+template bool launch_prefill_wgmma<__half>(const AttentionParams& p, void* stream);
 
 }  // namespace zigzag::device

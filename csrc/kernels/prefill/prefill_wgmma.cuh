@@ -1,4 +1,4 @@
-// Launch of the prefill kernel on the warpgroup instructions of sm_90a, where WgmmaBlock serves the head_dim.
+// Launch of the prefill kernel on the warpgroup instructions of sm_90a.
 #pragma once
 
 #include "kernels/prefill/prefill_launch.cuh"
@@ -6,13 +6,17 @@
 
 namespace zigzag::device {
 
+// False, and nothing launched, where WgmmaBlock does not serve the head_dim.
 template <class T>
-void launch_prefill_wgmma(const AttentionParams& p, void* stream) {
+bool launch_prefill_wgmma(const AttentionParams& p, void* stream) {
+  bool launched = false;
   dispatch_head_dim(p.head_dim, [&](auto head_dim) {
     if constexpr (decltype(head_dim)::value % 64 == 0) {
       launch_prefill_block<WgmmaBlock<T, decltype(head_dim)::value>>(p, stream);
+      launched = true;
     }
   });
+  return launched;
 }
 
 }  // namespace zigzag::device
