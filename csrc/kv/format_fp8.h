@@ -34,6 +34,12 @@ struct Fp8 {
     return bits_float(float_bits(magnitude < 8 ? subnormal : normal) | (code & 0x80u) << 24);
   }
 
+  // Bits of the float16 that is 1 / kHalfScale of the code's value: exponent and mantissa in their fields.
+  ZZ_HOST_DEVICE static uint16_t scaled_half(uint32_t code) {
+    return static_cast<uint16_t>((code & 0x80u) << 8 | (code & 0x7fu) << 7);
+  }
+  static constexpr float kHalfScale = 256.0f;
+
 #if defined(__CUDACC__)
   // As float16 operands: see formats.h.
   __device__ static constexpr uint32_t offset(int) { return 0; }
