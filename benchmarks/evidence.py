@@ -153,6 +153,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), help="shares of streaming layers, in this order")
+    parser.add_argument(
+        "--plans", nargs="+", default=[""], metavar="NAME", help="only plans whose names begin so: full retrieval-mean"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 7168])
     parser.add_argument("--prompts", type=int, default=50, help="per task and length, over 10 depths")
     parser.add_argument("--identify-tokens", type=int, help="length of the prompts that find scores (default: see METHODS)")
@@ -189,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.model is None:
             named.insert(2, demo_plan())
         write_plans(args.results / "plans.csv", named)
+        named = [each for each in named if each.name.startswith(tuple(args.plans))]
         plans, grid = distinct(named), tasks_of(args.lengths, args.prompts)
         done = {row.cell for row in evaluate.read(path)} if path.exists() else set()
         print(f"[{clock.seconds:6.0f} s] {len(named)} plans, {len(plans)} of them distinct; {len(grid)} cells each", flush=True)

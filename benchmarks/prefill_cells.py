@@ -66,7 +66,7 @@ CUDA = [
     *(
         PrefillCell(f"short_{tokens}_on_{past // K}k", tokens, past, impls=SHORT)
         for tokens, past in [(17, K), (64, K), (17, 2 * K), (64, 2 * K), (17, 8 * K), (64, 8 * K), (17, 32 * K), (64, 32 * K)]
-        + [(64, 128 * K), (256, 8 * K), (256, 32 * K), (1024, 8 * K), (1024, 32 * K)]
+        + [(64, 128 * K), (256, 8 * K), (256, 32 * K), (512, 8 * K), (512, 32 * K), (1024, 8 * K), (1024, 32 * K)]
     ),
 ]
 _TINY = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}
