@@ -163,11 +163,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ruler", type=int, default=0, help="prompts per task and length of RULER; 0: none")
     parser.add_argument("--budget-seconds", type=float, default=None, help="stop cleanly after this time")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="lazy scores, half of the layers, 1024 tokens, 10 prompts")
+    parser.add_argument("--quick", action="store_true", help="retrieval scores, half of the layers, 1024 tokens, 10 prompts")
     parser.add_argument("--report", action="store_true", help="only rewrite the tables and figures of docs/evidence.md")
     args = parser.parse_args(argv)
     if args.quick:
-        args.methods, args.ratios, args.lengths, args.prompts = ["lazy"], [0.5], [1024], 10
+        args.methods, args.ratios, args.lengths, args.prompts = ["retrieval"], [0.5], [1024], 10
     return args
 
 

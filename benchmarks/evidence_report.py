@@ -64,7 +64,7 @@ def logprob(rows: Sequence[Row]) -> str:
     trials = sum(row.prompts for row in rows)
     mean = sum(row.logprob * row.prompts for row in rows) / trials
     half = math.sqrt(sum(((row.logprob_high - row.logprob) * row.prompts) ** 2 for row in rows)) / trials
-    return f"{mean:.2f} ± {half:.2f}"
+    return f"{mean:.3f} ± {half:.3f}"
 
 
 def perplexity(rows: Sequence[Row]) -> str:
@@ -136,6 +136,8 @@ def text(results: Results) -> str:
     parts += [
         "### Passkey over the budget: exact matches in percent, all lengths", budget_table(results, "passkey", exact),
         "### Passkey over the budget: log-probability per token, all lengths", budget_table(results, "passkey", logprob),
+        "### Multi-key over the budget: log-probability per token, 4096 tokens", budget_table(results, "multikey", logprob),
+        "### Multi-value over the budget: log-probability per token, 4096 tokens", budget_table(results, "multivalue", logprob),
         "### Perplexity over the budget", budget_table(results, "perplexity", perplexity),
     ]  # fmt: skip
     if results.ruler_cells:

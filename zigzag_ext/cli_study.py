@@ -23,7 +23,7 @@ _RULER = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe, 
 @one_line_errors
 def identify(
     model: Annotated[str, typer.Argument(help=_MODEL)],
-    method: Annotated[str, typer.Option(help="; ".join(f"{name}: {text}" for name, text in METHODS.items()))] = "lazy",
+    method: Annotated[str, typer.Option(help="; ".join(f"{name}: {text}" for name, text in METHODS.items()))] = "retrieval",
     output: Annotated[Path, typer.Option("--output", "-o", help="Scores: .tsv, .csv, .npy or a folder.")] = Path("scores.tsv"),
     level: Annotated[str | None, typer.Option(help="Of ablation and gates: layer or head.")] = None,
     keep: Annotated[int | None, typer.Option(help="Of greedy: layers left at which it stops; default 1.")] = None,

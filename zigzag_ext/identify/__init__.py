@@ -18,7 +18,7 @@ METHODS: dict[str, str] = {
 def identify(
     model,
     tokenizer,
-    method: str = "lazy",
+    method: str = "retrieval",
     *,
     seed: int = 0,
     sink: int = 64,

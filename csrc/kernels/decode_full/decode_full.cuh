@@ -195,13 +195,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
   }
 }
 
-// Fills `p` and `config` for a cluster size.
+// Fills `p` and `config` for a cluster size and at most `most` warps a block.
 template <class S>
-void configure(Params& p, device::LaunchConfig& config, int cluster) {
+void configure(Params& p, device::LaunchConfig& config, int cluster, int most) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
-  // Twice the blocks of a head merge twice the partials, each of half as many warps: measured faster, on an H100.
-  const int most = cluster > 8 ? kMaxWarps / 2 : kMaxWarps;
   int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : most;
   const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster); };
   while (warps > 1 && layout().total > device.shared_bytes) --warps;
@@ -229,9 +227,10 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   const bool modern = device.arch >= 90 && !options.force_plain;
 
   // Blocks on at least nearly half of the SMs saturate the memory (in clusters of 2 they do not); a second wave of
-  // clusters would not. 16 comes last, for few row groups: few places of a GPU take such a cluster, and its blocks of
-  // half the warps share SMs. Two kinds of work want nearly all SMs to themselves: codes become operands first, and
-  // several row blocks read the same keys.
+  // clusters would not. Where not all clusters find SMs of their own, blocks of half the warps share some: which places
+  // there are differs from one H100 to the next. 16 comes last, for few row groups, and always so: few places of a GPU
+  // take such a cluster, and half as many warps merge half as many partials. Two kinds of work want nearly all SMs to
+  // themselves: codes become operands first, and several row blocks read the same keys.
   const bool computes = (Split::kCodes || p.row_blocks > 1) && options.cluster == 0;
   const int least = computes ? device.sm_count * 9 / 10 : device.sm_count * 4 / 9;
   device::LaunchConfig config = {};
@@ -241,10 +240,15 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   for (const int cluster : {8, 4, 2, 16}) {
     if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1 || cluster == 2)) continue;
     if (groups * cluster < least || groups * cluster > device.sm_count || (computes && cluster > 8)) continue;
-    configure<Split>(p, config, cluster);
-    if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
+    for (const int warps : {kMaxWarps, kMaxWarps / 2}) {
+      if (warps == kMaxWarps ? cluster > 8 : computes) continue;
+      configure<Split>(p, config, cluster, warps);
+      if (groups <= device::max_active_clusters(in_cluster, config)) {
+        return device::launch(in_cluster, config, p, stream);
+      }
+    }
   }
-  configure<Split>(p, config, 1);
+  configure<Split>(p, config, 1, kMaxWarps);
   device::launch(split, config, p, stream);
 }
 

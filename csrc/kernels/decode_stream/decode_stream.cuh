@@ -67,6 +67,21 @@ inline int choose_cluster_log2(int tiles, int heads, int sm_count) {
   return log2;
 }
 
+// Shares `tiles` out to at most `most` warps of each block, and lays out their shared memory.
+template <class S>
+void configure(Params& p, device::LaunchConfig& config, int tiles, int most) {
+  const device::LaunchOptions& options = device::launch_options();
+  const int block_tiles = (tiles + p.cluster() - 1) / p.cluster();
+  const int max_warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : most;
+  const int rounds = (block_tiles + max_warps - 1) / max_warps;
+  int warps = (block_tiles + rounds - 1) / rounds;
+  const auto layout = [&] { return shared_layout<S>(warps, (block_tiles + warps - 1) / warps, p.cluster()); };
+  while (warps > 1 && layout().total > device::device_info().shared_bytes) --warps;
+  p.layout = layout();
+  config.block = dim3(static_cast<unsigned>(32 * warps));
+  config.shared_bytes = p.layout.total;
+}
+
 // Launches `one_token` where a cluster attends one new token over a list in place, else `any`.
 template <class S>
 void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream) {
@@ -80,25 +95,21 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0};
   if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
   if (modern && options.cluster > 0) p.cluster_log2 = device::floor_log2(std::min(options.cluster, kMaxRingCluster));
-  const int block_tiles = (tiles + p.cluster() - 1) / p.cluster();
-  const int max_warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : kMaxWarps;
-  const int rounds = (block_tiles + max_warps - 1) / max_warps;
-  int warps = (block_tiles + rounds - 1) / rounds;
-  const auto layout = [&] { return shared_layout<S>(warps, (block_tiles + warps - 1) / warps, p.cluster()); };
-  while (warps > 1 && layout().total > device.shared_bytes) --warps;
-  p.layout = layout();
-
   device::LaunchConfig config = {};
   config.grid =
       dim3(static_cast<unsigned>(p.cluster()), static_cast<unsigned>(a.num_kv_heads), static_cast<unsigned>(a.batch));
-  config.block = dim3(static_cast<unsigned>(32 * warps));
-  config.shared_bytes = p.layout.total;
   config.cluster = p.cluster();
+  const bool single = a.q_len == 1 && a.slots > 0 && p.cluster() > 1;
+  const auto kernel = single ? one_token : any;
+  configure<S>(p, config, tiles, kMaxWarps);
+  // Where blocks of all warps, one an SM, do not run all at once, two of half the warps share an SM: one loads while
+  // the other merges.
+  const bool fits = p.cluster() > 1 ? heads <= device::max_active_clusters(kernel, config) : heads <= device.sm_count;
+  if (!fits) configure<S>(p, config, tiles, kMaxWarps / 2);
   // A launch that reads what the one before it appended must not start early.
   const bool whole = a.columns_before + a.columns_after == 0;
   config.dependent_launch = modern && options.dependent_launch && whole;
-  const bool single = a.q_len == 1 && a.slots > 0 && p.cluster() > 1;
-  device::launch(single ? one_token : any, config, p, stream);
+  device::launch(kernel, config, p, stream);
 }
 
 template <class Element, int kHeadDim, int kRowTiles>
