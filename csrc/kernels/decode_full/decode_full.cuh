@@ -195,11 +195,24 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
   }
 }
 
-// Fills `p` and `config` for a cluster size and at most `most` warps a block.
+// Blocks of the split kernel: one per SM, or a few fewer if every head of every row then has whole blocks or every
+// block whole heads, as far as rows are equally long. A block that ends within a head has partial results to merge.
+inline int choose_blocks(const Params& p, int sm_count) {
+  const int groups = p.batch * p.num_kv_heads;
+  if (p.row_blocks > 1) return sm_count;  // they read the same keys: aligned ones, at the same time, were slower
+  for (int blocks = sm_count; blocks >= sm_count * 19 / 20; --blocks) {
+    if (blocks % groups == 0 || groups % blocks == 0) return blocks;
+  }
+  return sm_count;
+}
+
+// Fills `p` and `config` for a cluster size.
 template <class S>
-void configure(Params& p, device::LaunchConfig& config, int cluster, int most) {
+void configure(Params& p, device::LaunchConfig& config, int cluster) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
+  // Twice the blocks of a head merge twice the partials, each of half as many warps: measured faster, on an H100.
+  const int most = cluster > 8 ? kMaxWarps / 2 : kMaxWarps;
   int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : most;
   const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster); };
   while (warps > 1 && layout().total > device.shared_bytes) --warps;
@@ -208,7 +221,7 @@ void configure(Params& p, device::LaunchConfig& config, int cluster, int most) {
   config.cluster = cluster;
   config.block = dim3(static_cast<unsigned>(32 * warps));
   config.shared_bytes = p.layout.total;
-  const int blocks = options.blocks > 0 ? options.blocks : device.sm_count;
+  const int blocks = options.blocks > 0 ? options.blocks : choose_blocks(p, device.sm_count);
   config.grid = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
   if (cluster > 1) {
     config.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(p.num_kv_heads * p.row_blocks),
@@ -227,10 +240,9 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   const bool modern = device.arch >= 90 && !options.force_plain;
 
   // Blocks on at least nearly half of the SMs saturate the memory (in clusters of 2 they do not); a second wave of
-  // clusters would not. Where not all clusters find SMs of their own, blocks of half the warps share some: which places
-  // there are differs from one H100 to the next. 16 comes last, for few row groups, and always so: few places of a GPU
-  // take such a cluster, and half as many warps merge half as many partials. Two kinds of work want nearly all SMs to
-  // themselves: codes become operands first, and several row blocks read the same keys.
+  // clusters would not. 16 comes last, for few row groups: few places of a GPU take such a cluster, and its blocks of
+  // half the warps share SMs. Two kinds of work want nearly all SMs to themselves: codes become operands first, and
+  // several row blocks read the same keys.
   const bool computes = (Split::kCodes || p.row_blocks > 1) && options.cluster == 0;
   const int least = computes ? device.sm_count * 9 / 10 : device.sm_count * 4 / 9;
   device::LaunchConfig config = {};
@@ -240,15 +252,10 @@ void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_c
   for (const int cluster : {8, 4, 2, 16}) {
     if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1 || cluster == 2)) continue;
     if (groups * cluster < least || groups * cluster > device.sm_count || (computes && cluster > 8)) continue;
-    for (const int warps : {kMaxWarps, kMaxWarps / 2}) {
-      if (warps == kMaxWarps ? cluster > 8 : computes) continue;
-      configure<Split>(p, config, cluster, warps);
-      if (groups <= device::max_active_clusters(in_cluster, config)) {
-        return device::launch(in_cluster, config, p, stream);
-      }
-    }
+    configure<Split>(p, config, cluster);
+    if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
   }
-  configure<Split>(p, config, 1, kMaxWarps);
+  configure<Split>(p, config, 1);
   device::launch(split, config, p, stream);
 }
 
