@@ -71,8 +71,8 @@ def test_choice_by_shape(monkeypatch, ranked, flash):
     monkeypatch.setattr(prefill, "serves", lambda name, *args: flash)
     short = "flash" if flash else "zigzag"
     assert choose(16, 1 << 20) == choose(17, 0) == choose(64, 512 - 65) == "zigzag"
-    assert choose(64, 512 - 64) == choose(17, 1 << 20) == choose(1023, 512) == short
+    assert choose(64, 512 - 64) == choose(17, 1 << 20) == choose(511, 512) == short
     without_plans = next(name for name in ranked if name != "cudnn")
-    assert choose(1024, 0) == choose(8192, 0) == without_plans, "too little work for a plan"
+    assert choose(512, 0) == choose(8192, 0) == without_plans, "too little work for a plan"
     assert choose(16_384, 0) == choose(8192, 131_072) == choose(4096, 32_768) == ranked[0]
     assert choose(16_384, 0, heads=8) == choose(32_768, 5) == without_plans

@@ -133,7 +133,7 @@ def test_report_pools_prompts(model, tokenizer):
     assert evidence_report.exact(rows) == "0 [0, 32]"
     mean = (rows[0].logprob + rows[1].logprob) / 2
     half = ((rows[0].logprob_high - rows[0].logprob) ** 2 + (rows[1].logprob_high - rows[1].logprob) ** 2) ** 0.5 / 2
-    assert evidence_report.logprob(rows) == f"{mean:.2f} ± {half:.2f}"
+    assert evidence_report.logprob(rows) == f"{mean:.3f} ± {half:.3f}"
 
 
 def test_the_solver_table(tmp_path):
