@@ -102,16 +102,19 @@ def curves(lines: Mapping[str, Sequence[Point]], task: str, quantity: str, path:
     scale = 100.0 if quantity == "exact" else 1.0
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
-        for index, (name, points) in enumerate(lines.items()):
-            color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index // len(_COLORS) % len(_MARKERS)]
-            shift = 0.6 * (index - (len(lines) - 1) / 2)  # percent; intervals side by side, not on top of each other
+        for name, points in lines.items():
+            if len(points) == 1:
+                axis.axhline(scale * points[0][1], color="#555555", linestyle="--", linewidth=1.2, label=name)
+        drawn = {name: points for name, points in lines.items() if len(points) > 1}
+        for index, (name, points) in enumerate(drawn.items()):
+            color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+            style = "-" if index < len(_COLORS) else ":"
+            shift = 0.6 * (index - (len(drawn) - 1) / 2)  # percent; intervals side by side, not on top of each other
             shares = [100.0 * share + shift for share, *_ in points]
             values = [scale * value for _, value, *_ in points]
-            if len(points) == 1:
-                axis.axhline(values[0], color=color, linestyle="--", linewidth=1.2, label=name)
-                continue
             errors = [[scale * (v - low) for _, v, low, _ in points], [scale * (high - v) for _, v, _, high in points]]
-            axis.errorbar(shares, values, errors, color=color, marker=marker, markersize=5, linewidth=1.6, capsize=2, label=name)
+            look = {"color": color, "marker": marker, "linestyle": style, "markersize": 5, "linewidth": 1.6, "capsize": 2}
+            axis.errorbar(shares, values, errors, label=name, **look)
         axis.set_xlabel(f"streaming {unit}, %")
         axis.set_ylabel(f"{task}: {_LABEL[quantity]}")
         axis.grid(color="#DDDDDD")
