@@ -64,13 +64,14 @@ def _common(
 
 
 def quiet_transformers() -> None:
-    """Keeps transformers' notes and loading bars off the screen; its errors stay."""
+    """Keeps notes and loading bars of transformers, and of what it imports where installed, off the screen; errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.command()
