@@ -53,6 +53,8 @@ def test_all_plans_have_the_budget_they_name():
 
 def test_a_run_a_second_run_and_its_report(model_folder, tmp_path, capsys):
     results = tmp_path / "results"
+    assert run(model_folder, results, "--methods", "lazy", "ablation_heads", "--plans", "full", "even") == 0
+    assert {row.plan for row in evaluate.read(results / "rows.csv")} == {"full-0%", "even-50%"}
     assert run(model_folder, results, "--methods", "lazy", "ablation_heads") == 0
     rows = evaluate.read(results / "rows.csv")
     cells = {row.cell for row in rows}
@@ -62,7 +64,7 @@ def test_a_run_a_second_run_and_its_report(model_folder, tmp_path, capsys):
     tasks = [("passkey", 420), ("passkey", 500), ("multikey", 500), ("multivalue", 500), ("perplexity", 500)]
     assert len(rows) == len(plans) * len(tasks)
     assert [(row.task, row.length) for row in rows[:5]] == tasks and {row.prompts for row in rows} == {10, 5}
-    assert json.loads((results / "runs.jsonl").read_text())["model"] == "tiny"
+    assert [json.loads(line)["model"] for line in (results / "runs.jsonl").read_text().splitlines()] == ["tiny", "tiny"]
 
     capsys.readouterr()
     assert run(model_folder, results, "--methods", "lazy", "ablation_heads") == 0
