@@ -102,10 +102,13 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   const bool single = a.q_len == 1 && a.slots > 0 && p.cluster() > 1;
   const auto kernel = single ? one_token : any;
   configure<S>(p, config, tiles, kMaxWarps);
-  // Where blocks of all warps, one an SM, do not run all at once, two of half the warps share an SM: one loads while
-  // the other merges.
   const bool fits = p.cluster() > 1 ? heads <= device::max_active_clusters(kernel, config) : heads <= device.sm_count;
-  if (!fits) configure<S>(p, config, tiles, kMaxWarps / 2);
+  if (!fits) {
+    // Blocks of all warps, one an SM, would not run all at once: where two of half the warps fit, they share an SM, and
+    // one loads while the other merges. (An SM has as much as one block may ask for, and 1 KB more.)
+    configure<S>(p, config, tiles, kMaxWarps / 2);
+    if (2 * (p.layout.total + 1024) > device.shared_bytes) configure<S>(p, config, tiles, kMaxWarps);
+  }
   // A launch that reads what the one before it appended must not start early.
   const bool whole = a.columns_before + a.columns_after == 0;
   config.dependent_launch = modern && options.dependent_launch && whole;
