@@ -87,6 +87,15 @@ struct RotatedQueries {
       *quad_at<S>(buffer, row, quads.high) = make_uint2(x.z, x.w);
     }
   }
+
+  __device__ __forceinline__ void load_and_store(const Params& p, const Segment& segment, char* buffer) {
+    const int rows = rows_of<S>(p, segment);
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses && pass * kTall < rows; pass += kBatch) {
+      load(p, segment, pass);
+      store(p, segment, pass, buffer);
+    }
+  }
 };
 
 // B fragments of Q^T: in registers where they fit beside the accumulators, else read again for every tile.
@@ -234,9 +243,30 @@ __device__ __forceinline__ void attend_tile(State<S>& state, const Queries<S>& q
 
 // ---- the block's loop over segments ----
 
+// The new tokens whose slots lie in the segment, of a full cache: its block appends them. They are asked for before the
+// tiles: behind those, which saturate the memory, they would take longer than the tiles themselves.
+template <class S>
+struct SegmentTokens {
+  NewTokens<S> tokens;
+  bool any = false;
+
+  __device__ __forceinline__ void load(const Params& p, const Segment& segment) {
+    if constexpr (S::kRing || S::kSingle) return;
+    const Keys& keys = segment.keys;
+    const int from = max(0, segment.begin * kTileKeys - keys.length);
+    const int until = min(keys.fresh, segment.end * kTileKeys - keys.length);
+    any = from < until;
+    if (!any) return;
+    device::grid_dependency_wait();
+    tokens.load(p, keys, from, until, S::kCodes ? threadIdx.x / 32 : threadIdx.x);
+  }
+  __device__ __forceinline__ void append(const Params& p, const Segment& segment) {
+    if (any) tokens.append(p, segment.keys, S::kCodes ? blockDim.x / 32 : blockDim.x);
+  }
+};
+
 // Runs a job: a sequence of segments with a result each, of which the first is given. Job:
 //   void settle(Segment&)                  kSingle: the first loads are under way, now the length may be asked for
-//   void loaded(const Segment&)            all first loads of a segment are under way
 //   bool next(Segment&)                    moves to the segment after this one; false where there is none
 //   void finish(const Segment&, State&, bool more)
 // The first loads of the next segment are under way before the previous one is finished.
@@ -251,20 +281,27 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
   const uint32_t ring = base + p.layout.ring + warp * p.layout.stages * S::kStageBytes;
   const float scale_log2 = p.scale * kLog2e;
   // This warp's tiles: begin + offset, then every step-th.
-  const int offset = S::kSingle ? warp << p.cluster_log2 : warp, step = S::kSingle ? warps << p.cluster_log2 : warps;
+  const int offset = S::kSingle ? warp * p.team : warp, step = S::kSingle ? warps * p.team : warps;
 
   const bool rotate = turning_pairs(p) > 0;
   NewToken<S> new_token;
-  // One cp.async group a tile. The queries travel with the first: alone in front they would hold up the keys, behind
-  // all tiles they would arrive last.
+  // One cp.async group a tile. What else is needed is asked for with or before the first tile: behind the others it
+  // would wait for the whole GPU's. (Alone in front of the first tile the queries would hold it up.)
   const auto fill = [&] {
+    SegmentTokens<S> new_tokens;
+    new_tokens.load(p, segment);
     int item = segment.begin + offset;
     if (item < segment.end) load_tile<S>(p, segment.keys, item, ring);
     device::grid_dependency_wait();
     device::grid_dependency_launch();
     RotatedQueries<S> rotated;
-    if (!rotate) stage_queries<S>(p, segment, query_buffer);
-    if (S::kSingle && rotate) rotated.load(p, segment, 0);
+    if (!rotate) {
+      stage_queries<S>(p, segment, query_buffer);
+    } else if constexpr (S::kSingle) {
+      rotated.load(p, segment, 0);
+    } else {
+      rotated.load_and_store(p, segment, shared_memory + (query_buffer - base));
+    }
     device::cp_async_commit();
     if (in_place<S>(p)) new_token.load(p, segment.keys);
     if constexpr (S::kSingle) job.settle(segment);
@@ -274,15 +311,11 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
       if (item < segment.end) load_tile<S>(p, segment.keys, item, ring + i * S::kStageBytes);
       device::cp_async_commit();
     }
-    if (rotate) {  // hides behind the loads of the keys
-#pragma unroll 1
-      for (int pass = 0; pass < RotatedQueries<S>::kPasses; pass += RotatedQueries<S>::kBatch) {
-        if (!S::kSingle) rotated.load(p, segment, pass);
-        rotated.store(p, segment, pass, shared_memory + (query_buffer - base));
-      }
+    if (rotate) {
+      if (S::kSingle) rotated.store(p, segment, 0, shared_memory + (query_buffer - base));
       if (in_place<S>(p)) new_token.rotate(p, rotated.turn[0]);
     }
-    job.loaded(segment);
+    new_tokens.append(p, segment);
   };
 
   fill();
@@ -356,18 +389,19 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
   }
 }
 
-// The job of Shape::kSingle, for either kind of cache: a cluster per (batch, KV head). Grid: (cluster, KV heads,
-// batch).
-template <class S>
+// The job of Shape::kSingle, for either kind of cache: a team per (batch, KV head). Grid: (team, KV heads, batch).
+// merge(segment, state) makes one result of the team's states.
+template <class S, class Merge>
 struct SingleJob {
   const Params& p;
+  const Merge& merge;
 
   // The first tile of each warp is known before the length: of a full cache it may turn out to lie past it.
   __device__ __forceinline__ Segment start() const {
     Segment segment;
     segment.keys = locate_keys<S>(p, blockIdx.z, blockIdx.y);
     segment.row_block = 0;
-    segment.begin = device::cluster_rank();
+    segment.begin = blockIdx.x;
     segment.end = S::kRing ? count_items<S>(p, segment.keys) : (p.slots + kTileKeys) / kTileKeys;
     return segment;
   }
@@ -375,17 +409,14 @@ struct SingleJob {
     settle_keys<S>(p, segment.keys);
     segment.end = count_items<S>(p, segment.keys);
   }
-  __device__ __forceinline__ void loaded(const Segment&) const {}
   __device__ __forceinline__ bool next(Segment&) const { return false; }
-  __device__ __forceinline__ void finish(const Segment& segment, State<S>& state, bool) const {
-    finish_in_cluster<S>(p, segment, state, false);
-  }
+  __device__ __forceinline__ void finish(const Segment& segment, State<S>& state, bool) const { merge(segment, state); }
 };
 
-template <class S>
-__device__ __forceinline__ void run_single(const Params& p) {
-  device::cluster_arrive_relaxed();
-  SingleJob<S> job = {p};
+template <class S, class Merge>
+__device__ __forceinline__ void run_single(const Params& p, const Merge& merge) {
+  if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
+  SingleJob<S, Merge> job = {p, merge};
   run_segments<S>(p, job.start(), job);
 }
 

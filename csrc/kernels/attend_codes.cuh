@@ -25,6 +25,8 @@
 //   (Values of float16 elements are within 2^46; bfloat16 goes further, models do not.)
 #pragma once
 
+#include <climits>
+
 #include "core/dispatch.h"
 #include "kernels/attend.cuh"
 #include "kernels/attention_codes.h"
@@ -42,6 +44,7 @@ struct CodeShape : Shape<Element, kHeadDim, kRowTiles, kRing, false> {
   using KTile = CodeTile<KFormat, kHeadDim>;
   using VTile = CodeTile<VFormat, kHeadDim>;
   static constexpr bool kCodes = true;
+  using NewPiece = NewVector<CodeShape>;
   static constexpr int kScales = KTile::kBytes + VTile::kBytes;  // where a stage has its scales
   static constexpr int kStageBytes = kScales + 2 * kTileKeys * 4;
   // As deep as shared memory of 8 warps allows beside queries and partial results, from 3 to 6 stages.
@@ -51,10 +54,6 @@ struct CodeShape : Shape<Element, kHeadDim, kRowTiles, kRing, false> {
   // Where a stage has the scale of a row: those of keys g, g + 8 and values g, g + 8 side by side.
   __device__ __forceinline__ static int scale_at(bool is_v, int row) {
     return kScales + row % 8 * 16 + (is_v ? 8 : 0) + row / 8 * 4;
-  }
-
-  __device__ __forceinline__ static void append(const AttentionParams& p, const Keys& keys, int thread, int count) {
-    append_codes<CodeShape>(p, keys, thread, count);
   }
 
   __device__ __forceinline__ static constexpr int out_dim(int step, int g, int half) {
@@ -244,6 +243,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
   const uint32_t base = device::shared_address(shared_memory);
   const int query_buffer = warp * S::kRows * S::kRowBytes;
   const int ring = p.layout.ring + warp * p.layout.stages * S::kStageBytes;
+  const bool rotate = turning_pairs(p) > 0;
   CodeReader reader;
   const auto load = [&](int item, int stage) {
     if (item < segment.end) load_code_tile<S>(p, segment.keys, reader, item, base + stage, shared_memory + stage);
@@ -253,19 +253,27 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
     reader.attach<S>(p, segment.keys);
     device::grid_dependency_wait();
     device::grid_dependency_launch();
-    if (turning_pairs(p) == 0) {
-      stage_queries<S>(p, segment, base + query_buffer);  // travels with the first tile
+    SegmentTokens<S> new_tokens;
+    new_tokens.load(p, segment);
+    RotatedQueries<S> rotated;
+    if (rotate) {
+      rotated.load_and_store(p, segment, shared_memory + query_buffer);
     } else {
-      RotatedQueries<S> rotated;
-#pragma unroll 1
-      for (int pass = 0; pass < RotatedQueries<S>::kPasses; pass += RotatedQueries<S>::kBatch) {
-        rotated.load(p, segment, pass);
-        rotated.store(p, segment, pass, shared_memory + query_buffer);
-      }
+      stage_queries<S>(p, segment, base + query_buffer);  // travels with the first tile
     }
-#pragma unroll 1  // for the sake of code size
-    for (int i = 0; i < S::kStages; ++i) load(segment.begin + warp + i * warps, ring + i * S::kStageBytes);
-    job.loaded(segment);
+    // Tiles with new tokens, which are the last ones, wait until those are appended. (One loop, for the sake of code
+    // size.)
+    const int first_new = new_tokens.any ? segment.keys.length / kTileKeys : segment.end;
+    int i = 0, item = segment.begin + warp;
+#pragma unroll 1
+    for (int until = first_new;; until = INT_MAX) {
+#pragma unroll 1
+      for (; i < S::kStages && item < until; ++i, item += warps) load(item, ring + i * S::kStageBytes);
+      if (until == INT_MAX) break;
+      if (!new_tokens.any) continue;
+      new_tokens.append(p, segment);
+      __syncthreads();
+    }
   };
 
   fill();

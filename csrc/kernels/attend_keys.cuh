@@ -4,12 +4,15 @@
 // The keys form one virtual list, cache slots first:
 //
 //   in place    the slots as they will be after the append: one new token, ring or Shape::kSingle
-//   full cache  the slots in use ++ new tokens
+//   full cache  the slots in use ++ new tokens; of codes the slots in use after the append ++ tokens that find no slot
 //   ring        all slots ++ new tokens
 //
-// A new token is read from k_new / v_new and never from the cache, so appending it needs no ordering against the reads
-// of its own slot. Loads of a list in place need no length: they start before it is known, and what it then shows to be
-// unused or replaced is repaired in shared memory (repair_tile).
+// A listed token is read from k_new / v_new and never from the cache, so appending it needs no ordering against the
+// reads of its own slot. A token that a full cache of codes takes is encoded once: the block that attends its slot
+// appends it first, then reads it like any other.
+//
+// Loads of a list in place need no length: they start before it is known, and what it then shows to be unused or
+// replaced is repaired in shared memory (repair_tile).
 #pragma once
 
 #include "core/params.h"
@@ -21,17 +24,21 @@ namespace zigzag::attend {
 
 inline constexpr int kTileKeys = 16;  // keys of one warp step: M of mma.m16n8k16
 
+template <class S>
+struct NewPair;
+
 // Compile-time geometry. Rows are (query column, head of the group) pairs, packed column-major: row = column * group +
 // head.
 //
-// kSingle: one new token per row, a list in place, one segment per block, merged by a cluster. This is the decode step
-// of a small batch, where latency is what counts: nothing that only other cases need is on its path.
+// kSingle: one new token per row, a list in place, one segment per block, merged by a team. This is the decode step of
+// a small batch, where latency is what counts: nothing that only other cases need is on its path.
 template <class Element_, int kHeadDim_, int kRowTiles_, bool kRing_, bool kSingle_>
 struct Shape {
   using Element = Element_;
   static constexpr bool kRing = kRing_;
   static constexpr bool kSingle = kSingle_;
   static constexpr bool kCodes = false;  // quantised caches: see CodeShape in attend_codes.cuh
+  using NewPiece = NewPair<Shape>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kRows = 8 * kRowTiles;   // rows of a block: N of the mma, times kRowTiles
@@ -73,7 +80,7 @@ struct Keys {
   const char* k;  // slot 0 of this head
   const char* v;
   int stored;        // cache slots in the list
-  int listed;        // new tokens in the list, after the slots
+  int listed;        // new tokens in the list, after the slots: the last ones of the chunk
   int length;        // tokens before this call
   int first;         // leading padding columns of the chunk
   int fresh;         // new tokens
@@ -130,8 +137,15 @@ __device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys
     keys.used = min(keys.slots_length, p.slots);
     keys.unmasked = 0;
   } else {
-    keys.stored = keys.used = keys.unmasked = min(keys.length, p.slots);
+    keys.unmasked = min(keys.length, p.slots);
+    keys.stored = keys.used = S::kCodes ? min(keys.length + keys.fresh, p.slots) : keys.unmasked;
+    keys.listed = min(keys.length + keys.fresh - keys.stored, keys.fresh);
   }
+}
+
+// The new token, counted from the first one that is no padding, behind key `key` of the list, which is not a slot.
+__device__ __forceinline__ int listed_token(const Keys& keys, int key) {
+  return keys.fresh - keys.listed + key - keys.stored;
 }
 
 // Warp steps over the list. At least one, so that an empty list still writes its outputs. Of a ring independent of the
@@ -147,7 +161,7 @@ __device__ __forceinline__ int count_items(const AttentionParams& p, const Keys&
 template <class S>
 __device__ __forceinline__ int key_position(const AttentionParams& p, const Keys& keys, int key) {
   if (key < keys.stored) return S::kRing ? ring_layout(p).position(key, keys.slots_length) : key;
-  return key < keys.stored + keys.listed ? keys.length + key - keys.stored : -1;
+  return key < keys.stored + keys.listed ? keys.length + listed_token(keys, key) : -1;
 }
 
 // How the lanes of a warp share a tile: kWide lanes along a row, so that they read whole 32 to 512 byte pieces, the
@@ -211,7 +225,7 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
       k = keys.k + static_cast<int64_t>(key) * k_step + column * 16;
       v = keys.v + static_cast<int64_t>(key) * v_step + column * 16;
     } else if (valid) {
-      const int64_t token = keys.first + key - keys.stored;
+      const int64_t token = keys.first + listed_token(keys, key);
       k += 2 * token * p.k_new_stride.token;
       v += 2 * token * p.v_new_stride.token;
     }
@@ -312,37 +326,67 @@ __device__ __forceinline__ void rotate_tile(const AttentionParams& p, const Keys
     if (pair >= turning) continue;
     const QuadPair quads = quads_of(pair, turning);
     Turn<typename S::Element> turn;
-    turn.load(p, keys.batch, keys.first + tile + row - keys.stored, quads);
+    turn.load(p, keys.batch, keys.first + listed_token(keys, tile + row), quads);
     uint2 *low = quad_at<S>(stage, row, quads.low), *high = quad_at<S>(stage, row, quads.high);
     const uint4 turned = turn.apply(p, make_uint4(low->x, low->y, high->x, high->y));
     *low = make_uint2(turned.x, turned.y), *high = make_uint2(turned.z, turned.w);
   }
 }
 
-// Writes the new tokens to their slots, shared among `count` threads of which the caller is number `thread`. Skips what
-// a ring would overwrite within this chunk and what lies past the capacity.
+// One pair of quads of a new key or value on its way to its slot, of one lane. Pieces are numbered through new tokens:
+// kPerToken of each, keys first.
 template <class S>
-__device__ __forceinline__ void append_new_tokens(const AttentionParams& p, const Keys& keys, int thread, int count) {
-  if constexpr (S::kCodes) return S::append(p, keys, thread, count);
-  const RingLayout layout = ring_layout(p);
-  for (int i = thread; i < keys.fresh * 2 * S::kChunks; i += count) {
-    const int token = i / (2 * S::kChunks), pair = i % S::kChunks;
+struct NewPair {
+  static constexpr int kPerToken = 2 * S::kChunks;
+  uint4 data;
+
+  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys, int i) {
     const bool is_v = i / S::kChunks % 2 != 0;
-    const int position = keys.length + token;
-    const int slot = layout.slot(position);
-    if (slot >= p.slots || !layout.survives(position, keys.length + keys.fresh)) continue;
-    const char* base = new_tokens(p, keys, is_v);
-    const int column = keys.first + token, turning = is_v ? 0 : turning_pairs(p);
+    const int column = keys.first + i / kPerToken;
+    const char* token = new_tokens(p, keys, is_v) + 2 * column * (is_v ? p.v_new_stride.token : p.k_new_stride.token);
+    data = load_pair(token, quads_of(i % S::kChunks, is_v ? 0 : turning_pairs(p)));
+  }
+
+  __device__ __forceinline__ void append(const AttentionParams& p, const Keys& keys, int i, int slot) const {
+    const bool is_v = i / S::kChunks % 2 != 0;
+    const int pair = i % S::kChunks, turning = is_v ? 0 : turning_pairs(p);
     const QuadPair quads = quads_of(pair, turning);
-    uint4 data = load_pair(base + 2 * column * (is_v ? p.v_new_stride.token : p.k_new_stride.token), quads);
+    uint4 turned = data;
     if (pair < turning) {
       Turn<typename S::Element> turn;
-      turn.load(p, keys.batch, column, quads);
-      data = turn.apply(p, data);
+      turn.load(p, keys.batch, keys.first + i / kPerToken, quads);
+      turned = turn.apply(p, data);
     }
     const int64_t target = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token);
-    store_pair(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * target, quads, data);
+    store_pair(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * target, quads, turned);
   }
-}
+};
+
+// New tokens on their way to their slots, their pieces shared among the lanes or warps of one or several blocks. The
+// first pieces can be asked for long before they are appended.
+template <class S>
+struct NewTokens {
+  using Piece = typename S::NewPiece;
+  Piece piece;
+  int next, end;  // pieces: the one that is under way, the last one to append
+
+  // Tokens [from, until), of which the caller takes pieces `first`, `first` + step, ... of append().
+  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys, int from, int until, int first) {
+    next = from * Piece::kPerToken + first, end = until * Piece::kPerToken;
+    if (next < end) piece.load(p, keys, next);
+  }
+
+  // Skips what a ring would overwrite within this chunk and what lies past the capacity.
+  __device__ __forceinline__ void append(const AttentionParams& p, const Keys& keys, int step) {
+    const RingLayout layout = ring_layout(p);
+#pragma unroll 1
+    while (next < end) {
+      const int position = keys.length + next / Piece::kPerToken, slot = layout.slot(position);
+      if (slot < p.slots && layout.survives(position, keys.length + keys.fresh)) piece.append(p, keys, next, slot);
+      next += step;
+      if (next < end) piece.load(p, keys, next);
+    }
+  }
+};
 
 }  // namespace zigzag::attend

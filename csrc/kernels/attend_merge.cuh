@@ -51,14 +51,15 @@ struct Params : AttentionParams {
   SharedLayout layout;
   int group;         // query heads per KV head
   int row_blocks;    // row blocks per KV head
-  int cluster_log2;  // the blocks that merge as a cluster: a power of two up to kMaxCluster
+  int team;          // blocks along grid.x that share a row group; 0: the runs of decode_full
+  int cluster_log2;  // of a team that merges as a cluster: a power of two up to kMaxCluster; else 0
 
   __host__ __device__ __forceinline__ int cluster() const { return 1 << cluster_log2; }
 };
 
 template <class S>
 __device__ __forceinline__ bool in_cluster(const Params& p) {
-  return device::kHasClusters && (S::kSingle || p.cluster_log2 > 0);
+  return device::kHasClusters && ((S::kRing && S::kSingle) || p.cluster_log2 > 0);
 }
 
 // Strides that the kernels may multiply in 32 bits.
@@ -73,7 +74,7 @@ inline void check_strides(const AttentionParams& a) {
 struct Segment {
   Keys keys;
   int row_block;
-  int begin, end;  // tiles; with kSingle of all blocks of the cluster, which take them in turns
+  int begin, end;  // tiles; with kSingle of all blocks of the team, which take them in turns
 };
 
 template <class S>
@@ -150,11 +151,10 @@ struct Decay {
   __device__ __forceinline__ float of_sum(float sum) const { return kCodes ? sum * half * half : sum * whole; }
 };
 
-// Merge of `count` partial results: at(i) gives the i-th 4 dims, norm(i) its {max, sum}. Eight at a time, so that their
-// loads are under way together.
-template <bool kCodes, class At, class Norm>
+// Merge of `count` partial results: at(i) gives the i-th 4 dims, norm(i) its {max, sum}. kBatch at a time, whose loads
+// are under way together.
+template <bool kCodes, int kBatch, class At, class Norm>
 __device__ __forceinline__ Partial merge_partials(int count, const At& at, const Norm& norm) {
-  constexpr int kBatch = 8;
   Partial merged = {make_float4(0.f, 0.f, 0.f, 0.f), make_float2(kEmptyMax, 0.f)};
 #pragma unroll 1
   for (int base = 0; base < count; base += kBatch) {
@@ -226,7 +226,7 @@ template <class S>
 __device__ __forceinline__ Partial merge_warps(const SharedLayout& layout, int row, int quad) {
   const float4* out = reinterpret_cast<const float4*>(shared_memory + layout.partial);
   constexpr int kStride = (S::kHeadDim + 4) / 4;
-  return merge_partials<S::kCodes>(
+  return merge_partials<S::kCodes, kMaxWarps>(
       blockDim.x / 32, [&](int warp) { return out[(warp * S::kRows + row) * kStride + quad]; },
       [&](int warp) { return warp_norm<S>(layout, warp, row); });
 }

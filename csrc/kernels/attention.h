@@ -29,13 +29,13 @@ int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, 
 // Slots of a full cache that attention_cuda may read in a row that holds `length` tokens after the call: a decode
 // kernel loads whole tiles, and in a small batch every warp starts on its first tile before it knows the length. What
 // it finds past the length is never used, but a cache that commits its memory as it grows needs memory there.
-inline constexpr int kReadTile = 16;          // slots
-inline constexpr int kReadAhead = 2048;       // slots: one tile for every warp of the largest cluster
-inline constexpr int kReadAheadBlocks = 256;  // clusters are launched where all blocks run at once: more than any GPU
+inline constexpr int kReadTile = 16;     // slots
+inline constexpr int kReadAhead = 2048;  // slots: one tile for every warp of the largest cluster, or of as large a team
+inline constexpr int kReadAheadBlocks = 256;  // those are launched where all blocks run at once: more than any GPU
 constexpr int64_t readable_slots(int64_t length, int64_t batch, int64_t num_kv_heads) {
   const int64_t tiles = (length + kReadTile - 1) / kReadTile * kReadTile;
-  const bool clusters = 2 * batch * num_kv_heads <= kReadAheadBlocks;
-  return clusters && tiles < kReadAhead ? kReadAhead : tiles;
+  const bool teams = 2 * batch * num_kv_heads <= kReadAheadBlocks;
+  return teams && tiles < kReadAhead ? kReadAhead : tiles;
 }
 
 // Throws zigzag::Error on head counts or a head_dim that no kernel supports, naming what was given and what is

@@ -41,33 +41,12 @@ __device__ __forceinline__ CodeSource code_source(const AttentionParams& p, cons
           store.scale_stride.token};
 }
 
-// Column `column` of the chunk as codes, one warp together: K after RoPE, or V.
-template <class Format, class Element>
-struct NewVector {
-  EncodedPiece<Format> codes;
+// Codes of a vector, of one warp: eight elements a lane, in two quads.
+template <class Format>
+struct VectorCodes {
+  EncodedPiece<Format> piece;
   QuadPair quads;
   bool held;  // whether this lane holds a piece
-
-  template <class S>
-  __device__ __forceinline__ static NewVector load(const AttentionParams& p, const Keys& keys, bool is_v, int column) {
-    const int pair = threadIdx.x % 32, turning = is_v ? 0 : turning_pairs(p);
-    NewVector vector;
-    vector.quads = quads_of(pair, turning);
-    vector.held = pair < S::kChunks;
-    uint4 piece = make_uint4(0, 0, 0, 0);
-    if (vector.held) {
-      const int64_t step = is_v ? p.v_new_stride.token : p.k_new_stride.token;
-      piece = load_pair(new_tokens(p, keys, is_v) + 2 * column * step, vector.quads);
-      if (pair < turning) {
-        Turn<Element> turn;
-        turn.load(p, keys.batch, column, vector.quads);
-        piece = turn.apply(p, piece);
-      }
-    }
-    __syncwarp();
-    vector.codes = EncodedPiece<Format>::template encode<Element>(piece);
-    return vector;
-  }
 
   // Where the codes of a quad lie in their vector.
   __device__ __forceinline__ static int byte_of(int quad) { return quad * Format::kBits / 2; }
@@ -75,19 +54,69 @@ struct NewVector {
   __device__ __forceinline__ void append(const CodeSource& to, int slot) const {
     char* row = to.codes + slot * to.step;
     if (held) {
-      *reinterpret_cast<Quad<Format>*>(row + byte_of(quads.low)) = codes.low;
-      *reinterpret_cast<Quad<Format>*>(row + byte_of(quads.high)) = codes.high;
+      *reinterpret_cast<Quad<Format>*>(row + byte_of(quads.low)) = piece.low;
+      *reinterpret_cast<Quad<Format>*>(row + byte_of(quads.high)) = piece.high;
     }
-    if (threadIdx.x % 32 == 0) to.scale[slot * to.scale_step] = codes.scale;
+    if (threadIdx.x % 32 == 0) to.scale[slot * to.scale_step] = piece.scale;
   }
 
   template <class Tile>
   __device__ __forceinline__ void stage(char* tile, float* scale, int row) const {
     if (held) {
-      *reinterpret_cast<Quad<Format>*>(tile + Tile::place(row, byte_of(quads.low))) = codes.low;
-      *reinterpret_cast<Quad<Format>*>(tile + Tile::place(row, byte_of(quads.high))) = codes.high;
+      *reinterpret_cast<Quad<Format>*>(tile + Tile::place(row, byte_of(quads.low))) = piece.low;
+      *reinterpret_cast<Quad<Format>*>(tile + Tile::place(row, byte_of(quads.high))) = piece.high;
     }
-    if (threadIdx.x % 32 == 0) *scale = codes.scale;
+    if (threadIdx.x % 32 == 0) *scale = piece.scale;
+  }
+};
+
+// f(tile type, is_v) for the keys or for the values; where their formats are the same, as one piece of code.
+template <class S, class F>
+__device__ __forceinline__ void with_tile(bool is_v, const F& f) {
+  if constexpr (std::is_same_v<typename S::KTile, typename S::VTile>) {
+    f(typename S::KTile{}, is_v);
+  } else if (is_v) {
+    f(typename S::VTile{}, true);
+  } else {
+    f(typename S::KTile{}, false);
+  }
+}
+
+// NewPair for quantised caches: a key or value on its way to its codes, of one warp.
+template <class S>
+struct NewVector {
+  static constexpr int kPerToken = 2;
+  uint4 data;
+
+  __device__ __forceinline__ static bool held() { return threadIdx.x % 32 < S::kChunks; }
+  __device__ __forceinline__ static QuadPair quads(const AttentionParams& p, bool is_v) {
+    return quads_of(threadIdx.x % 32, is_v ? 0 : turning_pairs(p));
+  }
+
+  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys, int i) {
+    const bool is_v = i % 2 != 0;
+    const int64_t step = is_v ? p.v_new_stride.token : p.k_new_stride.token;
+    data = make_uint4(0, 0, 0, 0);
+    if (held()) data = load_pair(new_tokens(p, keys, is_v) + 2 * (keys.first + i / 2) * step, quads(p, is_v));
+  }
+
+  template <class Format>
+  __device__ __forceinline__ VectorCodes<Format> encode(const AttentionParams& p, const Keys& keys, int i) const {
+    const QuadPair at = quads(p, i % 2 != 0);
+    uint4 turned = data;
+    if (i % 2 == 0 && threadIdx.x % 32 < turning_pairs(p)) {
+      Turn<typename S::Element> turn;
+      turn.load(p, keys.batch, keys.first + i / 2, at);
+      turned = turn.apply(p, data);
+    }
+    __syncwarp();
+    return {EncodedPiece<Format>::template encode<typename S::Element>(turned), at, held()};
+  }
+
+  __device__ __forceinline__ void append(const AttentionParams& p, const Keys& keys, int i, int slot) const {
+    with_tile<S>(i % 2 != 0, [&](auto tile_type, bool is_v) {
+      encode<typename decltype(tile_type)::Format>(p, keys, i).append(code_source(p, keys, is_v), slot);
+    });
   }
 };
 
@@ -127,18 +156,6 @@ struct TilePieces {
   // What swizzles every second of a lane's pieces differently.
   static constexpr int kTurned = Tile::place(kTall % kTileKeys, 0) - kTall % kTileKeys * Tile::kPitch;
 };
-
-// f(tile type, is_v) for the keys and for the values; where their formats are the same, as one piece of code.
-template <class S, class F>
-__device__ __forceinline__ void for_keys_and_values(const F& f) {
-  if constexpr (std::is_same_v<typename S::KTile, typename S::VTile>) {
-#pragma unroll 1
-    for (int is_v = 0; is_v < 2; ++is_v) f(typename S::KTile{}, is_v != 0);
-  } else {
-    f(typename S::KTile{}, false);
-    f(typename S::VTile{}, true);
-  }
-}
 
 // Where a lane reads the codes of a segment: its first pieces of the first tile of keys and of values, and its scale of
 // the keys (lanes 0 .. 15) or of the values.
@@ -187,29 +204,15 @@ __device__ __forceinline__ void load_code_tile(const AttentionParams& p, const K
   }
   __syncwarp();
 #pragma unroll 1
-  for (int i = begin; i < end; ++i) {
-    const int column = keys.first + tile + i - keys.stored;
-    for_keys_and_values<S>([&](auto tile_type, bool is_v) {
+  for (int i = 2 * begin; i < 2 * end; ++i) {
+    const int row = i / 2, piece = 2 * listed_token(keys, tile + row) + i % 2;
+    NewVector<S> vector;
+    vector.load(p, keys, piece);
+    with_tile<S>(i % 2 != 0, [&](auto tile_type, bool is_v) {
       using Tile = decltype(tile_type);
-      NewVector<typename Tile::Format, typename S::Element>::template load<S>(p, keys, is_v, column)
+      vector.template encode<typename Tile::Format>(p, keys, piece)
           .template stage<Tile>(stage_pointer + (is_v ? S::KTile::kBytes : 0),
-                                reinterpret_cast<float*>(stage_pointer + S::scale_at(is_v, i)), i);
-    });
-  }
-}
-
-// append_new_tokens for quantised caches: a warp per token.
-template <class S>
-__device__ __forceinline__ void append_codes(const AttentionParams& p, const Keys& keys, int thread, int count) {
-  const RingLayout layout = ring_layout(p);
-#pragma unroll 1
-  for (int token = thread / 32; token < keys.fresh; token += count / 32) {
-    const int position = keys.length + token, slot = layout.slot(position);
-    if (slot >= p.slots || !layout.survives(position, keys.length + keys.fresh)) continue;
-    for_keys_and_values<S>([&](auto tile_type, bool is_v) {
-      using Format = typename decltype(tile_type)::Format;
-      NewVector<Format, typename S::Element>::template load<S>(p, keys, is_v, keys.first + token)
-          .append(code_source(p, keys, is_v), slot);
+                                reinterpret_cast<float*>(stage_pointer + S::scale_at(is_v, row)), row);
     });
   }
 }

@@ -252,6 +252,7 @@ TEST_CASE("decode over quantised full caches") {
     for (const DType dtype : kBoth) {
       run({pair[0], pair[1], dtype, 2, 4, 1, 128, 70, 0, 0, {0, 1, 15, 16, 17, 69}, {}}, true);
       run({pair[0], pair[1], dtype, 1, 4, 5, 64, 40, 0, 0, {0, 33}, {2, 0}}, true);
+      run({pair[0], pair[1], dtype, 2, 3, 9, 128, 37, 0, 0, {30, 36, 37, 10}, {0, 3, 0, 9}}, true);  // too few slots
     }
   }
 }
@@ -282,6 +283,7 @@ TEST_CASE("quantised caches long enough for several blocks and stages") {
   for (const auto& pair : kPairs) {
     run({pair[0], pair[1], DType::kBFloat16, 1, 4, 1, 128, 3000, 0, 0, {2999, 100}, {}}, true);
     run({pair[0], pair[1], DType::kFloat16, 1, 12, 2, 128, 3000, 0, 0, {2900}, {}}, true);  // row tiles, row blocks
+    run({pair[0], pair[1], DType::kBFloat16, 2, 1, 16, 64, 3000, 0, 0, {2985}, {}}, true);  // new tokens in two tiles
     if (pair[0] == pair[1]) run({pair[0], pair[1], DType::kBFloat16, 1, 4, 2, 64, 1064, 64, 1000, {5000}, {}}, true);
   }
 }

@@ -1,13 +1,17 @@
-// Split-KV decode over a full cache in one launch. Two ways to spread a (batch, KV head, row block) -- a row group --
-// over blocks:
+// Split-KV decode over a full cache in one launch. Ways to spread a (batch, KV head, row block) -- a row group -- over
+// blocks:
 //
-//   cluster   4 to 16 blocks per row group, merged through distributed shared memory: fastest where they fill nearly
-//             half of the GPU and need no second wave. Quantised caches, and several row groups per KV head, ask for 4
-//             or 8 that fill nearly all of it. For one row only: each row of a batch would get the same number of
+//   team      as many blocks for each row group. For one row only: each row of a batch would get the same number of
 //             blocks, however different their lengths
-//   split     the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
-//             splits that align with the row groups, ragged batches stay balanced. A row group that several blocks
-//             share is merged by the block that comes last, in block order
+//   runs      the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
+//             runs that align with the row groups, ragged batches stay balanced
+//
+// and two ways to make one result of a row group's parts:
+//
+//   cluster   through distributed shared memory: fastest where teams of 4 to 16 blocks fill nearly half of the GPU and
+//             need no second wave. Quantised caches, and several row groups per KV head, ask for 4 or 8 that fill
+//             nearly all of it
+//   memory    through the workspace: the block that comes last merges, in block order
 //
 // The grid depends on the geometry and the GPU, the cut on the lengths, which only the device knows.
 #pragma once
@@ -26,9 +30,9 @@ using namespace attend;
 
 static_assert(kTileKeys == kReadTile && kMaxCluster * kMaxWarps * kTileKeys <= kReadAhead, "readable_slots() says so");
 
-// How the tiles of all row groups are cut into runs.
+// How tiles are cut into runs of nearly the same size: those of all row groups, or those of a team's.
 struct Split {
-  unsigned total;   // tiles of all row groups
+  unsigned total;   // tiles
   unsigned blocks;  // runs; blocks past it idle
 
   // First tile of a run: floor(block * total / blocks), without 64-bit products of lengths.
@@ -43,9 +47,8 @@ struct Split {
 
 // Uses fewer blocks where a run would not give every warp a tile; whole multiples of the row groups keep the cut
 // aligned.
-__device__ __forceinline__ Split make_split(unsigned total, unsigned groups) {
+__device__ __forceinline__ Split make_split(unsigned total, unsigned groups, unsigned warps) {
   unsigned blocks = gridDim.x;
-  const unsigned warps = blockDim.x / 32;
   if (blocks >= groups) {
     const unsigned mean = (total / groups + warps - 1) / warps;
     blocks = groups * max(1u, min(blocks / groups, mean));
@@ -53,11 +56,61 @@ __device__ __forceinline__ Split make_split(unsigned total, unsigned groups) {
   return {total, min(blocks, total)};
 }
 
+// Partial result in the workspace, of block `block` of those that share a row group, whose last one is `last`: a run's
+// last row group goes on in the next run.
+template <class S>
+__device__ __forceinline__ char* partial(const Params& p, int block, int last) {
+  const int64_t index = 2 * block + (block == last ? 0 : 1);
+  return static_cast<char*>(p.workspace) + kCounterBytes + index * partial_bytes(S::kRows, S::kHeadDim);
+}
+
+// Merges through the workspace, as block `block` of [from, last], which share the segment's row group.
+template <class S>
+__device__ __forceinline__ void finish_in_memory(const Params& p, const Segment& segment, State<S>& state, int block,
+                                                 int from, int last) {
+  gather_in_block<S>(p, segment, state);
+  const int rows = rows_of<S>(p, segment);
+  float4* out = reinterpret_cast<float4*>(partial<S>(p, block, last));
+  float2* norm = reinterpret_cast<float2*>(out + S::kRows * S::kQuads);
+  for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
+    const Partial part = merge_warps<S>(p.layout, i / S::kQuads, i % S::kQuads);
+    __stcg(out + i, part.out);
+    if (i % S::kQuads == 0) __stcg(norm + i / S::kQuads, part.norm);
+  }
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {  // its release covers what the barrier has shown it of the other threads' writes
+    unsigned* counters = static_cast<unsigned*>(p.workspace);
+    const unsigned others = last - from;
+    is_last = device::atomic_inc_acq_rel(counters + from, others) == others;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
+    const int row = i / S::kQuads;
+    const auto part = [&](int k) { return reinterpret_cast<const float4*>(partial<S>(p, from + k, last)); };
+    write_result<S>(
+        p, segment, row, i % S::kQuads,
+        merge_partials<S::kCodes, 16>(
+            last - from + 1, [&](int k) { return __ldcg(part(k) + i); },
+            [&](int k) { return __ldcg(reinterpret_cast<const float2*>(part(k) + S::kRows * S::kQuads) + row); }));
+  }
+}
+
+// Merges what the first `blocks` blocks of a team have; the others have nothing.
+template <class S>
+__device__ __forceinline__ void finish_team(const Params& p, const Segment& segment, State<S>& state, int blocks) {
+  const int rank = blockIdx.x, from = blockIdx.y * p.team;
+  if (rank >= blocks) return;
+  if (blocks == 1) return finish_in_block<S>(p, segment, state);
+  finish_in_memory<S>(p, segment, state, from + rank, from, from + blocks - 1);
+}
+
 template <class S>
 struct Job {
   const Params& p;
   Split split;
-  unsigned at, stop;  // tiles, numbered through all row groups: the run is done up to `at` and ends at `stop`
+  unsigned at, stop;  // of runs: tiles, numbered through all row groups; the run is done up to `at` and ends at `stop`
 
   __device__ __forceinline__ Keys find_keys(int batch, int kv_head) const {
     Keys keys = locate_keys<S>(p, batch, kv_head);
@@ -67,15 +120,17 @@ struct Job {
 
   // Finds the first segment of this block; false where there is nothing to do.
   __device__ __forceinline__ bool start(Segment& segment) {
-    if (in_cluster<S>(p)) {
-      const int rank = device::cluster_rank();
+    const unsigned warps = blockDim.x / 32;
+    if (p.team > 0) {
       const int kv_head = p.row_blocks == 1 ? blockIdx.y : blockIdx.y / p.row_blocks;
       segment.row_block = blockIdx.y - kv_head * p.row_blocks;
       segment.keys = find_keys(blockIdx.z, kv_head);
-      const unsigned items = count_items<S>(p, segment.keys);
-      segment.begin = static_cast<int>((items * rank) >> p.cluster_log2);
-      segment.end = static_cast<int>((items * (rank + 1)) >> p.cluster_log2);
-      return true;
+      const unsigned items = count_items<S>(p, segment.keys), team = p.team;
+      // Fewer blocks where they would not all have a tile for every warp; in a cluster all take part in the merge.
+      split = {items, in_cluster<S>(p) ? team : min(team, (items + warps - 1) / warps)};
+      segment.begin = static_cast<int>(split.begin(blockIdx.x));
+      segment.end = static_cast<int>(split.begin(blockIdx.x + 1));
+      return blockIdx.x < split.blocks;
     }
     const int lane = threadIdx.x % 32;
     const unsigned groups_per_row = p.num_kv_heads * p.row_blocks;
@@ -83,7 +138,7 @@ struct Job {
     unsigned total = 0;
     for (int b = lane; b < p.batch; b += 32) total += tiles(b);
     total = __reduce_add_sync(0xffffffffu, total);
-    split = make_split(total, p.batch * groups_per_row);
+    split = make_split(total, p.batch * groups_per_row, warps);
     if (blockIdx.x >= split.blocks) return false;
     at = split.begin(blockIdx.x);
     stop = split.begin(blockIdx.x + 1);
@@ -117,7 +172,7 @@ struct Job {
   }
 
   __device__ __forceinline__ bool next(Segment& segment) {
-    if (in_cluster<S>(p)) return false;
+    if (p.team > 0) return false;
     at += segment.end - segment.begin;
     if (at >= stop) return false;
     int batch = segment.keys.batch, kv_head = segment.keys.kv_head, row_block = segment.row_block + 1;
@@ -127,66 +182,23 @@ struct Job {
     return true;
   }
 
-  // No block reads a slot at or past the length, so the block with the last tile may append at any time. Here the wait
-  // for the new tokens hides behind the key loads.
-  __device__ __forceinline__ void loaded(const Segment& segment) const {
-    if (segment.row_block != 0 || segment.end != count_items<S>(p, segment.keys) || segment.begin == segment.end)
-      return;
-    append_new_tokens<S>(p, segment.keys, threadIdx.x, blockDim.x);
-  }
-
   __device__ __forceinline__ void finish(const Segment& segment, State<S>& state, bool more) const {
     if (in_cluster<S>(p)) return finish_in_cluster<S>(p, segment, state, more);
+    if (p.team > 0) return finish_team<S>(p, segment, state, split.blocks);
     const unsigned items = count_items<S>(p, segment.keys);
     if (segment.begin == 0 && segment.end == static_cast<int>(items)) return finish_in_block<S>(p, segment, state);
     const unsigned group_begin = at - segment.end;  // next() has moved `at` past this segment
-    finish_split(segment, state, split.owner(group_begin), split.owner(group_begin + items - 1));
-  }
-
-  // Partial result of run `block` of a row group that ends in run `last`: a run's last row group goes on in the next
-  // run.
-  __device__ __forceinline__ char* partial(int block, int last) const {
-    const int64_t index = 2 * block + (block == last ? 0 : 1);
-    return static_cast<char*>(p.workspace) + kCounterBytes + index * partial_bytes(S::kRows, S::kHeadDim);
-  }
-
-  // The row group is shared by the runs [from, last].
-  __device__ __forceinline__ void finish_split(const Segment& segment, State<S>& state, int from, int last) const {
-    gather_in_block<S>(p, segment, state);
-    const int rows = rows_of<S>(p, segment);
-    float4* out = reinterpret_cast<float4*>(partial(blockIdx.x, last));
-    float2* norm = reinterpret_cast<float2*>(out + S::kRows * S::kQuads);
-    for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
-      const Partial part = merge_warps<S>(p.layout, i / S::kQuads, i % S::kQuads);
-      __stcg(out + i, part.out);
-      if (i % S::kQuads == 0) __stcg(norm + i / S::kQuads, part.norm);
-    }
-    __shared__ bool is_last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      unsigned* counters = static_cast<unsigned*>(p.workspace);
-      const unsigned others = last - from;
-      __threadfence();
-      is_last = device::atomic_inc_acq_rel(counters + from, others) == others;
-    }
-    __syncthreads();
-    if (!is_last) return;
-    for (int i = threadIdx.x; i < rows * S::kQuads; i += blockDim.x) {
-      const int row = i / S::kQuads;
-      const auto part = [&](int k) { return reinterpret_cast<const float4*>(partial(from + k, last)); };
-      write_result<S>(
-          p, segment, row, i % S::kQuads,
-          merge_partials<S::kCodes>(
-              last - from + 1, [&](int k) { return __ldcg(part(k) + i); },
-              [&](int k) { return __ldcg(reinterpret_cast<const float2*>(part(k) + S::kRows * S::kQuads) + row); }));
-    }
+    finish_in_memory<S>(p, segment, state, blockIdx.x, split.owner(group_begin), split.owner(group_begin + items - 1));
   }
 };
 
 template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __grid_constant__ Params p) {
   if constexpr (S::kSingle) {
-    run_single<S>(p);
+    run_single<S>(p, [&](const Segment& segment, State<S>& state) {
+      if (in_cluster<S>(p)) return finish_in_cluster<S>(p, segment, state, false);
+      finish_team<S>(p, segment, state, min(p.team, count_items<S>(p, segment.keys)));
+    });
   } else {
     if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
     Segment segment;
@@ -206,65 +218,70 @@ inline int choose_blocks(const Params& p, int sm_count) {
   return sm_count;
 }
 
-// Fills `p` and `config` for a cluster size.
+// Fills `p` and `config` for teams of `team` blocks, which merge as clusters or through memory; team 0: runs.
 template <class S>
-void configure(Params& p, device::LaunchConfig& config, int cluster) {
+void configure(Params& p, device::LaunchConfig& config, int team, bool cluster) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
+  config.cluster = cluster ? team : 1;
   // Twice the blocks of a head merge twice the partials, each of half as many warps: measured faster, on an H100.
-  const int most = cluster > 8 ? kMaxWarps / 2 : kMaxWarps;
+  const int most = config.cluster > 8 ? kMaxWarps / 2 : kMaxWarps;
   int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : most;
-  const auto layout = [&] { return shared_layout<S>(warps, S::kStages, cluster); };
+  const auto layout = [&] { return shared_layout<S>(warps, S::kStages, config.cluster); };
   while (warps > 1 && layout().total > device.shared_bytes) --warps;
   p.layout = layout();
-  p.cluster_log2 = device::floor_log2(cluster);
-  config.cluster = cluster;
+  p.team = team;
+  p.cluster_log2 = device::floor_log2(config.cluster);
   config.block = dim3(static_cast<unsigned>(32 * warps));
   config.shared_bytes = p.layout.total;
-  const int blocks = options.blocks > 0 ? options.blocks : choose_blocks(p, device.sm_count);
-  config.grid = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
-  if (cluster > 1) {
-    config.grid = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(p.num_kv_heads * p.row_blocks),
+  if (team > 0) {
+    config.grid = dim3(static_cast<unsigned>(team), static_cast<unsigned>(p.num_kv_heads * p.row_blocks),
                        static_cast<unsigned>(p.batch));
+  } else {
+    const int blocks = options.blocks > 0 ? options.blocks : choose_blocks(p, device.sm_count);
+    config.grid = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
   }
 }
 
-// Launches `split`, or `in_cluster` where a cluster per row group fills the GPU.
-template <class Split>
-void launch_kernels(const AttentionParams& a, void (*split)(Params), void (*in_cluster)(Params), void* stream) {
+// Launches `one_token` in clusters and where a team reads no further ahead than those, else `any`.
+template <class S>
+void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
-  Params p = {a, {}, group, (rows + Split::kRows - 1) / Split::kRows, 0};
+  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0, 0};
   const int groups = a.batch * p.num_kv_heads * p.row_blocks;
   const bool modern = device.arch >= 90 && !options.force_plain;
+  device::LaunchConfig config = {};
+  // A launch that reads what the one before it appended must not start early.
+  const bool whole = a.columns_before + a.columns_after == 0;
+  config.dependent_launch = modern && options.dependent_launch && whole;
 
   // Blocks on at least nearly half of the SMs saturate the memory (in clusters of 2 they do not); a second wave of
   // clusters would not. 16 comes last, for few row groups: few places of a GPU take such a cluster, and its blocks of
   // half the warps share SMs. Two kinds of work want nearly all SMs to themselves: codes become operands first, and
   // several row blocks read the same keys.
-  const bool computes = (Split::kCodes || p.row_blocks > 1) && options.cluster == 0;
-  const int least = computes ? device.sm_count * 9 / 10 : device.sm_count * 4 / 9;
-  device::LaunchConfig config = {};
-  // A launch that reads what the one before it appended must not start early.
-  const bool whole = a.columns_before + a.columns_after == 0;
-  config.dependent_launch = modern && options.dependent_launch && whole;
+  const bool computes = (S::kCodes || p.row_blocks > 1) && options.cluster == 0;
+  const int nearly_all = device.sm_count * 9 / 10, least = computes ? nearly_all : device.sm_count * 4 / 9;
   for (const int cluster : {8, 4, 2, 16}) {
     if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1 || cluster == 2)) continue;
     if (groups * cluster < least || groups * cluster > device.sm_count || (computes && cluster > 8)) continue;
-    configure<Split>(p, config, cluster);
-    if (groups <= device::max_active_clusters(in_cluster, config)) return device::launch(in_cluster, config, p, stream);
+    configure<S>(p, config, cluster, true);
+    if (groups <= device::max_active_clusters(one_token, config)) return device::launch(one_token, config, p, stream);
   }
-  configure<Split>(p, config, 1);
-  device::launch(split, config, p, stream);
+
+  const int team = std::min(device.sm_count, kMaxBlocks) / groups;
+  const bool fills = a.batch == 1 && options.blocks == 0 && team * groups >= nearly_all;
+  configure<S>(p, config, fills ? team : 0, false);
+  device::launch(fills && team > 1 && team <= kMaxCluster ? one_token : any, config, p, stream);
 }
 
 template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
-  using Split = Shape<Element, kHeadDim, kRowTiles, false, false>;
+  using S = Shape<Element, kHeadDim, kRowTiles, false, false>;
   using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
-  launch_kernels<Split>(a, decode_full_kernel<Split>,
-                        a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<Split>, stream);
+  launch_kernels<S>(a, decode_full_kernel<S>, a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<S>,
+                    stream);
 }
 
 template <class Element>

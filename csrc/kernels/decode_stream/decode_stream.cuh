@@ -32,8 +32,6 @@ struct Job {
     return segment;
   }
 
-  __device__ __forceinline__ void loaded(const Segment&) const {}
-
   __device__ __forceinline__ bool next(Segment& segment) const { return ++segment.row_block < p.row_blocks; }
 
   __device__ __forceinline__ void finish(const Segment& segment, State<S>& state, bool more) const {
@@ -43,14 +41,17 @@ struct Job {
       finish_in_block<S>(p, segment, state);
     }
     if (more || in_place<S>(p)) return;
-    append_new_tokens<S>(p, segment.keys, rank * blockDim.x + threadIdx.x, p.cluster() * blockDim.x);
+    NewTokens<S> tokens;
+    const int threads = S::kCodes ? blockDim.x / 32 : blockDim.x, thread = S::kCodes ? threadIdx.x / 32 : threadIdx.x;
+    tokens.load(p, segment.keys, 0, segment.keys.fresh, rank * threads + thread);
+    tokens.append(p, segment.keys, p.team * threads);
   }
 };
 
 template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_kernel(const __grid_constant__ Params p) {
   if constexpr (S::kSingle) {
-    run_single<S>(p);
+    run_single<S>(p, [&](const Segment& segment, State<S>& state) { finish_in_cluster<S>(p, segment, state, false); });
   } else {
     if (in_cluster<S>(p)) device::cluster_arrive_relaxed();
     Job<S> job = {p, in_cluster<S>(p) ? device::cluster_rank() : 0};
@@ -92,9 +93,10 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   const int heads = a.batch * a.num_kv_heads;
   const int tiles = (a.slots + (S::kCodes || a.q_len > 1 || a.slots == 0 ? a.q_len : 0) + kTileKeys - 1) / kTileKeys;
 
-  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0};
+  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 1, 0};
   if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
   if (modern && options.cluster > 0) p.cluster_log2 = device::floor_log2(std::min(options.cluster, kMaxRingCluster));
+  p.team = p.cluster();
   device::LaunchConfig config = {};
   config.grid =
       dim3(static_cast<unsigned>(p.cluster()), static_cast<unsigned>(a.num_kv_heads), static_cast<unsigned>(a.batch));
