@@ -58,7 +58,7 @@ struct LaunchOptions {
   bool dependent_launch;  // ZIGZAG_DEPENDENT_LAUNCH=1: programmatic dependent launch where the kernel supports it
   int cluster;  // ZIGZAG_CLUSTER: blocks per cluster; decode_full takes this size or no clusters, of a batch too
   int warps;    // ZIGZAG_WARPS: warps per block
-  int blocks;   // ZIGZAG_BLOCKS: blocks of the split kernel
+  int blocks;   // ZIGZAG_BLOCKS: blocks of decode_full's runs, which then serve one row, too
 };
 
 inline const LaunchOptions& launch_options() {

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
   }
 }
 
-// Blocks of the split kernel: one per SM, or a few fewer if every head of every row then has whole blocks or every
+// Blocks that share out runs: one per SM, or a few fewer if every head of every row then has whole blocks or every
 // block whole heads, as far as rows are equally long. A block that ends within a head has partial results to merge.
 inline int choose_blocks(const Params& p, int sm_count) {
   const int groups = p.batch * p.num_kv_heads;

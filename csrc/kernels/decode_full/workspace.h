@@ -1,4 +1,4 @@
-// Scratch of the split kernel: counters that tell the last block of a row group to merge, then partial results.
+// Scratch of merges through memory: counters that tell the last block of a row group to merge, then partial results.
 //
 // Everything is indexed by block, not by row group: the layout depends on head_dim alone, so calls of different
 // geometry may share one workspace. Counters are zero before and after every call.
