@@ -13,6 +13,7 @@ Run = Callable[[int], object]  # run(set) does the work of one call on that set 
 REPLAYS = 20
 MAX_NODES, MIN_NODES = 32, 4  # calls per captured graph
 BYTES_PER_REPLAY = 4_000_000_000  # about 1.3 ms of traffic on an H100
+WARM_SECONDS = 0.2  # of samples on a GPU that do not count: it comes from checks in float64
 HOLD_CYCLES = 400_000  # about 0.2 ms: the queue stays busy while the host enqueues a replay
 CPU_SECONDS = 1.0  # of samples per implementation
 CPU_MIN_SAMPLES, CPU_MAX_SAMPLES = 15, 2000
@@ -90,6 +91,10 @@ def measure(device: str, clocks: dict[str, GraphClock | CallClock]) -> dict[str,
     """
     samples: dict[str, list[float]] = {name: [] for name in clocks}
     turn = itertools.count()
+    begin = time.perf_counter()
+    while device == "cuda" and time.perf_counter() - begin < WARM_SECONDS:
+        for clock in clocks.values():
+            clock.sample(next(turn) % clock.positions)
     begin = time.perf_counter()
     for rounds in itertools.count():
         if device == "cuda" and rounds == REPLAYS:
