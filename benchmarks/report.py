@@ -47,7 +47,8 @@ def cell_name(row: Record) -> str:
     if row.ragged:
         keys = f"{row.batch} rows of up to {row.kv_len:,} keys"
     queries = f", {row.q_len} new tokens" if row.q_len > 1 else ""
-    return f"{keys}, {row.num_q_heads}/{row.num_kv_heads} heads, d{row.head_dim}, {row.kv_format}{queries}"
+    rope = ", RoPE included" if row.scenario.endswith("_rope") else ""
+    return f"{keys}, {row.num_q_heads}/{row.num_kv_heads} heads, d{row.head_dim}, {row.kv_format}{queries}{rope}"
 
 
 def summary_table(cells: Cells) -> str:
