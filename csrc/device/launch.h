@@ -58,7 +58,7 @@ struct LaunchOptions {
   bool dependent_launch;  // ZIGZAG_DEPENDENT_LAUNCH=1: programmatic dependent launch where the kernel supports it
   int cluster;  // ZIGZAG_CLUSTER: blocks per cluster; decode_full takes this size or no clusters, of a batch too
   int warps;    // ZIGZAG_WARPS: warps per block
-  int blocks;   // ZIGZAG_BLOCKS: blocks of decode_full's runs, which then serve one row, too
+  int blocks;   // ZIGZAG_BLOCKS: blocks of decode_full's runs, which then serve one row, too, where clusters do not
 };
 
 inline const LaunchOptions& launch_options() {
@@ -99,6 +99,21 @@ inline void allow_cluster(const void* kernel, int cluster) {
   if (allowed.count({kernel, device}) > 0) return;
   ZZ_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   allowed.insert({kernel, device});
+}
+
+// The architecture, as in DeviceInfo, that `kernel` was compiled for in the version that the current device runs: below
+// the device's own where the build has only code for an older one. Asked for once per kernel and device.
+inline int code_arch(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int>, int> known;
+  int device = 0;
+  ZZ_CUDA(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto entry = known.find({kernel, device});
+  if (entry != known.end()) return entry->second;
+  cudaFuncAttributes attributes = {};
+  ZZ_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+  return known[{kernel, device}] = attributes.ptxVersion;
 }
 
 constexpr int floor_log2(int x) {

@@ -2,8 +2,8 @@
 //
 // Operands are swapped: S^T = K Q^T and O^T = V^T P^T with mma.m16n8k16, so that a warp step takes 16 keys and the 8
 // columns of the mma hold query rows: nothing is padded to 16 or 64 rows. Every warp streams its own tiles through its
-// own ring of shared memory stages (cp.async) and keeps its own softmax state; warps meet only when a segment ends.
-// Logits are in base 2.
+// own ring of shared memory stages (cp.async) and keeps its own softmax state; warps meet when a segment ends, and
+// where codes are appended before they are read. Logits are in base 2.
 //
 // Fragments, lane = 4 * g + t: a lane holds of S^T and P^T keys g, g + 8 x rows 2t, 2t + 1, and of O^T dims g, g + 8 x
 // rows 2t, 2t + 1.
@@ -142,8 +142,8 @@ struct SegmentTokens {
 //   void finish(const Segment&, State&, bool more)
 // The first loads of the next segment are under way before the previous one is finished.
 //
-// With programmatic dependent launch the first tile is loaded before the wait for the kernel in front, which therefore
-// must not be the one that writes the cache or the lengths.
+// With programmatic dependent launch a block that appends nothing loads its first tile before the wait for the kernel
+// in front, which therefore must not be the one that writes the cache or the lengths.
 template <class S, class Job>
 __device__ __forceinline__ void run_segments(const Params& p, Segment segment, Job& job) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -159,8 +159,8 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
   // One cp.async group a tile. What else is needed is asked for with or before the first tile: behind the others it
   // would wait for the whole GPU's. (Alone in front of the first tile the queries would hold it up.)
   const auto fill = [&] {
-    SegmentTokens<S> new_tokens;
-    new_tokens.load(p, segment);
+    SegmentTokens<S> appended;
+    appended.load(p, segment);
     int item = segment.begin + offset;
     if (item < segment.end) load_tile<S>(p, segment.keys, item, ring);
     device::grid_dependency_wait();
@@ -186,7 +186,7 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
       if (S::kSingle) rotated.store(p, segment, 0, shared_memory + (query_buffer - base));
       if (in_place<S>(p)) new_token.rotate(p, rotated.turn[0]);
     }
-    new_tokens.append(p, segment);
+    appended.append(p, segment);
   };
 
   fill();

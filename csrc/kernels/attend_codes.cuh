@@ -253,8 +253,8 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
     reader.attach<S>(p, segment.keys);
     device::grid_dependency_wait();
     device::grid_dependency_launch();
-    SegmentTokens<S> new_tokens;
-    new_tokens.load(p, segment);
+    SegmentTokens<S> appended;
+    appended.load(p, segment);
     RotatedQueries<S> rotated;
     if (rotate) {
       rotated.load_and_store(p, segment, shared_memory + query_buffer);
@@ -263,15 +263,15 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
     }
     // Tiles with new tokens, which are the last ones, wait until those are appended. (One loop, for the sake of code
     // size.)
-    const int first_new = new_tokens.any ? segment.keys.length / kTileKeys : segment.end;
+    const int first_new = appended.any ? segment.keys.length / kTileKeys : segment.end;
     int i = 0, item = segment.begin + warp;
 #pragma unroll 1
     for (int until = first_new;; until = INT_MAX) {
 #pragma unroll 1
       for (; i < S::kStages && item < until; ++i, item += warps) load(item, ring + i * S::kStageBytes);
       if (until == INT_MAX) break;
-      if (!new_tokens.any) continue;
-      new_tokens.append(p, segment);
+      if (!appended.any) continue;
+      appended.append(p, segment);
       __syncthreads();
     }
   };

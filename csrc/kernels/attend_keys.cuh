@@ -8,8 +8,8 @@
 //   ring        all slots ++ new tokens
 //
 // A listed token is read from k_new / v_new and never from the cache, so appending it needs no ordering against the
-// reads of its own slot. A token that a full cache of codes takes is encoded once: the block that attends its slot
-// appends it first, then reads it like any other.
+// reads of its own slot. A token that a full cache of codes takes is not encoded twice: the block that attends its slot
+// appends it first, then reads it like any other. (Several row blocks of a head all do so, with the same bytes.)
 //
 // Loads of a list in place need no length: they start before it is known, and what it then shows to be unused or
 // replaced is repaired in shared memory (repair_tile).
@@ -85,7 +85,7 @@ struct Keys {
   int first;         // leading padding columns of the chunk
   int fresh;         // new tokens
   int slots_length;  // the length at which the slots of the list are to be understood
-  int used;          // slots in use at that length
+  int used;          // slots in use: of a list in place, and of codes, after the append
   int replaced;      // slot whose place in the list the new token takes, -1: none
   int unmasked;      // leading keys of the list that every row attends
 };
@@ -368,7 +368,7 @@ template <class S>
 struct NewTokens {
   using Piece = typename S::NewPiece;
   Piece piece;
-  int next, end;  // pieces: the one that is under way, the last one to append
+  int next, end;  // pieces: the one that is under way, the first one not to append
 
   // Tokens [from, until), of which the caller takes pieces `first`, `first` + step, ... of append().
   __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys, int from, int until, int first) {

@@ -1,5 +1,5 @@
 // A tile of 16 quantised keys or values in shared memory, and how it gets there: cached codes by cp.async, 16 bytes at
-// a time, new tokens encoded on the way.
+// a time, new tokens that the list holds beside the slots encoded on the way.
 #pragma once
 
 #include "kernels/attend_keys.cuh"

@@ -1,8 +1,8 @@
 // Split-KV decode over a full cache in one launch. Ways to spread a (batch, KV head, row block) -- a row group -- over
 // blocks:
 //
-//   team      as many blocks for each row group. For one row only: each row of a batch would get the same number of
-//             blocks, however different their lengths
+//   team      as many blocks for each row group, where that leaves few SMs idle. For one row only: each row of a batch
+//             would get the same number of blocks, however different their lengths
 //   runs      the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
 //             runs that align with the row groups, ragged batches stay balanced
 //
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
 // block whole heads, as far as rows are equally long. A block that ends within a head has partial results to merge.
 inline int choose_blocks(const Params& p, int sm_count) {
   const int groups = p.batch * p.num_kv_heads;
-  if (p.row_blocks > 1) return sm_count;  // they read the same keys: aligned ones, at the same time, were slower
+  if (p.row_blocks > 1) return sm_count;  // they read the same keys: aligned runs, at the same time, were slower
   for (int blocks = sm_count; blocks >= sm_count * 19 / 20; --blocks) {
     if (blocks % groups == 0 || groups % blocks == 0) return blocks;
   }
@@ -243,7 +243,8 @@ void configure(Params& p, device::LaunchConfig& config, int team, bool cluster) 
   }
 }
 
-// Launches `one_token` in clusters and where a team reads no further ahead than those, else `any`.
+// Launches `one_token` in clusters and where a team reads no further ahead than those, else `any`. (For several new
+// tokens, and for codes, they are the same kernel.)
 template <class S>
 void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream) {
   const device::DeviceInfo& device = device::device_info();
@@ -251,7 +252,7 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
   Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0, 0};
   const int groups = a.batch * p.num_kv_heads * p.row_blocks;
-  const bool modern = device.arch >= 90 && !options.force_plain;
+  const bool modern = device::code_arch(reinterpret_cast<const void*>(any)) >= 90 && !options.force_plain;
   device::LaunchConfig config = {};
   // A launch that reads what the one before it appended must not start early.
   const bool whole = a.columns_before + a.columns_after == 0;

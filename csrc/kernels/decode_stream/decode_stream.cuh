@@ -88,7 +88,7 @@ template <class S>
 void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream) {
   const device::DeviceInfo& device = device::device_info();
   const device::LaunchOptions& options = device::launch_options();
-  const bool modern = device.arch >= 90 && !options.force_plain;
+  const bool modern = device::code_arch(reinterpret_cast<const void*>(any)) >= 90 && !options.force_plain;
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
   const int heads = a.batch * a.num_kv_heads;
   const int tiles = (a.slots + (S::kCodes || a.q_len > 1 || a.slots == 0 ? a.q_len : 0) + kTileKeys - 1) / kTileKeys;
