@@ -7,8 +7,8 @@
 #include <sstream>
 
 #include "cublas.h"
+#include "cuda/launch.h"
 #include "device.h"
-#include "device/launch.h"
 #include "kernels/attention.h"
 #include "random.h"
 

@@ -1,4 +1,4 @@
-#include "device/launch.h"
+#include "cuda/launch.h"
 #include "engine/step_graph.h"
 
 namespace zigzag {
@@ -44,10 +44,10 @@ class Capture {
 }  // namespace
 
 void advance_lengths_cuda(const AdvanceParams& params, void* stream) {
-  device::LaunchConfig config;
+  cuda::LaunchConfig config;
   config.grid = dim3(1);
   config.block = dim3(kThreads);
-  device::launch(advance_kernel, config, params, stream);
+  cuda::launch(advance_kernel, config, params, stream);
 }
 
 StepGraph::StepGraph(const std::function<void()>& enqueue, void* stream) {

@@ -9,9 +9,9 @@
 
 #include "core/error.h"
 #include "kernels/append/append.h"
-#include "kernels/attention_codes.h"
-#include "kernels/decode_full/decode_full.h"
-#include "kernels/decode_stream/decode_stream.h"
+#include "kernels/decode/codes/dispatch.h"
+#include "kernels/decode/full/full.h"
+#include "kernels/decode/stream/stream.h"
 #include "kernels/merge/merge.h"
 #include "kernels/prefill/prefill.h"
 

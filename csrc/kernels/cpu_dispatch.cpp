@@ -1,8 +1,8 @@
 // The CPU entry of every op: calls the build of the kernel that cpu_isa() picks.
-#include "device/cpu_isa.h"
+#include "cpu/isa.h"
 #include "kernels/append/append.h"
-#include "kernels/decode_full/decode_full.h"
-#include "kernels/decode_stream/decode_stream.h"
+#include "kernels/decode/full/full.h"
+#include "kernels/decode/stream/stream.h"
 #include "kernels/merge/merge.h"
 #include "kernels/prefill/prefill.h"
 

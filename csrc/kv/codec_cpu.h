@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "device/cpu_vec.h"
+#include "cpu/vec.h"
 #include "kv/formats.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "device/ptx.cuh"
+#include "cuda/ptx.cuh"
 #include "kv/formats.h"
 
 namespace zigzag {
@@ -25,7 +25,7 @@ struct EncodedPiece {
     uint32_t amax = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 two = device::unpack2<Element>(word[i]);
+      const float2 two = cuda::unpack2<Element>(word[i]);
       x[2 * i] = two.x, x[2 * i + 1] = two.y;
       amax = max(amax, max(float_bits(two.x) & 0x7fffffffu, float_bits(two.y) & 0x7fffffffu));
     }

@@ -8,7 +8,7 @@
 #include "kv/code_bits.h"
 
 #if defined(__CUDACC__)
-#include "device/ptx.cuh"
+#include "cuda/ptx.cuh"
 #endif
 
 namespace zigzag {
@@ -48,7 +48,7 @@ struct Fp8 {
   static constexpr int kApart = 1;
 
   __device__ __forceinline__ static void widen_row(uint32_t codes, uint32_t (&pair)[2]) {
-    device::widen_e4m3(codes, pair[0], pair[1]);
+    cuda::widen_e4m3(codes, pair[0], pair[1]);
   }
   __device__ __forceinline__ static void widen_columns(uint32_t codes, uint32_t (&pair)[2]) {
     widen_row(__byte_perm(codes, 0, 0x3120), pair);

@@ -2,7 +2,7 @@
 // loads on a machine without a driver.
 #include <cudaTypedefs.h>
 
-#include "device/launch.h"
+#include "cuda/launch.h"
 #include "kv/virtual_memory.h"
 
 namespace zigzag {

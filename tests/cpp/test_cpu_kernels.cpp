@@ -7,8 +7,8 @@
 
 #include "core/error.h"
 #include "core/thread_pool.h"
+#include "cpu/isa.h"
 #include "cpu_case.h"
-#include "device/cpu_isa.h"
 #include "doctest/doctest.h"
 #include "kernels/attention.h"
 

@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "kernels/prefill/key_range.h"
+#include "kv/key_range.h"
 
 namespace zigzag {
 

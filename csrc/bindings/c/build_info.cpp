@@ -3,7 +3,7 @@
 #include <string>
 
 #include "bindings/c/bindings.h"
-#include "device/cpu_isa.h"
+#include "cpu/isa.h"
 
 #ifndef ZIGZAG_VERSION
 #define ZIGZAG_VERSION "unknown"

@@ -1,6 +1,6 @@
 // Append on CUDA. Plain caches: a copy of rows to their slots; both supported dtypes are 2 bytes wide, so one kernel
 // moves both. Quantised caches: a warp encodes one vector.
-#include "device/launch.h"
+#include "cuda/launch.h"
 #include "kernels/append/append.h"
 #include "kv/codec_cuda.cuh"
 #include "kv/ring.h"
@@ -103,12 +103,12 @@ __global__ void __launch_bounds__(kThreads) append_codes_kernel(const __grid_con
 
 void append_codes(const AppendParams& p, void* stream) {
   constexpr int kTokens = kThreads / 32;
-  device::LaunchConfig config;
+  cuda::LaunchConfig config;
   config.block = dim3(kThreads);
   config.grid = dim3(static_cast<unsigned>((candidate_tokens(p) + kTokens - 1) / kTokens),
                      static_cast<unsigned>(p.num_kv_heads), static_cast<unsigned>(p.batch));
   const bool bf16 = p.dtype == DType::kBFloat16;
-  device::launch(bf16 ? append_codes_kernel<__nv_bfloat16> : append_codes_kernel<__half>, config, p, stream);
+  cuda::launch(bf16 ? append_codes_kernel<__nv_bfloat16> : append_codes_kernel<__half>, config, p, stream);
 }
 
 }  // namespace
@@ -118,11 +118,11 @@ void append_kernel_cuda(const AppendParams& p, void* stream) {
   if (is_quantised(p)) return append_codes(p, stream);
   const unsigned chunks = static_cast<unsigned>(p.head_dim) / 8;
   const unsigned tokens = kThreads / chunks;
-  device::LaunchConfig config;
+  cuda::LaunchConfig config;
   config.block = dim3(chunks, tokens);
   config.grid = dim3((candidate_tokens(p) + tokens - 1) / tokens, static_cast<unsigned>(p.num_kv_heads),
                      static_cast<unsigned>(p.batch));
-  device::launch(append_kernel, config, p, stream);
+  cuda::launch(append_kernel, config, p, stream);
 }
 
 }  // namespace zigzag

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "device/launch.h"
+#include "cuda/launch.h"
 #include "kernels/merge/merge.h"
 
 namespace zigzag {
@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__
 void merge_kernel_cuda(const MergeParams& p, void* stream) {
   const unsigned chunks = static_cast<unsigned>(p.head_dim) / 8;
   const unsigned rows = kThreads / chunks;
-  device::LaunchConfig config;
+  cuda::LaunchConfig config;
   config.block = dim3(chunks, rows);
   config.grid = dim3(static_cast<unsigned>((p.rows + rows - 1) / rows));
-  device::launch(p.dtype == DType::kFloat16 ? merge_kernel<__half2> : merge_kernel<__nv_bfloat162>, config, p, stream);
+  cuda::launch(p.dtype == DType::kFloat16 ? merge_kernel<__half2> : merge_kernel<__nv_bfloat162>, config, p, stream);
 }
 
 }  // namespace zigzag

@@ -3,7 +3,7 @@
 
 #include "core/parallel.h"
 #include "core/params.h"
-#include "device/cpu_vec.h"
+#include "cpu/vec.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
 namespace {

@@ -1,9 +1,10 @@
 // Tensor core fragments of the prefill kernel, as both kinds of products take them.
 #pragma once
 
-#include "device/ptx.cuh"
+#include "cuda/ptx.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
+using namespace cuda;  // PTX wrappers and the launch helper
 
 // The weights of keys [16 * step, 16 * step + 16) as an A fragment: two accumulators, packed to 16 bits.
 template <class T, int kTiles>
@@ -15,4 +16,4 @@ __device__ __forceinline__ void pack_weights(uint32_t (&fragment)[4], const floa
   }
 }
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

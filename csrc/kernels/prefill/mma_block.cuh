@@ -3,7 +3,7 @@
 
 #include "kernels/prefill/fragments.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
 
 template <class T, int kHeadDim_>
 struct MmaBlock {
@@ -106,4 +106,4 @@ struct MmaBlock {
   }
 };
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

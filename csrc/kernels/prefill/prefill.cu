@@ -2,12 +2,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "device/launch.h"
+#include "cuda/launch.h"
 #include "kernels/append/append.h"
 #include "kernels/prefill/prefill.h"
 
 namespace zigzag {
-namespace device {
+namespace prefill {
 
 template <class T>
 void launch_prefill_mma(const AttentionParams& p, void* stream);
@@ -23,13 +23,13 @@ void launch_prefill(const AttentionParams& p, void* stream) {
   launch_prefill_mma<T>(p, stream);
 }
 
-}  // namespace device
+}  // namespace prefill
 
 void prefill_cuda(const AttentionParams& p, void* stream) {
   if (p.dtype == DType::kFloat16) {
-    device::launch_prefill<__half>(p, stream);
+    prefill::launch_prefill<__half>(p, stream);
   } else {
-    device::launch_prefill<__nv_bfloat16>(p, stream);
+    prefill::launch_prefill<__nv_bfloat16>(p, stream);
   }
   AppendParams append = {};
   append.k_new = p.k_new;

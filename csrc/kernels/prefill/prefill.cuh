@@ -7,10 +7,11 @@
 #include <cmath>
 
 #include "core/params.h"
-#include "device/ptx.cuh"
+#include "cuda/ptx.cuh"
 #include "kernels/prefill/query_tile.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
+using namespace cuda;  // PTX wrappers and the launch helper
 
 // The part of the output that one warp owns, and its softmax state, in base 2. Rows as in an m16n8k16 accumulator: a
 // lane holds rows lane / 4 + 8 * half of each row tile.
@@ -249,4 +250,4 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksPerSm)
   store_output<Block>(p, tile, state, shared);
 }
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

@@ -1,7 +1,7 @@
 #include "kernels/prefill/prefill_mma.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
 
 template void launch_prefill_mma<__nv_bfloat16>(const AttentionParams& p, void* stream);
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

@@ -1,7 +1,7 @@
 #include "kernels/prefill/prefill_wgmma.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
 
 template bool launch_prefill_wgmma<__nv_bfloat16>(const AttentionParams& p, void* stream);
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

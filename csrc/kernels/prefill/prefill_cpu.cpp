@@ -1,4 +1,4 @@
-#include "kernels/attention_cpu.h"
+#include "kernels/cpu/attention.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
 

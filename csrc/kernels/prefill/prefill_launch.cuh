@@ -5,10 +5,11 @@
 #include <climits>
 
 #include "core/dispatch.h"
-#include "device/launch.h"
+#include "cuda/launch.h"
 #include "kernels/prefill/prefill.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
+using namespace cuda;  // PTX wrappers and the launch helper
 
 template <class Block>
 void launch_prefill_block(const AttentionParams& p, void* stream) {
@@ -23,4 +24,4 @@ void launch_prefill_block(const AttentionParams& p, void* stream) {
   launch(prefill_kernel<Block>, config, p, stream);
 }
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

@@ -4,7 +4,7 @@
 #include "kernels/prefill/mma_block.cuh"
 #include "kernels/prefill/prefill_launch.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
 
 template <class T>
 void launch_prefill_mma(const AttentionParams& p, void* stream) {
@@ -12,4 +12,4 @@ void launch_prefill_mma(const AttentionParams& p, void* stream) {
                     [&](auto head_dim) { launch_prefill_block<MmaBlock<T, decltype(head_dim)::value>>(p, stream); });
 }
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

@@ -4,7 +4,7 @@
 #include "kernels/prefill/prefill_launch.cuh"
 #include "kernels/prefill/wgmma_block.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
 
 // False, and nothing launched, where WgmmaBlock does not serve the head_dim.
 template <class T>
@@ -19,4 +19,4 @@ bool launch_prefill_wgmma(const AttentionParams& p, void* stream) {
   return launched;
 }
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

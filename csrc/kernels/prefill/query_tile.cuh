@@ -2,9 +2,10 @@
 #pragma once
 
 #include "core/params.h"
-#include "kernels/prefill/key_range.h"
+#include "kv/key_range.h"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
+using namespace cuda;  // PTX wrappers and the launch helper
 
 // Rows of a tile are (chunk column, query head of the group) pairs of one KV head, heads fastest, so that K and V are
 // read once per KV head whatever the group size.
@@ -75,4 +76,4 @@ struct QueryTile {
   }
 };
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

@@ -2,10 +2,10 @@
 // rows; its accumulators lie as those of mma.sync do, warp by warp, so all else is shared with mma_block.cuh.
 #pragma once
 
-#include "device/wgmma.cuh"
+#include "cuda/wgmma.cuh"
 #include "kernels/prefill/fragments.cuh"
 
-namespace zigzag::device {
+namespace zigzag::prefill {
 
 template <class T, int kHeadDim_>
 struct WgmmaBlock {
@@ -79,4 +79,4 @@ struct WgmmaBlock {
   }
 };
 
-}  // namespace zigzag::device
+}  // namespace zigzag::prefill

@@ -1,0 +1,7 @@
+#include "kernels/decode/full/full.cuh"
+
+namespace zigzag::decode_full {
+
+template void launch_decode_full<__half>(const AttentionParams&, void*);
+
+}  // namespace zigzag::decode_full

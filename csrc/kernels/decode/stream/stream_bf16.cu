@@ -1,0 +1,7 @@
+#include "kernels/decode/stream/stream.cuh"
+
+namespace zigzag::decode_stream {
+
+template void launch_decode_stream<__nv_bfloat16>(const AttentionParams&, void*);
+
+}  // namespace zigzag::decode_stream

@@ -1,0 +1,7 @@
+#include "kernels/decode/stream/stream_codes.cuh"
+
+namespace zigzag::decode_stream {
+
+template void launch_decode_stream_codes<Int8, Int8>(const AttentionParams&, void*);
+
+}  // namespace zigzag::decode_stream

@@ -1,7 +1,0 @@
-#include "kernels/decode_full/decode_full.cuh"
-
-namespace zigzag::decode_full {
-
-template void launch_decode_full<__half>(const AttentionParams&, void*);
-
-}  // namespace zigzag::decode_full

@@ -1,7 +1,0 @@
-#include "kernels/decode_full/decode_full_codes.cuh"
-
-namespace zigzag::decode_full {
-
-template void launch_decode_full_codes<Int8, Int8>(const AttentionParams&, void*);
-
-}  // namespace zigzag::decode_full

@@ -1,7 +1,0 @@
-#include "kernels/decode_stream/decode_stream.cuh"
-
-namespace zigzag::decode_stream {
-
-template void launch_decode_stream<__nv_bfloat16>(const AttentionParams&, void*);
-
-}  // namespace zigzag::decode_stream

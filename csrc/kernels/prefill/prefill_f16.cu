@@ -1,7 +1,0 @@
-#include "kernels/prefill/prefill_mma.cuh"
-
-namespace zigzag::device {
-
-template void launch_prefill_mma<__half>(const AttentionParams& p, void* stream);
-
-}  // namespace zigzag::device

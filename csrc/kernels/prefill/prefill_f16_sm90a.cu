@@ -1,7 +1,0 @@
-#include "kernels/prefill/prefill_wgmma.cuh"
-
-namespace zigzag::device {
-
-template bool launch_prefill_wgmma<__half>(const AttentionParams& p, void* stream);
-
-}  // namespace zigzag::device

@@ -1,0 +1,7 @@
+#include "kernels/prefill/prefill_mma.cuh"
+
+namespace zigzag::prefill {
+
+template void launch_prefill_mma<__half>(const AttentionParams& p, void* stream);
+
+}  // namespace zigzag::prefill
