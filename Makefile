@@ -63,7 +63,7 @@ format: $(VENV)/tools
 
 # On the CPU: the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer. With a GPU: small op tests under compute-sanitizer.
 SANITIZE_DIR := build/sanitize
-SANITIZE_TESTS ?= tests/test_ops.py -k "cuda and bfloat16 and (head_dims or padding or no_cache or past_the_capacity)"
+SANITIZE_TESTS ?= tests/ops/test_ops.py -k "cuda and bfloat16 and (head_dims or padding or no_cache or past_the_capacity)"
 sanitize: $(BUILT)
 	cmake -S . -B $(SANITIZE_DIR) -G Ninja -DZIGZAG_CUDA=off -DZIGZAG_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" > /dev/null

@@ -28,7 +28,7 @@ from step import Decoder, busy, time_generate, time_steps
 from torch import Tensor
 
 import zigzag_ext as zz
-from zigzag_ext import ops, reference
+from zigzag_ext.attention import ops, reference
 
 CELLS = ("exclusive_50:4000000", "exclusive_25:8000000")
 IMPLS = ("zigzag_eager", "zigzag_compiled")

@@ -25,10 +25,11 @@ import transformers
 from evidence_plans import RATIOS, Named, all_plans, demo_plan, distinct, in_ruler
 
 import zigzag_ext as zz
-from zigzag_ext import demo, evaluate
-from zigzag_ext.evaluate.task import describe
-from zigzag_ext.generation import load_model
-from zigzag_ext.identify.data import VERSION
+from zigzag_ext.cli import demo
+from zigzag_ext.study import evaluate
+from zigzag_ext.study.evaluate.task import describe
+from zigzag_ext.study.identify.data import VERSION
+from zigzag_ext.study.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import zigzag_ext as zz
-from zigzag_ext import demo
-from zigzag_ext.evaluate.rows import kinds_of
+from zigzag_ext.cli import demo
+from zigzag_ext.study.evaluate.results import kinds_of
 
 OBJECTIVES = ("mean", "count", "transport", "knapsack")
 RATIOS = (0.5, 0.4, 0.25, 0.6, 0.75)  # share of streaming layers; where methods differ most comes first

@@ -11,9 +11,9 @@ from statistics import fmean
 from documents import insert, markers, table
 from evidence_plans import canonical
 
-from zigzag_ext import plots
-from zigzag_ext.evaluate import RULER, Row, read
-from zigzag_ext.evaluate.rows import wilson
+from zigzag_ext.study import plots
+from zigzag_ext.study.evaluate import RULER, Row, read
+from zigzag_ext.study.evaluate.results import wilson
 
 NAME = "evidence"
 REFERENCES = (("", "full"), ("", "streaming"), ("", "demo"))

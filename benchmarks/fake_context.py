@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import zigzag_ext as zz
-from zigzag_ext import ops
+from zigzag_ext.attention import ops
 
 MARGIN = 256  # tokens a cache can take beyond the context
 FILL_CHUNK = 16384  # tokens made at a time: 64 MiB of keys and values of 8 heads of 128

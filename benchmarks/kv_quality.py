@@ -23,12 +23,15 @@ import torch
 from records import QualityRecord, read, writer
 from torch import Tensor
 
-from zigzag_ext import Plan, demo, reference, smoothing
-from zigzag_ext.evaluate import passkey, perplexity
-from zigzag_ext.evaluate.rows import statistics
-from zigzag_ext.evaluate.scoring import score
-from zigzag_ext.hf.probe import probe
-from zigzag_ext.hf.torch_attention import banded, causal
+from zigzag_ext import Plan
+from zigzag_ext.attention import reference
+from zigzag_ext.cache import smoothing
+from zigzag_ext.cli import demo
+from zigzag_ext.study.evaluate import passkey, perplexity
+from zigzag_ext.study.evaluate.results import statistics
+from zigzag_ext.study.evaluate.scoring import score
+from zigzag_ext.study.probe import probe
+from zigzag_ext.study.torch_attention import banded, causal
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("none", "int4", "int8/int4", "fp8", "int8")
@@ -50,7 +53,7 @@ def zero_point_int4(x: Tensor) -> Tensor:
 
 
 def less_mean(codec: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The codec after key smoothing, see `zigzag_ext.smoothing`."""
+    """The codec after key smoothing, see `zigzag_ext.cache.smoothing`."""
 
     def smoothed(k: Tensor) -> Tensor:
         mean = k[:, :, : smoothing.TOKENS].float().mean(2, keepdim=True).to(k)

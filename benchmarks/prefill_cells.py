@@ -7,7 +7,9 @@ import torch
 from problem import QUERY_SIGMA, Unsupported
 from torch import Tensor
 
-from zigzag_ext import ops, prefill, prefill_backends
+from zigzag_ext.attention import backends as prefill_backends
+from zigzag_ext.attention import ops
+from zigzag_ext.attention import routes as prefill
 
 K = 1024
 DECODE_ROWS = ops.MAX_DECODE_QUERIES

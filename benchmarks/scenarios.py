@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from zigzag_ext.kv_format import parse_kv_format
+from zigzag_ext.planning.kv_format import parse_kv_format
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 QUANTISED = ("fp8", "int8", "int4", "int8/int4")  # formats of keys/values; queries and new tokens are then bf16

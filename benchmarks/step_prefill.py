@@ -1,7 +1,7 @@
 """Times whole prompts through a model; `step.py --phase prefill` runs this.
 
 Chunks of `CHUNK` tokens inside one forward, an empty cache, the logits of the last token only. A first, short prompt loads
-kernels and measures the backends (zigzag_ext.prefill). The profiler runs along: it adds a microsecond or so to each launch.
+kernels and measures the backends (zigzag_ext.attention.routes). The profiler runs along and adds about a microsecond a launch.
 """
 
 import gc

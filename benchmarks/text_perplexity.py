@@ -1,4 +1,4 @@
-"""Perplexity of a text under a plan, read in chunks of any size:  python -m zigzag_ext.evaluate.text_perplexity TEXT_FILE
+"""Perplexity of a text under a plan, read in chunks of any size:  python -m benchmarks.text_perplexity TEXT_FILE
 
 exp of the mean negative log-likelihood per token. The size of the chunks must not matter: prefill follows the rule of decode.
 """
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..cache import ZigzagCache
-from ..hf import zigzag
-from ..plan import Plan
+from zigzag_ext.cache import ZigzagCache
+from zigzag_ext.hf import zigzag
+from zigzag_ext.planning.plan import Plan
 
 _HEAD_TOKENS = 1024  # logits that are made float32 at a time
 
@@ -45,7 +45,7 @@ def text_perplexity(model, token_ids: Tensor, plan: Plan, chunk: int | None = No
 
 
 def main(argv: list[str] | None = None) -> int:
-    from .. import demo
+    from zigzag_ext.cli import demo
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a text file")

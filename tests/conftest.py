@@ -16,7 +16,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="module")
 def demo_model():
     """The demo's model and tokenizer. Without the package that carries them a test is skipped, but never in CI: .ci/checks.py."""
-    from zigzag_ext import demo
+    from zigzag_ext.cli import demo
 
     try:
         return demo.load(device="cpu")

@@ -14,7 +14,7 @@ import prefill_cells  # noqa: E402
 import records  # noqa: E402
 from prefill_cells import PrefillCell, PrefillProblem  # noqa: E402
 
-from zigzag_ext import reference  # noqa: E402
+from zigzag_ext.attention import reference  # noqa: E402
 
 SHAPE = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}
 TINY = [

@@ -18,7 +18,7 @@ import step  # noqa: E402
 import step_prefill  # noqa: E402
 from records import CapacityRecord, StepRecord, read  # noqa: E402
 
-from zigzag_ext import ops, reference  # noqa: E402
+from zigzag_ext.attention import ops, reference  # noqa: E402
 
 CPU = ["--device", "cpu", "--model", "tiny", "--commit", "abc"]
 PER_TOKEN = 2 * 2 * 64 * 4  # bytes of K and V: 2 heads of 64, float32

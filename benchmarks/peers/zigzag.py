@@ -7,7 +7,7 @@ KV_FORMATS = QUANTISED
 
 
 def prepare(problem):
-    from zigzag_ext import ops
+    from zigzag_ext.attention import ops
 
     p, cell = problem, problem.cell
     workspace = ops.new_workspace(cell.batch, cell.num_q_heads, cell.num_kv_heads, cell.head_dim, p.device)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from gpu import needs_cuda
 
-from zigzag_ext import _C, ops
-from zigzag_ext.virtual import GrowingBuffer
+from zigzag_ext import _C
+from zigzag_ext.attention import ops
+from zigzag_ext.attention.buffers import GrowingBuffer
 
 TERABYTE = 1 << 40
 

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig  # noqa: E402
 
 import zigzag_ext as zz  # noqa: E402
-from zigzag_ext import reference  # noqa: E402
-from zigzag_ext.virtual import GrowingBuffer  # noqa: E402
+from zigzag_ext.attention import reference  # noqa: E402
+from zigzag_ext.attention.buffers import GrowingBuffer  # noqa: E402
 
 KINDS, SINK, WINDOW, HEAD_DIM = ("retrieval", "streaming"), 2, 6, 64
 CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=256)

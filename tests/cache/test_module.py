@@ -6,7 +6,7 @@ from gpu import needs_cuda
 from torch._dynamo.utils import counters
 
 import zigzag_ext as zz
-from zigzag_ext import reference
+from zigzag_ext.attention import reference
 
 HEADS, KV_HEADS, HEAD_DIM, SINK, WINDOW = 4, 2, 64, 2, 6
 LAYERS = {"streaming": {"sink": SINK, "window": WINDOW}, "retrieval": {"max_len": 64}}

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from typer.testing import CliRunner
 
 import zigzag_ext as zz
-from zigzag_ext import demo
-from zigzag_ext.cli import app
+from zigzag_ext.cli import demo
+from zigzag_ext.cli.app import app
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 2, 64, 60
 

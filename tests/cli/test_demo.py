@@ -2,9 +2,10 @@
 
 import pytest
 
-from zigzag_ext import demo, generation
-from zigzag_ext.cli import _verdict
-from zigzag_ext.evaluate.passkey import build_prompt, is_hit
+from zigzag_ext.cli import demo
+from zigzag_ext.cli.commands import _verdict
+from zigzag_ext.study import loading as generation
+from zigzag_ext.study.evaluate.passkey import build_prompt, is_hit
 
 TOKENS = 2000
 

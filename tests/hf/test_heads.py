@@ -10,8 +10,8 @@ from published import LLAMA3, needs_published
 from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt, tiny_model
 
 import zigzag_ext as zz
-from zigzag_ext import exchange
-from zigzag_ext.mixed import MixedLayer
+from zigzag_ext.cache.mixed import MixedLayer
+from zigzag_ext.planning import exchange
 
 SINK, WINDOW, KV_HEADS = 4, 16, 2
 KINDS = ["streaming", ("retrieval", "streaming"), ("streaming", "retrieval"), "retrieval"]

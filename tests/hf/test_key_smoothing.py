@@ -9,7 +9,8 @@ from tiny_models import generate, new_model, padded_prompt, prompt, tiny_model
 from transformers import LlamaConfig
 
 import zigzag_ext as zz
-from zigzag_ext import ops, reference, smoothing
+from zigzag_ext.attention import ops, reference
+from zigzag_ext.cache import smoothing
 
 SINK, WINDOW = 4, 16
 KINDS = ["streaming", "retrieval", "retrieval", "streaming"]

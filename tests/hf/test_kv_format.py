@@ -7,7 +7,7 @@ import torch
 from tiny_models import generate, new_model, padded_prompt, prompt, tiny_model
 
 import zigzag_ext as zz
-from zigzag_ext import ops, reference
+from zigzag_ext.attention import ops, reference
 
 PLAN = zz.Plan(["streaming", "retrieval", "retrieval", "streaming"], sink=4, window=16)
 FORMATS = ["fp8", "int8", "int4", "int8/int4", "none/int8"]

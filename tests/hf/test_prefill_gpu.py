@@ -6,7 +6,7 @@ from gpu import needs_cuda
 from tiny_models import new_model, prompt
 
 import zigzag_ext as zz
-from zigzag_ext import prefill_backends
+from zigzag_ext.attention import backends as prefill_backends
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_cases import FLOOR, Case, call, check, relative_error
 
-from zigzag_ext import ops, reference
+from zigzag_ext.attention import ops, reference
 
 RINGS = [(0, 1), (0, 5), (1, 1), (3, 4), (4, 16), (5, 64), (0, 100), (64, 256)]
 FULL_LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000]

@@ -7,7 +7,7 @@ import torch
 from op_cases import FLOOR, Case, after_rope, relative_error
 from quant_cases import is_served
 
-from zigzag_ext import ops, reference
+from zigzag_ext.attention import ops, reference
 
 SINK, WINDOW = 4, 24
 HEADS = {"full": [3, 0, 2], "ring": [4, 1]}  # of five KV heads, in no order: what matters is that of the caches

@@ -13,7 +13,7 @@ import torch
 from op_cases import DTYPES, Case, check
 from quant_cases import CUDA_HEAD_DIMS, SAME, call, check_call, check_close, is_served, quantised, same
 
-from zigzag_ext import ops
+from zigzag_ext.attention import ops
 
 NUM_CASES = int(os.environ.get("ZIGZAG_RANDOM_CASES", "240"))
 NUM_QUANTISED = int(os.environ.get("ZIGZAG_RANDOM_CASES", "72"))

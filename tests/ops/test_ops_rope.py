@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_cases import Case, after_rope, call, check
 
-from zigzag_ext import ops
+from zigzag_ext.attention import ops
 
 ROTARY_DIMS = {64: (8, 24, 32, 64), 80: (32, 80), 96: (40, 96), 128: (8, 64, 120, 128), 256: (64, 256)}
 LAYERS = [(0, 0), (4, 24)]  # sink, window

@@ -5,7 +5,7 @@ import torch
 from gpu import launched_kernels, needs_cuda
 from op_cases import Case, call, specification
 
-from zigzag_ext import ops
+from zigzag_ext.attention import ops
 
 
 def arguments(case):

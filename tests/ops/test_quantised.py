@@ -5,7 +5,7 @@ import torch
 from op_cases import FLOOR, Case, relative_error
 from quant_cases import CUDA_HEAD_DIMS, FORMATS, PAIRS, SAME, call, check, check_call, is_served, quantised, same, specification
 
-from zigzag_ext import ops, reference
+from zigzag_ext.attention import ops, reference
 
 RINGS = [(0, 1), (3, 4), (5, 64)]
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from transformers import Qwen2Config
 
-from zigzag_ext.exchange import from_duo, from_layer_string, to_duo, to_layer_string, to_layer_types
-from zigzag_ext.plan import Plan
-from zigzag_ext.scores import load_scores, save_scores
-from zigzag_ext.solve import solve
+from zigzag_ext.planning.exchange import from_duo, from_layer_string, to_duo, to_layer_string, to_layer_types
+from zigzag_ext.planning.plan import Plan
+from zigzag_ext.planning.scores import load_scores, save_scores
+from zigzag_ext.planning.solve import solve
 
 
 def a_plan(layers, retrieval, sink=64, window=256):

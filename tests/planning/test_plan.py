@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zigzag_ext.plan import Plan
+from zigzag_ext.planning.plan import Plan
 
 KINDS = ("retrieval", "streaming", "streaming")
 JSON = st.recursive(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from published import LLAMA3, needs_published
 
 import zigzag_ext as zz
-from zigzag_ext import exchange
-from zigzag_ext.plan import Plan
+from zigzag_ext.planning import exchange
+from zigzag_ext.planning.plan import Plan
 
 SIZES = {"sink": 4, "window": 8}
 MASK = [[True, True, True], [True, False, True], [False, False, False]]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from published import PUBLISHED, needs_published
 
-from zigzag_ext.scores import load_scores, save_scores
-from zigzag_ext.solve import solve
+from zigzag_ext.planning.scores import load_scores, save_scores
+from zigzag_ext.planning.solve import solve
 
 
 def write(path: Path, text: str) -> Path:

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from zigzag_ext import _C
-from zigzag_ext.plan import Plan
-from zigzag_ext.solve import objectives, solve
+from zigzag_ext.planning.plan import Plan
+from zigzag_ext.planning.solve import objectives, solve
 
 
 @st.composite

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import zigzag_ext as zz
-from zigzag_ext.solve import objectives, solve
+from zigzag_ext.planning.solve import objectives, solve
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.random((12, 4))

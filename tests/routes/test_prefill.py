@@ -8,8 +8,10 @@ from gpu import needs_cuda
 from op_cases import FLOOR, Case, relative_error, specification, torch_error
 
 import zigzag_ext as zz
-from zigzag_ext import ops, prefill, prefill_backends, reference
-from zigzag_ext.prefill_backends import BACKENDS
+from zigzag_ext.attention import backends as prefill_backends
+from zigzag_ext.attention import ops, reference
+from zigzag_ext.attention import routes as prefill
+from zigzag_ext.attention.backends import BACKENDS
 
 NAMES = {"cpu": ["torch_cpu", "joined", "blocks"], "cuda": ["cudnn", "flash", "fa3"]}
 PASTS = [0, 1, 16, 100, 1000]

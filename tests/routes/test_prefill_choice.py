@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zigzag_ext import prefill, prefill_backends
-from zigzag_ext.prefill_backends import BACKENDS, ranking
+from zigzag_ext.attention import backends as prefill_backends
+from zigzag_ext.attention import routes as prefill
+from zigzag_ext.attention.backends import BACKENDS, ranking
 
 CPU = torch.device("cpu")
 

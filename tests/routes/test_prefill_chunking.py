@@ -15,7 +15,7 @@ from op_cases import relative_error  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 import zigzag_ext as zz  # noqa: E402
-from zigzag_ext import reference  # noqa: E402
+from zigzag_ext.attention import reference  # noqa: E402
 
 PROBLEMS, CUTS, STEPS, HEAD_DIM = 10, 20, 300, 64
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}  # relative error of a row of head_dim

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import zigzag_ext as zz
-from zigzag_ext import evaluate
-from zigzag_ext.evaluate import TASKS, rows
-from zigzag_ext.evaluate.haystack import Sample, encode, hide, python_reference
-from zigzag_ext.evaluate.multikey import FILLER
-from zigzag_ext.evaluate.scoring import Verdict, attention_of, score
+from zigzag_ext.study import evaluate
+from zigzag_ext.study.evaluate import TASKS
+from zigzag_ext.study.evaluate import results as rows
+from zigzag_ext.study.evaluate.haystack import Sample, encode, hide, python_reference
+from zigzag_ext.study.evaluate.multikey import FILLER
+from zigzag_ext.study.evaluate.scoring import Verdict, attention_of, score
 
 from .conftest import KV_HEADS, LAYERS
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import zigzag_ext as zz
-from zigzag_ext import evaluate
+from zigzag_ext.study import evaluate
 
 from .conftest import KV_HEADS, LAYERS
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import zigzag_ext as zz
-from zigzag_ext.evaluate.scoring import Verdict
-from zigzag_ext.identify import answers
+from zigzag_ext.study.evaluate.scoring import Verdict
+from zigzag_ext.study.identify import answers
 
 from .conftest import KV_HEADS, LAYERS
 

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import zigzag_ext as zz
-from zigzag_ext.identify import METHODS, data
-from zigzag_ext.identify.method import weights_of
-from zigzag_ext.reference import visible
+from zigzag_ext.attention.reference import visible
+from zigzag_ext.study.identify import METHODS, data
+from zigzag_ext.study.identify.method import weights_of
 
 from .conftest import KV_HEADS, LAYERS
 

@@ -14,8 +14,9 @@ import quality_report  # noqa: E402
 import records  # noqa: E402
 
 import zigzag_ext as zz  # noqa: E402
-from zigzag_ext import demo, evaluate  # noqa: E402
-from zigzag_ext.evaluate.scoring import score  # noqa: E402
+from zigzag_ext.cli import demo  # noqa: E402
+from zigzag_ext.study import evaluate  # noqa: E402
+from zigzag_ext.study.evaluate.scoring import score  # noqa: E402
 
 PLAN = zz.Plan(["streaming", "retrieval", "retrieval"], sink=4, window=32)
 

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 import zigzag_ext as zz
-from zigzag_ext import evaluate, harness
-from zigzag_ext.cli import app
-from zigzag_ext.evaluate import ruler
+from zigzag_ext.cli.app import app
+from zigzag_ext.study import evaluate
+from zigzag_ext.study import lm_eval as harness
+from zigzag_ext.study.evaluate import ruler
 
 from . import lm_eval_stub
 from .conftest import LAYERS

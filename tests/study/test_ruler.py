@@ -8,8 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 import zigzag_ext as zz
-from zigzag_ext import demo, evaluate, harness
-from zigzag_ext.evaluate import ruler
+from zigzag_ext.cli import demo
+from zigzag_ext.study import evaluate
+from zigzag_ext.study import lm_eval as harness
+from zigzag_ext.study.evaluate import ruler
 
 PLAN = zz.Plan(["streaming", "retrieval", "streaming"], sink=2, window=16)
 

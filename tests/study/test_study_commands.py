@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 import zigzag_ext as zz
-from zigzag_ext import evaluate, plots
-from zigzag_ext.cli import app
-from zigzag_ext.evaluate.scoring import Verdict
+from zigzag_ext.cli.app import app
+from zigzag_ext.study import evaluate, plots
+from zigzag_ext.study.evaluate.scoring import Verdict
 
 from .conftest import KV_HEADS, LAYERS
 

@@ -11,13 +11,13 @@ pytest.importorskip("transformers")
 
 from transformers import AttentionInterface  # noqa: E402
 
-from zigzag_ext import demo  # noqa: E402
-from zigzag_ext.evaluate.text_perplexity import text_perplexity  # noqa: E402
+from benchmarks.text_perplexity import text_perplexity  # noqa: E402
+from zigzag_ext.cli import demo  # noqa: E402
 from zigzag_ext.hf.attention import NAME, attention  # noqa: E402
-from zigzag_ext.plan import Plan  # noqa: E402
+from zigzag_ext.planning.plan import Plan  # noqa: E402
 
 TOKENS, WINDOW = 512, 64
-TEXT = Path(__file__).parent.parent / "LICENSE"
+TEXT = Path(__file__).parents[2] / "LICENSE"
 LONG = 7000  # tokens; four and a half minutes of a CPU core, so there only if this variable is set:
 SWITCH = "ZIGZAG_LONG_TESTS"
 LONG_TEXT = Path(unittest.case.__file__)  # English and code, on every machine

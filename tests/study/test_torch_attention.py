@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import zigzag_ext as zz
-from zigzag_ext import reference
-from zigzag_ext.evaluate.scoring import attention_of
-from zigzag_ext.hf.probe import probe
-from zigzag_ext.hf.torch_attention import banded, causal
+from zigzag_ext.attention import reference
+from zigzag_ext.study.evaluate.scoring import attention_of
+from zigzag_ext.study.probe import probe
+from zigzag_ext.study.torch_attention import banded, causal
 
 from .conftest import KV_HEADS, LAYERS
 

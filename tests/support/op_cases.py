@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from zigzag_ext import ops, reference
+from zigzag_ext.attention import ops, reference
 
 TENSORS = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")
 DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.bfloat16, torch.float16]}

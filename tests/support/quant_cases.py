@@ -5,7 +5,7 @@ from itertools import product
 import torch
 from op_cases import FLOOR, TENSORS, Case, after_rope
 
-from zigzag_ext import ops, reference
+from zigzag_ext.attention import ops, reference
 
 FORMATS = ("fp8", "int8", "int4")
 PAIRS = tuple(product(("none", *FORMATS), repeat=2))[1:]  # of K and V, without none + none

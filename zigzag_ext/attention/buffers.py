@@ -8,7 +8,7 @@ committed in pages: 2 MiB on CUDA, 4 KiB on most CPUs.
 import torch
 from torch import Tensor
 
-from . import _C
+from .. import _C
 
 
 class GrowingBuffer:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..planning.plan import token_count
 from . import ops
-from .plan import token_count
 
 _KINDS = ("retrieval", "streaming")
 

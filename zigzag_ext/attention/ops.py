@@ -7,8 +7,8 @@ wait for the GPU, and can be captured in a CUDA graph: lengths are read on the d
 import torch
 from torch import Tensor
 
-from . import _C, _ops  # noqa: F401  (importing _ops registers torch.ops.zigzag)
-from .kv_format import FORMATS
+from .. import _C, _ops  # noqa: F401  (importing _ops registers torch.ops.zigzag)
+from ..planning.kv_format import FORMATS
 
 HEAD_DIMS: tuple[int, ...] = tuple(_C.HEAD_DIMS)
 DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)  # float32 on the CPU only

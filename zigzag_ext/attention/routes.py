@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .prefill_backends import BACKENDS, ranking, serves
+from .backends import BACKENDS, ranking, serves
 
 ENVIRONMENT = "ZIGZAG_PREFILL_BACKEND"
 CHOICES = ("auto", "zigzag", *BACKENDS)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache_layer import GROWTH_STEP, ZigzagLayer
-from .kv_format import PLAIN
+from ..planning.kv_format import PLAIN
+from ..planning.plan import Plan, token_count
+from .layer import GROWTH_STEP, ZigzagLayer
 from .mixed import MixedLayer
-from .plan import Plan, token_count
-from .rows import Rows, Steps, in_normal_mode
+from .state import Rows, Steps, in_normal_mode
 
 
 class ZigzagCache(Cache):
@@ -26,8 +26,8 @@ class ZigzagCache(Cache):
         max_len: most tokens a row may hold (padding does not count). None: as many as there is memory for.
 
     Rings always take sink + window tokens. Retrieval layers reserve addresses for all tokens to come and take memory as tokens
-    come (`zigzag_ext.virtual`): they never move and are never copied, and only slots in use may be looked at. Keys and values
-    are held in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads,
+    come (`zigzag_ext.attention.buffers`): they never move and are never copied, and only slots in use may be looked at. Keys and
+    values are held in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads,
     slots, head_dim] and live where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
     pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its

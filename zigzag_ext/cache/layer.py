@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from . import ops, prefill, smoothing
-from .kv_format import PLAIN, KvFormat
-from .rows import Rows, in_normal_mode
-from .virtual import GrowingBuffer
+from ..attention import ops, routes
+from ..attention.buffers import GrowingBuffer
+from ..planning.kv_format import PLAIN, KvFormat
+from . import smoothing
+from .state import Rows, in_normal_mode
 
 GROWTH_STEP = 256  # tokens that a retrieval layer asks memory for at once; it comes in pages
 _ENDLESS = 1 << 38  # bytes of addresses per buffer where no max_len is given: more than a machine has memory for
@@ -117,14 +118,14 @@ class ZigzagLayer(CacheLayerMixin):
         if q.shape[2] == 1:
             out, _ = ops.attention(*tensors, **options)
         else:
-            out = prefill.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
+            out = routes.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
         rows.attended.add(self.index)
         return out
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor, lse: Tensor) -> None:
         """The same for `heads` only, which `q`, `k` and `v` are not the only ones of, into their place in `out` and `lse`."""
         tensors, options = self._arguments(q, k, v, scale)
-        prefill.attend_heads(*tensors, self.head_numbers, out, lse, **options)
+        routes.attend_heads(*tensors, self.head_numbers, out, lse, **options)
 
     def _smoothed(self, k: Tensor) -> Tensor:
         """Keys as they are cached, less the offsets of their rows; sets those of rows that start with this chunk."""

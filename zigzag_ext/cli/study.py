@@ -9,8 +9,8 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from .cli import app, console, one_line_errors, quiet_transformers
-from .identify import METHODS
+from ..study.identify import METHODS
+from .app import app, console, one_line_errors, quiet_transformers
 
 _MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
 _DEVICE = "auto, cpu, cuda or cuda:<number>."
@@ -41,8 +41,8 @@ def identify(
     An interrupted run goes on where it stopped if the same command is given again.
     """
     quiet_transformers()
-    from . import identify as run
-    from .generation import load_model
+    from ..study import identify as run
+    from ..study.loading import load_model
 
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = load_model(model, device, dtype)
@@ -80,9 +80,9 @@ def evaluate(
 ) -> None:
     """Measure what plans keep of a model's quality: needles over lengths and depths, perplexity of long text. Offline."""
     quiet_transformers()
-    from . import evaluate as tasks
-    from .generation import load_model
-    from .plan import Plan
+    from ..planning.plan import Plan
+    from ..study import evaluate as tasks
+    from ..study.loading import load_model
 
     chosen = [_task(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
     plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path) for path in plan or []}
@@ -121,7 +121,7 @@ def lm_eval(context: typer.Context) -> None:
     Everything after `lm-eval` goes to lm_eval's own command line; `zigzag lm-eval -- --help` shows it. Needs the extra `ruler`.
     """
     quiet_transformers()
-    from .harness import main
+    from ..study.lm_eval import main
 
     main(context.args)
 
@@ -133,8 +133,8 @@ def plot(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")] = Path("figures"),
 ) -> None:
     """Draw evaluation rows: heat maps over length and depth, and quality over the share of streaming layers."""
-    from .evaluate import read
-    from .plots import draw_all
+    from ..study.evaluate import read
+    from ..study.plots import draw_all
 
     written = draw_all([row for path in rows for row in read(path)], output)
     if not written:

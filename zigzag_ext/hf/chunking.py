@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..plan import token_count
+from ..planning.plan import token_count
 from .attention import current
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")

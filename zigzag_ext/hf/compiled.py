@@ -17,7 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_map
 
 from ..cache import ZigzagCache
-from ..rows import in_normal_mode
+from ..cache.state import in_normal_mode
 from .attention import current
 from .fuse_rope import fuse_rope
 from .step_cache import StepCache

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..cache import ZigzagCache
-from ..plan import Plan
+from ..planning.plan import Plan
 from .attention import NAME, current
 from .chunking import TOKEN_ARGUMENTS, check_chunk, new_tokens, prefill_ahead
 from .compiled import CompiledDecoding, check_compilable

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
+from ..attention.ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
 
 
 def check_family(model: nn.Module) -> None:

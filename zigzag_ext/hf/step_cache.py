@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .. import ops
-from ..cache import ZigzagCache, ZigzagLayer
-from ..mixed import MixedLayer
+from ..attention import ops
+from ..cache import ZigzagCache
+from ..cache.layer import ZigzagLayer
+from ..cache.mixed import MixedLayer
 
 
 class _Shared:
@@ -31,7 +32,7 @@ class _Part:
                 torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
     def cached(self, k: Tensor) -> Tensor:
-        """New keys as they are cached: see `zigzag_ext.smoothing`."""
+        """New keys as they are cached: see `zigzag_ext.cache.smoothing`."""
         return k if self.key_offset is None else k - self.key_offset
 
 

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from .plan import Plan
-from .scores.io import DUO_SCORES, load_scores, save_scores
+from .scores import DUO_SCORES, load_scores, save_scores
 from .solve import solve
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import _C
+from .. import _C
 from .kv_format import PLAIN, KvFormat, parse_kv_format
 
 FORMAT = "zigzag-plan"
@@ -40,7 +40,7 @@ class Plan:
             dtype, int4 about a quarter.
         ring_kv_format: the same for streaming layers and heads, whose few tokens rarely are worth it.
         key_smoothing: subtract a constant from the keys of each head before they are quantised, in every layer whose keys are
-            (`zigzag_ext.smoothing`). Attention stays what it was; the codes of few bits get finer.
+            (`zigzag_ext.cache.smoothing`). Attention stays what it was; the codes of few bits get finer.
         provenance: where the plan comes from; any JSON object.
 
     Raises:
@@ -222,6 +222,11 @@ class Plan:
         formats = "".join(f", {name} {getattr(self, name)}" for name in _FORMATS if getattr(self, name) != PLAIN)
         formats += ", key_smoothing" if self.key_smoothing else ""
         return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}{formats}>"
+
+
+def full_plan(num_layers: int) -> Plan:
+    """Every layer keeps every token: full attention through the same kernels, to compare a plan with."""
+    return Plan(["retrieval"] * num_layers, sink=0, window=1, provenance={"source": "full attention"})
 
 
 def _checked_kinds(kinds) -> tuple[str | tuple[str, ...], ...]:

@@ -10,7 +10,7 @@ from numbers import Real
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _C
+from .. import _C
 from .costs import kv_costs, ms_costs
 from .plan import Plan
 from .solve_heads import solve_heads
@@ -59,7 +59,7 @@ def solve(
             heads), "knapsack" (your own layer `values`), "even" (no scores).
         retrieval_layers: budget: exactly so many retrieval layers.
         kv_bytes: budget: most KV bytes of one sequence at `context` tokens, with `head_dim` and `element_bytes`.
-        ms: budget: most milliseconds per token at `context` tokens by the cost table `costs` (see `zigzag_ext.costs`), compared
+        ms: budget: most milliseconds per token at `context` tokens by the cost table `costs` (see `costs.py`), compared
             in steps of 0.0001.
         costs: cost table, a dict or a JSON file.
         context: tokens, for KV bytes and milliseconds.

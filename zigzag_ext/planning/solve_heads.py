@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from . import _C
+from .. import _C
 from .plan import Plan
 
 

@@ -11,9 +11,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from .generation import load_model
-from .hf import enable
-from .plan import Plan
+from ..hf import enable
+from ..planning.plan import Plan
+from .loading import load_model
 
 # Arguments of lm-eval's model that still mean something once the network is loaded, and are given to it.
 _PASSED = (

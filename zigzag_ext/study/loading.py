@@ -1,36 +1,10 @@
-"""Loading a model and one timed greedy generation with a plan: what the command line and the demo share. Needs transformers."""
+"""Loading a model of transformers from a folder, a .gguf file or a name."""
 
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
-
-from .cache import ZigzagCache
-from .hf import zigzag
-from .plan import Plan
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one generation gave and cost. Times are wall-clock seconds; the first new token belongs to the prefill."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    prefill_seconds: float
-    seconds_per_token: float  # of the tokens after the first; NaN if there is only one
-    cache_bytes: int
-    cache_report: str  # bytes by kind of layer and format
-
-
-def full_plan(num_layers: int) -> Plan:
-    """Every layer keeps every token: full attention through the same kernels, to compare a plan with."""
-    return Plan(["retrieval"] * num_layers, sink=0, window=1, provenance={"source": "full attention"})
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def load_model(source: str, device: str = "auto", dtype: str = "auto"):
@@ -52,67 +26,6 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto"):
     except SafetensorError as error:
         raise ValueError(f"a safetensors file of {source} is damaged or incomplete: {error}") from error
     return model.to(device).eval(), tokenizer
-
-
-class _Clock(TextStreamer):
-    """Notes when each token arrives, and hands finished words to `show` if there is one."""
-
-    def __init__(self, tokenizer, show: Callable[[str], None] | None):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.show, self.arrivals = show, []
-
-    def put(self, value):
-        if self.next_tokens_are_prompt:
-            self.next_tokens_are_prompt = False
-            return
-        self.arrivals.append(time.perf_counter())
-        if self.show is not None:
-            super().put(value)
-
-    def end(self):
-        if self.show is not None:
-            super().end()
-
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        self.show(text)
-
-
-@torch.inference_mode()
-def generate(
-    model, tokenizer, prompt: str, plan: Plan, max_new_tokens: int, show=None, compile: bool = False, **options
-) -> Generation:
-    """Continues `prompt` with `plan`, greedily unless `options` for `model.generate` say otherwise.
-
-    The cache is made for exactly this prompt and answer, so `cache_bytes` is what this context needs.
-
-    Args:
-        show: called with pieces of text as they are finished.
-        compile: as in `zigzag_ext.enable`; the times then include that of compiling.
-
-    Raises:
-        ValueError: plan and model do not fit, or the prompt is empty. What `zigzag_ext.enable` raises.
-    """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    prompt_tokens = inputs["input_ids"].shape[1]
-    if not prompt_tokens:
-        raise ValueError("the prompt is empty")
-    cache = ZigzagCache(model.config, plan, max_len=prompt_tokens + max_new_tokens)
-    clock = _Clock(tokenizer, show)
-    options = {"do_sample": False} | options
-    with zigzag(model, plan, compile=compile):
-        start = time.perf_counter()
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=clock, **options)
-    new = output[0, prompt_tokens:]
-    steps = len(clock.arrivals) - 1
-    return Generation(
-        text=tokenizer.decode(new, skip_special_tokens=True),
-        prompt_tokens=prompt_tokens,
-        new_tokens=len(new),
-        prefill_seconds=clock.arrivals[0] - start,
-        seconds_per_token=(clock.arrivals[-1] - clock.arrivals[0]) / steps if steps else float("nan"),
-        cache_bytes=cache.memory_bytes(),
-        cache_report=cache.memory_report(),
-    )
 
 
 def _device(name: str) -> torch.device:
@@ -154,8 +67,3 @@ def _locate(source: str) -> tuple[str, dict]:
         found = f"{len(files)} .gguf files ({', '.join(files)}): name one" if files else "neither config.json nor a .gguf file"
         raise ValueError(f"{path} holds {found}")
     return str(path), {"gguf_file": files[0]}
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $XDG_CACHE_HOME/zigzag_ext, by default ~/.cache/zigzag_ext."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zigzag_ext"

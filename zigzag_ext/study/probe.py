@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .attention import NAME, current
-from .families import check_family
+from ..hf.attention import NAME, current
+from ..hf.families import check_family
 
 # attend(layer, query [batch, num_q_heads, n, head_dim], key and value [batch, num_kv_heads, n, head_dim], scale) -> like query
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import visible
+from ..attention.reference import visible
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

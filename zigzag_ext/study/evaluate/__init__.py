@@ -8,7 +8,7 @@ from .multikey import multikey
 from .multivalue import multivalue
 from .passkey import passkey
 from .perplexity import perplexity
-from .rows import Row, append, read
+from .results import Row, append, read
 from .ruler import RULER, RulerTask
 from .scoring import score
 from .task import Task

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 
-from ..plan import Plan
+from ...planning.plan import Plan
 from .scoring import Verdict
 
 _Z = 1.959964  # two-sided 95% of a normal distribution

@@ -21,9 +21,9 @@ from unittest import mock
 import numpy as np
 from torch import nn
 
-from ..harness import register, require_lm_eval
-from ..plan import Plan
-from .rows import Row, wilson
+from ...planning.plan import Plan
+from ..lm_eval import register, require_lm_eval
+from .results import Row, wilson
 from .scoring import attention_of, batch_rows, check_length
 from .task import describe, describe_plan
 

@@ -10,10 +10,10 @@ from itertools import islice
 import torch
 from torch import nn
 
-from ..cache import ZigzagCache
-from ..hf import zigzag
-from ..kv_format import PLAIN
-from ..plan import Plan
+from ...cache import ZigzagCache
+from ...hf import zigzag
+from ...planning.kv_format import PLAIN
+from ...planning.plan import Plan
 from .haystack import Sample
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # a GPU needs this many to be busy

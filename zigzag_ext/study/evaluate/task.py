@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..plan import Plan
+from ...planning.plan import Plan
 from .haystack import Sample
-from .rows import Row, kinds_of, statistics
+from .results import Row, kinds_of, statistics
 from .scoring import check_length, score
 
 

@@ -6,8 +6,8 @@ over all tokens, eight words weigh three times what a number of four digits weig
 
 import numpy as np
 
+from ...planning.plan import Plan
 from ..evaluate.scoring import score
-from ..plan import Plan
 from .method import Method, Settings
 
 

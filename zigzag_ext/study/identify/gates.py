@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..hf.probe import probe
-from ..hf.torch_attention import banded, causal
+from ..probe import probe
+from ..torch_attention import banded, causal
 from .method import Method, Settings
 
 _LENGTHS = 8  # prompts have lengths from half of `tokens` to all of it, in as many steps

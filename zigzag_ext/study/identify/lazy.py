@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..hf.probe import probe
-from ..hf.torch_attention import causal
-from ..reference import visible
+from ...attention.reference import visible
+from ..probe import probe
+from ..torch_attention import causal
 from .method import Method, Settings, weights_of
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..hf.probe import probe
-from ..hf.torch_attention import causal
+from ..probe import probe
+from ..torch_attention import causal
 from .method import Method, Settings, weights_of
 
 

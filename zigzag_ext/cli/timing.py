@@ -1,0 +1,86 @@
+"""One timed greedy generation with a plan: what the commands and the demo share."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import TextStreamer
+
+from ..cache import ZigzagCache
+from ..hf import zigzag
+from ..planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one generation gave and cost. Times are wall-clock seconds; the first new token belongs to the prefill."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    seconds_per_token: float  # of the tokens after the first; NaN if there is only one
+    cache_bytes: int
+    cache_report: str  # bytes by kind of layer and format
+
+
+class _Clock(TextStreamer):
+    """Notes when each token arrives, and hands finished words to `show` if there is one."""
+
+    def __init__(self, tokenizer, show: Callable[[str], None] | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show, self.arrivals = show, []
+
+    def put(self, value):
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.arrivals.append(time.perf_counter())
+        if self.show is not None:
+            super().put(value)
+
+    def end(self):
+        if self.show is not None:
+            super().end()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        self.show(text)
+
+
+@torch.inference_mode()
+def generate(
+    model, tokenizer, prompt: str, plan: Plan, max_new_tokens: int, show=None, compile: bool = False, **options
+) -> Generation:
+    """Continues `prompt` with `plan`, greedily unless `options` for `model.generate` say otherwise.
+
+    The cache is made for exactly this prompt and answer, so `cache_bytes` is what this context needs.
+
+    Args:
+        show: called with pieces of text as they are finished.
+        compile: as in `zigzag_ext.enable`; the times then include that of compiling.
+
+    Raises:
+        ValueError: plan and model do not fit, or the prompt is empty. What `zigzag_ext.enable` raises.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if not prompt_tokens:
+        raise ValueError("the prompt is empty")
+    cache = ZigzagCache(model.config, plan, max_len=prompt_tokens + max_new_tokens)
+    clock = _Clock(tokenizer, show)
+    options = {"do_sample": False} | options
+    with zigzag(model, plan, compile=compile):
+        start = time.perf_counter()
+        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=clock, **options)
+    new = output[0, prompt_tokens:]
+    steps = len(clock.arrivals) - 1
+    return Generation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(new),
+        prefill_seconds=clock.arrivals[0] - start,
+        seconds_per_token=(clock.arrivals[-1] - clock.arrivals[0]) / steps if steps else float("nan"),
+        cache_bytes=cache.memory_bytes(),
+        cache_report=cache.memory_report(),
+    )

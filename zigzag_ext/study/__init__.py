@@ -1,0 +1,1 @@
+"""Which layers of a model may stream, and what it costs in quality."""
