@@ -24,8 +24,7 @@ from records import QualityRecord, read, writer
 from torch import Tensor
 
 from zigzag_ext import Plan
-from zigzag_ext.attention import reference
-from zigzag_ext.cache import smoothing
+from zigzag_ext.attention import reference, smoothing
 from zigzag_ext.cli import demo
 from zigzag_ext.study.evaluate import passkey, perplexity
 from zigzag_ext.study.evaluate.results import statistics
@@ -53,7 +52,7 @@ def zero_point_int4(x: Tensor) -> Tensor:
 
 
 def less_mean(codec: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The codec after key smoothing, see `zigzag_ext.cache.smoothing`."""
+    """The codec after key smoothing, see `zigzag_ext.attention.smoothing`."""
 
     def smoothed(k: Tensor) -> Tensor:
         mean = k[:, :, : smoothing.TOKENS].float().mean(2, keepdim=True).to(k)

@@ -24,3 +24,7 @@ def demo_model():
         if demo.FETCH_COMMAND not in str(error):
             raise
         pytest.skip(str(error))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="every place instead of some, in tests that go through many")

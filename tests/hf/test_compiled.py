@@ -206,8 +206,8 @@ def test_gradients_and_uncomparable_arguments(compiled):
         compiled(prompt(5), past_key_values=cache)
         with pytest.raises(TypeError, match="takes tensors and plain values, token_type_ids is a list"):
             compiled(prompt(1), past_key_values=cache, token_type_ids=[1])
-    with pytest.raises(RuntimeError, match="no backward"):
-        compiled(prompt(1), past_key_values=cache)
+    with pytest.warns(UserWarning, match="no gradients are recorded"):
+        assert not compiled(prompt(1), past_key_values=cache).logits.requires_grad
 
 
 def test_what_cannot_be_one_graph_is_refused_by_name():
@@ -237,9 +237,9 @@ def test_a_model_that_needs_the_host_in_a_step_says_so():
 def test_disable_restores_the_forward():
     model = new_model("llama")
     zz.enable(model, PLAN, compile=True)
-    assert "forward" in vars(model)
+    assert {"forward", "generate"} <= vars(model).keys()
     zz.disable(model)
-    assert "forward" not in vars(model)
+    assert not {"forward", "generate"} & vars(model).keys()
     wrapped = model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
     with zz.zigzag(model, PLAN, compile=True):
         assert model.forward is not wrapped

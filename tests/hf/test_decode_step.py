@@ -52,10 +52,9 @@ def test_one_gpu_launch_per_layer():
     k, v = torch.randn(2, 1, 2, 1, 64, dtype=torch.bfloat16, device="cuda")
 
     def attention_part():
-        cache.begin(1, 1)
-        for layer in cache.layers:
-            layer.attend(q, k, v, None)
-        cache.end()
+        with cache.forward(1, 1):
+            for layer in cache.layers:
+                layer.attend(q, k, v, None)
 
     with zz.zigzag(model, PLAN), torch.no_grad():
         model(prompt(30).cuda(), past_key_values=cache)

@@ -10,7 +10,6 @@ from published import LLAMA3, needs_published
 from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt, tiny_model
 
 import zigzag_ext as zz
-from zigzag_ext.cache.mixed import MixedLayer
 from zigzag_ext.planning import exchange
 
 SINK, WINDOW, KV_HEADS = 4, 16, 2
@@ -102,8 +101,8 @@ def test_reset_growth_and_memory(model):
     cache = zz.ZigzagCache(model.config, PLAN)
     first = generate(model, 5, prompt(20), past_key_values=cache)
     layer = cache.layers[1]
-    assert isinstance(layer, MixedLayer) and repr(layer) == "mixed(retrieval (0,), streaming(sink=4, window=16) (1,))"
-    full, ring = layer.parts
+    assert repr(layer) == "mixed(retrieval (0,), streaming(sink=4, window=16) (1,))"
+    full, ring = layer.stores
     assert full.keys.shape[1] == 1 and ring.keys.shape == (1, 1, SINK + WINDOW, 64)
     address = full.keys.data_ptr()
     before = cache.memory_bytes()
@@ -111,7 +110,7 @@ def test_reset_growth_and_memory(model):
     answer = generate(model, 600, longer, past_key_values=cache)
     assert answer.equal(expected_tokens(600, input_ids=longer)) and full.keys.data_ptr() == address
     assert cache.memory_bytes() - before >= 2 * (1 + 1 + KV_HEADS) * 300 * 64 * 4  # K and V of the retrieval heads
-    rings = sum(part.memory_bytes for each in cache.layers for part in each.parts if part.window)
+    rings = sum(store.memory_bytes for store in cache.stores if store.window)
     assert rings == 2 * (SINK + WINDOW) * 64 * 4 * (KV_HEADS + 1 + 1)
     cache.reset()
     assert cache.memory_bytes() == rings
@@ -136,9 +135,8 @@ def test_a_plan_for_another_number_of_heads_is_refused():
 def test_keys_of_other_heads_than_planned_are_refused():
     """As tensor parallelism would bring them."""
     cache = zz.ZigzagCache(new_model("llama").config, PLAN)
-    cache.begin(1, 1)
     q = torch.zeros(1, 1, 1, 64)
-    with pytest.raises(ValueError, match="layer 1: the plan is for 2 KV heads, the keys have 1"):
+    with pytest.raises(ValueError, match="layer 1: the plan is for 2 KV heads, the keys have 1"), cache.forward(1, 1):
         cache.layers[1].attend(q, q, q, None)
 
 
@@ -160,7 +158,7 @@ def test_quantised_heads(model):
         cache = zz.ZigzagCache(model.config, plan, max_len=256)
         logits = [model(chunk, past_key_values=cache).logits for chunk in prompt(60).split([40, *[1] * 20], 1)]
     assert 0 < (torch.cat(logits, 1) - plain).norm() / plain.norm() < 0.2
-    full, ring = cache.layers[1].parts
+    full, ring = cache.layers[1].stores
     assert full.keys.dtype == torch.int8 and ring.keys.dtype == torch.float8_e4m3fn
     kinds = [line.split()[:2] for line in cache.memory_report().splitlines()]
     assert ["retrieval", "heads"] in kinds and ["streaming", "heads"] in kinds

@@ -9,8 +9,7 @@ from tiny_models import generate, new_model, padded_prompt, prompt, tiny_model
 from transformers import LlamaConfig
 
 import zigzag_ext as zz
-from zigzag_ext.attention import ops, reference
-from zigzag_ext.cache import smoothing
+from zigzag_ext.attention import ops, reference, smoothing
 
 SINK, WINDOW = 4, 16
 KINDS = ["streaming", "retrieval", "retrieval", "streaming"]
@@ -30,10 +29,8 @@ def draw(batch, q_len, seed=0):
 def feed(cache, chunk, mask=None):
     """One forward; outputs per layer."""
     batch, _, q_len, _ = chunk[0].shape
-    cache.begin(batch, q_len, mask)
-    outs = [layer.attend(*chunk, 0.125) for layer in cache.layers]
-    cache.end()
-    return outs
+    with cache.forward(batch, q_len, mask):
+        return [layer.attend(*chunk, 0.125) for layer in cache.layers]
 
 
 def mean_of_first(k, pad):
@@ -61,14 +58,16 @@ def test_what_is_cached_and_what_is_attended(pad):
         codes, scales = specified(cache, k, pad, layer)
         for row, first in enumerate(pad):
             used = reference.position_of(layer.slots, 200 - first, layer.sink, layer.window) >= 0
-            got = reference.decode(layer.keys[row][:, used], layer.buffers["key_scales"][row][:, : layer.slots][:, used])
+            got = reference.decode(
+                layer.keys[row][:, used], layer.stores[0].buffers["key_scales"][row][:, : layer.slots][:, used]
+            )
             want = reference.decode(codes[row][:, used], scales[row][:, used])
             off = (got - want).abs() > 1e-4 * scales[row][:, used][..., None]
             assert off.double().mean() < 1e-3
-        torch.testing.assert_close(layer.key_offset, mean_of_first(k, pad), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.stores[0].key_offset, mean_of_first(k, pad), rtol=1e-5, atol=1e-5)
         lengths, skipped = torch.zeros(3, dtype=torch.int32), torch.tensor(pad, dtype=torch.int32)
         empty = [t for _ in "kv" for t in ops.new_cache(3, 2, layer.slots, 64, k.dtype, "cpu", "int4")]
-        tensors = (q, k - layer.key_offset, v, empty[0], empty[2], lengths, skipped, layer.sink, layer.window, 0.125)
+        tensors = (q, k - layer.stores[0].key_offset, v, empty[0], empty[2], lengths, skipped, layer.sink, layer.window, 0.125)
         want, _ = reference.attention_(*tensors, k_scale=empty[1], v_scale=empty[3])
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
 
@@ -82,7 +81,7 @@ def test_codes_get_finer():
         plan = replace(SMALL, kv_format="int4/none", ring_kv_format="int4/none", key_smoothing=smooth)
         cache = zz.ZigzagCache(CONFIG, plan, max_len=400)
         error[smooth] = [float((a - b).norm() / b.norm()) for a, b in zip(feed(cache, chunk), want, strict=True)]
-        assert all((layer.key_offset is None) != smooth for layer in cache.layers)
+        assert all((layer.stores[0].key_offset is None) != smooth for layer in cache.layers)
     assert all(smoothed < plain / 3 for smoothed, plain in zip(error[True], error[False], strict=True)), error
 
 
@@ -96,7 +95,7 @@ def test_chunks_move_no_bit():
         for step in cuts:
             feed(cache, [t[:, :, done : done + step] for t in chunk], mask[:, : done + step])
             done += step
-        held.append([(layer.keys.clone(), layer.key_offset.clone()) for layer in cache.layers])
+        held.append([(layer.keys.clone(), layer.stores[0].key_offset.clone()) for layer in cache.layers])
     for (keys, offset), (other_keys, other_offset) in zip(*held, strict=True):
         assert offset.equal(other_offset)
         for row, first in enumerate(pad):
@@ -107,29 +106,30 @@ def test_chunks_move_no_bit():
 def test_an_offset_stays_and_goes_with_its_row():
     cache = zz.ZigzagCache(CONFIG, SMALL, max_len=400)
     feed(cache, draw(2, 40))
-    first, address = [layer.key_offset.clone() for layer in cache.layers], [layer.key_offset.data_ptr() for layer in cache.layers]
+    first, address = (
+        [layer.stores[0].key_offset.clone() for layer in cache.layers],
+        [layer.stores[0].key_offset.data_ptr() for layer in cache.layers],
+    )
     feed(cache, draw(2, 1, seed=1))
     feed(cache, draw(2, 40, seed=2))
-    assert all(layer.key_offset.equal(offset) for layer, offset in zip(cache.layers, first, strict=True))
+    assert all(layer.stores[0].key_offset.equal(offset) for layer, offset in zip(cache.layers, first, strict=True))
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert all(layer.key_offset.equal(offset.flip(0)) for layer, offset in zip(cache.layers, first, strict=True))
-    assert address == [layer.key_offset.data_ptr() for layer in cache.layers]
+    assert all(layer.stores[0].key_offset.equal(offset.flip(0)) for layer, offset in zip(cache.layers, first, strict=True))
+    assert address == [layer.stores[0].key_offset.data_ptr() for layer in cache.layers]
     other = copy.deepcopy(cache)
     cache.batch_select_indices(torch.tensor([1]))
-    assert all(layer.key_offset.equal(offset[:1]) for layer, offset in zip(cache.layers, first, strict=True))
+    assert all(layer.stores[0].key_offset.equal(offset[:1]) for layer, offset in zip(cache.layers, first, strict=True))
     other.reset()
-    assert not any(layer.key_offset.any() for layer in other.layers)
+    assert not any(layer.stores[0].key_offset.any() for layer in other.layers)
     feed(other, draw(2, 40))
-    assert all(layer.key_offset.equal(offset) for layer, offset in zip(other.layers, first, strict=True))
+    assert all(layer.stores[0].key_offset.equal(offset) for layer, offset in zip(other.layers, first, strict=True))
 
 
 def test_a_forward_that_is_refused_leaves_the_cache_usable():
     """Autograd is refused by the op, after the offsets are set."""
     cache, (q, k, v) = zz.ZigzagCache(CONFIG, SMALL, max_len=400), draw(1, 40)
-    cache.begin(1, 40)
-    with pytest.raises(RuntimeError, match="no backward pass"):
+    with pytest.raises(RuntimeError, match="no backward pass"), cache.forward(1, 40):
         cache.layers[0].attend(q, k.clone().requires_grad_(), v, 0.125)
-    cache.end(failed=True)
     fresh = zz.ZigzagCache(CONFIG, SMALL, max_len=400)
     for out, expected in zip(feed(cache, (q, k, v)), feed(fresh, (q, k, v)), strict=True):
         assert out.equal(expected)
@@ -139,10 +139,10 @@ def test_rows_that_start_with_few_tokens_are_not_smoothed():
     """Nor are keys that stay in the model's dtype."""
     cache = zz.ZigzagCache(CONFIG, SMALL, max_len=400)
     feed(cache, draw(1, ops.MAX_DECODE_QUERIES))
-    assert not any(layer.key_offset.any() for layer in cache.layers)
+    assert not any(layer.stores[0].key_offset.any() for layer in cache.layers)
     cache = zz.ZigzagCache(CONFIG, replace(SMALL, ring_kv_format="none/int8"), max_len=400)
     feed(cache, draw(1, 40))
-    assert [layer.key_offset is None for layer in cache.layers] == [False, True]
+    assert [layer.stores[0].key_offset is None for layer in cache.layers] == [False, True]
 
 
 def specification(q, k_new, v_new, k_cache, v_cache, seq_lens, *, pad, sink, window, scale, workspace, k_scale, v_scale):

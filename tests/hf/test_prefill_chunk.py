@@ -5,7 +5,7 @@ import torch
 from tiny_models import FAMILIES, generate, new_model, padded_prompt, prompt, tiny_model
 
 import zigzag_ext as zz
-from zigzag_ext.hf import chunking
+from zigzag_ext.hf import chunking, session
 
 PLAN = zz.Plan(["streaming", "retrieval", "streaming", "streaming"], sink=4, window=16)
 
@@ -13,8 +13,14 @@ PLAN = zz.Plan(["streaming", "retrieval", "streaming", "streaming"], sink=4, win
 @pytest.fixture
 def bodies(monkeypatch):
     """Token counts of the forwards that computed no logits."""
-    counts, run = [], chunking._run_body
-    monkeypatch.setattr(chunking, "_run_body", lambda *args: (counts.append(args[-1]), run(*args))[1])
+    counts, cut = [], chunking.pieces_of
+
+    def pieces_of(*args):
+        pieces = cut(*args)
+        counts.extend(chunking.new_tokens(piece)[1] for piece in pieces[:-1])
+        return pieces
+
+    monkeypatch.setattr(session, "pieces_of", pieces_of)
     return counts
 
 
@@ -80,7 +86,7 @@ def test_a_prompt_that_does_not_fit_raises_before_anything_is_written():
         generate(model, 1, prompt(49), past_key_values=cache)
 
 
-def test_a_failure_in_a_chunk_leaves_a_cache_that_says_so():
+def test_a_failure_in_a_chunk_of_a_first_prompt_leaves_the_cache_empty():
     model = new_model("llama")
     cache, calls = zz.ZigzagCache(model.config, PLAN), []
 
@@ -94,10 +100,9 @@ def test_a_failure_in_a_chunk_leaves_a_cache_that_says_so():
         with pytest.raises(KeyboardInterrupt):
             generate(model, 1, prompt(60), past_key_values=cache)
         hook.remove()
-        with pytest.raises(RuntimeError, match="failed half-way"):
-            generate(model, 1, prompt(60), past_key_values=cache)
-        cache.reset()
-        generate(model, 1, prompt(60), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        answer = generate(model, 3, prompt(60), past_key_values=cache)
+        assert answer.equal(generate(model, 3, prompt(60)))
 
 
 def test_misuse_raises():
@@ -127,8 +132,7 @@ def test_automatic_size_follows_free_memory(free, batch, expected, monkeypatch, 
     monkeypatch.setattr(chunking, "_free_bytes", lambda device: free + pending)
     model, cache = tiny_model(), zz.ZigzagCache(tiny_model().config, PLAN, max_len=3000)
     pending = batch * (3000 + 3 * 20) * 2 * 2 * 64 * 4
-    cache.begin(batch, 3000)
-    cache.end(failed=True)
+    cache.forward(batch, 3000).__enter__()
     assert chunking.automatic_chunk(model, cache, batch) == expected
 
 

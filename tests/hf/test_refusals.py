@@ -128,7 +128,7 @@ def test_an_interrupted_forward_leaves_no_cache_behind(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             model(prompt(5))
         hook.remove()
-        monkeypatch.setattr(zz.ZigzagCache, "begin", interrupt)
+        monkeypatch.setattr(zz.ZigzagCache, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(prompt(5))
         with pytest.raises(RuntimeError, match="without a zigzag cache"):
@@ -137,12 +137,14 @@ def test_an_interrupted_forward_leaves_no_cache_behind(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=["same_prompt", "chunked_prefill"])
 def test_a_used_cache_needs_the_whole_conversation(options):
+    """In chunks that start with the first token; a forward that brings new tokens only is one that goes on."""
     model, ids, cache = tiny_model(), prompt(12), zz.ZigzagCache(tiny_model().config, PLAN)
     with zz.zigzag(model, PLAN):
         first = generate(model, 3, ids, past_key_values=cache)
-        with pytest.raises(ValueError, match=r"already holds 14 tokens; pass the whole conversation, or reset\(\)"):
-            generate(model, 3, ids, past_key_values=cache, **options)
-        cache.reset()
+        if options:
+            with pytest.raises(ValueError, match=r"already holds 14 tokens; pass the whole conversation, or reset\(\)"):
+                generate(model, 3, ids, past_key_values=cache, **options)
+            cache.reset()
         assert generate(model, 3, ids, past_key_values=cache, **options).equal(first)
 
 
@@ -181,17 +183,6 @@ def test_a_part_of_an_enabled_model():
         model.model(prompt(5))
 
 
-@pytest.mark.parametrize("method", ["prompt_lookup", "assistant"])
-@pytest.mark.parametrize("own_cache", [True, False])
-def test_decoding_that_rolls_back(method, own_cache):
-    model, ids = tiny_model(), prompt(6).repeat(1, 4)
-    options = {"prompt_lookup_num_tokens": 3} if method == "prompt_lookup" else {"assistant_model": new_model("llama")}
-    if own_cache:
-        options["past_key_values"] = zz.ZigzagCache(model.config, PLAN)
-    with zz.zigzag(model, PLAN), pytest.raises(NotImplementedError, match="cannot roll back"):
-        generate(model, 40, ids, eos_token_id=2, **options)
-
-
 BAD_CALLS = {
     "interior_zeros": ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}, ValueError, "only left padding"),
     "right_padding": ({"attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, ValueError, "only left padding"),
@@ -202,7 +193,8 @@ BAD_CALLS = {
     "packed_lengths": ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, ValueError, "cu_seq_lens_q"),
     "unknown_term": ({"position_bias": torch.zeros(1)}, ValueError, "position_bias"),
     "static_cache": ({"past_key_values": "static"}, TypeError, "got a StaticCache"),
-    "filled_dynamic_cache": ({"past_key_values": "filled"}, ValueError, "holds 2 tokens of another attention"),
+    "dynamic_cache": ({"past_key_values": "dynamic"}, TypeError, "got a DynamicCache: pass past_key_values=zz.ZigzagCache"),
+    "filled_dynamic_cache": ({"past_key_values": "filled"}, TypeError, "got a DynamicCache: pass past_key_values=zz.ZigzagCache"),
 }
 
 
@@ -212,6 +204,8 @@ def test_bad_call_raises_and_the_model_works_on(case):
     model, ids = tiny_model(), prompt(5)
     if options.get("past_key_values") == "static":
         options = {"past_key_values": StaticCache(config=model.config, max_cache_len=16)}
+    elif options.get("past_key_values") == "dynamic":
+        options = {"past_key_values": DynamicCache(config=model.config)}
     elif options.get("past_key_values") == "filled":
         filled = DynamicCache(config=model.config)
         for layer in range(NUM_LAYERS):
@@ -227,8 +221,8 @@ def test_bad_call_raises_and_the_model_works_on(case):
 def test_attention_dropout_and_gradients():
     model = new_model("llama", attention_dropout=0.1)
     with zz.zigzag(model, PLAN):
-        with pytest.raises(RuntimeError, match="no backward"):
-            model(prompt(5))
+        with pytest.warns(UserWarning, match="no gradients are recorded"):
+            assert not model(prompt(5)).logits.requires_grad
         with torch.no_grad(), pytest.raises(ValueError, match="dropout 0.1"):
             model.train()(prompt(5))
 
@@ -257,7 +251,7 @@ def test_a_forward_that_failed_half_way_makes_the_cache_unusable_until_reset():
         with pytest.raises(MemoryError):
             model(prompt(20), past_key_values=cache)
         hook.remove()
-        with pytest.raises(RuntimeError, match="failed half-way.*call reset"):
+        with pytest.raises(RuntimeError, match=r"overwritten older ones in the rings of layers \[0, 2\].*call reset"):
             model(prompt(20), past_key_values=cache)
         cache.reset()
         assert model(ids, past_key_values=cache).logits.equal(good)

@@ -62,13 +62,11 @@ class Problem:
 
     def feed(self, cache, start, count):
         """One forward of `count` tokens from position `start` on, all layers; their outputs."""
-        cache.begin(self.batch, count)
-        outs = [
-            layer.attend(*(t[:, :, start : start + count] for t in tensors), HEAD_DIM**-0.5)
-            for layer, tensors in zip(cache.layers, self.layers, strict=True)
-        ]
-        cache.end()
-        return outs
+        with cache.forward(self.batch, count):
+            return [
+                layer.attend(*(t[:, :, start : start + count] for t in tensors), HEAD_DIM**-0.5)
+                for layer, tensors in zip(cache.layers, self.layers, strict=True)
+            ]
 
     def random_cut(self):
         """Lengths of the pieces: single tokens, a few, around the edges of sink and window, longer than the window, anything."""

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from ..planning.kv_format import parse_kv_format
 from ..planning.plan import token_count
-from . import ops
+from . import ops, reference
+from .store import GROWTH_STEP, MAX_TOKENS, Chunk, LayerStore, attend
 
 _KINDS = ("retrieval", "streaming")
 
@@ -17,13 +19,17 @@ class ZigzagAttention(nn.Module):
         head_dim: 64, 80, 96, 128 or 256.
         kind: "retrieval" keeps every token; "streaming" keeps the first `sink` and the last `window` tokens.
         sink, window: tokens, of a streaming layer; ignored by a retrieval layer, so that one plan can be passed to all layers.
-        max_len: most tokens per row of a retrieval layer; ignored by a streaming layer, which has no limit.
+        max_len: most tokens per row of a retrieval layer, up to 2^30; ignored by a streaming layer, which has no limit.
         max_batch: rows of the buffers; a forward may use fewer and then takes the first ones.
         dtype: float16 or bfloat16, or float32 on the CPU. Default: torch's default dtype.
         scale: factor on q . k before the softmax; default head_dim ** -0.5.
+        kv_format: of keys and values: "none", "fp8", "int8", "int4", or two as in "int8/int4".
+        grow: a retrieval layer has addresses for `max_len` tokens from the start and gets memory as tokens come. Not for
+            compiled or captured code, which could not ask for it.
 
-    Buffers, none of them in the state dict: k_cache and v_cache [max_batch, num_kv_heads, slots, head_dim]; seq_lens [max_batch]
-    int32, tokens held per row; workspace. All keep their addresses, so a step can be compiled with `fullgraph=True` or captured.
+    `k_cache` and `v_cache` are [max_batch, num_kv_heads, slots, head_dim], codes if quantised, with their scales in `store`;
+    seq_lens [max_batch] int32, tokens held per row; workspace. None of them is in the state dict, all keep their addresses, so a
+    step can be compiled with `fullgraph=True` or captured.
 
     Example:
         >>> layer = ZigzagAttention(32, 8, 128, kind="streaming", sink=64, window=256)
@@ -46,6 +52,8 @@ class ZigzagAttention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         scale: float | None = None,
+        kv_format="none",
+        grow: bool = False,
     ):
         super().__init__()
         sink, window = token_count("sink", sink), token_count("window", window)
@@ -59,21 +67,35 @@ class ZigzagAttention(nn.Module):
         self.sink, self.window = (sink, window) if kind == "streaming" else (0, 0)
         self.num_q_heads = num_q_heads
         self.scale = head_dim**-0.5 if scale is None else float(scale)
-        shape = (max_batch, num_kv_heads, self.max_len or sink + window, head_dim)
-        seq_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
-        workspace = ops.new_workspace(max_batch, num_q_heads, num_kv_heads, head_dim, seq_lens.device)
-        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("seq_lens", seq_lens, persistent=False)
+        self.grow = bool(grow) and kind == "retrieval"
+        self.store = LayerStore(self.sink, self.window, kv_format=parse_kv_format("kv_format", kv_format))
+        like = torch.empty(max_batch, num_kv_heads, 0, head_dim, dtype=dtype, device=device)
+        self.store.allocate(like, 0 if self.grow else self.max_len or 0, self.max_len, grows=self.grow)
+        self.register_buffer("seq_lens", torch.zeros(max_batch, dtype=torch.int32, device=like.device), persistent=False)
+        workspace = ops.new_workspace(max_batch, num_q_heads, num_kv_heads, head_dim, like.device)
         self.register_buffer("workspace", workspace, persistent=False)
-        self._longest = 0  # tokens of the longest row, counted on the host by eager forwards only
+        self._geometry = (max_batch, num_kv_heads, head_dim)
+        self._longest = 0  # tokens of the longest row, an upper bound, and whether all rows hold as many: of eager forwards
+        self._uniform = True
+        self._counts = True  # False once a forward has been compiled or captured, which the host cannot count
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
+    @property
+    def k_cache(self) -> Tensor:
+        return self.store.keys
+
+    @property
+    def v_cache(self) -> Tensor:
+        return self.store.values
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None
+    ) -> Tensor:
         """Attends, appends, and advances `seq_lens`, all on the device and without waiting for it.
 
         Args:
             q: [batch, num_q_heads, q_len, head_dim]; k, v: [batch, num_kv_heads, q_len, head_dim]; batch <= max_batch.
             pad: [batch] int32, leading columns of this chunk that are padding; their output is 0. Clamped to 0 ... q_len.
+            cos, sin: [batch or 1, q_len, rotary_dim], tables of RoPE; q and k are then given without it, see `ops.attention`.
 
         Returns:
             [batch, num_q_heads, q_len, head_dim] in the dtype of q.
@@ -81,19 +103,30 @@ class ZigzagAttention(nn.Module):
         Raises:
             RuntimeError: a retrieval layer would exceed `max_len`, before anything is written. Compiled or captured code cannot
                 make this check: there, tokens past `max_len` are neither kept nor seen by later ones. Call `check_room` between
-                steps, or keep count. Shapes and dtypes are checked by the op in both cases.
+                steps, or keep count. An eager forward after a compiled or captured one reads `seq_lens` and so waits for the
+                device. Shapes and dtypes are checked by the op in all cases.
         """
         batch, q_len = q.shape[0], q.shape[2]
         pad = None if pad is None else pad.clamp(0, q_len)
-        counts = not (torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()))
-        longest = self._longest_after(q_len, pad, batch) if counts else 0
-        rows = [t if batch == t.shape[0] else t[:batch] for t in (self.k_cache, self.v_cache, self.seq_lens)]
-        out, _ = ops.attention(
-            q, k, v, *rows, pad=pad, sink=self.sink, window=self.window, scale=self.scale, workspace=self.workspace
-        )
-        rows[2].add_(q_len if pad is None else q_len - pad)
-        if counts:
-            self._longest = longest
+        past, longest = None, 0
+        if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if self.grow:
+                raise RuntimeError("a layer with grow=True cannot be compiled or captured: make it with grow=False")
+            self._counts = self._uniform = False
+        else:
+            longest = self._longest_after(q_len, pad, batch)
+            past = self._longest if self._uniform and pad is None and batch == self.seq_lens.shape[0] else None
+            self.store.grow(min(-(-longest // GROWTH_STEP) * GROWTH_STEP, self.max_len or 0))
+        if cos is not None and q_len > ops.MAX_DECODE_QUERIES:
+            q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
+            cos = sin = None
+        seq_lens = self.seq_lens if batch == self.seq_lens.shape[0] else self.seq_lens[:batch]
+        chunk = Chunk(seq_lens, pad, self.workspace, past, cos=cos, sin=sin)
+        out = attend((self.store,), q, k, v, self.scale, chunk)
+        seq_lens.add_(q_len if pad is None else q_len - pad)
+        if past is None:
+            self._uniform = False
+        self._longest = longest
         return out
 
     def check_room(self, tokens: int = 1) -> None:
@@ -104,26 +137,27 @@ class ZigzagAttention(nn.Module):
     def reset(self) -> None:
         """Empties the cache; the buffers stay where they are."""
         self.seq_lens.zero_()
-        self._longest = 0
+        self._longest, self._uniform = 0, self._counts
+        self.store.release()
 
     def extra_repr(self) -> str:
         limits = f"max_len={self.max_len}" if self.kind == "retrieval" else f"sink={self.sink}, window={self.window}"
         return f"{self.kind}, {limits}, cache={tuple(self.k_cache.shape)}"
 
     def _apply(self, fn, recurse: bool = True):
-        """`.to(device)`: the size of the workspace depends on the device, so that it is made anew rather than moved."""
+        """`.to(...)`: what is held moves; the size of the workspace depends on the device, so that it is made anew."""
         before = self.workspace.device
         super()._apply(fn, recurse)
-        device = self.workspace.device
+        device, (max_batch, num_kv_heads, head_dim) = self.workspace.device, self._geometry
         if device != before:
-            max_batch, num_kv_heads, _, head_dim = self.k_cache.shape
             self.workspace = ops.new_workspace(max_batch, self.num_q_heads, num_kv_heads, head_dim, device)
+        self.store.move(fn(torch.empty(max_batch, num_kv_heads, 0, head_dim, dtype=self.store.dtype, device=before)))
         return self
 
     def _longest_after(self, tokens: int, pad: Tensor | None, batch: int) -> int:
         """Tokens of the longest row, or an upper bound, after `tokens` more columns. Raises RuntimeError if they do not fit."""
         longest = self._longest + tokens
-        if self.max_len is None or longest <= self.max_len:
+        if self.max_len is None or (self._counts and longest <= self.max_len):
             return longest
         # The bound takes padding for tokens, so the device has the last word.
         held = self.seq_lens[:batch]
@@ -150,7 +184,7 @@ def _check_geometry(num_q_heads: int, num_kv_heads: int, head_dim: int, max_batc
 def _check_kind(kind: str, sink: int, window: int, max_len: int | None) -> None:
     if kind not in _KINDS:
         raise ValueError(f"kind must be 'retrieval' or 'streaming', got {kind!r}")
-    if kind == "retrieval" and (max_len is None or max_len < 1):
-        raise ValueError(f"a retrieval layer needs max_len >= 1 tokens, got {max_len}")
+    if kind == "retrieval" and (max_len is None or not 1 <= max_len <= MAX_TOKENS):
+        raise ValueError(f"a retrieval layer needs max_len >= 1 tokens, got {max_len}; at most 2^30")
     if kind == "streaming" and (sink < 0 or window < 1):
         raise ValueError(f"a streaming layer needs sink >= 0 and window >= 1 tokens, got sink {sink} and window {window}")

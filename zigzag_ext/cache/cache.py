@@ -2,19 +2,21 @@
 
 `update` copies nothing: it hands the new keys and values on, and the attention function that `zigzag_ext.enable` installs
 attends and appends in one launch per layer through `ZigzagLayer.attend` (two where a layer mixes heads of both kinds). A forward
-pass is bracketed by `begin`, which makes every check on the host before anything is written, and `end`, which advances the
-lengths by one in-place device add.
+pass is one `Forward`: checks and memory come before anything is written, the lengths advance at the end.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore, in_normal_mode
 from ..planning.kv_format import PLAIN
 from ..planning.plan import Plan, token_count
-from .layer import GROWTH_STEP, ZigzagLayer
-from .mixed import MixedLayer
-from .state import Rows, Steps, in_normal_mode
+from .forward import Forward
+from .layer import ZigzagLayer
+from .state import Addresses, CacheState
 
 
 class ZigzagCache(Cache):
@@ -23,20 +25,21 @@ class ZigzagCache(Cache):
     Args:
         config: the model's config; a retrieval, streaming or mixed layer is made for each of its `num_hidden_layers`.
         plan: `zigzag_ext.Plan`. The plan of the cache wins over the plan given to `enable`.
-        max_len: most tokens a row may hold (padding does not count). None: as many as there is memory for.
+        max_len: most tokens a row may hold (padding does not count), up to 2^30. None: as many as there is memory for.
+        rollback: tokens that `crop` can take back once a ring is full: rings hold as many more.
 
-    Rings always take sink + window tokens. Retrieval layers reserve addresses for all tokens to come and take memory as tokens
-    come (`zigzag_ext.attention.buffers`): they never move and are never copied, and only slots in use may be looked at. Keys and
-    values are held in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads,
-    slots, head_dim] and live where the keys live.
+    Rings always take sink + window + rollback tokens. Retrieval layers reserve addresses for all tokens to come and take memory
+    as tokens come (`zigzag_ext.attention.buffers`): they never move and are never copied. Keys and values are held in the formats
+    of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads, slots, head_dim] and live
+    where the keys live.
     Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
     pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its
-    addresses. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. Rolling back (`crop`,
-    needed by assisted decoding) is not possible: a ring has overwritten what it would have to bring back.
+    addresses. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. A forward that fails, at
+    whatever point, leaves the cache as it was, or marked: further use then raises RuntimeError with the reason until `reset()`.
 
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
-        ValueError: layer or KV head counts differ, layers share KV caches, or `max_len` < 1.
+        ValueError: layer or KV head counts differ, layers share KV caches, or `max_len` or `rollback` is out of range.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
         MemoryError: no memory for the tokens of a forward; what is held stays as it was.
 
@@ -47,19 +50,17 @@ class ZigzagCache(Cache):
         >>> cache.memory_bytes()
     """
 
-    def __init__(self, config, plan, max_len: int | None = None):
-        if max_len is not None and (max_len := token_count("max_len", max_len)) < 1:
-            raise ValueError(f"max_len must be at least 1 token, or None for a cache that grows; got {max_len}")
-        self._build(config, plan, max_len, stores=True)
+    def __init__(self, config, plan, max_len: int | None = None, rollback: int = 0):
+        self._build(config, plan, *check_lengths(max_len, rollback), stores=True)
 
     @classmethod
     def without_memory(cls, config, plan) -> "ZigzagCache":
         """A cache that keeps nothing, for forwards with `use_cache=False`: the chunk attends to itself under the plan's masks."""
         cache = cls.__new__(cls)
-        cache._build(config, plan, None, stores=False)
+        cache._build(config, plan, None, 0, stores=False)
         return cache
 
-    def _build(self, config, plan, max_len: int | None, stores: bool) -> None:
+    def _build(self, config, plan, max_len: int | None, rollback: int, stores: bool) -> None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
         config = config.get_text_config(decoder=True)
@@ -67,69 +68,64 @@ class ZigzagCache(Cache):
             raise ValueError(f"the plan has {len(plan.kinds)} layers, the model has {config.num_hidden_layers}")
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
-        self._rows = Rows(max_len, stores)
+        self.state, self.rollback = CacheState(max_len, stores), rollback
         plan.check_kv_heads(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
         smooth = plan.key_smoothing
-        kinds = {"retrieval": (0, 0, formats[0], smooth), "streaming": (plan.sink, plan.window, formats[1], smooth)}
+        kinds = {
+            "retrieval": (0, 0, 0, formats[0], smooth),
+            "streaming": (plan.sink, plan.window, rollback, formats[1], smooth),
+        }
 
-        def layer(index: int, kind) -> ZigzagLayer | MixedLayer:
+        def layer_stores(kind: str | tuple[str, ...]) -> list[LayerStore]:
             if isinstance(kind, str):
-                return ZigzagLayer(self._rows, index, *kinds[kind])
+                return [LayerStore(*kinds[kind])]
             heads = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in kinds}
-            parts = [ZigzagLayer(self._rows, index, *own, heads[name]) for name, own in kinds.items()]
-            return MixedLayer(self._rows, index, parts)
+            return [LayerStore(*own, heads[name]) for name, own in kinds.items()]
 
-        super().__init__(layers=[layer(index, kind) for index, kind in enumerate(plan.kinds)])
+        super().__init__(layers=[ZigzagLayer(self.state, index, layer_stores(kind)) for index, kind in enumerate(plan.kinds)])
+
+    def forward(self, batch: int, q_len: int, attention_mask: Tensor | None = None, ids: Tensor | None = None) -> Forward:
+        """`with cache.forward(...):` brackets a forward pass of `q_len` new columns, see `Forward`.
+
+        attention_mask: [batch, seen + q_len], zeros then ones per row; a zero in a step of one column: the row skips this token.
+        ids: [batch, q_len] of the tokens, None if they come as embeddings.
+        """
+        return Forward(self, batch, q_len, attention_mask, ids)
 
     @property
     def seq_lens(self) -> Tensor | None:
         """[batch] int32 on the device: tokens held per row, padding not counted. None before the first forward."""
         first = self.layers[0]
-        return self._rows.lengths_on(first.device) if first.is_initialized else None
+        return self.state.lengths_on(first.device) if first.is_initialized else None
 
     @property
-    def decodes(self) -> bool:
-        """Whether the forward under way adds one token per row to what is held already."""
-        rows = self._rows
-        return rows.q_len == 1 and rows.columns > 0 and rows.stores
-
-    @property
-    def padding(self) -> Tensor | None:
-        """[batch] int32, of the forward under way: leading columns to skip. None without an attention mask or padding."""
-        return self._rows.pad_on(self.layers[0].device)
-
-    @property
-    def num_forwards(self) -> int:
-        """Forward passes opened so far, on these buffers."""
-        return self._rows.num_forwards
+    def addresses(self) -> Addresses:
+        """Stands for the present buffers, for who files something by them."""
+        return self.state.addresses
 
     def lives_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the buffers, if there are any, are what a model of this device and dtype needs."""
         return all((layer.device, layer.dtype) == (device, dtype) for layer in self.layers if layer.is_initialized)
 
     @property
-    def steps(self) -> Steps:
-        """Decode steps compiled on the present buffers; emptied when these are replaced."""
-        return self._rows.steps
-
-    def mark_attended(self) -> None:
-        """Notes that every layer has appended this forward's tokens: a compiled step cannot note it layer by layer."""
-        self._rows.attended.update(layer.index for layer in self.layers)
-
-    @property
-    def parts(self) -> tuple[Rows, list[ZigzagLayer | MixedLayer]]:
-        """The buffers and what they hold, without the cache itself: `from_parts` makes another one of them."""
-        return self._rows, self.layers
+    def memory(self) -> tuple[CacheState, list[ZigzagLayer], int]:
+        """The buffers and what they hold, without the cache itself: `on_memory_of` makes another one of them."""
+        return self.state, self.layers, self.rollback
 
     @classmethod
-    def from_parts(cls, rows: Rows, layers: list[ZigzagLayer | MixedLayer]) -> "ZigzagCache":
-        """An empty cache on the memory of one that is gone."""
+    def on_memory_of(cls, state: CacheState, layers: list[ZigzagLayer], rollback: int) -> "ZigzagCache":
+        """An empty cache on the `memory` of one that is gone."""
         cache = cls.__new__(cls)
-        cache._rows = rows
+        cache.state, cache.rollback = state, rollback
         super(ZigzagCache, cache).__init__(layers=layers)
         cache.reset()
         return cache
+
+    @property
+    def stores(self) -> list[LayerStore]:
+        """All stores of all layers."""
+        return [store for layer in self.layers for store in layer.stores]
 
     def memory_bytes(self) -> int:
         """Bytes of memory that all key and value buffers take now."""
@@ -138,94 +134,136 @@ class ZigzagCache(Cache):
     def memory_report(self) -> str:
         """A small table of text: layers and bytes of memory by kind and format; a format's bytes include its scales."""
         groups: dict[tuple[str, str], list[int]] = {}
-        for part in (part for layer in self.layers for part in layer.parts):
-            kind = ("streaming" if part.window else "retrieval") + (" heads" if part.heads else "")
-            groups.setdefault((kind, str(part.kv_format)), []).append(part.memory_bytes)
+        for store in self.stores:
+            kind = ("streaming" if store.window else "retrieval") + (" heads" if store.heads else "")
+            groups.setdefault((kind, str(store.kv_format)), []).append(store.memory_bytes)
         rows = [(kind, f"{len(sizes)} layers", kv_format, f"{sum(sizes):,} bytes") for (kind, kv_format), sizes in groups.items()]
         rows.append(("all", f"{len(self.layers)} layers", "", f"{self.memory_bytes():,} bytes"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
-    def begin(self, batch: int, q_len: int, attention_mask: Tensor | None = None) -> None:
-        """Opens a forward pass of `q_len` new columns: checks, grows the buffers, and notes the padding. Writes no token.
+    def reserve(self, tokens: int) -> None:
+        """Memory for `tokens` more tokens per row, where buffers stand. Raises as a forward of as many would."""
+        self.state.check()
+        self.ensure_capacity(self.state.longest + tokens)
 
-        attention_mask: [batch, seen + q_len], zeros then ones per row; waits for the device once, but never if q_len is 1,
-        where a zero means that the row skips this token.
-        """
-        rows = self._rows
-        if rows.q_len or rows.broken:
-            raise RuntimeError("the last forward with this ZigzagCache failed half-way, its contents are not whole: call reset()")
-        if rows.batch != batch:
-            if rows.columns:
-                raise ValueError(f"the cache holds {rows.batch} rows, the input has {batch}; use reset() or another cache")
-            for layer in self.layers:
-                layer.drop()
-            rows.start(batch)
-        pad, longest = None, rows.longest + q_len
-        if attention_mask is not None:
-            pad, longest = rows.read_mask(attention_mask, q_len)
-        self._ensure_capacity(longest)
-        rows.pad = {} if pad is None else {pad.device: pad}
-        rows.q_len, rows.longest_after = q_len, longest
-        rows.num_forwards += 1
-        rows.attended.clear()
-
-    def _ensure_capacity(self, needed: int) -> None:
-        rows = self._rows
-        if not rows.stores or needed <= rows.capacity or all(layer.window for layer in self.layers):
+    def ensure_capacity(self, needed: int) -> None:
+        """Memory for rows of `needed` tokens. Raises RuntimeError beyond `max_len`, MemoryError where there is none."""
+        state = self.state
+        if not state.stores or needed <= state.capacity or all(layer.window for layer in self.layers):
             return
-        if rows.max_len is not None and needed > rows.max_len:
+        if state.max_len is not None and needed > state.max_len:
             raise RuntimeError(
-                f"the cache is full: max_len is {rows.max_len} tokens, this forward needs {needed} ({rows.longest} are held); "
+                f"the cache is full: max_len is {state.max_len} tokens, this forward needs {needed} ({state.longest} are held); "
                 "nothing was written. Make the ZigzagCache with a larger max_len"
             )
         capacity = -(-needed // GROWTH_STEP) * GROWTH_STEP
-        capacity = capacity if rows.max_len is None else min(capacity, rows.max_len)
+        capacity = capacity if state.max_len is None else min(capacity, state.max_len)
         for layer in self.layers:
             layer.grow(capacity)
-        rows.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
+        state.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
-    def end(self, failed: bool = False) -> None:
-        """Closes the forward pass: advances the lengths, or marks the cache as unusable if a failure left some layers written."""
-        rows = self._rows
-        missed = [layer.index for layer in self.layers if layer.index not in rows.attended]
-        q_len, rows.q_len, rows.broken = rows.q_len, 0, bool(rows.attended and (failed or missed))
-        if missed and not failed:
-            raise RuntimeError(f"layers {missed} never called zigzag attention: this model's layers are not all plain attention")
-        if not failed:
-            rows.advance(q_len)
+    def incomplete_rings(self, length: int, ahead: int) -> list[int]:
+        """Layers that no longer hold what rows of `length` tokens show, after `ahead` more were written and taken back."""
+        return [layer.index for layer in self.layers if not layer.is_whole(length, ahead)] if length else []
 
     def reset(self) -> None:
         """Empties the cache, gives the memory of retrieval layers back and keeps all addresses."""
+        self.state.forget()
         for layer in self.layers:
             layer.release()
-        self._rows.forget()
 
-    def _select_rows(self, index: Tensor) -> None:
-        rows = self._rows
-        if not rows.columns:
+    def crop(self, tokens: int) -> None:
+        """Takes the last tokens back: `-tokens` of them if negative; all but the first `tokens` if positive; none for 0.
+
+        Columns are counted, padding included. Waits for nothing. Raises RuntimeError, before anything changes, if a ring has
+        overwritten what would show again: it can take `rollback` tokens back, or any number until it has been full.
+        """
+        state = self.state
+        state.check()
+        removed = -tokens if tokens < 0 else max(0, state.columns - tokens) if tokens else 0
+        if removed > state.columns:
+            raise RuntimeError(f"crop({tokens}) takes back more than the {state.columns} tokens that the cache holds")
+        left = max(0, state.longest - removed)
+        if removed and state.columns > removed and (rings := self.incomplete_rings(left, state.ahead + removed)):
+            raise RuntimeError(
+                f"crop({tokens}) takes {removed} tokens back; the rings of layers {rings} can take back "
+                f"{max(0, self.rollback - state.ahead)} (rollback={self.rollback}); nothing was changed. Give ZigzagCache or "
+                "enable() a larger rollback"
+            )
+        if removed:
+            with state.change("crop()"):
+                state.remove(removed)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens back at any time: no layer streams, or rings have `rollback` slots for it."""
+        return all(layer.is_croppable for layer in self.layers)
+
+    def activate_past_recording(self) -> None:
+        """What assisted decoding calls before it starts; raises RuntimeError if rings cannot take tokens back."""
+        if not self.is_croppable:
+            raise RuntimeError(
+                "assisted and prompt-lookup decoding take tokens back, which rings can do only with slots for it: give "
+                "ZigzagCache or enable() rollback=20, or as many tokens as are drafted at once"
+            )
+
+    def keep_first(self, ids: Tensor, mask: Tensor | None = None) -> None:
+        """Prepares for a call that brings the whole conversation `ids` [batch, n]: takes back what it does not begin with.
+
+        What is held beyond ids[:, : n - 1] is taken back too, since a model has to see a token to go on. Waits for the device
+        once. Raises ValueError naming the first differing position where a ring cannot take that many tokens back.
+        """
+        state = self.state
+        state.check()
+        if not state.columns or ids.shape[0] != state.batch:
             return
-        for layer in self.layers:
-            layer.select_rows(index)
-        for device, lengths in rows.seq_lens.items():
-            chosen = lengths.index_select(0, index.to(device))
-            rows.seq_lens[device] = lengths.copy_(chosen) if len(index) == rows.batch else chosen
-        if len(index) != rows.batch:
-            rows.set_batch(len(index))
+        same = min(state.tokens.first_difference(ids, mask), ids.shape[1] - 1)
+        if same == state.columns:
+            return
+        if self.incomplete_rings(max(0, state.longest - state.columns + same), state.ahead + state.columns - same):
+            shorter = same == ids.shape[1] - 1
+            what = f"{state.columns - same} tokens beyond those given" if shorter else f"another token at position {same}"
+            raise ValueError(
+                f"the ZigzagCache holds {state.columns} tokens, {what}, and its rings cannot take back "
+                f"{state.columns - same}: call reset() before another conversation, or make it with rollback >= that"
+            )
+        if same:
+            self.crop(same)
+        else:
+            self.reset()
+
+    def _select_rows(self, index: Tensor, what: str) -> None:
+        state = self.state
+        state.check()
+        if not len(index):
+            raise ValueError(f"{what} needs at least one row, got none; use reset() to empty the cache")
+        if not state.columns:
+            return
+        if not index.is_cuda and (index.min() < 0 or index.max() >= state.batch):  # on a GPU this would wait for it
+            raise IndexError(f"{what}: rows must be in [0, {state.batch}), got {index.tolist()}")
+        with state.change(what):
+            for layer in self.layers:
+                layer.select_rows(index)
+            state.select_rows(index)
 
     @in_normal_mode
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select_rows(beam_idx)
+        """Row i becomes what row beam_idx[i] was."""
+        self._select_rows(beam_idx, "reorder_cache()")
 
     @in_normal_mode
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Keeps the rows `indices`, numbers or a mask of bools. Raises ValueError for none."""
         indices = torch.as_tensor(indices)
-        self._select_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices.flatten())
+        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.flatten()
+        self._select_rows(indices, "batch_select_indices()")
 
     @in_normal_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._rows.batch is not None:
-            self._select_rows(torch.arange(self._rows.batch).repeat_interleave(repeats))
+        """Every row `repeats` times, one after the other."""
+        if self.state.batch is not None:
+            self._select_rows(torch.arange(self.state.batch).repeat_interleave(repeats), "batch_repeat_interleave()")
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         return self.get_max_length(layer_idx)
@@ -235,12 +273,11 @@ class ZigzagCache(Cache):
         lengths = [layer.get_max_length() for layer in self.layers]
         return max(lengths) if layer_idx is None else lengths[layer_idx]
 
-    def activate_past_recording(self) -> None:
-        raise NotImplementedError(
-            "a ZigzagCache cannot roll back, its rings overwrite old tokens: assisted, prompt-lookup and contrastive decoding "
-            "are not supported"
-        )
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            self.activate_past_recording()
+def check_lengths(max_len, rollback) -> tuple[int | None, int]:
+    """`max_len` and `rollback` of a cache, checked. Raises TypeError or ValueError."""
+    if max_len is not None and not 1 <= (max_len := token_count("max_len", max_len)) <= MAX_TOKENS:
+        raise ValueError(f"max_len must be at least 1 token and at most 2^30, or None for a cache that grows; got {max_len}")
+    if not 0 <= (rollback := token_count("rollback", rollback)) <= MAX_TOKENS:
+        raise ValueError(f"rollback must be 0 to 2^30 tokens, got {rollback}")
+    return max_len, rollback

@@ -1,17 +1,16 @@
 """The attention and mask functions registered with transformers under the name "zigzag".
 
-The hooks of `enable` note the cache of the forward pass under way in `current`, one per thread, and the attention function finds
-it there: a keyword argument would not do, since some families (Nemotron, StableLM) do not hand theirs down to the attention.
+What attends is `zigzag_ext.cache.forward.current()`, one per thread: a keyword argument would not do, since some families
+(Nemotron, StableLM) do not hand theirs down to the attention.
 """
-
-import threading
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from ..cache.forward import current
+
 NAME = "zigzag"
-current = threading.local()  # .cache: ZigzagCache of this thread's forward pass, None or absent outside one
 
 # Arguments that reach an attention function and change nothing about what it has to compute. Any other one that is not None
 # or False raises: it may stand for softcap, learned sinks, packed sequences, position biases, sparse indices ...
@@ -38,7 +37,7 @@ class UnsupportedMask:
 
 
 def mask(*args, mask_function=causal_mask_function, **kwargs) -> UnsupportedMask | None:
-    """Builds nothing: causality and windows are in the kernels, padding is read from the 2-D mask by the hook of `enable`."""
+    """Builds nothing: causality and windows are in the kernels, padding is read from the 2-D mask by `Forward`."""
     return None if mask_function is causal_mask_function else UnsupportedMask(mask_function)
 
 
@@ -59,8 +58,8 @@ def attention(
     Returns [batch, q_len, num_q_heads, head_dim] and no weights.
     """
     name = type(module).__name__
-    cache = getattr(current, "cache", None)
-    if cache is None:
+    entry = current()
+    if entry is None:
         raise RuntimeError(
             f"{name} runs zigzag attention without a zigzag cache: call the model that was given to zigzag_ext.enable(model, "
             "plan), not a part of it, and do not set attn_implementation='zigzag' by hand"
@@ -75,7 +74,7 @@ def attention(
     unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
     if unknown:
         raise ValueError(f"{name} needs {', '.join(unknown)}, which zigzag attention does not compute")
-    return cache.layers[module.layer_idx].attend(query, key, value, scaling).transpose(1, 2), None
+    return entry.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, attention)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..cache.forward import Forward
 from ..planning.plan import token_count
-from .attention import current
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
 MAX_CHUNK = 8192  # tokens, over all rows: matrix products with as many rows fill a GPU; 1.5 GB of activations in Llama-3-8B
@@ -28,7 +28,7 @@ def check_chunk(model: nn.Module, chunk) -> int | str | None:
         raise ValueError(f"prefill_chunk must be a number of tokens, 'auto' or None; got '{chunk}'")
     elif (size := token_count("prefill_chunk", chunk)) < 1:
         raise ValueError(f"prefill_chunk must be at least 1 token, got {chunk}")
-    if size is not None and model.base_model is model:
+    if size not in (None, "auto") and model.base_model is model:
         raise ValueError(f"prefill_chunk needs a model with a body and a head; {type(model).__name__} has no body of its own")
     return size
 
@@ -39,48 +39,43 @@ def new_tokens(kwargs: dict) -> tuple[int, int]:
     return tokens.shape[0], tokens.shape[1]
 
 
-def prefill_ahead(model: nn.Module, cache, kwargs: dict, chunk: int | str) -> dict:
-    """Runs the prompt up to its last chunk, if it is longer than a chunk, and returns the arguments of the rest.
+def pieces_of(model: nn.Module, forward: Forward, kwargs: dict, chunk: int | str | None) -> list[dict]:
+    """The arguments of each pass through the model that the forward takes: the last one for the model, others for its body.
 
     Args:
-        cache: ZigzagCache of this forward. kwargs: the forward's arguments by name.
+        forward: open. kwargs: its arguments by name. chunk: most tokens per row and pass, "auto", or None: one pass.
 
     Raises:
-        ValueError: an argument cannot be cut. What `ZigzagCache.begin` raises for the whole prompt, before anything is written.
+        ValueError: an argument cannot be cut (with "auto" such a forward is one pass).
     """
     batch, q_len = new_tokens(kwargs)
     keep = kwargs.get("logits_to_keep", 0)
     needed = [name for name in _NEED_ALL if kwargs.get(name) is not None and kwargs[name] is not False]
     wants_all = needed or not isinstance(keep, int) or keep < 1
-    keeps_nothing = kwargs.get("past_key_values") is not cache
-    if wants_all or keeps_nothing or q_len <= (MIN_CHUNK if chunk == "auto" else chunk):
-        return kwargs
-    seen, cut = cache.get_seq_length(), _cutter(kwargs)
-    cache.begin(batch, q_len, kwargs.get("attention_mask"))  # checks the whole prompt, and makes room for it
-    cache.end(failed=True)
-    size = automatic_chunk(model, cache, batch) if chunk == "auto" else chunk
+    automatic = chunk == "auto"
+    if chunk is None or wants_all or not forward.state.stores or q_len <= (MIN_CHUNK if automatic else chunk):
+        return [kwargs]
+    if automatic and (model.base_model is model or _uncuttable(kwargs)):
+        return [kwargs]
+    seen, cut = forward.columns, _cutter(kwargs)
+    size = automatic_chunk(model, forward.cache, batch) if automatic else chunk
     first_kept = min(q_len - keep, (q_len - 1) // size * size)
-    ends = [*range(size, first_kept, size), first_kept] if first_kept > 0 else []
-    for start, end in zip([0, *ends], ends, strict=False):
-        _run_body(model.base_model, cache, cut(start, end, seen), batch, end - start)
-    return kwargs | cut(first_kept, q_len, seen) if ends else kwargs
+    if first_kept <= 0:
+        return [kwargs]
+    ends = [*range(size, first_kept, size), first_kept]
+    cache = {name: value for name, value in kwargs.items() if value is forward.cache}
+    body = [cut(start, end, seen) | cache | {"use_cache": True} for start, end in zip([0, *ends], ends, strict=False)]
+    return [*body, kwargs | cut(first_kept, q_len, seen)]
 
 
-def _run_body(body: nn.Module, cache, kwargs: dict, batch: int, q_len: int) -> None:
-    cache.begin(batch, q_len, kwargs.get("attention_mask"))
-    current.cache, failed = cache, True
-    try:
-        body(**kwargs, past_key_values=cache, use_cache=True)
-        failed = False
-    finally:
-        current.cache = None
-        cache.end(failed)
+def _uncuttable(kwargs: dict) -> list[str]:
+    return sorted({name for name, value in kwargs.items() if isinstance(value, Tensor)} - {*_PER_TOKEN, "attention_mask"})
 
 
 def _cutter(kwargs: dict) -> Callable[[int, int, int], dict]:
     """cut(start, end, seen): arguments that differ from chunk to chunk, for columns [start, end) after `seen` earlier ones."""
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-    if unknown := sorted(tensors.keys() - {*_PER_TOKEN, "attention_mask"}):
+    if unknown := _uncuttable(kwargs):
         raise ValueError(f"prefill_chunk cannot cut the argument {', '.join(unknown)}; pass it without prefill_chunk")
 
     def cut(start: int, end: int, seen: int) -> dict:
@@ -107,7 +102,8 @@ def automatic_chunk(model: nn.Module, cache, batch: int) -> int:
     token_bytes = element * (8 * config.hidden_size + 4 * max(inner, experts))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    pending = sum(layer.slots for layer in cache.layers if not layer.is_initialized) * batch * 2 * heads * head_dim * element
+    pending = sum(layer.slots_for(cache.state.capacity) for layer in cache.layers if not layer.is_initialized)
+    pending *= batch * 2 * heads * head_dim * element
     free = min(_free_bytes(device) for device in {parameter.device for parameter in model.parameters()}) - pending
     fits = max(int(free * _MEMORY_SHARE / token_bytes), 1)
     tokens = 1 << (min(fits, MAX_CHUNK) // batch or 1).bit_length() - 1

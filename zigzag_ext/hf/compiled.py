@@ -5,8 +5,6 @@ The CUDA graph is captured here rather than by mode="reduce-overhead": one graph
 records anew for every other cache, outputs that stay valid, and no guards to evaluate between two tokens.
 """
 
-import contextlib
-import functools
 import types
 import weakref
 from collections.abc import Callable, Hashable
@@ -16,9 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_map
 
+from ..attention.store import in_normal_mode
 from ..cache import ZigzagCache
-from ..cache.state import in_normal_mode
-from .attention import current
+from ..cache.forward import Forward, attending
 from .fuse_rope import fuse_rope
 from .step_cache import StepCache
 
@@ -26,14 +24,9 @@ _ROPE_BY_LENGTH = {"dynamic", "longrope"}
 
 
 class CompiledDecoding:
-    """Stands before the forward of one model: decode steps go to their compiled `_Step`, all other calls to `forward`.
+    """Runs the decode steps of one model, each as its compiled `_Step`."""
 
-    Lives in `model.forward` and nowhere else, since it refers to the model.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.replaced, forward = model.__dict__.get("forward"), model.forward
-
+    def __init__(self, model: nn.Module, forward: Callable):
         def step(inputs: dict):
             return forward(**inputs)
 
@@ -43,40 +36,31 @@ class CompiledDecoding:
         # them: 88 kernels instead of 155 in a step of 8 Llama-3-8B layers on an H100, 2.57 ms instead of 2.84.
         options = {"triton.cudagraphs": False, "coordinate_descent_tuning": True}
         self.compiled = torch.compile(own, fullgraph=True, backend=_Backend(options))
-        self.model, self.forward = model, forward
-        self.retired: list[tuple] = []  # parts of the last cache that is gone
-        functools.update_wrapper(self, forward)  # generate() reads the signature
+        self.model = model
+        # By the addresses that they were made for. A cache must not keep a model alive, nor a model the buffers of a cache.
+        self.steps: weakref.WeakKeyDictionary[object, dict] = weakref.WeakKeyDictionary()
+        self.spare: list[tuple] = []  # memory of the last cache that is gone
 
-    def remove(self) -> None:
-        """Gives the model its former forward back."""
-        del self.model.forward
-        if self.replaced is not None:
-            self.model.forward = self.replaced
-
-    def new_cache(self, plan, max_len: int | None) -> ZigzagCache:
+    def new_cache(self, plan, options: dict) -> ZigzagCache:
         """An empty cache, on the memory of the last one that is gone if it fits: what was compiled on it goes on serving."""
         model, cache = self.model, None
-        with contextlib.suppress(IndexError):
-            cache = ZigzagCache.from_parts(*self.retired.pop())
+        if self.spare:
+            cache = ZigzagCache.on_memory_of(*self.spare.pop())
         if cache is None or not cache.lives_on(model.device, model.dtype):
-            cache = ZigzagCache(model.config, plan, max_len)
-        weakref.finalize(cache, _retire, self.retired, cache.parts).atexit = False
+            cache = ZigzagCache(model.config, plan, **options)
+        weakref.finalize(cache, _keep_spare, self.spare, cache.memory).atexit = False
         return cache
 
-    def __call__(self, *args, **kwargs):
-        cache = getattr(current, "cache", None)
-        if cache is None or not cache.decodes or self._differentiates():
-            return self.forward(*args, **kwargs)
-        inputs = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "past_key_values")}
-        steps, signature = cache.steps.setdefault(self, {}), _signature(inputs, cache)
+    def __call__(self, forward: Forward, kwargs: dict):
+        cache = forward.cache
+        inputs = {name: value for name, value in kwargs.items() if name != "attention_mask" and value is not cache}
+        name = next((name for name, value in kwargs.items() if value is cache), None)
+        steps, signature = self.steps.setdefault(cache.addresses, {}), (name, _signature(inputs, forward))
         if signature not in steps:
-            steps[signature] = _Step(self.model, self.compiled, cache, inputs)
-        output = steps[signature](cache, inputs)
-        cache.mark_attended()
+            steps[signature] = _Step(self.model, self.compiled, forward, inputs, name)
+        output = steps[signature](forward, inputs)
+        forward.mark_attended()
         return output
-
-    def _differentiates(self) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
 
 
 class _Backend:
@@ -100,44 +84,42 @@ class _Step:
     """
 
     @in_normal_mode
-    def __init__(self, model: nn.Module, compiled: Callable, cache: ZigzagCache, inputs: dict):
+    def __init__(self, model: nn.Module, compiled: Callable, forward: Forward, inputs: dict, cache_name: str):
         self.model, self.compiled = model, compiled
-        self.view = StepCache(cache)
+        self.view = StepCache(forward)
         self.tensors = {
             name: value.clone(memory_format=torch.contiguous_format)  # strides of a slice would be compiled for
             for name, value in inputs.items()
             if isinstance(value, Tensor)
         }
-        self.inputs = inputs | self.tensors | {"past_key_values": self.view}
+        self.inputs = inputs | self.tensors | {cache_name: self.view}
         self.graph = self.output = self.captured_on = None
         self.last_forward = -1
 
     @torch.no_grad()
-    def __call__(self, cache: ZigzagCache, inputs: dict):
+    def __call__(self, forward: Forward, inputs: dict):
         for name, static in self.tensors.items():
             static.copy_(inputs[name])
-        self.view.refresh(cache)
+        self.view.refresh(forward)
         on_gpu = self.view.device.type == "cuda"
-        output = self._replay(cache.num_forwards) if on_gpu else self._run()
+        output = self._replay(forward.state.num_forwards) if on_gpu else self._run()
         self.view.advance()
 
         def to_caller(leaf):
             if leaf is self.view:
-                return cache
+                return forward.cache
             return leaf.clone() if on_gpu and isinstance(leaf, Tensor) else leaf  # the next replay overwrites it
 
         return tree_map(to_caller, output)
 
     @in_normal_mode
     def _run(self):
-        current.cache, cache = self.view, current.cache
         try:
-            return self.compiled(self.inputs)
+            with attending(self.view):
+                return self.compiled(self.inputs)
         except TorchDynamoException as error:
             name = type(self.model).__name__
             raise RuntimeError(f"{name} cannot decode as one compiled graph; enable it without compile=True. {error}") from error
-        finally:
-            current.cache = cache
 
     def _replay(self, forward: int):
         if self.last_forward + 1 != forward:  # the first step after a prompt
@@ -175,19 +157,19 @@ def check_compilable(model: nn.Module) -> None:
             raise ValueError(f"{family}: compile=True does not serve '{kind}' RoPE ({name}): its frequencies follow the length")
 
 
-def _retire(retired: list, parts: tuple) -> None:
-    retired[:] = [parts]
+def _keep_spare(spare: list, memory: tuple) -> None:
+    spare[:] = [memory]
 
 
-def _signature(inputs: dict, cache: ZigzagCache) -> Hashable:
+def _signature(inputs: dict, forward: Forward) -> Hashable:
     """What a captured step depends on besides the values of tensors. Raises TypeError for an input that cannot be compared."""
-    device = cache.layers[0].device.type
+    device = forward.cache.layers[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     given = tuple((n, v.shape, v.dtype, v.device) if isinstance(v, Tensor) else (n, v) for n, v in inputs.items())
     for name, value, *_ in given:
         if not isinstance(value, Hashable):
             raise TypeError(f"a compiled decode step takes tensors and plain values, {name} is a {type(value).__name__}")
-    return given, cache.padding is None, autocast
+    return given, forward.padding is None, autocast
 
 
 def _fingerprint(model: nn.Module) -> tuple:

@@ -1,40 +1,44 @@
 """enable(model, plan): zigzag attention and a ZigzagCache behind every forward of a Hugging Face causal language model.
 
-No code of transformers is replaced. A forward pre-hook gives the forward its cache (replacing the empty DynamicCache that
-generate() makes) and opens it, a forward hook closes it; the attention and mask functions are registered through transformers'
-public interfaces. With compile=True, `model.forward` is an object in front of the former one (compiled.py); the hooks run outside
-of what is compiled.
+No code of transformers is replaced. The attention and mask functions are registered through transformers' public interfaces;
+`model.forward` and `model.generate` become objects in front of the former ones, see `session.py`.
 """
 
-import inspect
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
 from ..cache import ZigzagCache
+from ..cache.cache import check_lengths
 from ..planning.plan import Plan
-from .attention import NAME, current
-from .chunking import TOKEN_ARGUMENTS, check_chunk, new_tokens, prefill_ahead
-from .compiled import CompiledDecoding, check_compilable
+from .attention import NAME
+from .chunking import check_chunk
+from .compiled import check_compilable
 from .families import check_family
-
-_sessions: "WeakKeyDictionary[nn.Module, _Session]" = WeakKeyDictionary()
+from .session import Session, session_of
 
 
 def enable(
-    model: nn.Module, plan, max_len: int | None = None, prefill_chunk: int | str | None = None, compile: bool = False
+    model: nn.Module,
+    plan,
+    *,
+    max_len: int | None = None,
+    rollback: int = 0,
+    prefill_chunk: int | str | None = "auto",
+    compile: bool = False,
 ) -> nn.Module:
     """Makes `model` run the plan: after this `model.generate(...)` keeps full caches for retrieval layers, rings for the others.
 
     Args:
         model: a transformers decoder-only language model (`AutoModelForCausalLM`). Served exactly or refused: see Raises.
         plan: `zigzag_ext.Plan` with one kind per layer.
-        max_len: tokens per row of the caches made for calls without `past_key_values`; None lets them grow.
+        max_len: tokens per row of the caches made for calls without one; None lets them grow.
+        rollback: tokens that these caches can take back (`ZigzagCache.crop`). Assisted and prompt-lookup decoding need it: 20
+            is transformers' longest draft by default.
         prefill_chunk: most new tokens per row that go through the model at once, in forwards that ask for the logits of the last
             tokens only, as generate() does. Peak memory beside the KV then does not depend on the prompt; the result is that of
-            one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows.
+            one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows, where
+            the model and the arguments of the call can be cut. None: one shot.
         compile: run each decode step (one new token per row) as one compiled graph, on a GPU as one captured CUDA graph; prompts
             stay eager. See below.
 
@@ -66,117 +70,39 @@ def enable(
         raise TypeError(f"model must be a transformers language model (AutoModelForCausalLM), got a {type(model).__name__}")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
-    if model in _sessions:
+    if session_of(model) is not None:
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
     if not isinstance(compile, bool):
         raise TypeError(f"compile must be True or False, got {compile!r}")
+    max_len, rollback = check_lengths(max_len, rollback)
     check_family(model)
     prefill_chunk = check_chunk(model, prefill_chunk)
     if compile:
         check_compilable(model)
-    ZigzagCache(model.config, plan, max_len)
+    ZigzagCache(model.config, plan, max_len, rollback)
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
-    _sessions[model] = _Session(model, plan, max_len, prefill_chunk, previous)
-    if compile:
-        model.forward = CompiledDecoding(model)
+    Session(model, plan, {"max_len": max_len, "rollback": rollback}, prefill_chunk, compile, previous)
     return model
 
 
 def disable(model: nn.Module) -> nn.Module:
     """Gives `model` its former attention back. Raises RuntimeError if `enable` was not called on it. Returns the model."""
-    if model not in _sessions:
+    session = session_of(model)
+    if session is None:
         raise RuntimeError("zigzag attention is not enabled on this model")
-    session = _sessions.pop(model)
-    for hook in session.hooks:
-        hook.remove()
-    if isinstance(compiled := model.__dict__.get("forward"), CompiledDecoding):
-        compiled.remove()
+    session.remove()
     model.set_attn_implementation(session.previous)
     return model
 
 
 @contextmanager
-def zigzag(model: nn.Module, plan, max_len: int | None = None, prefill_chunk: int | str | None = None, compile: bool = False):
-    """`with zigzag(model, plan): model.generate(...)`: `enable` at the start, `disable` at the end."""
-    enable(model, plan, max_len, prefill_chunk, compile)
+def zigzag(model: nn.Module, plan, **options):
+    """`with zigzag(model, plan): model.generate(...)`: `enable` at the start, `disable` at the end. Options as in `enable`."""
+    enable(model, plan, **options)
     try:
         yield model
     finally:
         disable(model)
-
-
-class _Session:
-    """The hooks of one enabled model."""
-
-    def __init__(self, model: nn.Module, plan, max_len: int | None, prefill_chunk: int | str | None, previous: str):
-        self.plan, self.max_len, self.prefill_chunk, self.previous = plan, max_len, prefill_chunk, previous
-        parameters = inspect.signature(model.forward).parameters.values()
-        self.parameters = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self.stand_ins: WeakKeyDictionary[DynamicCache, ZigzagCache] = WeakKeyDictionary()
-        self.hooks = (
-            model.register_forward_pre_hook(self.open, with_kwargs=True),
-            model.register_forward_hook(self.close, with_kwargs=True, always_call=True),
-        )
-
-    def open(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        current.cache = None  # Ctrl-C skips `close`, so the last forward may have left its own
-        kwargs = self.by_name(model, args, kwargs)
-        if kwargs.get("output_attentions"):
-            raise ValueError("zigzag attention has no attention weights to return: output_attentions must be off")
-        if all(kwargs.get(name) is None for name in TOKEN_ARGUMENTS):
-            raise ValueError(f"{type(model).__name__} was called without input_ids and without inputs_embeds; pass one of them")
-        cache = self.cache_for(model, kwargs)
-        if self.prefill_chunk is not None:
-            kwargs = prefill_ahead(model, cache, kwargs, self.prefill_chunk)
-        cache.begin(*new_tokens(kwargs), kwargs.get("attention_mask"))
-        current.cache = cache
-        return (), kwargs
-
-    def by_name(self, model: nn.Module, args: tuple, kwargs: dict) -> dict:
-        """All arguments by name; TypeError as Python would raise it for the call."""
-        if not args:
-            return kwargs
-        name = f"{type(model).__name__}.forward()"
-        if len(args) > len(self.parameters):
-            raise TypeError(f"{name} takes {len(self.parameters)} positional arguments but {len(args)} were given")
-        positional = dict(zip(self.parameters, args, strict=False))
-        if twice := sorted(positional.keys() & kwargs.keys()):
-            raise TypeError(f"{name} got multiple values for argument '{twice[0]}'")
-        return kwargs | positional
-
-    def close(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        cache = getattr(current, "cache", None)  # None if `open` raised
-        if cache is not None:
-            current.cache = None
-            cache.end(failed=output is None)
-
-    def new_cache(self, model: nn.Module) -> ZigzagCache:
-        if isinstance(model.forward, CompiledDecoding):
-            return model.forward.new_cache(self.plan, self.max_len)
-        return ZigzagCache(model.config, self.plan, self.max_len)
-
-    def cache_for(self, model: nn.Module, kwargs: dict) -> ZigzagCache:
-        """The cache of this forward, also put in place of `past_key_values` unless the caller wants none."""
-        config, given = model.config, kwargs.get("past_key_values")
-        if isinstance(given, ZigzagCache):
-            if len(given.layers) != config.num_hidden_layers:
-                raise ValueError(f"the ZigzagCache has {len(given.layers)} layers, the model has {config.num_hidden_layers}")
-            return given
-        if given is None:
-            use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-            if not use_cache:
-                return ZigzagCache.without_memory(config, self.plan)
-            cache = self.new_cache(model)
-        elif type(given) is not DynamicCache:
-            raise TypeError(f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}")
-        elif given in self.stand_ins:
-            cache = self.stand_ins[given]
-        elif given.get_seq_length():
-            raise ValueError(f"the DynamicCache holds {given.get_seq_length()} tokens of another attention; pass a ZigzagCache")
-        else:
-            cache = self.stand_ins[given] = self.new_cache(model)
-        kwargs["past_key_values"] = cache
-        return cache

@@ -40,7 +40,7 @@ class Plan:
             dtype, int4 about a quarter.
         ring_kv_format: the same for streaming layers and heads, whose few tokens rarely are worth it.
         key_smoothing: subtract a constant from the keys of each head before they are quantised, in every layer whose keys are
-            (`zigzag_ext.cache.smoothing`). Attention stays what it was; the codes of few bits get finer.
+            (`zigzag_ext.attention.smoothing`). Attention stays what it was; the codes of few bits get finer.
         provenance: where the plan comes from; any JSON object.
 
     Raises:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..hf.attention import NAME, current
+from ..cache.forward import attending
+from ..hf.attention import NAME
 from ..hf.families import check_family
 
 # attend(layer, query [batch, num_q_heads, n, head_dim], key and value [batch, num_kv_heads, n, head_dim], scale) -> like query
@@ -32,26 +33,20 @@ def probe(model: nn.Module, attend: Attend):
     if model.config._attn_implementation != NAME:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
     hook = model.register_forward_pre_hook(_check_arguments, with_kwargs=True)
-    current.cache = _Probe(attend, model.config.num_hidden_layers)
     try:
-        yield model
+        with attending(_Probe(attend)):
+            yield model
     finally:
-        current.cache = None
         hook.remove()
         model.set_attn_implementation(previous)
 
 
 class _Probe:
-    def __init__(self, attend: Attend, num_layers: int):
-        self.layers = [_Layer(attend, layer) for layer in range(num_layers)]
+    def __init__(self, function: Attend):
+        self.function = function
 
-
-class _Layer:
-    def __init__(self, attend: Attend, layer: int):
-        self.function, self.layer = attend, layer
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        return self.function(self.layer, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        return self.function(layer, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _check_arguments(model: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -12,7 +12,7 @@ offset is the mean of a row's first tokens and stays until the cache is emptied,
 import torch
 from torch import Tensor
 
-from ..attention import ops
+from . import ops
 
 # Tokens of a row that its offset is the mean of: cutting a prompt into chunks of that many or more moves no bit of the codes.
 TOKENS = 128

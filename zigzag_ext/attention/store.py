@@ -1,0 +1,229 @@
+"""LayerStore: keys and values of one layer, or of some KV heads of it, and the one path that attends and appends."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..planning.kv_format import PLAIN, KvFormat
+from . import ops, routes, smoothing
+from .buffers import GrowingBuffer
+
+GROWTH_STEP = 256  # tokens that retrieval layers ask memory for at once; it comes in pages
+MAX_TOKENS = 1 << 30  # per row; positions are int32
+_ENDLESS = 1 << 38  # bytes of addresses per buffer where no limit is given: more than a machine has memory for
+_SCALES = {"keys": "key_scales", "values": "value_scales"}
+
+
+def in_normal_mode(function):
+    """Tensors made under `torch.inference_mode` cannot be written outside it; a cache outlives the mode it was made in."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
+
+class Chunk(NamedTuple):
+    """What all layers of a forward share.
+
+    seq_lens: [batch] int32, tokens held per row before. pad: [batch] int32, leading columns to skip, or None. workspace: scratch
+    of the ops. past: what every row holds, if the host knows that it is the same number; else None. started: whether no row can
+    be empty. cos, sin: tables of RoPE, see `ops.attention`.
+    """
+
+    seq_lens: Tensor
+    pad: Tensor | None
+    workspace: Tensor
+    past: int | None = None
+    started: bool = True
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+class LayerStore:
+    """Key and value buffers of one kind, plain or quantised: a full buffer (`window` 0) or a ring.
+
+    Args:
+        sink, window: tokens that a streaming layer keeps; window 0: a retrieval layer, which keeps all.
+        rollback: slots that a ring has beside sink + window, so that as many tokens can be taken back.
+        kv_format: of keys and values.
+        smooth: hold quantised keys less `key_offset` [batch, num_kv_heads, 1, head_dim], see `smoothing`.
+        heads: the KV heads of the layer that are held here; None: all. `head_numbers` are the same, [n] int32 on the device.
+
+    `buffers` are what the ops take, by name: keys, values, and if quantised key_scales, value_scales. Those of a retrieval layer
+    may be addresses for all tokens to come, of which the first `capacity` have memory.
+    """
+
+    def __init__(
+        self,
+        sink: int = 0,
+        window: int = 0,
+        rollback: int = 0,
+        kv_format: KvFormat = PLAIN,
+        smooth: bool = False,
+        heads: tuple[int, ...] | None = None,
+    ):
+        self.sink, self.window, self.kv_format, self.heads = sink, window, kv_format, heads
+        self.rollback = rollback if window else 0
+        self.smooth = smooth and kv_format.k != "none"
+        self.drop()
+
+    def __getstate__(self) -> dict:
+        """For copies: growing buffers first, as keys, values and scales are views that only they can copy."""
+        return {"growing": self.growing, **self.__dict__}
+
+    def __repr__(self) -> str:
+        kind = f"streaming(sink={self.sink}, window={self.window})" if self.window else "retrieval"
+        kind += "" if self.kv_format == PLAIN else f", {self.kv_format}"
+        return f"{kind}, smoothed keys" if self.smooth else kind
+
+    def drop(self) -> None:
+        """Lets go of all buffers."""
+        self.buffers: dict[str, Tensor] = {}
+        self.growing: dict[str, GrowingBuffer] = {}  # behind the buffers of a retrieval layer, by name
+        self.head_numbers: Tensor | None = None
+        self.key_offset: Tensor | None = None
+        self.capacity = 0  # slots with memory
+        self.is_allocated = False
+
+    @in_normal_mode
+    def allocate(self, k: Tensor, capacity: int, max_len: int | None, keeps: bool = True, grows: bool = True) -> None:
+        """Buffers for keys like k [batch, num_kv_heads, q_len, head_dim] of the layer.
+
+        Args:
+            capacity: tokens that a retrieval layer gets memory for. max_len: tokens it gets addresses for; None: without end.
+            keeps: False for a store without slots, whose chunk attends to itself.
+            grows: False for a retrieval layer with plain memory for `capacity` tokens.
+        """
+        batch, num_kv_heads, _, head_dim = k.shape
+        self.drop()
+        self.dtype, self.max_len = k.dtype, max_len
+        if self.heads is not None:
+            num_kv_heads = len(self.heads)
+            self.head_numbers = torch.tensor(self.heads, dtype=torch.int32, device=k.device)
+        self.key_offset = smoothing.new_offset(k) if self.smooth else None
+        kinds = {"keys": self.kv_format.k, "values": self.kv_format.v}
+        if self.window or not (keeps and grows):
+            self.capacity = (self.ring_slots if self.window else capacity) if keeps else 0
+            for name, kv_format in kinds.items():
+                self.buffers[name], scales = ops.new_cache(
+                    batch, num_kv_heads, self.capacity, head_dim, k.dtype, k.device, kv_format
+                )
+                self.buffers |= {} if scales is None else {_SCALES[name]: scales}
+        else:
+            most = max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * k.dtype.itemsize), MAX_TOKENS)
+            exact = self.kv_format != PLAIN
+            for name, kv_format in kinds.items():
+                width, code = ops.cache_row(head_dim, k.dtype, kv_format)
+                self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, k.device, exact)
+                if kv_format != "none":
+                    self.growing[_SCALES[name]] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, k.device, exact)
+            self.grow(capacity)
+            self.buffers = {name: buffer.tensor for name, buffer in self.growing.items()}
+        self.is_allocated = True
+
+    @property
+    def ring_slots(self) -> int:
+        return self.sink + self.window + self.rollback
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[batch, num_kv_heads, slots, head_dim] of what has memory; codes if quantised; None before the first forward."""
+        return self.buffers["keys"][:, :, : self.capacity] if self.is_allocated else None
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.buffers["values"][:, :, : self.capacity] if self.is_allocated else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffers["keys"].device
+
+    @property
+    def memory_bytes(self) -> int:
+        if self.growing:
+            return sum(buffer.memory_bytes for buffer in self.growing.values())
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def is_whole(self, length: int, ahead: int) -> bool:
+        """Whether all that a row of `length` tokens shows is there, after `ahead` more tokens were written and taken back."""
+        return not self.window or ahead <= self.rollback or length + ahead <= self.ring_slots
+
+    def grow(self, capacity: int) -> None:
+        """Memory for `capacity` slots of a retrieval layer, where its buffers stand; fewer than before change nothing."""
+        if not self.growing or capacity <= self.capacity:
+            return
+        for buffer in self.growing.values():
+            buffer.commit(capacity)
+        self.capacity = capacity
+
+    def release(self) -> None:
+        """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""
+        if self.key_offset is not None:
+            self.key_offset.zero_()
+        if self.growing:
+            self.capacity = 0
+        for buffer in self.growing.values():
+            buffer.release()
+
+    @in_normal_mode
+    def move(self, like: Tensor) -> None:
+        """What is held goes to the device and the dtype of `like` [batch, num_kv_heads, 0, head_dim]; codes stay codes."""
+        if (like.device, like.dtype) == (self.device, self.dtype):
+            return
+        before, capacity, grows = dict(self.buffers), self.capacity, bool(self.growing)
+        self.allocate(like, capacity, self.max_len, grows=grows)
+        for name, buffer in before.items():
+            self.buffers[name][:, :, :capacity] = buffer[:, :, :capacity].to(like.device)
+
+    @in_normal_mode
+    def select_rows(self, index: Tensor, held: int) -> None:
+        """Row i becomes what row index[i] was, of its first `held` tokens. In place while the batch stays the same."""
+        held = self.capacity if self.window else min(held, self.capacity)
+        index = index.to(self.device)
+        if self.key_offset is not None:
+            chosen = self.key_offset.index_select(0, index)
+            self.key_offset = self.key_offset.copy_(chosen) if len(index) == len(self.key_offset) else chosen
+        for name, buffer in self.buffers.items():
+            chosen = buffer[:, :, :held].index_select(0, index)
+            if len(index) != buffer.shape[0]:
+                if self.growing:
+                    self.growing[name] = self.growing[name].with_batch(len(index))
+                    buffer = self.growing[name].tensor
+                else:
+                    buffer = buffer.new_empty(len(index), *buffer.shape[1:])
+                self.buffers[name] = buffer
+            buffer[:, :, :held] = chosen
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, chunk: Chunk, out: Tensor | None = None, lse=None
+    ) -> Tensor:
+        """Attention of the chunk over the store and itself, then append.
+
+        q [batch, num_q_heads, q_len, head_dim], k, v [batch, num_kv_heads, q_len, head_dim]: all heads of the layer. out, lse:
+        where the results of `heads` go (`ops.new_output`); needed where heads are given.
+        """
+        if self.key_offset is not None:
+            if smoothing.sets_offsets(k.shape[2], chunk.started):
+                smoothing.set_offsets(self.key_offset, k, chunk.seq_lens, chunk.pad)
+            k = k - self.key_offset
+        buffers = self.buffers
+        if q.shape[0] < buffers["keys"].shape[0]:  # the first rows only
+            buffers = {name: buffer[: q.shape[0]] for name, buffer in buffers.items()}
+        tensors = (q, k, v, buffers["keys"], buffers["values"], chunk.seq_lens)
+        options = {"pad": chunk.pad, "sink": self.sink, "window": self.window, "scale": scale, "workspace": chunk.workspace}
+        options |= {"k_scale": buffers.get("key_scales"), "v_scale": buffers.get("value_scales")}
+        if self.heads is not None:
+            routes.attend_heads(*tensors, self.head_numbers, out, lse, **options)
+            return out
+        if q.shape[2] == 1 or chunk.cos is not None:
+            return ops.attention(*tensors, cos=chunk.cos, sin=chunk.sin, **options)[0]
+        return routes.attend(*tensors, past=chunk.past, **options)
+
+
+def attend(stores: Sequence[LayerStore], q: Tensor, k: Tensor, v: Tensor, scale: float | None, chunk: Chunk) -> Tensor:
+    """Attention of one layer, then append: out [batch, num_q_heads, q_len, head_dim]. One call per store, each for its heads."""
+    if len(stores) == 1:
+        return stores[0].attend(q, k, v, scale, chunk)
+    out, lse = ops.new_output(q)
+    for store in stores:
+        store.attend(q, k, v, scale, chunk, out, lse)
+    return out

@@ -1,0 +1,260 @@
+"""Forward: one forward of a ZigzagCache, which commits, or leaves the cache as it was, or marks it with the reason."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention import ops
+from ..attention.store import Chunk, in_normal_mode
+from .tokens import raise_mask_error
+
+if TYPE_CHECKING:
+    from .cache import ZigzagCache
+
+_current = threading.local()  # .entry: what attends in this thread, None or absent outside a forward
+
+
+def current():
+    """What attends in this thread: an object with `attend(layer, q, k, v, scale)`, or None."""
+    return getattr(_current, "entry", None)
+
+
+@contextmanager
+def attending(entry) -> Iterator[None]:
+    """`with attending(entry):` makes `entry` the `current()` one. May be nested: a model may call another one."""
+    before = current()
+    _current.entry = entry
+    try:
+        yield
+    finally:
+        _current.entry = before
+
+
+class Forward:
+    """`with cache.forward(batch, q_len, mask, ids) as forward:` one forward of `q_len` new columns, in one or more pieces.
+
+    Opening makes every check and gets the memory; no token is written before. A piece is a pass through the model's layers, each
+    of which attends once; a forward without `piece()` is one piece. Leaving advances the lengths. After an exception, whatever it
+    was, the cache holds what it held before; only where a ring has overwritten tokens for the new ones it is marked instead.
+    """
+
+    def __init__(self, cache: "ZigzagCache", batch: int, q_len: int, mask: Tensor | None, ids: Tensor | None):
+        self.cache, self.state, self.batch, self.total = cache, cache.state, batch, q_len
+        self.mask, self.ids = mask, ids
+        self.attended: set[int] = set()  # layers that the present piece has been through
+        self.written = self.done = 0  # columns that any layer, that all layers have appended
+        self.committing = False
+        self.q_len = q_len  # columns of the present piece
+        self.pieces = False
+        self.padding: Tensor | None = None  # [batch] int32, leading columns of this forward to skip
+        self.pad: dict[torch.device, Tensor] = {}  # the same for the present piece
+
+    def __enter__(self) -> "Forward":
+        state = self.state
+        if state.forward is not None:  # interrupted between its opening and its body
+            state.forward._roll_back()
+        state.check()
+        state.tokens.raise_remembered()
+        self._check_batch()
+        self.before = state.columns, state.longest, state.uniform, state.ahead
+        longest, uniform = self._read_mask()
+        self.cache.ensure_capacity(longest)
+        self.lengths: dict[torch.device, Tensor] = {}  # before this forward; kept once a piece has advanced them
+        self.after = longest, uniform
+        self._set_pad()
+        state.num_forwards += 1
+        state.forward = self
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self.state.forward is not self:
+            return
+        try:
+            if kind is None:
+                self._check_attended()
+        except BaseException:
+            self._roll_back()
+            raise
+        if kind is None:
+            self._commit(last=True)
+        else:
+            self._roll_back()
+
+    @contextmanager
+    def piece(self, q_len: int) -> Iterator["Forward"]:
+        """The next `q_len` columns of this forward, through all layers."""
+        self.q_len, self.pieces = q_len, True
+        self.attended.clear()
+        self._set_pad()
+        yield self
+        self._check_attended()
+        if self.done + q_len < self.total:
+            self._commit(last=False)
+
+    @property
+    def columns(self) -> int:
+        """Tokens seen per row before the present piece, padding included."""
+        return self.state.columns
+
+    @property
+    def short(self) -> bool:
+        """Whether this forward waits for nothing, its mask included."""
+        return self.total == 1 or (self.before[0] > 0 and self.total <= ops.MAX_DECODE_QUERIES)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this forward adds one token per row to what is held already."""
+        return self.total == 1 and self.state.columns > 0 and self.state.stores
+
+    def pad_on(self, device: torch.device) -> Tensor | None:
+        if self.pad and device not in self.pad:
+            self.pad[device] = in_normal_mode(next(iter(self.pad.values())).to)(device)
+        return self.pad.get(device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        return self.cache.layers[layer].attend(q, k, v, scale)
+
+    def chunk(self, layer: int, k: Tensor) -> Chunk:
+        """What layer `layer` needs to attend new keys k [batch, num_kv_heads, q_len, head_dim]. Raises unless it may."""
+        state, device = self.state, k.device
+        if k.shape[0] != self.batch or k.shape[2] != self.q_len:
+            raise ValueError(
+                f"layer {layer} was given keys of {k.shape[0]} rows x {k.shape[2]} tokens in a forward of "
+                f"{self.batch} rows x {self.q_len} tokens"
+            )
+        if layer in self.attended:
+            raise RuntimeError(f"layer {layer} attended twice in one forward: shared KV caches are not supported")
+        self.written = self.done + self.q_len
+        return Chunk(
+            state.lengths_on(device),
+            self.pad_on(device),
+            state.workspace(device),
+            past=state.columns if state.uniform else None,
+            started=state.columns > 0 and state.uniform,
+        )
+
+    def mark_attended(self) -> None:
+        """Notes that every layer has appended this piece: a compiled step cannot note it layer by layer."""
+        self.written = self.done + self.q_len
+        self.attended.update(range(len(self.cache.layers)))
+
+    def _check_batch(self) -> None:
+        state = self.state
+        if state.batch != self.batch:
+            if state.columns:
+                raise ValueError(f"the cache holds {state.batch} rows, the input has {self.batch}; use reset() or another cache")
+            for layer in self.cache.layers:
+                layer.drop()
+            state.start(self.batch)
+
+    def _check_attended(self) -> None:
+        missed = [index for index in range(len(self.cache.layers)) if index not in self.attended]
+        if missed:
+            raise RuntimeError(f"layers {missed} never called zigzag attention: this model's layers are not all plain attention")
+
+    def _read_mask(self) -> tuple[int, bool]:
+        """Tokens of the longest row after this forward, an upper bound, and whether all rows are known to hold as many.
+
+        mask [batch, seen + q_len], zeros then ones per row. A prompt waits for the device once. Up to `ops.MAX_DECODE_QUERIES`
+        tokens on a cache that holds some wait for nothing: a wrong mask raises at once on a CPU, in a later forward on a GPU.
+        """
+        state, mask, q_len = self.state, self.mask, self.total
+        if mask is None:
+            return state.longest + q_len, state.uniform
+        if mask.dim() != 2 or tuple(mask.shape) != (self.batch, state.columns + q_len):
+            used = state.columns and (
+                f". The cache already holds {state.columns} tokens; pass the whole conversation, or reset() "
+                "(prefill_chunk_size needs an empty cache)"
+            )
+            raise ValueError(
+                f"attention_mask must be [batch, tokens seen + new tokens] = [{self.batch}, {state.columns + q_len}] of zeros "
+                f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
+            )
+        if self.short:
+            return self._read_short_mask()
+        return self._read_prompt_mask()
+
+    def _read_short_mask(self) -> tuple[int, bool]:
+        state, q_len, mask = self.state, self.total, self.mask
+        if mask.device.type == "cpu":
+            raise_mask_error(int(state.tokens.mask_fault(mask, q_len, bool(state.ahead))))
+        if q_len == 1:
+            self.padding = state.read_step(mask[:, -1])
+        else:
+            self.padding = in_normal_mode(lambda: (mask[:, -q_len:] == 0).sum(1, dtype=torch.int32))()
+        return state.longest + q_len, False  # until the next prompt's mask is read
+
+    @in_normal_mode
+    def _read_prompt_mask(self) -> tuple[int, bool]:
+        state, q_len, mask = self.state, self.total, self.mask
+        padding = (mask[:, -q_len:] == 0).sum(1, dtype=torch.int32)
+        held = state.lengths_on(mask.device) + (q_len - padding)
+        fault = state.tokens.mask_fault(mask, q_len, False).to(mask.device)
+        code, least, most, padded = torch.stack([fault, held.min().long(), held.max().long(), padding.max().long()]).tolist()
+        raise_mask_error(code)
+        self.padding = padding if padded else None
+        return most, least == state.columns + q_len
+
+    def _set_pad(self) -> None:
+        """Padding of the present piece."""
+        if self.padding is None:
+            return
+        if self.q_len == self.total:
+            pad = self.padding
+        else:
+            pad = in_normal_mode(lambda: (self.padding - self.done).clamp(0, self.q_len))()
+        self.pad = {pad.device: pad}
+
+    @in_normal_mode
+    def _commit(self, last: bool) -> None:
+        """Advances the lengths by the present piece."""
+        state = self.state
+        if not last and not self.lengths:
+            self.lengths = {device: lengths.clone() for device, lengths in state.seq_lens.items()}
+        self._note_tokens(last)
+        self.committing, state.changing = True, "a forward was interrupted while the lengths advanced"
+        for device, lengths in state.seq_lens.items():
+            lengths.add_(self.q_len)
+            if self.pad:
+                lengths.sub_(self.pad_on(device))
+        state.columns += self.q_len
+        state.longest = self.after[0] if last else min(self.after[0], state.longest + self.q_len)
+        state.ahead = max(0, state.ahead - self.q_len)
+        self.done += self.q_len
+        if last:
+            state.uniform, state.forward = self.after[1], None
+        self.committing = state.changing = None
+
+    def _note_tokens(self, last: bool) -> None:
+        """The ids of the present piece, and what a short forward's mask got wrong, found behind the work that it belongs to."""
+        state, tokens = self.state, self.state.tokens
+        if not state.stores or not state.seq_lens:
+            return
+        if last and self.short and self.mask is not None and self.mask.is_cuda:
+            tokens.remember(tokens.mask_fault(self.mask, self.total, bool(state.ahead)))
+        device = next(iter(state.seq_lens))
+        ids = None if self.ids is None else self.ids[:, self.done : self.done + self.q_len]
+        tokens.note(ids, self.pad_on(device), self.batch, self.q_len, device, state.columns)
+
+    @in_normal_mode
+    def _roll_back(self) -> None:
+        """The lengths of before. A ring that has overwritten what these show is marked."""
+        state = self.state
+        state.forward = None
+        if self.committing and not self.lengths:
+            return  # nobody knows which lengths have advanced: `changing` says so
+        state.changing = "a forward failed, and going back to what the cache held before was interrupted"
+        columns, longest, uniform, ahead = self.before
+        for device, lengths in self.lengths.items():
+            state.seq_lens[device].copy_(lengths)
+        state.columns, state.longest, state.uniform = columns, longest, uniform
+        state.ahead = max(ahead, self.written) if columns else 0
+        state.tokens.cut(columns)
+        lost = self.cache.incomplete_rings(longest, state.ahead) if columns else []
+        state.changing = None
+        if lost:
+            state.changing = f"a forward failed half-way, its tokens have overwritten older ones in the rings of layers {lost}"

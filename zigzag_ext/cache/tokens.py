@@ -1,0 +1,116 @@
+"""HeldTokens: which token stands in each column of a cache, and what masks of short forwards got wrong, without waiting."""
+
+import torch
+from torch import Tensor
+
+from ..attention.store import in_normal_mode
+
+SKIPPED, UNKNOWN = -1, -2  # in the place of an id: a column that the row left out; a token that came as an embedding
+_INTERIOR, _CHANGED, _SKIPPED_AHEAD = 1, 2, 3
+_ERRORS = {
+    _INTERIOR: "attention_mask has zeros after ones: only left padding is supported (padding_side='left')",
+    _CHANGED: "attention_mask masks other tokens than those the cache left out before: start from an empty cache",
+    _SKIPPED_AHEAD: "attention_mask leaves new tokens out right after crop(), while rings still hold what was taken back",
+}
+
+
+class HeldTokens:
+    """ids [batch, columns] int32 on the device, with room to grow: SKIPPED or UNKNOWN where there is none."""
+
+    def __init__(self):
+        self.ids: Tensor | None = None
+        self.columns = 0
+        self.fault: Tensor | None = None  # 0-d int64 on the device: the largest fault that a short forward has found
+        self.fetched: tuple[Tensor, torch.cuda.Event] | None = None  # its copy on the way to the host
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "fetched": None}  # an event cannot be copied; the next forward fetches again
+
+    @in_normal_mode
+    def note(self, ids: Tensor | None, pad: Tensor | None, batch: int, q_len: int, device: torch.device, start: int) -> None:
+        """Columns from `start` on are `ids` [batch, q_len], None if they came as embeddings, less `pad` [batch] leading ones."""
+        self._make_room(batch, start + q_len, device)
+        place = self.ids[:, start : start + q_len]
+        if ids is None:
+            place.fill_(UNKNOWN)
+        else:
+            place.copy_(ids)
+        if pad is not None:
+            place.masked_fill_(torch.arange(q_len, device=place.device) < pad.to(place.device)[:, None], SKIPPED)
+        self.columns = start + q_len
+
+    def _make_room(self, batch: int, columns: int, device: torch.device) -> None:
+        if self.ids is not None and self.ids.shape[1] >= columns:
+            return
+        new = torch.empty(batch, max(256, 1 << (columns - 1).bit_length()), dtype=torch.int32, device=device)
+        if self.ids is not None:
+            new[:, : self.columns] = self.ids[:, : self.columns]
+        self.ids = new
+
+    def cut(self, columns: int) -> None:
+        """Forgets all columns from `columns` on."""
+        self.columns = min(self.columns, columns)
+        if not columns:
+            self.fault = self.fetched = None
+
+    def count(self, start: int, end: int) -> Tensor | None:
+        """[batch] int32: tokens that rows hold of columns [start, end); None if nothing was noted."""
+        return None if self.ids is None else (self.ids[:, start:end] != SKIPPED).sum(1, dtype=torch.int32)
+
+    @in_normal_mode
+    def select_rows(self, index: Tensor) -> None:
+        if self.ids is not None:
+            self.ids = self.ids.index_select(0, index.to(self.ids.device))
+
+    def first_difference(self, ids: Tensor, mask: Tensor | None) -> int:
+        """The first column in which `ids` [batch, n] has another token than is held, or none; waits for the device.
+
+        Columns of `mask` [batch, n] that are 0, those that a row left out, and tokens that came as embeddings match anything.
+        """
+        n = min(ids.shape[1], self.columns)
+        if self.ids is None or not n:
+            return n
+        held = self.ids[:, :n]
+        ids = ids[:, :n].to(held.device)
+        differs = (held != ids) & (held != UNKNOWN) & (held != SKIPPED)
+        if mask is not None:
+            differs &= mask[:, :n].to(held.device) != 0
+        columns = differs.any(0).nonzero()
+        return int(columns[0]) if len(columns) else n
+
+    @in_normal_mode
+    def mask_fault(self, mask: Tensor, q_len: int, ahead: bool) -> Tensor:
+        """0-d int64, not waited for: what is wrong with `mask` [batch, columns + q_len], or 0. ahead: see `CacheState`."""
+        visible, seen = mask != 0, self.columns
+        tail, faults = visible[:, seen:], []
+        if q_len > 1:
+            faults.append((tail[:, :-1] & ~tail[:, 1:]).any() * _INTERIOR)
+        if seen:
+            faults.append((visible[:, :seen] != (self.ids[:, :seen] != SKIPPED).to(mask.device)).any() * _CHANGED)
+        if ahead:
+            faults.append((~tail).any() * _SKIPPED_AHEAD)
+        return torch.stack(faults).max() if faults else mask.new_zeros((), dtype=torch.int64)
+
+    @in_normal_mode
+    def remember(self, fault: Tensor) -> None:
+        """Keeps a fault for `raise_remembered`, and starts to copy it to the host."""
+        self.fault = fault if self.fault is None else torch.maximum(self.fault, fault)
+        if self.fetched is None:
+            host = torch.empty((), dtype=torch.int64, pin_memory=True)
+            host.copy_(self.fault, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self.fetched = host, event
+
+    def raise_remembered(self) -> None:
+        """Raises ValueError if an earlier forward had a wrong mask and the host knows by now; never waits."""
+        if self.fetched is not None and self.fetched[1].query():
+            code, self.fetched = int(self.fetched[0]), None
+            if code:
+                self.fault = None
+                raise ValueError(f"in an earlier step, whose output is wrong: {_ERRORS[code]}")
+
+
+def raise_mask_error(code: int) -> None:
+    if code:
+        raise ValueError(_ERRORS[code])
