@@ -1,4 +1,4 @@
-"""Times prompt chunks against their peers:  python benchmarks/prefill.py --csv benchmarks/results/prefill.csv
+"""Times prompt chunks against their peers:  python -m benchmarks.prefill --csv benchmarks/results/prefill.csv
 
 Every output is checked before it is timed (sampled rows in float64). Implementations take turns, in a new order every round: a
 GPU at its power limit runs slower behind a kernel that drew more. Medians are reported with their 20th and 80th percentiles.
@@ -15,12 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import clock
-import machine
-import records
 import torch
-from prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
-from problem import Unsupported
+
+from . import clock, machine, records
+from .prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
+from .problem import Unsupported
 
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 15, 3, 4.0  # samples per implementation; time for one scenario
 CALLS, CALLS_SECONDS = 20, 2e-3  # a sample of short calls holds as many as fit in this time, at most CALLS

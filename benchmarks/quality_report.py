@@ -4,8 +4,8 @@ import math
 import sys
 from pathlib import Path
 
-from documents import insert, markers, table
-from records import QualityRecord, read
+from .documents import insert, markers, table
+from .records import QualityRecord, read
 
 ORDER = ("none", "fp8", "int8", "int8/int4", "int4", "int4, zero point")
 NAME = "kv_quality"

@@ -1,4 +1,4 @@
-"""Results to tables and figures:  python benchmarks/report.py
+"""Results to tables and figures:  python -m benchmarks.report
 
 Reads benchmarks/results/*.csv, puts tables between the results markers (decode, step, prefill, capacity) of README.md and
 docs/performance.md, and draws docs/figures/*.png. Speed-ups compare rows of one file only, because one file is one run.
@@ -10,13 +10,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import figures
-import records
-import report_steps
-from documents import insert, markers, table
-from prefill import PrefillRecord
-from records import CapacityRecord, Record, StepRecord
-from scenarios import BY_DEVICE
+from . import figures, records, report_steps
+from .documents import insert, markers, table
+from .prefill import PrefillRecord
+from .records import CapacityRecord, Record, StepRecord
+from .scenarios import BY_DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord}  # files that begin so; all others: Record

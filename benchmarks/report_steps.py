@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import figures
 import matplotlib.pyplot as plt
-from documents import table
-from prefill import PrefillRecord, bars
-from records import CapacityRecord, StepRecord
+
+from . import figures
+from .documents import table
+from .prefill import PrefillRecord, bars
+from .records import CapacityRecord, StepRecord
 
 GB = 1e9
 IMPLS = {

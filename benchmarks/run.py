@@ -1,4 +1,4 @@
-"""Times decode attention against its peers, in one process on one machine:  python benchmarks/run.py --csv decode.csv
+"""Times decode attention against its peers, in one process on one machine:  python -m benchmarks.run --csv decode.csv
 
 Every output is checked against zigzag_ext.reference (float64) before it is timed. Caches are cold (rotated buffers), a GPU
 replays CUDA graphs, implementations take turns, and medians are reported with their 20th and 80th percentiles.
@@ -10,13 +10,12 @@ import gc
 import sys
 from pathlib import Path
 
-import clock
-import machine
-import peers
 import torch
-from problem import TOLERANCE, Problem, Unsupported
-from records import Record, writer
-from scenarios import BY_DEVICE, Cell
+
+from . import clock, machine, peers
+from .problem import TOLERANCE, Problem, Unsupported
+from .records import Record, writer
+from .scenarios import BY_DEVICE, Cell
 
 
 def prepare_all(problem: Problem, modules: dict) -> tuple[dict, dict[str, float], dict[str, str]]:

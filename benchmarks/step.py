@@ -1,4 +1,4 @@
-"""Times a decode step of a whole model, in a loop of forwards and in generate():  python benchmarks/step.py --csv step.csv
+"""Times a decode step of a whole model, in a loop of forwards and in generate():  python -m benchmarks.step --csv step.csv
 
 The model has random weights and the context is faked: the cache is filled with random keys and values and its lengths are set,
 because a prefill of 256K tokens would cost minutes and changes nothing about a step's time. Wall time counts the host too, and
@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import machine
-import step_prefill
 import torch
 import transformers
-from duo_recreation import duo_weights, fake_duo
-from fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
-from model_memory import kv_bytes, peak_bytes, weight_bytes
-from models import MODELS, PLANS, K, build_model, even_plan, make_plan
-from profile_gpu import profiled, wait
-from records import StepRecord, held, writer
 from transformers import CompileConfig
 
 import zigzag_ext as zz
+
+from . import machine, step_prefill
+from .duo_recreation import duo_weights, fake_duo
+from .fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
+from .model_memory import kv_bytes, peak_bytes, weight_bytes
+from .models import MODELS, PLANS, K, build_model, even_plan, make_plan
+from .profile_gpu import profiled, wait
+from .records import StepRecord, held, writer
 
 WARMUP, STEPS, PROFILED = 3, 30, 3
 LEAST_STEPS, SECONDS = 8, 1.0  # of slow steps fewer are timed: as many as fit in this time

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from model_memory import kv_bytes, peak_bytes, weight_bytes
-from models import K, make_plan
-from profile_gpu import profiled, wait
-from records import StepRecord
 from transformers import DynamicCache
 
 import zigzag_ext as zz
+
+from .model_memory import kv_bytes, peak_bytes, weight_bytes
+from .models import K, make_plan
+from .profile_gpu import profiled, wait
+from .records import StepRecord
 
 CHUNK = 32 * K
 WARMUP = 2 * K  # tokens beyond a chunk, so that the warm-up attends a past, too

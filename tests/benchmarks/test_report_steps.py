@@ -1,18 +1,12 @@
 """Tables and figures of whole models and prompt chunks, from made-up rows."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import documents  # noqa: E402
-import records  # noqa: E402
-import report  # noqa: E402
-from prefill import PrefillRecord  # noqa: E402
-from records import CapacityRecord, StepRecord  # noqa: E402
+from benchmarks import documents, records, report
+from benchmarks.prefill import PrefillRecord
+from benchmarks.records import CapacityRecord, StepRecord
 
 ORIGIN = ("abc", "GPU", "1.2", "2.11")
 

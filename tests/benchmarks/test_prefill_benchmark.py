@@ -1,20 +1,14 @@
 """benchmarks/prefill.py over tiny cells on the CPU: what it checks, writes, skips and concludes."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import prefill as bench  # noqa: E402
-import prefill_cells  # noqa: E402
-import records  # noqa: E402
-from prefill_cells import PrefillCell, PrefillProblem  # noqa: E402
-
-from zigzag_ext.attention import reference  # noqa: E402
+from benchmarks import prefill as bench
+from benchmarks import prefill_cells, records
+from benchmarks.prefill_cells import PrefillCell, PrefillProblem
+from zigzag_ext.attention import reference
 
 SHAPE = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}
 TINY = [

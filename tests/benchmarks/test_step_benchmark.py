@@ -1,24 +1,13 @@
 """Benchmarks of whole models over a tiny one on the CPU: steps, prompts, capacity, and the caches they fake."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import capacity  # noqa: E402
-import clock  # noqa: E402
-import duo_recreation  # noqa: E402
-import fake_context  # noqa: E402
-import models  # noqa: E402
-import step  # noqa: E402
-import step_prefill  # noqa: E402
-from records import CapacityRecord, StepRecord, read  # noqa: E402
-
-from zigzag_ext.attention import ops, reference  # noqa: E402
+from benchmarks import capacity, clock, duo_recreation, fake_context, models, step, step_prefill
+from benchmarks.records import CapacityRecord, StepRecord, read
+from zigzag_ext.attention import ops, reference
 
 CPU = ["--device", "cpu", "--model", "tiny", "--commit", "abc"]
 PER_TOKEN = 2 * 2 * 64 * 4  # bytes of K and V: 2 heads of 64, float32
@@ -230,7 +219,7 @@ def test_capacity(tmp_path, monkeypatch, capsys, weights, wrong):
 
 def test_int8_weights_are_the_model_with_rounded_linear_layers():
     pytest.importorskip("torchao")
-    from int8_weights import build_int8
+    from benchmarks.int8_weights import build_int8
 
     plain = models.build_model("tiny", "cpu")
     model = build_int8(models.MODELS["tiny"], torch.float32, "cpu")

@@ -1,24 +1,16 @@
 """The benchmark scripts: the CSV they share, the report, and a run over tiny cells from end to end."""
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from benchmarks import clock, peers, problem, records, run, scenarios
+from benchmarks.scenarios import Cell, ring
 
-import clock  # noqa: E402
-import peers  # noqa: E402
-import problem  # noqa: E402
-import records  # noqa: E402
-import run  # noqa: E402
-import scenarios  # noqa: E402
-from scenarios import Cell, ring  # noqa: E402
-
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = [
     Cell("full", (70,), num_q_heads=8, num_kv_heads=2, head_dim=64),
     Cell("ragged", (5, 33), num_q_heads=4, num_kv_heads=4, head_dim=64, kv_format="fp32"),
@@ -107,8 +99,7 @@ def test_no_implementation_finds_buffers_that_another_has_just_read(monkeypatch,
 
 def test_report_fills_both_documents_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    import documents
-    import report
+    from benchmarks import documents, report
 
     (tmp_path / "results").mkdir()
     (tmp_path / "docs").mkdir()
@@ -133,7 +124,7 @@ def test_report_fills_both_documents_and_draws(tmp_path, capsys):
 
 def test_report_names_what_it_skips(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    import report
+    from benchmarks import report
 
     assert report.main(["--results", str(tmp_path), "--root", str(tmp_path)]) == 1
     assert "no results" in capsys.readouterr().err
