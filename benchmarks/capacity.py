@@ -22,13 +22,13 @@ from torch import Tensor
 import zigzag_ext as zz
 from zigzag_ext.attention import ops, reference
 
-from . import clock, machine
 from .fake_context import fake_zigzag
 from .int8_weights import build_int8
-from .model_memory import kv_bytes, peak_bytes, tensor_bytes, weight_bytes
 from .models import MODELS, PLANS, build_model, even_plan
 from .records import CapacityRecord, held, writer
 from .step import Decoder, busy, time_generate, time_steps
+from .timing import clock, machine
+from .timing.model_memory import kv_bytes, peak_bytes, tensor_bytes, weight_bytes
 
 CELLS = ("exclusive_50:4000000", "exclusive_25:8000000")
 IMPLS = ("zigzag_eager", "zigzag_compiled")

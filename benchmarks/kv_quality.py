@@ -30,8 +30,9 @@ from zigzag_ext.study.evaluate.scoring import score
 from zigzag_ext.study.probe import probe
 from zigzag_ext.study.torch_attention import banded, causal
 
-from . import machine, quality_report
+from . import quality_report
 from .records import QualityRecord, read, writer
+from .timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("none", "int4", "int8/int4", "fp8", "int8")

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from . import clock, machine, records
+from . import records
 from .prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
 from .problem import Unsupported
+from .timing import clock, machine
 
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 15, 3, 4.0  # samples per implementation; time for one scenario
 CALLS, CALLS_SECONDS = 20, 2e-3  # a sample of short calls holds as many as fit in this time, at most CALLS

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from . import clock, machine, peers
+from . import peers
 from .problem import TOLERANCE, Problem, Unsupported
 from .records import Record, writer
 from .scenarios import BY_DEVICE, Cell
+from .timing import clock, machine
 
 
 def prepare_all(problem: Problem, modules: dict) -> tuple[dict, dict[str, float], dict[str, str]]:

@@ -22,13 +22,14 @@ from transformers import CompileConfig
 
 import zigzag_ext as zz
 
-from . import machine, step_prefill
+from . import step_prefill
 from .duo_recreation import duo_weights, fake_duo
 from .fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
-from .model_memory import kv_bytes, peak_bytes, weight_bytes
 from .models import MODELS, PLANS, K, build_model, even_plan, make_plan
-from .profile_gpu import profiled, wait
 from .records import StepRecord, held, writer
+from .timing import machine
+from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes
+from .timing.profile_gpu import profiled, wait
 
 WARMUP, STEPS, PROFILED = 3, 30, 3
 LEAST_STEPS, SECONDS = 8, 1.0  # of slow steps fewer are timed: as many as fit in this time

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import capacity, clock, duo_recreation, fake_context, models, step, step_prefill
+from benchmarks import capacity, duo_recreation, fake_context, models, step, step_prefill
 from benchmarks.records import CapacityRecord, StepRecord, read
+from benchmarks.timing import clock
 from zigzag_ext.attention import ops, reference
 
 CPU = ["--device", "cpu", "--model", "tiny", "--commit", "abc"]
