@@ -22,9 +22,9 @@ from torch import Tensor
 import zigzag_ext as zz
 from zigzag_ext.attention import ops, reference
 
-from .fake_context import fake_zigzag
-from .int8_weights import build_int8
-from .models import MODELS, PLANS, build_model, even_plan
+from .cells.fake_context import fake_zigzag
+from .cells.int8_weights import build_int8
+from .cells.models import MODELS, PLANS, build_model, even_plan
 from .records import CapacityRecord, held, writer
 from .step import Decoder, busy, time_generate, time_steps
 from .timing import clock, machine

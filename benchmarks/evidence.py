@@ -29,7 +29,7 @@ from zigzag_ext.study.evaluate.task import describe
 from zigzag_ext.study.identify.data import VERSION
 from zigzag_ext.study.loading import load_model
 
-from .evidence_plans import RATIOS, Named, all_plans, demo_plan, distinct, in_ruler
+from .cells.evidence_plans import RATIOS, Named, all_plans, demo_plan, distinct, in_ruler
 from .timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent

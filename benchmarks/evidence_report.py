@@ -12,8 +12,8 @@ from zigzag_ext.study import plots
 from zigzag_ext.study.evaluate import RULER, Row, read
 from zigzag_ext.study.evaluate.results import wilson
 
+from .cells.evidence_plans import canonical
 from .documents import insert, markers, table
-from .evidence_plans import canonical
 
 NAME = "evidence"
 REFERENCES = (("", "full"), ("", "streaming"), ("", "demo"))

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from . import records
-from .prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
-from .problem import Unsupported
+from .cells.prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
+from .cells.problem import Unsupported
 from .timing import clock, machine
 
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 15, 3, 4.0  # samples per implementation; time for one scenario

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import figures, records, report_steps
+from .cells.scenarios import BY_DEVICE
 from .documents import insert, markers, table
 from .prefill import PrefillRecord
 from .records import CapacityRecord, Record, StepRecord
-from .scenarios import BY_DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord}  # files that begin so; all others: Record

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from . import peers
-from .problem import TOLERANCE, Problem, Unsupported
+from .cells.problem import TOLERANCE, Problem, Unsupported
+from .cells.scenarios import BY_DEVICE, Cell
 from .records import Record, writer
-from .scenarios import BY_DEVICE, Cell
 from .timing import clock, machine
 
 
@@ -89,7 +89,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=sorted(BY_DEVICE), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the two-minute subset")
-    parser.add_argument("--scenario", help="names from scenarios.py, separated by commas; default: all of the device")
+    parser.add_argument("--scenario", help="names from cells/scenarios.py, separated by commas; default: all of the device")
     parser.add_argument("--peer", help="names of files in peers/, separated by commas; default: all")
     parser.add_argument("--csv", type=Path, help="file for the results, written anew")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")

@@ -3,8 +3,8 @@
 The model has random weights and the context is faked: the cache is filled with random keys and values and its lengths are set,
 because a prefill of 256K tokens would cost minutes and changes nothing about a step's time. Wall time counts the host too, and
 waits for the GPU after every token, as generate() does. Implementations run one after another in one process. `--phase prefill`
-times whole prompts instead (step_prefill.py). A run that was interrupted goes on where it stopped: what the file already holds
-for this commit, GPU, torch and transformers is skipped.
+times whole prompts instead (cells/step_prefill.py). A run that was interrupted goes on where it stopped: what the file already
+holds for this commit, GPU, torch and transformers is skipped.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from transformers import CompileConfig
 
 import zigzag_ext as zz
 
-from . import step_prefill
+from .cells import step_prefill
+from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
+from .cells.models import MODELS, PLANS, K, build_model, even_plan, make_plan
 from .duo_recreation import duo_weights, fake_duo
-from .fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
-from .models import MODELS, PLANS, K, build_model, even_plan, make_plan
 from .records import StepRecord, held, writer
 from .timing import machine
 from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, problem, records, run, scenarios
-from benchmarks.scenarios import Cell, ring
+from benchmarks import peers, records, run
+from benchmarks.cells import problem, scenarios
+from benchmarks.cells.scenarios import Cell, ring
 from benchmarks.timing import clock
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import capacity, duo_recreation, fake_context, models, step, step_prefill
+from benchmarks import capacity, duo_recreation, step
+from benchmarks.cells import fake_context, models, step_prefill
 from benchmarks.records import CapacityRecord, StepRecord, read
 from benchmarks.timing import clock
 from zigzag_ext.attention import ops, reference
@@ -220,7 +221,7 @@ def test_capacity(tmp_path, monkeypatch, capsys, weights, wrong):
 
 def test_int8_weights_are_the_model_with_rounded_linear_layers():
     pytest.importorskip("torchao")
-    from benchmarks.int8_weights import build_int8
+    from benchmarks.cells.int8_weights import build_int8
 
     plain = models.build_model("tiny", "cpu")
     model = build_int8(models.MODELS["tiny"], torch.float32, "cpu")

@@ -14,10 +14,10 @@ from transformers import DynamicCache
 
 import zigzag_ext as zz
 
+from ..records import StepRecord
+from ..timing.model_memory import kv_bytes, peak_bytes, weight_bytes
+from ..timing.profile_gpu import profiled, wait
 from .models import K, make_plan
-from .records import StepRecord
-from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes
-from .timing.profile_gpu import profiled, wait
 
 CHUNK = 32 * K
 WARMUP = 2 * K  # tokens beyond a chunk, so that the warm-up attends a past, too
