@@ -25,7 +25,7 @@ from zigzag_ext.attention import ops, reference
 from .cells.fake_context import fake_zigzag
 from .cells.int8_weights import build_int8
 from .cells.models import MODELS, PLANS, build_model, even_plan
-from .records import CapacityRecord, held, writer
+from .report.records import CapacityRecord, held, writer
 from .step import Decoder, busy, time_generate, time_steps
 from .timing import clock, machine
 from .timing.model_memory import kv_bytes, peak_bytes, tensor_bytes, weight_bytes

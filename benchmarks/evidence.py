@@ -176,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.report:
-        from . import evidence_report  # needs matplotlib
+        from .report import evidence as evidence_report  # needs matplotlib
 
         return evidence_report.write(args.results, ROOT / "docs" / "evidence.md")
     clock = Clock(args.budget_seconds)

@@ -30,8 +30,8 @@ from zigzag_ext.study.evaluate.scoring import score
 from zigzag_ext.study.probe import probe
 from zigzag_ext.study.torch_attention import banded, causal
 
-from . import quality_report
-from .records import QualityRecord, read, writer
+from .report import quality as quality_report
+from .report.records import QualityRecord, read, writer
 from .timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent

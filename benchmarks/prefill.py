@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from . import records
 from .cells.prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
 from .cells.problem import Unsupported
+from .report import records
 from .timing import clock, machine
 
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 15, 3, 4.0  # samples per implementation; time for one scenario

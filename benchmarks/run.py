@@ -15,7 +15,7 @@ import torch
 from . import peers
 from .cells.problem import TOLERANCE, Problem, Unsupported
 from .cells.scenarios import BY_DEVICE, Cell
-from .records import Record, writer
+from .report.records import Record, writer
 from .timing import clock, machine
 
 

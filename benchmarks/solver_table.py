@@ -15,7 +15,7 @@ import numpy as np
 
 import zigzag_ext as zz
 
-from .documents import table
+from .report.documents import table
 
 OBJECTIVES = ("mean", "count", "transport", "max", "even")
 HEADER = ["scores", "layers x KV heads", "per head", *OBJECTIVES, "mixed layers", "mean and count differ in"]

@@ -26,7 +26,7 @@ from .cells import step_prefill
 from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
 from .cells.models import MODELS, PLANS, K, build_model, even_plan, make_plan
 from .duo_recreation import duo_weights, fake_duo
-from .records import StepRecord, held, writer
+from .report.records import StepRecord, held, writer
 from .timing import machine
 from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes
 from .timing.profile_gpu import profiled, wait

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import zigzag_ext as zz
 
-from ..records import StepRecord
+from ..report.records import StepRecord
 from ..timing.model_memory import kv_bytes, peak_bytes, weight_bytes
 from ..timing.profile_gpu import profiled, wait
 from .models import K, make_plan

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, records, run
+from benchmarks import peers, run
 from benchmarks.cells import problem, scenarios
 from benchmarks.cells.scenarios import Cell, ring
+from benchmarks.report import records
 from benchmarks.timing import clock
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -101,7 +102,8 @@ def test_no_implementation_finds_buffers_that_another_has_just_read(monkeypatch,
 
 def test_report_fills_both_documents_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    from benchmarks import documents, report
+    from benchmarks.report import __main__ as report
+    from benchmarks.report import documents
 
     (tmp_path / "results").mkdir()
     (tmp_path / "docs").mkdir()
@@ -126,7 +128,7 @@ def test_report_fills_both_documents_and_draws(tmp_path, capsys):
 
 def test_report_names_what_it_skips(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    from benchmarks import report
+    from benchmarks.report import __main__ as report
 
     assert report.main(["--results", str(tmp_path), "--root", str(tmp_path)]) == 1
     assert "no results" in capsys.readouterr().err

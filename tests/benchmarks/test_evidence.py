@@ -11,9 +11,10 @@ from zigzag_ext.study import evaluate
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import evidence, evidence_report, solver_table
+from benchmarks import evidence, solver_table
 from benchmarks.cells import evidence_plans
 from benchmarks.cells.evidence_plans import OBJECTIVES, all_plans, canonical, distinct
+from benchmarks.report import evidence as evidence_report
 
 SMALL = ["--device", "cpu", "--lengths", 420, 500, "--prompts", 10, "--ratios", 0.5, "--identify-tokens", 1600]
 SMALL += ["--identify-prompts", 2]

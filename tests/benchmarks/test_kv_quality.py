@@ -7,7 +7,9 @@ import torch
 from character_model import one_thread  # noqa: F401
 
 import zigzag_ext as zz
-from benchmarks import kv_quality, quality_report, records
+from benchmarks import kv_quality
+from benchmarks.report import quality as quality_report
+from benchmarks.report import records
 from zigzag_ext.cli import demo
 from zigzag_ext.study import evaluate
 from zigzag_ext.study.evaluate.scoring import score

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import prefill as bench
-from benchmarks import records
 from benchmarks.cells import prefill_cells
 from benchmarks.cells.prefill_cells import PrefillCell, PrefillProblem
+from benchmarks.report import records
 from zigzag_ext.attention import reference
 
 SHAPE = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}

@@ -4,9 +4,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import documents, records, report
 from benchmarks.prefill import PrefillRecord
-from benchmarks.records import CapacityRecord, StepRecord
+from benchmarks.report import __main__ as report
+from benchmarks.report import documents, records
+from benchmarks.report.records import CapacityRecord, StepRecord
 
 ORIGIN = ("abc", "GPU", "1.2", "2.11")
 

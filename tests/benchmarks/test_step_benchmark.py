@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import capacity, duo_recreation, step
 from benchmarks.cells import fake_context, models, step_prefill
-from benchmarks.records import CapacityRecord, StepRecord, read
+from benchmarks.report.records import CapacityRecord, StepRecord, read
 from benchmarks.timing import clock
 from zigzag_ext.attention import ops, reference
 

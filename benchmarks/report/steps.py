@@ -1,12 +1,12 @@
-"""Tables and figures of whole models (step*.csv) and of prompt chunks (prefill*.csv). Called by report.py."""
+"""Tables and figures of whole models (step*.csv) and of prompt chunks (prefill*.csv). Called by __main__.py."""
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from ..prefill import PrefillRecord, bars
 from . import figures
 from .documents import table
-from .prefill import PrefillRecord, bars
 from .records import CapacityRecord, StepRecord
 
 GB = 1e9

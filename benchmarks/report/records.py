@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .cells.scenarios import token_bytes
+from ..cells.scenarios import token_bytes
 
 
 @dataclass(frozen=True)

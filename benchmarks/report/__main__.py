@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import figures, records, report_steps
-from .cells.scenarios import BY_DEVICE
+from ..cells.scenarios import BY_DEVICE
+from ..prefill import PrefillRecord
+from . import figures, records, steps
 from .documents import insert, markers, table
-from .prefill import PrefillRecord
 from .records import CapacityRecord, Record, StepRecord
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord}  # files that begin so; all others: Record
 QUICK = {cell.scenario for cells in BY_DEVICE.values() for cell in cells if cell.quick}
 Cells = dict[tuple, dict[str, Record]]  # shape -> impl -> row
@@ -104,13 +104,13 @@ def model_sections(kind: str, sources: dict[Path, list], target: Path, complete:
         link = Path(os.path.relpath(path, target.parent)).as_posix()
         title = origin(rows, path.name, link)
         if kind == "prefill":
-            parts += [title, report_steps.prefill_table(rows)]
+            parts += [title, steps.prefill_table(rows)]
         elif kind == "capacity":
-            parts += [title, report_steps.capacity_table(rows)]
+            parts += [title, steps.capacity_table(rows)]
         else:
-            parts += [title, report_steps.step_table(rows if complete else report_steps.highlights(rows))]
+            parts += [title, steps.step_table(rows if complete else steps.highlights(rows))]
             if any(row.phase == "prefill" for row in rows):
-                parts.append(report_steps.prompt_table(rows))
+                parts.append(steps.prompt_table(rows))
     return "\n\n".join(parts)
 
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         path: next((k for k in KINDS if path.name.startswith(k)), "decode")
         for path in sorted(args.results.glob("*.csv"))
         if not path.name.startswith("kv_quality")
-    }  # quality_report.py has those
+    }  # quality.py has those
     found = {
         kind: {p: records.read(p, KINDS.get(kind, Record)) for p, k in kind_of.items() if k == kind}
         for kind in ["decode", *KINDS]
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.root / "docs" / "figures"
     drawn = figures.draw_all(found["decode"], folder)
     for path, rows in found["step"].items():
-        drawn += report_steps.draw_steps(rows, folder, path.stem)
+        drawn += steps.draw_steps(rows, folder, path.stem)
     for path in drawn:
         print(path)
     return 0

@@ -12,7 +12,7 @@ from zigzag_ext.study import plots
 from zigzag_ext.study.evaluate import RULER, Row, read
 from zigzag_ext.study.evaluate.results import wilson
 
-from .cells.evidence_plans import canonical
+from ..cells.evidence_plans import canonical
 from .documents import insert, markers, table
 
 NAME = "evidence"
