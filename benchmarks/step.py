@@ -26,6 +26,7 @@ from .cells import step_prefill
 from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
 from .cells.models import MODELS, PLANS, K, build_model, even_plan, make_plan
 from .duo_recreation import duo_weights, fake_duo
+from .report import comparisons
 from .report.records import StepRecord, held, writer
 from .timing import machine
 from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
-    print("\n".join(step_prefill.bars(kept)))
+    print("\n".join(comparisons.of_prompts(kept)))
     return 1 if any(impl.startswith("zigzag") for impl in failed) else 0
 
 

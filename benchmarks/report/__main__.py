@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..cells.scenarios import BY_DEVICE
-from ..prefill import PrefillRecord
 from . import figures, records, steps
 from .documents import insert, markers, table
-from .records import CapacityRecord, Record, StepRecord
+from .records import CapacityRecord, PrefillRecord, Record, StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord}  # files that begin so; all others: Record

@@ -74,6 +74,31 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class PrefillRecord:
+    """A chunk of a prompt through one layer. Written by prefill.py; its files are named prefill*.csv."""
+
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    impl: str
+    scenario: str
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tokens: int  # of the chunk
+    past: int  # tokens held before it
+    sink: int
+    window: int
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    flops: int  # of the visible pairs of query and key, two products
+    tflops: float  # flops / p50
+
+
+@dataclass(frozen=True)
 class CapacityRecord:
     """The longest contexts that one GPU decodes. Written by capacity.py."""
 

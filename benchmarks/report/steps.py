@@ -4,10 +4,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ..prefill import PrefillRecord, bars
 from . import figures
+from .comparisons import of_chunks
 from .documents import table
-from .records import CapacityRecord, StepRecord
+from .records import CapacityRecord, PrefillRecord, StepRecord
 
 GB = 1e9
 IMPLS = {
@@ -96,7 +96,7 @@ def prefill_table(rows: list[PrefillRecord]) -> str:
     for row in sorted(rows, key=lambda row: (row.scenario, row.p50_us)):
         time = f"{row.p50_us:,.0f}" if row.p50_us >= 1000 else f"{row.p50_us:.1f}"
         lines.append([row.scenario, row.impl, f"{row.tokens:,}", f"{row.past:,}", time, f"{row.tflops:.0f}"])
-    comparisons = "\n".join(f"- {line}" for line in bars(rows))
+    comparisons = "\n".join(f"- {line}" for line in of_chunks(rows))
     return f"{comparisons}\n\n" + table(["scenario", "implementation", "tokens", "past", "median, us", "TFLOP/s"], lines, 2)
 
 

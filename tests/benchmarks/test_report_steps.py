@@ -4,10 +4,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.prefill import PrefillRecord
 from benchmarks.report import __main__ as report
 from benchmarks.report import documents, records
-from benchmarks.report.records import CapacityRecord, StepRecord
+from benchmarks.report.records import CapacityRecord, PrefillRecord, StepRecord
 
 ORIGIN = ("abc", "GPU", "1.2", "2.11")
 

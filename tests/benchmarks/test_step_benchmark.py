@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import capacity, duo_recreation, step
 from benchmarks.cells import fake_context, models, step_prefill
+from benchmarks.report import comparisons
 from benchmarks.report.records import CapacityRecord, StepRecord, read
 from benchmarks.timing import clock
 from zigzag_ext.attention import ops, reference
@@ -98,7 +99,7 @@ def test_what_prompts_need_beside_weights_and_kv():
         origin = ("c", "g", "d", "t", "tf", "m", "prefill", 1000, plan, "zigzag_eager")
         return StepRecord(*origin, wall_ms, 0.0, 0.0, 1 << 30, peak << 30, 2 << 30)
 
-    lines = step_prefill.bars([row("retrieval_100", 3000.0, 6), row("exclusive_50", 2000.0, 5)])
+    lines = comparisons.of_prompts([row("retrieval_100", 3000.0, 6), row("exclusive_50", 2000.0, 5)])
     assert lines[0].endswith("retrieval_100 1000: 3.00 s, 3.00 GiB above weights and KV")
     assert lines[1].endswith("2.00 s, 1.50 times as fast as retrieval_100, 2.00 GiB above weights and KV")
 
