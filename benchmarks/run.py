@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import peers
 from .cells.problem import TOLERANCE, Problem, Unsupported
 from .cells.scenarios import BY_DEVICE, Cell
+from .peers import attention as peers
 from .report.records import Record, writer
 from .timing import clock, machine
 
@@ -90,7 +90,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=sorted(BY_DEVICE), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the two-minute subset")
     parser.add_argument("--scenario", help="names from cells/scenarios.py, separated by commas; default: all of the device")
-    parser.add_argument("--peer", help="names of files in peers/, separated by commas; default: all")
+    parser.add_argument("--peer", help="names of files in peers/attention/, separated by commas; default: all")
     parser.add_argument("--csv", type=Path, help="file for the results, written anew")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument(

@@ -25,7 +25,7 @@ import zigzag_ext as zz
 from .cells import step_prefill
 from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
 from .cells.models import MODELS, PLANS, K, build_model, even_plan, make_plan
-from .duo_recreation import duo_weights, fake_duo
+from .peers.duo_recreation import duo_weights, fake_duo
 from .report import comparisons
 from .report.records import StepRecord, held, writer
 from .timing import machine

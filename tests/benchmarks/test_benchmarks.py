@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, run
+from benchmarks import run
 from benchmarks.cells import problem, scenarios
 from benchmarks.cells.scenarios import Cell, ring
+from benchmarks.peers import attention as peers
 from benchmarks.report import records
 from benchmarks.timing import clock
 
@@ -196,5 +197,5 @@ def test_unknown_names_list_the_known_ones(fast):
 
 
 def test_every_peer_file_is_registered():
-    files = {path.stem for path in (BENCHMARKS / "peers").glob("[!_]*.py")}
+    files = {path.stem for path in (BENCHMARKS / "peers" / "attention").glob("[!_]*.py")}
     assert files == {*peers.for_device("cpu"), *peers.for_device("cuda")}

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import capacity, duo_recreation, step
+from benchmarks import capacity, step
 from benchmarks.cells import fake_context, models, step_prefill
+from benchmarks.peers import duo_recreation
 from benchmarks.report import comparisons
 from benchmarks.report.records import CapacityRecord, StepRecord, read
 from benchmarks.timing import clock
