@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     found["decode"] = {path: [r for r in rows if r.op.startswith("decode_")] for path, rows in found["decode"].items()}
     found = {kind: {path: rows for path, rows in sources.items() if rows} for kind, sources in found.items()}
     if not any(found.values()):
-        print(f"no results in {args.results}: run benchmarks/run.py or bench_decode first", file=sys.stderr)
+        print(f"no results in {args.results}: run benchmarks.decode or bench_decode first", file=sys.stderr)
         return 1
     for name, complete in (("README.md", False), ("docs/performance.md", True)):
         target = args.root / name

@@ -166,7 +166,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def write(folder: Path, target: Path) -> int:
     """Puts the tables between the markers of `target`, and the figures into figures/ beside it."""
     if not (folder / "rows.csv").exists():
-        print(f"no results in {folder}: run benchmarks/evidence.py first", file=sys.stderr)
+        print(f"no results in {folder}: run benchmarks.evidence first", file=sys.stderr)
         return 1
     results, figures = Results(folder), target.parent / "figures"
     if not insert(target, NAME, text(results)):

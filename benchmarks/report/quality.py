@@ -42,7 +42,7 @@ def text(rows: list[QualityRecord]) -> str:
 def write(results: Path, target: Path) -> int:
     """Puts the tables between the markers of `target`."""
     if not results.exists():
-        print(f"no results at {results}: run benchmarks/kv_quality.py first", file=sys.stderr)
+        print(f"no results at {results}: run benchmarks.kv_quality first", file=sys.stderr)
         return 1
     if not insert(target, NAME, text(read(results, QualityRecord))):
         print(f"{target} has no {' ... '.join(markers(NAME))}", file=sys.stderr)

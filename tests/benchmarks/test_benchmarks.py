@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import decode
 from benchmarks.cells import problem, scenarios
 from benchmarks.cells.scenarios import Cell, ring
 from benchmarks.peers import attention as peers
@@ -35,7 +35,7 @@ def fast(monkeypatch):
 
 
 def row(cell: Cell, impl: str, p50: float) -> records.Record:
-    return run.record(cell, impl, clock.Quantiles(p50 * 0.9, p50, p50 * 1.1), 100.0, ORIGIN)
+    return decode.record(cell, impl, clock.Quantiles(p50 * 0.9, p50, p50 * 1.1), 100.0, ORIGIN)
 
 
 def synthetic() -> list[records.Record]:
@@ -139,7 +139,7 @@ def test_report_names_what_it_skips(tmp_path, capsys):
 
 
 def test_run_on_the_cpu_end_to_end(fast, tmp_path, capsys):
-    assert run.main(["--device", "cpu", "--csv", str(tmp_path / "cpu.csv"), "--commit", "abc"]) == 0
+    assert decode.main(["--device", "cpu", "--csv", str(tmp_path / "cpu.csv"), "--commit", "abc"]) == 0
     out = capsys.readouterr().out
     rows = records.read(tmp_path / "cpu.csv")
     timed = {(r.scenario, r.impl) for r in rows}
@@ -180,20 +180,20 @@ def raise_(error):
 )
 def test_a_broken_peer_is_named_and_not_timed(fast, change, reason):
     modules = {"broken": Broken(change), "right": Broken(lambda out: out)}
-    clocks, _, reasons = run.prepare_all(problem.Problem(TINY[0], "cpu"), modules)
+    clocks, _, reasons = decode.prepare_all(problem.Problem(TINY[0], "cpu"), modules)
     assert list(clocks) == ["right"] and list(reasons) == ["broken"]
     assert reasons["broken"].startswith(reason)
 
 
 def test_a_failure_of_ours_fails_the_run(fast, monkeypatch, capsys):
     monkeypatch.setattr(peers, "for_device", lambda device: {"zigzag": Broken(lambda out: out * 2)})
-    assert run.main(["--device", "cpu", "--scenario", "full"]) == 1
+    assert decode.main(["--device", "cpu", "--scenario", "full"]) == 1
     assert "zigzag failed in: full" in capsys.readouterr().err
 
 
 def test_unknown_names_list_the_known_ones(fast):
     with pytest.raises(SystemExit, match="unknown peer x; known: zigzag, torch_sdpa_gqa, torch_sdpa_packed"):
-        run.main(["--device", "cpu", "--peer", "x"])
+        decode.main(["--device", "cpu", "--peer", "x"])
 
 
 def test_every_peer_file_is_registered():

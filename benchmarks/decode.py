@@ -1,4 +1,4 @@
-"""Times decode attention against its peers, in one process on one machine:  python -m benchmarks.run --csv decode.csv
+"""Times decode attention against its peers, in one process on one machine:  python -m benchmarks.decode --csv decode.csv
 
 Every output is checked against zigzag_ext.reference (float64) before it is timed. Caches are cold (rotated buffers), a GPU
 replays CUDA graphs, implementations take turns, and medians are reported with their 20th and 80th percentiles.
