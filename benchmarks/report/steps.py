@@ -1,4 +1,4 @@
-"""Tables and figures of whole models (step*.csv) and of prompt chunks (prefill*.csv). Called by __main__.py."""
+"""Tables and figures of whole models (step*.csv, layers*.csv) and of prompt chunks (prefill*.csv). Called by __main__.py."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from . import figures
 from .comparisons import of_chunks
 from .documents import table
-from .records import CapacityRecord, PrefillRecord, StepRecord
+from .records import CapacityRecord, PrefillRecord, Record, StepRecord
 
 GB = 1e9
 IMPLS = {
@@ -78,6 +78,18 @@ def prompt_table(rows: list[StepRecord]) -> str:
         names = [r.model, tokens(r.context), PLANS.get(r.plan, r.plan), IMPLS.get(r.impl, r.impl)]
         lines.append([*names, f"{r.wall_ms * 1e-3:.2f}", ratio, *memory])
     return table(["model", "prompt", "plan", "run by", "wall, s", "speed-up", "KV, GB", "beside weights and KV, GB"], lines, 4)
+
+
+def layers_table(rows: list[Record]) -> str:
+    """The attention of all layers of a model as one graph, against a pure read of the same bytes."""
+    chains: dict[str, dict[str, Record]] = {}
+    for row in rows:
+        chains.setdefault(row.scenario, {})[row.impl] = row
+    lines = []
+    for name, impls in chains.items():
+        ours, read = impls["zigzag"].p50_us, impls["read"].p50_us
+        lines.append([name, f"{ours:,.0f}", f"{read:,.0f}", f"{100 * read / ours:.0f}%", f"{impls['zigzag'].gbps:,.0f}"])
+    return table(["chain", "zigzag, us", "pure read, us", "of read", "GB/s"], lines)
 
 
 def capacity_table(rows: list[CapacityRecord]) -> str:

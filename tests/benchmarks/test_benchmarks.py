@@ -38,9 +38,10 @@ def row(cell: Cell, impl: str, p50: float) -> records.Record:
     return decode.record(cell, impl, clock.Quantiles(p50 * 0.9, p50, p50 * 1.1), 100.0, ORIGIN)
 
 
-def synthetic() -> list[records.Record]:
+def synthetic(driver: str = "-") -> list[records.Record]:
     times = {"zigzag": 1.0, "fast_peer": 1.5, "slow_peer": 4.0, "read": 0.5}
-    return [row(cell, impl, factor * cell.kv_bytes / 1e6) for cell in scenarios.CUDA for impl, factor in times.items()]
+    rows = [row(cell, impl, factor * cell.kv_bytes / 1e6) for cell in scenarios.CUDA for impl, factor in times.items()]
+    return [replace(each, driver=driver) for each in rows]
 
 
 def test_csv_round_trip(tmp_path):
@@ -101,28 +102,32 @@ def test_no_implementation_finds_buffers_that_another_has_just_read(monkeypatch,
     assert visits == [i % positions for i in range(len(visits))]
 
 
-def test_report_fills_both_documents_and_draws(tmp_path, capsys):
+def test_report_fills_the_documents_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from benchmarks.report import __main__ as report
     from benchmarks.report import documents
 
-    (tmp_path / "results").mkdir()
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    records.write(tmp_path / "results" / "decode.csv", synthetic())
+    records.write(results / "decode.csv", synthetic(driver="1.2"))
+    records.write(results / "decode_cpu.csv", synthetic())
     opening, closing = documents.markers("decode")
-    text = f"before\n{opening}\nold\n{closing}\nafter\n"
-    (tmp_path / "README.md").write_text(text)
-    (tmp_path / "docs" / "performance.md").write_text(text)
-    assert report.main(["--results", str(tmp_path / "results"), "--root", str(tmp_path)]) == 0
+    for name in report.DOCUMENTS:
+        (tmp_path / name).write_text(f"before\n{opening}\nold\n{closing}\nafter\n")
+    assert report.main(["--results", str(results), "--root", str(tmp_path)]) == 0
 
-    readme, performance = (tmp_path / "README.md").read_text(), (tmp_path / "docs" / "performance.md").read_text()
-    for document in (readme, performance):
+    readme, performance, complete = ((tmp_path / name).read_text() for name in report.DOCUMENTS)
+    for document in (readme, performance, complete):
         assert document.startswith("before\n") and document.endswith("after\n") and "old" not in document
     line = next(line for line in readme.splitlines() if line.startswith("| 1 x 4,096 keys, 32/8"))
     assert "(fast_peer) | 1.50x | 1,000 | 1000% |" in line
-    assert readme.count("| 1.50x |") == sum(cell.quick for cell in scenarios.CUDA)
-    assert "slow_peer" in performance and "32 rows of up to 65,536 keys" in performance
-    assert "(results/decode.csv)" in readme and "(../results/decode.csv)" in performance
+    assert readme.count("| 1.50x |") == 2 * sum(cell.quick for cell in scenarios.CUDA)
+    assert performance.count("| 1.50x |") == 10 and "slow_peer" not in performance
+    assert "(../benchmarks/results/decode.csv)" in performance and "decode_cpu.csv" not in performance
+    assert complete.count("| 1.50x |") == 2 * len(scenarios.CUDA)
+    assert "slow_peer" in complete and "32 rows of up to 65,536 keys" in complete
+    assert "(benchmarks/results/decode.csv)" in readme and "(decode.csv)" in complete
     for name in ("decode.png", "decode_ring.png"):
         assert (tmp_path / "docs" / "figures" / name).stat().st_size > 10_000
 
