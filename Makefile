@@ -84,7 +84,7 @@ bench-build: $(BUILT)
 	cmake --build $(ZIGZAG_BUILD_DIR) --parallel $(MAX_JOBS)
 
 figures: $(BUILT)
-	python benchmarks/report.py
+	python -m benchmarks.report
 
 clean:
 	rm -rf build dist zigzag_ext.egg-info $(VENV) zigzag_ext/*.so

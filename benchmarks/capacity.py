@@ -1,4 +1,4 @@
-"""The longest contexts that one GPU decodes: int8 weights, quantised KV.  python benchmarks/capacity.py --csv capacity.csv
+"""The longest contexts that one GPU decodes: int8 weights, quantised KV.  python -m benchmarks.capacity --csv capacity.csv
 
 The caches are filled with random keys and values by the append op, since a prefill of 4M tokens would take hours; then the
 whole model decodes, in a loop of forwards and in generate(). Attention of sampled heads over the whole context is compared
@@ -15,20 +15,20 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import clock
-import machine
 import torch
 import transformers
-from fake_context import fake_zigzag
-from int8_weights import build_int8
-from model_memory import kv_bytes, peak_bytes, tensor_bytes, weight_bytes
-from models import MODELS, PLANS, build_model, even_plan
-from records import CapacityRecord, held, writer
-from step import Decoder, busy, time_generate, time_steps
 from torch import Tensor
 
 import zigzag_ext as zz
 from zigzag_ext.attention import ops, reference
+
+from .cells.fake_context import fake_zigzag
+from .cells.int8_weights import build_int8
+from .cells.models import MODELS, PLANS, build_model, even_plan
+from .report.records import CapacityRecord, held, writer
+from .step import Decoder, busy, time_generate, time_steps
+from .timing import clock, machine
+from .timing.model_memory import kv_bytes, peak_bytes, tensor_bytes, weight_bytes
 
 CELLS = ("exclusive_50:4000000", "exclusive_25:8000000")
 IMPLS = ("zigzag_eager", "zigzag_compiled")

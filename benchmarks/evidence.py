@@ -1,10 +1,10 @@
 """Which layers may stream? Scores a real model by every method, makes plans from the scores, and evaluates all of them:
 
-    python benchmarks/evidence.py                        # SmolLM2-135M-Instruct, everything: minutes on a GPU, a day on a CPU
-    python benchmarks/evidence.py --quick                # one method, one length: an hour on two CPU cores
-    python benchmarks/evidence.py --budget-seconds 300   # stops cleanly; the same command goes on later
-    python benchmarks/evidence.py --ruler 50             # also RULER's tasks, 50 prompts a cell; needs zigzag_ext[ruler]
-    python benchmarks/evidence.py --report               # tables and figures of docs/evidence.md from the results
+    python -m benchmarks.evidence                        # SmolLM2-135M-Instruct, everything: minutes on a GPU, a day on a CPU
+    python -m benchmarks.evidence --quick                # one method, one length: an hour on two CPU cores
+    python -m benchmarks.evidence --budget-seconds 300   # stops cleanly; the same command goes on later
+    python -m benchmarks.evidence --ruler 50             # also RULER's tasks, 50 prompts a cell; needs zigzag_ext[ruler]
+    python -m benchmarks.evidence --report               # tables and figures of docs/evidence.md from the results
 
 Results are appended to rows.csv in --results and never measured twice; head_scores/ there keeps the scores, with what they were
 made from (scores of an older version of the prompts are replaced), plans.csv says which plan is which, runs.jsonl on what machine
@@ -19,10 +19,8 @@ import time
 import traceback
 from pathlib import Path
 
-import machine
 import torch
 import transformers
-from evidence_plans import RATIOS, Named, all_plans, demo_plan, distinct, in_ruler
 
 import zigzag_ext as zz
 from zigzag_ext.cli import demo
@@ -30,6 +28,9 @@ from zigzag_ext.study import evaluate
 from zigzag_ext.study.evaluate.task import describe
 from zigzag_ext.study.identify.data import VERSION
 from zigzag_ext.study.loading import load_model
+
+from .cells.evidence_plans import RATIOS, Named, all_plans, demo_plan, distinct, in_ruler
+from .timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -175,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.report:
-        import evidence_report  # needs matplotlib
+        from .report import evidence as evidence_report  # needs matplotlib
 
         return evidence_report.write(args.results, ROOT / "docs" / "evidence.md")
     clock = Clock(args.budget_seconds)

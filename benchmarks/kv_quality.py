@@ -1,12 +1,12 @@
 """What quantised caches cost in quality, on the demo model:
 
-    python benchmarks/kv_quality.py             # measures what benchmarks/results/kv_quality.csv lacks; delete it to start anew
-    python benchmarks/kv_quality.py --report    # the table of docs/evidence.md from that file
+    python -m benchmarks.kv_quality             # measures what benchmarks/results/kv_quality.csv lacks; delete it to start anew
+    python -m benchmarks.kv_quality --report    # the table of docs/evidence.md from that file
 
 Perplexity of passages of Python's language reference (their last 512 tokens) and the passkey task, for every KV format, with and
 without key smoothing, with full attention and with the demo's good plan. Formats run in the kernels. int4 with a zero point,
 which the kernels do not have, is emulated: keys and values are quantised and widened again in float32, and attended by torch. The
-same emulation of int4 as it is gives what the kernels give (tests/study/test_kv_quality.py).
+same emulation of int4 as it is gives what the kernels give (tests/benchmarks/test_kv_quality.py).
 """
 
 import argparse
@@ -17,10 +17,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import machine
-import quality_report
 import torch
-from records import QualityRecord, read, writer
 from torch import Tensor
 
 from zigzag_ext import Plan
@@ -31,6 +28,10 @@ from zigzag_ext.study.evaluate.results import statistics
 from zigzag_ext.study.evaluate.scoring import score
 from zigzag_ext.study.probe import probe
 from zigzag_ext.study.torch_attention import banded, causal
+
+from .report import quality as quality_report
+from .report.records import QualityRecord, read, writer
+from .timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("none", "int4", "int8/int4", "fp8", "int8")

@@ -1,4 +1,4 @@
-"""Times prompt chunks against their peers:  python benchmarks/prefill.py --csv benchmarks/results/prefill.csv
+"""Times prompt chunks against their peers:  python -m benchmarks.prefill --csv benchmarks/results/prefill.csv
 
 Every output is checked before it is timed (sampled rows in float64). Implementations take turns, in a new order every round: a
 GPU at its power limit runs slower behind a kernel that drew more. Medians are reported with their 20th and 80th percentiles.
@@ -12,43 +12,20 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import clock
-import machine
-import records
 import torch
-from prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
-from problem import Unsupported
+
+from .cells.prefill_cells import BY_DEVICE, FULL, PrefillCell, PrefillProblem, prepare
+from .cells.problem import Unsupported
+from .report import comparisons, records
+from .report.records import PrefillRecord
+from .timing import clock, machine
 
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 15, 3, 4.0  # samples per implementation; time for one scenario
 CALLS, CALLS_SECONDS = 20, 2e-3  # a sample of short calls holds as many as fit in this time, at most CALLS
 HOLD_CYCLES = 4_000_000  # about 2 ms on an H100: the host enqueues all calls of a sample meanwhile
 TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float32: 1e-4}
-
-
-@dataclass(frozen=True)
-class PrefillRecord:
-    commit: str
-    gpu: str
-    driver: str
-    torch: str
-    impl: str
-    scenario: str
-    batch: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    tokens: int
-    past: int
-    sink: int
-    window: int
-    p20_us: float
-    p50_us: float
-    p80_us: float
-    flops: int
-    tflops: float
 
 
 def sampler(run: Callable[[], object], device: str) -> Callable[[], float]:
@@ -140,36 +117,6 @@ def run_cell(cell: PrefillCell, device: str, origin: dict[str, str]) -> tuple[li
     return rows, reasons
 
 
-def bars(rows: list[PrefillRecord]) -> list[str]:
-    """What the numbers come to, one line per comparison for which there are rows."""
-    time_of = {(row.scenario, row.impl): row.p50_us for row in rows}
-    rate_of = {(row.scenario, row.impl): row.tflops for row in rows}
-    lines = []
-
-    def compare(scenario, best_of, text, form, ours="zigzag"):
-        theirs = [time_of[scenario, impl] for impl in best_of if (scenario, impl) in time_of]
-        if theirs and (scenario, ours) in time_of:
-            lines.append(f"{scenario}: {text} {form(time_of[scenario, ours], min(theirs))}")
-
-    for scenario in dict.fromkeys(row.scenario for row in rows):
-        full = [impl for name, impl in time_of if name == scenario and impl.startswith(FULL)]
-        compare(scenario, full, "streaming layer in percent of the best full layer:", lambda a, b: f"{100 * a / b:.2f}")
-        compare(scenario, ["flex_attention"], "times as fast as FlexAttention:", lambda a, b: f"{b / a:.2f}")
-        if scenario.startswith("retrieval"):
-            compare(scenario, ["cudnn", "flash", "torch_cpu"], "time over torch's best:", lambda a, b: f"{a / b:.3f}")
-            compare(scenario, ["fa3"], "with fa3, time over fa3:", lambda a, b: f"{a / b:.3f}", ours="route_fa3")
-        if scenario.startswith("short"):
-            others = [impl for name, impl in time_of if name == scenario and impl != "zigzag"]
-            compare(scenario, others, "time over the best route:", lambda a, b: f"{a / b:.3f}")
-        if (scenario, "cudnn_dense") in rate_of and (scenario, "zigzag") in rate_of:
-            share = 100 * rate_of[scenario, "zigzag"] / rate_of[scenario, "cudnn_dense"]
-            lines.append(f"{scenario}: percent of cuDNN's dense TFLOP/s: {share:.1f}")
-    if ("streaming_64k", "zigzag") in time_of and ("streaming_256k", "zigzag") in time_of:
-        growth = time_of["streaming_256k", "zigzag"] / time_of["streaming_64k", "zigzag"]
-        lines.append(f"streaming_64k to streaming_256k: {growth:.2f} times the time")
-    return lines
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=sorted(BY_DEVICE), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -205,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
-    print("\n".join(bars(kept)))
+    print("\n".join(comparisons.of_chunks(kept)))
     if failed:
         print(f"zigzag failed in: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

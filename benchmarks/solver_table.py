@@ -1,6 +1,6 @@
 """What exclusivity costs in retained score, on head scores that others published:
 
-    python benchmarks/solver_table.py FOLDER_OR_FILE ...
+    python -m benchmarks.solver_table FOLDER_OR_FILE ...
 
 Prints a markdown table: the share of the summed scores that lies in retrieval layers, or heads, at half of the budget. Needs no
 model. Files: https://github.com/mit-han-lab/duo-attention (attn_patterns), https://github.com/snu-mllab/KVzip (utils/head_score).
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from documents import table
 
 import zigzag_ext as zz
+
+from .report.documents import table
 
 OBJECTIVES = ("mean", "count", "transport", "max", "even")
 HEADER = ["scores", "layers x KV heads", "per head", *OBJECTIVES, "mixed layers", "mean and count differ in"]

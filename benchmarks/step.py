@@ -1,10 +1,10 @@
-"""Times a decode step of a whole model, in a loop of forwards and in generate():  python benchmarks/step.py --csv step.csv
+"""Times a decode step of a whole model, in a loop of forwards and in generate():  python -m benchmarks.step --csv step.csv
 
 The model has random weights and the context is faked: the cache is filled with random keys and values and its lengths are set,
 because a prefill of 256K tokens would cost minutes and changes nothing about a step's time. Wall time counts the host too, and
 waits for the GPU after every token, as generate() does. Implementations run one after another in one process. `--phase prefill`
-times whole prompts instead (step_prefill.py). A run that was interrupted goes on where it stopped: what the file already holds
-for this commit, GPU, torch and transformers is skipped.
+times whole prompts instead (cells/step_prefill.py). A run that was interrupted goes on where it stopped: what the file already
+holds for this commit, GPU, torch and transformers is skipped.
 """
 
 import argparse
@@ -16,19 +16,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import machine
-import step_prefill
 import torch
 import transformers
-from duo_recreation import duo_weights, fake_duo
-from fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
-from model_memory import kv_bytes, peak_bytes, weight_bytes
-from models import MODELS, PLANS, K, build_model, even_plan, make_plan
-from profile_gpu import profiled, wait
-from records import StepRecord, held, writer
 from transformers import CompileConfig
 
 import zigzag_ext as zz
+
+from .cells import step_prefill
+from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
+from .cells.models import MODELS, PLANS, K, build_model, even_plan, make_plan
+from .peers.duo_recreation import duo_weights, fake_duo
+from .report import comparisons
+from .report.records import StepRecord, held, writer
+from .timing import machine
+from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes
+from .timing.profile_gpu import profiled, wait
 
 WARMUP, STEPS, PROFILED = 3, 30, 3
 LEAST_STEPS, SECONDS = 8, 1.0  # of slow steps fewer are timed: as many as fit in this time
@@ -208,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
-    print("\n".join(step_prefill.bars(kept)))
+    print("\n".join(comparisons.of_prompts(kept)))
     return 1 if any(impl.startswith("zigzag") for impl in failed) else 0
 
 

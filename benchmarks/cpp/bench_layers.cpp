@@ -11,21 +11,19 @@ using namespace zigzag::bench;
 namespace {
 
 constexpr const char* kSummary =
-    "Times a chain of retrieval and streaming layers, one attention launch each, append included; on CUDA the step is "
-    "one "
-    "graph.\n"
-    "Rows: op 'step' for the whole chain, op 'layer' for its mean layer. With --gemm the layers are joined by their "
-    "output and "
-    "QKV\nprojections, and impl 'difference' is what attention adds to the same graph without it. Example:\n"
+    "Times a chain of retrieval and streaming layers, one attention launch each, append included; on CUDA the step is\n"
+    "one graph. Rows: op 'step' for the whole chain, op 'layer' for its mean layer. With --gemm the layers are joined\n"
+    "by their output and QKV projections, and impl 'difference' is what attention adds to the same graph without it.\n"
+    "Example:\n"
     "  bench_layers --device cuda --layers 32 --retrieval 16,8 --kv-len 4K,128K --csv layers.csv\n"
     "  ZIGZAG_DEPENDENT_LAUNCH=1 bench_layers --layers 16 --retrieval 0 --gemm 4096";
 
-// '1' is a retrieval layer, '0' a streaming one, as in the layer strings of the Python package.
+// '0' retrieves, '1' streams: the layer strings of the Python package (`zigzag_ext.exchange.to_layer_string`).
 std::vector<LayerKind> parse_kinds(const std::string& text) {
   std::vector<LayerKind> kinds;
   for (const char c : text) {
-    ZZ_CHECK(c == '0' || c == '1', "--kinds takes one digit per layer, 1 retrieval and 0 streaming; got '", text, "'");
-    kinds.push_back(c == '1' ? LayerKind::kRetrieval : LayerKind::kStreaming);
+    ZZ_CHECK(c == '0' || c == '1', "--kinds takes one digit per layer, 0 retrieval and 1 streaming; got '", text, "'");
+    kinds.push_back(c == '0' ? LayerKind::kRetrieval : LayerKind::kStreaming);
   }
   return kinds;
 }
@@ -101,7 +99,7 @@ int main(int argc, char** argv) {
        {"kv-len", "4K,32K", "list: tokens per row, the new ones included"},
        {"layers", "32", "layers of the chain"},
        {"retrieval", "16", "list: how many of them retrieve, spread evenly"},
-       {"kinds", "", "list: chains such as 0110, 1 retrieval and 0 streaming; replaces the two above"},
+       {"kinds", "", "list: layer strings such as 0110: 0 retrieves, 1 streams; replaces the two above"},
        {"sink", "64", "first tokens that a streaming layer keeps"},
        {"window", "256", "last tokens that a streaming layer keeps"},
        {"rope", "on", "on: the op also rotates queries and keys"},

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from scenarios import token_bytes
+from ..cells.scenarios import token_bytes
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,31 @@ class StepRecord:
     def beside_bytes(self) -> int:
         """In use at most beside weights and KV: activations and scratch."""
         return self.peak_bytes - self.weight_bytes - self.kv_bytes
+
+
+@dataclass(frozen=True)
+class PrefillRecord:
+    """A chunk of a prompt through one layer. Written by prefill.py; its files are named prefill*.csv."""
+
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    impl: str
+    scenario: str
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tokens: int  # of the chunk
+    past: int  # tokens held before it
+    sink: int
+    window: int
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    flops: int  # of the visible pairs of query and key, two products
+    tflops: float  # flops / p50
 
 
 @dataclass(frozen=True)

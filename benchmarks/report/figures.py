@@ -6,7 +6,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from records import Record
+
+from .records import Record
 
 # Okabe-Ito: told apart by colour-blind readers (https://jfly.uni-koeln.de/color/).
 OURS, FLOOR = "#D55E00", "#000000"

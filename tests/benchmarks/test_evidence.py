@@ -1,26 +1,20 @@
 """The evidence run from end to end on a tiny random model: plans, resuming, budget, report."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from character_model import KV_HEADS, LAYERS, one_thread  # noqa: F401
 
 import zigzag_ext as zz
 from zigzag_ext.study import evaluate
 
-from .conftest import KV_HEADS, LAYERS
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 pytest.importorskip("matplotlib")
 
-import evidence  # noqa: E402
-import evidence_plans  # noqa: E402
-import evidence_report  # noqa: E402
-import solver_table  # noqa: E402
-from evidence_plans import OBJECTIVES, all_plans, canonical, distinct  # noqa: E402
+from benchmarks import evidence, solver_table
+from benchmarks.cells import evidence_plans
+from benchmarks.cells.evidence_plans import OBJECTIVES, all_plans, canonical, distinct
+from benchmarks.report import evidence as evidence_report
 
 SMALL = ["--device", "cpu", "--lengths", 420, 500, "--prompts", 10, "--ratios", 0.5, "--identify-tokens", 1600]
 SMALL += ["--identify-prompts", 2]

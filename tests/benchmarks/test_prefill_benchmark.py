@@ -1,20 +1,15 @@
 """benchmarks/prefill.py over tiny cells on the CPU: what it checks, writes, skips and concludes."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import prefill as bench  # noqa: E402
-import prefill_cells  # noqa: E402
-import records  # noqa: E402
-from prefill_cells import PrefillCell, PrefillProblem  # noqa: E402
-
-from zigzag_ext.attention import reference  # noqa: E402
+from benchmarks import prefill as bench
+from benchmarks.cells import prefill_cells
+from benchmarks.cells.prefill_cells import PrefillCell, PrefillProblem
+from benchmarks.report import comparisons, records
+from zigzag_ext.attention import reference
 
 SHAPE = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}
 TINY = [
@@ -25,7 +20,7 @@ TINY = [
 
 
 def read(path):
-    return records.read(path, bench.PrefillRecord)
+    return records.read(path, records.PrefillRecord)
 
 
 @pytest.fixture
@@ -98,11 +93,11 @@ def test_scenarios_are_consistent(cells):
         assert "zigzag" in cell.impls and cell.num_q_heads % cell.num_kv_heads == 0 and not (cell.window and cell.past)
 
 
-def test_bars():
+def test_comparisons():
     """The comparisons, from made-up times."""
 
     def row(scenario, impl, p50, tflops=1.0):
-        return bench.PrefillRecord("c", "g", "d", "t", impl, scenario, 1, 32, 8, 128, 1, 0, 0, 0, p50, p50, p50, 1, tflops)
+        return records.PrefillRecord("c", "g", "d", "t", impl, scenario, 1, 32, 8, 128, 1, 0, 0, 0, p50, p50, p50, 1, tflops)
 
     rows = [
         row("streaming_128k", "zigzag", 3.0),
@@ -117,7 +112,7 @@ def test_bars():
     rows += [row("retrieval_16k", "zigzag", 10.2), row("retrieval_16k", "flash", 20.0), row("retrieval_16k", "cudnn", 10.0)]
     rows += [row("retrieval_16k", "route_fa3", 8.4), row("retrieval_16k", "fa3", 8.0)]
     rows += [row("chunk_8k", "zigzag", 1.0, 90.0), row("chunk_8k", "cudnn_dense", 1.0, 100.0)]
-    lines = "\n".join(bench.bars(rows))
+    lines = "\n".join(comparisons.of_chunks(rows))
     for expected in (
         "best full layer: 2.00",
         "FlexAttention: 4.00",

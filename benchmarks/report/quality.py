@@ -4,8 +4,8 @@ import math
 import sys
 from pathlib import Path
 
-from documents import insert, markers, table
-from records import QualityRecord, read
+from .documents import insert, markers, table
+from .records import QualityRecord, read
 
 ORDER = ("none", "fp8", "int8", "int8/int4", "int4", "int4, zero point")
 NAME = "kv_quality"
@@ -42,7 +42,7 @@ def text(rows: list[QualityRecord]) -> str:
 def write(results: Path, target: Path) -> int:
     """Puts the tables between the markers of `target`."""
     if not results.exists():
-        print(f"no results at {results}: run benchmarks/kv_quality.py first", file=sys.stderr)
+        print(f"no results at {results}: run benchmarks.kv_quality first", file=sys.stderr)
         return 1
     if not insert(target, NAME, text(read(results, QualityRecord))):
         print(f"{target} has no {' ... '.join(markers(NAME))}", file=sys.stderr)

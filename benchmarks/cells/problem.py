@@ -3,11 +3,12 @@
 from functools import cached_property
 
 import torch
-from scenarios import QUANTISED, Cell
 from torch import Tensor
 
 from zigzag_ext.attention import ops, reference
 from zigzag_ext.planning.kv_format import parse_kv_format
+
+from .scenarios import QUANTISED, Cell
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Largest ||out - expected|| / ||expected|| over heads: the output and the probabilities are rounded to the dtype.

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from documents import insert, markers, table
-from evidence_plans import canonical
-
 from zigzag_ext.study import plots
 from zigzag_ext.study.evaluate import RULER, Row, read
 from zigzag_ext.study.evaluate.results import wilson
+
+from ..cells.evidence_plans import canonical
+from .documents import insert, markers, table
 
 NAME = "evidence"
 REFERENCES = (("", "full"), ("", "streaming"), ("", "demo"))
@@ -166,7 +166,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def write(folder: Path, target: Path) -> int:
     """Puts the tables between the markers of `target`, and the figures into figures/ beside it."""
     if not (folder / "rows.csv").exists():
-        print(f"no results in {folder}: run benchmarks/evidence.py first", file=sys.stderr)
+        print(f"no results in {folder}: run benchmarks.evidence first", file=sys.stderr)
         return 1
     results, figures = Results(folder), target.parent / "figures"
     if not insert(target, NAME, text(results)):

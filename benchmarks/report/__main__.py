@@ -1,26 +1,34 @@
-"""Results to tables and figures:  python benchmarks/report.py
+"""Results to tables and figures:  python -m benchmarks.report
 
-Reads benchmarks/results/*.csv, puts tables between the results markers (decode, step, prefill, capacity) of README.md and
-docs/performance.md, and draws docs/figures/*.png. Speed-ups compare rows of one file only, because one file is one run.
+Reads benchmarks/results/*.csv, puts tables between the results markers (decode, layers, step, prefill, capacity) of documents,
+and draws docs/figures/*.png. benchmarks/results/README.md shows every row, README.md and docs/performance.md a few. Speed-ups
+compare rows of one file only, because one file is one run.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import figures
-import records
-import report_steps
-from documents import insert, markers, table
-from prefill import PrefillRecord
-from records import CapacityRecord, Record, StepRecord
-from scenarios import BY_DEVICE
+from ..cells.scenarios import BY_DEVICE
+from . import figures, steps
+from .documents import insert, markers, table
+from .records import CapacityRecord, PrefillRecord, Record, StepRecord, read
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord}  # files that begin so; all others: Record
 QUICK = {cell.scenario for cells in BY_DEVICE.values() for cell in cells if cell.quick}
+TEN = {  # what docs/performance.md shows of a GPU: one token at three lengths, and one cell of every other kind
+    "decode_1x4k", "decode_1x32k", "decode_1x128k", "decode_8x32k", "ragged_64k_31x4k", "mha_1x4k", "verify8_1x32k",
+    "decode_1x128k_fp8", "ring_64+256", "ring_64+256_b64",
+}  # fmt: skip
+# Documents and which rows of decode they show. None: every row of every kind, and every implementation.
+DOCUMENTS: dict[str, Callable[[Record], bool] | None] = {
+    "README.md": lambda row: row.scenario in QUICK,
+    "docs/performance.md": lambda row: row.scenario in TEN and row.driver != "-",
+    "benchmarks/results/README.md": None,
+}
 Cells = dict[tuple, dict[str, Record]]  # shape -> impl -> row
 
 
@@ -84,36 +92,55 @@ def origin(rows: list, file: str, link: str) -> str:
     return f"**{', '.join(parts)}**, commit {commits} ([{file}]({link}))"
 
 
-def sections(sources: dict[Path, list[Record]], target: Path, complete: bool) -> str:
-    """The text between the markers of `target`. The short form shows the quick subset of the runs with peers."""
+def sections(sources: dict[Path, list[Record]], target: Path, shows: Callable[[Record], bool] | None) -> str:
+    """The tables of decode in `target`. The short form shows runs with peers only."""
     parts = []
     for path, rows in sources.items():
-        cells = by_cell(row for row in rows if complete or row.scenario in QUICK)
-        if not complete and not any(best_peer(impls) for impls in cells.values()):
-            continue
-        link = Path(os.path.relpath(path, target.parent)).as_posix()
-        parts.append(origin(rows, path.name, link))
-        parts.append(summary_table(cells))
-        if complete and any(best_peer(impls) for impls in cells.values()):
+        cells = by_cell(row for row in rows if shows is None or shows(row))
+        has_peers = any(best_peer(impls) for impls in cells.values())
+        if shows is None or has_peers:
+            link = Path(os.path.relpath(path, target.parent)).as_posix()
+            parts += [origin(rows, path.name, link), summary_table(cells)]
+        if shows is None and has_peers:
             parts.append(full_table(cells))
     return "\n\n".join(parts)
 
 
 def model_sections(kind: str, sources: dict[Path, list], target: Path, complete: bool) -> str:
-    """What step, prefill and capacity files say. The short form of steps shows one model at one context."""
+    """What layers, step, prefill and capacity files say. The short form of steps shows one model at one context."""
     parts = []
     for path, rows in sources.items():
         link = Path(os.path.relpath(path, target.parent)).as_posix()
         title = origin(rows, path.name, link)
         if kind == "prefill":
-            parts += [title, report_steps.prefill_table(rows)]
+            parts += [title, steps.prefill_table(rows)]
         elif kind == "capacity":
-            parts += [title, report_steps.capacity_table(rows)]
+            parts += [title, steps.capacity_table(rows)]
+        elif kind == "layers":
+            parts += [title, steps.layers_table(rows)]
         else:
-            parts += [title, report_steps.step_table(rows if complete else report_steps.highlights(rows))]
+            parts += [title, steps.step_table(rows if complete else steps.highlights(rows))]
             if any(row.phase == "prefill" for row in rows):
-                parts.append(report_steps.prompt_table(rows))
+                parts.append(steps.prompt_table(rows))
     return "\n\n".join(parts)
+
+
+def read_all(results: Path) -> dict[str, dict[Path, list]]:
+    """The rows of every file in a folder, by kind of result."""
+    found: dict[str, dict[Path, list]] = {kind: {} for kind in ("decode", "layers", *KINDS)}
+    for path in sorted(results.glob("*.csv")):
+        kind = next((kind for kind in KINDS if path.name.startswith(kind)), "decode")
+        if path.name.startswith("kv_quality"):  # quality.py has those
+            continue
+        rows = read(path, KINDS.get(kind, Record))
+        if kind == "decode":  # bench_layers writes chains of layers, which have no peers, in the columns of decode
+            parts = {"decode": [r for r in rows if r.op.startswith("decode_")], "layers": [r for r in rows if r.op == "step"]}
+        else:
+            parts = {kind: rows}
+        for part, its_rows in parts.items():
+            if its_rows:
+                found[part][path] = its_rows
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,31 +148,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of CSV files")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args(argv)
-    kind_of = {
-        path: next((k for k in KINDS if path.name.startswith(k)), "decode")
-        for path in sorted(args.results.glob("*.csv"))
-        if not path.name.startswith("kv_quality")
-    }  # quality_report.py has those
-    found = {
-        kind: {p: records.read(p, KINDS.get(kind, Record)) for p, k in kind_of.items() if k == kind}
-        for kind in ["decode", *KINDS]
-    }
-    # bench_layers writes chains of layers, which have no peers, in the columns of decode.
-    found["decode"] = {path: [r for r in rows if r.op.startswith("decode_")] for path, rows in found["decode"].items()}
-    found = {kind: {path: rows for path, rows in sources.items() if rows} for kind, sources in found.items()}
+    found = read_all(args.results)
     if not any(found.values()):
-        print(f"no results in {args.results}: run benchmarks/run.py or bench_decode first", file=sys.stderr)
+        print(f"no results in {args.results}: run benchmarks.decode or bench_decode first", file=sys.stderr)
         return 1
-    for name, complete in (("README.md", False), ("docs/performance.md", True)):
+    for name, shows in DOCUMENTS.items():
         target = args.root / name
-        for kind, sources in ((kind, sources) for kind, sources in found.items() if sources):
-            text = sections(sources, target, complete) if kind == "decode" else model_sections(kind, sources, target, complete)
+        for kind, sources in found.items():
+            if not sources:
+                continue
+            is_decode = kind == "decode"
+            text = sections(sources, target, shows) if is_decode else model_sections(kind, sources, target, shows is None)
             done = insert(target, kind, text)
             print(f"{target}: {kind} updated" if done else f"{target}: {kind} skipped, no {markers(kind)[0]} in it")
     folder = args.root / "docs" / "figures"
     drawn = figures.draw_all(found["decode"], folder)
     for path, rows in found["step"].items():
-        drawn += report_steps.draw_steps(rows, folder, path.stem)
+        drawn += steps.draw_steps(rows, folder, path.stem)
     for path in drawn:
         print(path)
     return 0

@@ -1,12 +1,13 @@
-"""Tables and figures of whole models (step*.csv) and of prompt chunks (prefill*.csv). Called by report.py."""
+"""Tables and figures of whole models (step*.csv, layers*.csv) and of prompt chunks (prefill*.csv). Called by __main__.py."""
 
 from pathlib import Path
 
-import figures
 import matplotlib.pyplot as plt
-from documents import table
-from prefill import PrefillRecord, bars
-from records import CapacityRecord, StepRecord
+
+from . import figures
+from .comparisons import of_chunks
+from .documents import table
+from .records import CapacityRecord, PrefillRecord, Record, StepRecord
 
 GB = 1e9
 IMPLS = {
@@ -79,6 +80,18 @@ def prompt_table(rows: list[StepRecord]) -> str:
     return table(["model", "prompt", "plan", "run by", "wall, s", "speed-up", "KV, GB", "beside weights and KV, GB"], lines, 4)
 
 
+def layers_table(rows: list[Record]) -> str:
+    """The attention of all layers of a model as one graph, against a pure read of the same bytes."""
+    chains: dict[str, dict[str, Record]] = {}
+    for row in rows:
+        chains.setdefault(row.scenario, {})[row.impl] = row
+    lines = []
+    for name, impls in chains.items():
+        ours, read = impls["zigzag"].p50_us, impls["read"].p50_us
+        lines.append([name, f"{ours:,.0f}", f"{read:,.0f}", f"{100 * read / ours:.0f}%", f"{impls['zigzag'].gbps:,.0f}"])
+    return table(["chain", "zigzag, us", "pure read, us", "of read", "GB/s"], lines)
+
+
 def capacity_table(rows: list[CapacityRecord]) -> str:
     """The longest contexts: time of a token against the time to read the weights and the cache."""
     header = ["context", "plan", "weights", "KV", "run by", "ms per token", "floor, ms", "KV, GB", "used, GB", "largest error"]
@@ -95,7 +108,7 @@ def prefill_table(rows: list[PrefillRecord]) -> str:
     for row in sorted(rows, key=lambda row: (row.scenario, row.p50_us)):
         time = f"{row.p50_us:,.0f}" if row.p50_us >= 1000 else f"{row.p50_us:.1f}"
         lines.append([row.scenario, row.impl, f"{row.tokens:,}", f"{row.past:,}", time, f"{row.tflops:.0f}"])
-    comparisons = "\n".join(f"- {line}" for line in bars(rows))
+    comparisons = "\n".join(f"- {line}" for line in of_chunks(rows))
     return f"{comparisons}\n\n" + table(["scenario", "implementation", "tokens", "past", "median, us", "TFLOP/s"], lines, 2)
 
 

@@ -1,6 +1,6 @@
 """This package, through the torch op: attention and the append of the new token in one launch."""
 
-from scenarios import QUANTISED
+from ...cells.scenarios import QUANTISED
 
 DEVICES = ("cuda", "cpu")
 KV_FORMATS = QUANTISED

@@ -1,22 +1,18 @@
 """The quality benchmark of quantised caches: scoring uses the plan's formats, the emulations are what they say, runs resume."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from character_model import one_thread  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import kv_quality  # noqa: E402
-import quality_report  # noqa: E402
-import records  # noqa: E402
-
-import zigzag_ext as zz  # noqa: E402
-from zigzag_ext.cli import demo  # noqa: E402
-from zigzag_ext.study import evaluate  # noqa: E402
-from zigzag_ext.study.evaluate.scoring import score  # noqa: E402
+import zigzag_ext as zz
+from benchmarks import kv_quality
+from benchmarks.report import quality as quality_report
+from benchmarks.report import records
+from zigzag_ext.cli import demo
+from zigzag_ext.study import evaluate
+from zigzag_ext.study.evaluate.scoring import score
 
 PLAN = zz.Plan(["streaming", "retrieval", "retrieval"], sink=4, window=32)
 

@@ -1,24 +1,20 @@
 """The benchmark scripts: the CSV they share, the report, and a run over tiny cells from end to end."""
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from benchmarks import decode
+from benchmarks.cells import problem, scenarios
+from benchmarks.cells.scenarios import Cell, ring
+from benchmarks.peers import attention as peers
+from benchmarks.report import records
+from benchmarks.timing import clock
 
-import clock  # noqa: E402
-import peers  # noqa: E402
-import problem  # noqa: E402
-import records  # noqa: E402
-import run  # noqa: E402
-import scenarios  # noqa: E402
-from scenarios import Cell, ring  # noqa: E402
-
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = [
     Cell("full", (70,), num_q_heads=8, num_kv_heads=2, head_dim=64),
     Cell("ragged", (5, 33), num_q_heads=4, num_kv_heads=4, head_dim=64, kv_format="fp32"),
@@ -39,12 +35,13 @@ def fast(monkeypatch):
 
 
 def row(cell: Cell, impl: str, p50: float) -> records.Record:
-    return run.record(cell, impl, clock.Quantiles(p50 * 0.9, p50, p50 * 1.1), 100.0, ORIGIN)
+    return decode.record(cell, impl, clock.Quantiles(p50 * 0.9, p50, p50 * 1.1), 100.0, ORIGIN)
 
 
-def synthetic() -> list[records.Record]:
+def synthetic(driver: str = "-") -> list[records.Record]:
     times = {"zigzag": 1.0, "fast_peer": 1.5, "slow_peer": 4.0, "read": 0.5}
-    return [row(cell, impl, factor * cell.kv_bytes / 1e6) for cell in scenarios.CUDA for impl, factor in times.items()]
+    rows = [row(cell, impl, factor * cell.kv_bytes / 1e6) for cell in scenarios.CUDA for impl, factor in times.items()]
+    return [replace(each, driver=driver) for each in rows]
 
 
 def test_csv_round_trip(tmp_path):
@@ -105,35 +102,39 @@ def test_no_implementation_finds_buffers_that_another_has_just_read(monkeypatch,
     assert visits == [i % positions for i in range(len(visits))]
 
 
-def test_report_fills_both_documents_and_draws(tmp_path, capsys):
+def test_report_fills_the_documents_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    import documents
-    import report
+    from benchmarks.report import __main__ as report
+    from benchmarks.report import documents
 
-    (tmp_path / "results").mkdir()
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    records.write(tmp_path / "results" / "decode.csv", synthetic())
+    records.write(results / "decode.csv", synthetic(driver="1.2"))
+    records.write(results / "decode_cpu.csv", synthetic())
     opening, closing = documents.markers("decode")
-    text = f"before\n{opening}\nold\n{closing}\nafter\n"
-    (tmp_path / "README.md").write_text(text)
-    (tmp_path / "docs" / "performance.md").write_text(text)
-    assert report.main(["--results", str(tmp_path / "results"), "--root", str(tmp_path)]) == 0
+    for name in report.DOCUMENTS:
+        (tmp_path / name).write_text(f"before\n{opening}\nold\n{closing}\nafter\n")
+    assert report.main(["--results", str(results), "--root", str(tmp_path)]) == 0
 
-    readme, performance = (tmp_path / "README.md").read_text(), (tmp_path / "docs" / "performance.md").read_text()
-    for document in (readme, performance):
+    readme, performance, complete = ((tmp_path / name).read_text() for name in report.DOCUMENTS)
+    for document in (readme, performance, complete):
         assert document.startswith("before\n") and document.endswith("after\n") and "old" not in document
     line = next(line for line in readme.splitlines() if line.startswith("| 1 x 4,096 keys, 32/8"))
     assert "(fast_peer) | 1.50x | 1,000 | 1000% |" in line
-    assert readme.count("| 1.50x |") == sum(cell.quick for cell in scenarios.CUDA)
-    assert "slow_peer" in performance and "32 rows of up to 65,536 keys" in performance
-    assert "(results/decode.csv)" in readme and "(../results/decode.csv)" in performance
+    assert readme.count("| 1.50x |") == 2 * sum(cell.quick for cell in scenarios.CUDA)
+    assert performance.count("| 1.50x |") == 10 and "slow_peer" not in performance
+    assert "(../benchmarks/results/decode.csv)" in performance and "decode_cpu.csv" not in performance
+    assert complete.count("| 1.50x |") == 2 * len(scenarios.CUDA)
+    assert "slow_peer" in complete and "32 rows of up to 65,536 keys" in complete
+    assert "(benchmarks/results/decode.csv)" in readme and "(decode.csv)" in complete
     for name in ("decode.png", "decode_ring.png"):
         assert (tmp_path / "docs" / "figures" / name).stat().st_size > 10_000
 
 
 def test_report_names_what_it_skips(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    import report
+    from benchmarks.report import __main__ as report
 
     assert report.main(["--results", str(tmp_path), "--root", str(tmp_path)]) == 1
     assert "no results" in capsys.readouterr().err
@@ -143,7 +144,7 @@ def test_report_names_what_it_skips(tmp_path, capsys):
 
 
 def test_run_on_the_cpu_end_to_end(fast, tmp_path, capsys):
-    assert run.main(["--device", "cpu", "--csv", str(tmp_path / "cpu.csv"), "--commit", "abc"]) == 0
+    assert decode.main(["--device", "cpu", "--csv", str(tmp_path / "cpu.csv"), "--commit", "abc"]) == 0
     out = capsys.readouterr().out
     rows = records.read(tmp_path / "cpu.csv")
     timed = {(r.scenario, r.impl) for r in rows}
@@ -184,22 +185,22 @@ def raise_(error):
 )
 def test_a_broken_peer_is_named_and_not_timed(fast, change, reason):
     modules = {"broken": Broken(change), "right": Broken(lambda out: out)}
-    clocks, _, reasons = run.prepare_all(problem.Problem(TINY[0], "cpu"), modules)
+    clocks, _, reasons = decode.prepare_all(problem.Problem(TINY[0], "cpu"), modules)
     assert list(clocks) == ["right"] and list(reasons) == ["broken"]
     assert reasons["broken"].startswith(reason)
 
 
 def test_a_failure_of_ours_fails_the_run(fast, monkeypatch, capsys):
     monkeypatch.setattr(peers, "for_device", lambda device: {"zigzag": Broken(lambda out: out * 2)})
-    assert run.main(["--device", "cpu", "--scenario", "full"]) == 1
+    assert decode.main(["--device", "cpu", "--scenario", "full"]) == 1
     assert "zigzag failed in: full" in capsys.readouterr().err
 
 
 def test_unknown_names_list_the_known_ones(fast):
     with pytest.raises(SystemExit, match="unknown peer x; known: zigzag, torch_sdpa_gqa, torch_sdpa_packed"):
-        run.main(["--device", "cpu", "--peer", "x"])
+        decode.main(["--device", "cpu", "--peer", "x"])
 
 
 def test_every_peer_file_is_registered():
-    files = {path.stem for path in (BENCHMARKS / "peers").glob("[!_]*.py")}
+    files = {path.stem for path in (BENCHMARKS / "peers" / "attention").glob("[!_]*.py")}
     assert files == {*peers.for_device("cpu"), *peers.for_device("cuda")}

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from model_memory import kv_bytes, peak_bytes, weight_bytes
-from models import K, make_plan
-from profile_gpu import profiled, wait
-from records import StepRecord
 from transformers import DynamicCache
 
 import zigzag_ext as zz
+
+from ..timing.model_memory import kv_bytes, peak_bytes, weight_bytes
+from ..timing.profile_gpu import profiled, wait
+from .models import K, make_plan
 
 CHUNK = 32 * K
 WARMUP = 2 * K  # tokens beyond a chunk, so that the warm-up attends a past, too
@@ -79,16 +79,3 @@ def measure_prompt(model, new_cache: Callable, context: int) -> dict:
         rows.append(run_prompt(model, new_cache(), context))
     middle = {name: statistics.median(row[name] for row in rows) for name in ("wall_ms", "gpu_ms")}
     return {"phase": "prefill", **rows[-1], **middle}
-
-
-def bars(rows: list[StepRecord]) -> list[str]:
-    """What exclusive plans gain over full retrieval, and memory beside weights and KV, one line per prompt."""
-    rows = [row for row in rows if row.phase == "prefill"]
-    full = {(row.model, row.context): row for row in rows if row.impl == "zigzag_eager" and row.plan == "retrieval_100"}
-    lines = []
-    for row in rows:
-        memory = f", {row.beside_bytes / 2**30:.2f} GiB above weights and KV" if row.peak_bytes else ""
-        other = full.get((row.model, row.context))
-        gain = f", {other.wall_ms / row.wall_ms:.2f} times as fast as retrieval_100" if other and other != row else ""
-        lines.append(f"prefill {row.impl} {row.plan} {row.context}: {row.wall_ms / 1e3:.2f} s{gain}{memory}")
-    return lines

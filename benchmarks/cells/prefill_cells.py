@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from problem import QUERY_SIGMA, Unsupported
 from torch import Tensor
 
 from zigzag_ext.attention import backends as prefill_backends
 from zigzag_ext.attention import ops
 from zigzag_ext.attention import routes as prefill
+
+from .problem import QUERY_SIGMA, Unsupported
 
 K = 1024
 DECODE_ROWS = ops.MAX_DECODE_QUERIES

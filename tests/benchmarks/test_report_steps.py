@@ -1,18 +1,12 @@
 """Tables and figures of whole models and prompt chunks, from made-up rows."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import documents  # noqa: E402
-import records  # noqa: E402
-import report  # noqa: E402
-from prefill import PrefillRecord  # noqa: E402
-from records import CapacityRecord, StepRecord  # noqa: E402
+from benchmarks.report import __main__ as report
+from benchmarks.report import documents, records
+from benchmarks.report.records import CapacityRecord, PrefillRecord, StepRecord
 
 ORIGIN = ("abc", "GPU", "1.2", "2.11")
 
@@ -24,8 +18,8 @@ def step(phase, context, plan, impl, wall, kv):
 
 
 def test_every_kind_of_result_gets_its_table(tmp_path):
-    results, docs = tmp_path / "results", tmp_path / "docs"
-    results.mkdir(), docs.mkdir()
+    results, docs = tmp_path / "benchmarks" / "results", tmp_path / "docs"
+    results.mkdir(parents=True), docs.mkdir()
     rows = [
         step(phase, context, plan, impl, context / 1024 + index, context * 1000)
         for context in (4096, 131072)
@@ -46,20 +40,28 @@ def test_every_kind_of_result_gets_its_table(tmp_path):
     with records.writer(results / "prefill.csv", PrefillRecord) as add:
         add(ours)
         add(peer)
-    places = "\n".join("\n".join(documents.markers(kind)) for kind in report.KINDS)
-    (tmp_path / "README.md").write_text(places)
-    (docs / "performance.md").write_text(places)
+    chain = ORIGIN[:3] + ("-", "step"), ("1x4K_16of32", "bf16", 1, 32, 8, 128, 1, 4096, 64, 256)
+    records.write(
+        results / "layers_cpp.csv",
+        [
+            records.Record(*chain[0], impl, *chain[1], 1.0, time, 1.0, 10**9, 2000.0, 50.0)
+            for impl, time in (("zigzag", 500.0), ("read", 400.0))
+        ],
+    )
+    places = "\n".join("\n".join(documents.markers(kind)) for kind in ("layers", *report.KINDS))
+    for name in report.DOCUMENTS:
+        (tmp_path / name).write_text(places)
 
     assert report.main(["--results", str(results), "--root", str(tmp_path)]) == 0
-    readme, performance = (tmp_path / "README.md").read_text(), (docs / "performance.md").read_text()
+    readme, performance, complete = ((tmp_path / name).read_text() for name in report.DOCUMENTS)
     row = "| llama3-8b | 128K | 50% of layers retrieve | zigzag_ext, compiled | 128.00 | 128.00 | 64.00 | 336 | 0.13 | 17.1 |"
-    assert row in readme and row in performance
-    assert "| 4K |" in performance and "| llama3-8b | 4K |" not in readme
-    assert "| llama3-8b | 320K | 50% of layers retrieve | zigzag_ext, eager | 30.00 | 2.00x | 1.00 | 1.00 |" in performance
+    assert row in readme and row in performance and row in complete
+    assert "| llama3-8b | 4K |" in complete and "| llama3-8b | 4K |" not in readme + performance
+    assert "| 1x4K_16of32 | 500 | 400 | 80% | 2,000 |" in complete
+    assert "| llama3-8b | 320K | 50% of layers retrieve | zigzag_ext, eager | 30.00 | 2.00x | 1.00 | 1.00 |" in complete
     assert (
-        "| 4,000,000 | 50% of layers retrieve | int8 | int4 | zigzag_ext, eager | 50.0 | 27.5 | 70.0 | 81.0 | 0.25% |"
-        in performance
+        "| 4,000,000 | 50% of layers retrieve | int8 | int4 | zigzag_ext, eager | 50.0 | 27.5 | 70.0 | 81.0 | 0.25% |" in complete
     )
-    assert "in percent of the best full layer: 1.00" in performance and "| streaming_128k | zigzag | 131,072 |" in performance
+    assert "in percent of the best full layer: 1.00" in complete and "| streaming_128k | zigzag | 131,072 |" in complete
     for name in ("step_latency.png", "step_memory.png"):
         assert (docs / "figures" / name).stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Times decode attention against its peers, in one process on one machine:  python benchmarks/run.py --csv decode.csv
+"""Times decode attention against its peers, in one process on one machine:  python -m benchmarks.decode --csv decode.csv
 
 Every output is checked against zigzag_ext.reference (float64) before it is timed. Caches are cold (rotated buffers), a GPU
 replays CUDA graphs, implementations take turns, and medians are reported with their 20th and 80th percentiles.
@@ -10,13 +10,13 @@ import gc
 import sys
 from pathlib import Path
 
-import clock
-import machine
-import peers
 import torch
-from problem import TOLERANCE, Problem, Unsupported
-from records import Record, writer
-from scenarios import BY_DEVICE, Cell
+
+from .cells.problem import TOLERANCE, Problem, Unsupported
+from .cells.scenarios import BY_DEVICE, Cell
+from .peers import attention as peers
+from .report.records import Record, writer
+from .timing import clock, machine
 
 
 def prepare_all(problem: Problem, modules: dict) -> tuple[dict, dict[str, float], dict[str, str]]:
@@ -89,8 +89,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=sorted(BY_DEVICE), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the two-minute subset")
-    parser.add_argument("--scenario", help="names from scenarios.py, separated by commas; default: all of the device")
-    parser.add_argument("--peer", help="names of files in peers/, separated by commas; default: all")
+    parser.add_argument("--scenario", help="names from cells/scenarios.py, separated by commas; default: all of the device")
+    parser.add_argument("--peer", help="names of files in peers/attention/, separated by commas; default: all")
     parser.add_argument("--csv", type=Path, help="file for the results, written anew")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument(

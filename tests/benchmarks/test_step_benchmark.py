@@ -1,24 +1,17 @@
 """Benchmarks of whole models over a tiny one on the CPU: steps, prompts, capacity, and the caches they fake."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import capacity  # noqa: E402
-import clock  # noqa: E402
-import duo_recreation  # noqa: E402
-import fake_context  # noqa: E402
-import models  # noqa: E402
-import step  # noqa: E402
-import step_prefill  # noqa: E402
-from records import CapacityRecord, StepRecord, read  # noqa: E402
-
-from zigzag_ext.attention import ops, reference  # noqa: E402
+from benchmarks import capacity, step
+from benchmarks.cells import fake_context, models, step_prefill
+from benchmarks.peers import duo_recreation
+from benchmarks.report import comparisons
+from benchmarks.report.records import CapacityRecord, StepRecord, read
+from benchmarks.timing import clock
+from zigzag_ext.attention import ops, reference
 
 CPU = ["--device", "cpu", "--model", "tiny", "--commit", "abc"]
 PER_TOKEN = 2 * 2 * 64 * 4  # bytes of K and V: 2 heads of 64, float32
@@ -107,7 +100,7 @@ def test_what_prompts_need_beside_weights_and_kv():
         origin = ("c", "g", "d", "t", "tf", "m", "prefill", 1000, plan, "zigzag_eager")
         return StepRecord(*origin, wall_ms, 0.0, 0.0, 1 << 30, peak << 30, 2 << 30)
 
-    lines = step_prefill.bars([row("retrieval_100", 3000.0, 6), row("exclusive_50", 2000.0, 5)])
+    lines = comparisons.of_prompts([row("retrieval_100", 3000.0, 6), row("exclusive_50", 2000.0, 5)])
     assert lines[0].endswith("retrieval_100 1000: 3.00 s, 3.00 GiB above weights and KV")
     assert lines[1].endswith("2.00 s, 1.50 times as fast as retrieval_100, 2.00 GiB above weights and KV")
 
@@ -230,7 +223,7 @@ def test_capacity(tmp_path, monkeypatch, capsys, weights, wrong):
 
 def test_int8_weights_are_the_model_with_rounded_linear_layers():
     pytest.importorskip("torchao")
-    from int8_weights import build_int8
+    from benchmarks.cells.int8_weights import build_int8
 
     plain = models.build_model("tiny", "cpu")
     model = build_int8(models.MODELS["tiny"], torch.float32, "cpu")

@@ -1,0 +1,1 @@
+from character_model import model, model_folder, tokenizer  # noqa: F401
