@@ -29,6 +29,7 @@ from records import StepRecord, held, writer
 from transformers import CompileConfig
 
 import zigzag_ext as zz
+from zigzag_ext.hf.cache_argument import cache_argument
 
 WARMUP, STEPS, PROFILED = 3, 30, 3
 LEAST_STEPS, SECONDS = 8, 1.0  # of slow steps fewer are timed: as many as fit in this time
@@ -48,9 +49,8 @@ class Decoder:
         ids, mask = self.ids[:, : self.held], self.mask[:, : self.held]
         positions = torch.full((1, 1), self.held - 1, device=ids.device)
         options = {"position_ids": positions, "use_cache": True, "logits_to_keep": 1}
-        inputs = self.model.prepare_inputs_for_generation(
-            ids, next_sequence_length=1, past_key_values=self.cache, attention_mask=mask, **options
-        )
+        options |= cache_argument(self.model, self.cache)
+        inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, attention_mask=mask, **options)
         logits = self.call(**inputs, return_dict=True).logits
         self.ids[:, self.held] = logits[:, -1].float().argmax(-1)
         wait(self.model)
@@ -59,9 +59,8 @@ class Decoder:
         """Seconds that generate() takes to continue what the cache holds."""
         ids, mask = self.ids[:, : self.held + 1], self.mask[:, : self.held + 1]
         start = time.perf_counter()
-        self.model.generate(
-            ids, attention_mask=mask, past_key_values=self.cache, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
-        )
+        options = cache_argument(self.model, self.cache) | {"do_sample": False, "eos_token_id": None}
+        self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
         wait(self.model)
         self.held += new_tokens
         return time.perf_counter() - start

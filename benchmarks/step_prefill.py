@@ -17,6 +17,7 @@ from records import StepRecord
 from transformers import DynamicCache
 
 import zigzag_ext as zz
+from zigzag_ext.hf.cache_argument import cache_argument
 
 CHUNK = 32 * K
 WARMUP = 2 * K  # tokens beyond a chunk, so that the warm-up attends a past, too
@@ -62,7 +63,7 @@ def run_prompt(model, cache, tokens: int) -> dict:
         nonlocal seconds
         wait(model)
         start = time.perf_counter()
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
         wait(model)
         seconds = time.perf_counter() - start
 
