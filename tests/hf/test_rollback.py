@@ -111,7 +111,8 @@ def test_rings_without_slack_say_what_to_do(model, method, own_cache):
     options = {"prompt_lookup_num_tokens": 3} if method == "prompt_lookup" else {"assistant_model": new_model("llama")}
     if own_cache:
         options["past_key_values"] = zz.ZigzagCache(model.config, PLAN)
-    with pytest.raises(RuntimeError, match="give ZigzagCache or enable.. rollback=20"):
+    refused = pytest.raises((RuntimeError, ValueError), match="rollback=20|requires a cache that can be cropped")
+    with refused:  # the second is what transformers says from 5.24 on
         generate(model, 40, ids, eos_token_id=2, **options)
 
 

@@ -20,7 +20,7 @@ from .state import Addresses, CacheState
 
 
 class ZigzagCache(Cache):
-    """KV cache of a plan, for `model.generate(..., past_key_values=cache)` on a model prepared by `zigzag_ext.enable`.
+    """KV cache of a plan, for `model.generate(..., cache=cache)` on a model prepared by `zigzag_ext.enable`.
 
     Args:
         config: the model's config; a retrieval, streaming or mixed layer is made for each of its `num_hidden_layers`.
@@ -46,7 +46,7 @@ class ZigzagCache(Cache):
     Example:
         >>> zz.enable(model, plan)
         >>> cache = zz.ZigzagCache(model.config, plan, max_len=8192)
-        >>> model.generate(**inputs, past_key_values=cache)
+        >>> model.generate(**inputs, cache=cache)
         >>> cache.memory_bytes()
     """
 
@@ -85,13 +85,14 @@ class ZigzagCache(Cache):
 
         super().__init__(layers=[ZigzagLayer(self.state, index, layer_stores(kind)) for index, kind in enumerate(plan.kinds)])
 
-    def forward(self, batch: int, q_len: int, attention_mask: Tensor | None = None, ids: Tensor | None = None) -> Forward:
+    def forward(self, batch: int, q_len: int, attention_mask=None, ids=None, position_ids: Tensor | None = None) -> Forward:
         """`with cache.forward(...):` brackets a forward pass of `q_len` new columns, see `Forward`.
 
         attention_mask: [batch, seen + q_len], zeros then ones per row; a zero in a step of one column: the row skips this token.
-        ids: [batch, q_len] of the tokens, None if they come as embeddings.
+        ids: [batch, q_len] of the tokens, None if they come as embeddings. position_ids: [batch or 1, q_len], only compared with
+        the tokens held, and only without a mask, which tells more.
         """
-        return Forward(self, batch, q_len, attention_mask, ids)
+        return Forward(self, batch, q_len, attention_mask, ids, position_ids)
 
     @property
     def seq_lens(self) -> Tensor | None:

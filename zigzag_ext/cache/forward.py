@@ -19,7 +19,7 @@ _current = threading.local()  # .entry: what attends in this thread, None or abs
 
 
 def current():
-    """What attends in this thread: an object with `attend(layer, q, k, v, scale)`, or None."""
+    """What attends in this thread: an object with `was_given(layer)` and `attend(layer, q, k, v, scale)`, or None."""
     return getattr(_current, "entry", None)
 
 
@@ -42,10 +42,11 @@ class Forward:
     was, the cache holds what it held before; only where a ring has overwritten tokens for the new ones it is marked instead.
     """
 
-    def __init__(self, cache: "ZigzagCache", batch: int, q_len: int, mask: Tensor | None, ids: Tensor | None):
+    def __init__(self, cache: "ZigzagCache", batch: int, q_len: int, mask=None, ids=None, positions: Tensor | None = None):
         self.cache, self.state, self.batch, self.total = cache, cache.state, batch, q_len
-        self.mask, self.ids = mask, ids
-        self.attended: set[int] = set()  # layers that the present piece has been through
+        self.mask, self.ids, self.positions = mask, ids, positions
+        self.given: set[int] = set()  # layers whose new keys the cache was given in the present piece
+        self.attended: set[int] = set()  # those that it has been through
         self.written = self.done = 0  # columns that any layer, that all layers have appended
         self.committing = False
         self.q_len = q_len  # columns of the present piece
@@ -88,6 +89,7 @@ class Forward:
     def piece(self, q_len: int) -> Iterator["Forward"]:
         """The next `q_len` columns of this forward, through all layers."""
         self.q_len, self.pieces = q_len, True
+        self.given.clear()
         self.attended.clear()
         self._set_pad()
         yield self
@@ -114,6 +116,10 @@ class Forward:
         if self.pad and device not in self.pad:
             self.pad[device] = in_normal_mode(next(iter(self.pad.values())).to)(device)
         return self.pad.get(device)
+
+    def was_given(self, layer: int) -> bool:
+        """Whether the cache got the new keys of a layer in this forward, or keeps none at all."""
+        return layer in self.given or not self.state.stores
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return self.cache.layers[layer].attend(q, k, v, scale)
@@ -164,19 +170,43 @@ class Forward:
         """
         state, mask, q_len = self.state, self.mask, self.total
         if mask is None:
+            self._check_positions()
             return state.longest + q_len, state.uniform
         if mask.dim() != 2 or tuple(mask.shape) != (self.batch, state.columns + q_len):
-            used = state.columns and (
-                f". The cache already holds {state.columns} tokens; pass the whole conversation, or reset() "
-                "(prefill_chunk_size needs an empty cache)"
-            )
             raise ValueError(
                 f"attention_mask must be [batch, tokens seen + new tokens] = [{self.batch}, {state.columns + q_len}] of zeros "
-                f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
+                f"(left padding), then ones; got {tuple(mask.shape)}{self._used()}"
             )
         if self.short:
             return self._read_short_mask()
         return self._read_prompt_mask()
+
+    def _check_positions(self) -> None:
+        """Raises ValueError if new tokens are said to stand among those held: a caller without a mask passes them once more.
+
+        Positions [..., batch or 1, q_len] of a forward that waits for nothing are looked at on a CPU only.
+        """
+        positions, held = self.positions, self.state.columns
+        if positions is None:
+            return
+        if positions.shape[-1] != self.total:
+            raise ValueError(
+                f"position_ids must be [batch, {self.total}], one per new token; got {tuple(positions.shape)}{self._used()}"
+            )
+        looks = held > 0 and (not self.short or positions.device.type == "cpu")
+        if looks and (positions[..., 0] < self.state.lengths_on(positions.device)).any():
+            first = positions[..., 0].min().item()
+            raise ValueError(f"position_ids start at {first}, among the tokens that are held{self._used()}")
+
+    def _used(self) -> str:
+        """The end of a message about arguments that do not go on where the cache stopped."""
+        held = self.state.columns
+        if not held:
+            return ""
+        return (
+            f". The cache already holds {held} tokens; pass the whole conversation, or reset() "
+            "(prefill_chunk_size needs an empty cache)"
+        )
 
     def _read_short_mask(self) -> tuple[int, bool]:
         state, q_len, mask = self.state, self.total, self.mask

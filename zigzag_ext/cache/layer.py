@@ -103,6 +103,7 @@ class ZigzagLayer(CacheLayerMixin):
         """Returns the new keys and values as they are; `attend` appends them. Raises outside an enabled model's forward."""
         if self.state.forward is None:
             raise RuntimeError("a ZigzagCache works only with zigzag attention: call zigzag_ext.enable(model, plan) first")
+        self.state.forward.given.add(self.index)
         return key_states, value_states
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

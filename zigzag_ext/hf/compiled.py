@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from ..attention.store import in_normal_mode
 from ..cache import ZigzagCache
 from ..cache.forward import Forward, attending
+from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
 from .step_cache import StepCache
 
@@ -53,11 +54,11 @@ class CompiledDecoding:
 
     def __call__(self, forward: Forward, kwargs: dict):
         cache = forward.cache
-        inputs = {name: value for name, value in kwargs.items() if name != "attention_mask" and value is not cache}
-        name = next((name for name, value in kwargs.items() if value is cache), None)
-        steps, signature = self.steps.setdefault(cache.addresses, {}), (name, _signature(inputs, forward))
+        _, inputs = split_cache(kwargs)
+        inputs.pop("attention_mask", None)
+        steps, signature = self.steps.setdefault(cache.addresses, {}), _signature(inputs, forward)
         if signature not in steps:
-            steps[signature] = _Step(self.model, self.compiled, forward, inputs, name)
+            steps[signature] = _Step(self.model, self.compiled, forward, inputs)
         output = steps[signature](forward, inputs)
         forward.mark_attended()
         return output
@@ -84,7 +85,7 @@ class _Step:
     """
 
     @in_normal_mode
-    def __init__(self, model: nn.Module, compiled: Callable, forward: Forward, inputs: dict, cache_name: str):
+    def __init__(self, model: nn.Module, compiled: Callable, forward: Forward, inputs: dict):
         self.model, self.compiled = model, compiled
         self.view = StepCache(forward)
         self.tensors = {
@@ -92,7 +93,7 @@ class _Step:
             for name, value in inputs.items()
             if isinstance(value, Tensor)
         }
-        self.inputs = inputs | self.tensors | {cache_name: self.view}
+        self.inputs = inputs | self.tensors | cache_argument(model, self.view)
         self.graph = self.output = self.captured_on = None
         self.last_forward = -1
 

@@ -12,6 +12,7 @@ from ..cache import ZigzagCache
 from ..cache.cache import check_lengths
 from ..planning.plan import Plan
 from .attention import NAME
+from .cache_argument import cache_parameter, warn_if_untested
 from .chunking import check_chunk
 from .compiled import check_compilable
 from .families import check_family
@@ -43,13 +44,14 @@ def enable(
             stay eager. See below.
 
     Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
-    `past_key_values=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. Inference only.
+    `cache=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. (`past_key_values=` means the same.)
+    Inference only. Tested with transformers 5.4 to 5.24; a newer one is warned of once.
 
     With `compile=True` the first step compiles, which takes from seconds to minutes; after that a step costs the host almost
     nothing, whatever the context length. Compiled again: for the second batch size (all later ones share that graph), for
     another plan, and where the arguments of the forward differ. On a GPU the graph is also captured (about a second) for each
-    cache that is new, changes its batch size, or grows: give `max_len`, and it is captured once. Calls without `past_key_values`
-    use the memory of the last such cache that is gone, so one capture serves one prompt after the other; `disable` frees it.
+    cache that is new, changes its batch size, or grows: give `max_len`, and it is captured once. Calls without a cache use
+    the memory of the last such cache that is gone, so one capture serves one prompt after the other; `disable` frees it.
     Tokens agree with eager ones up to the rounding of compiled kernels.
 
     Returns:
@@ -61,8 +63,9 @@ def enable(
             computed exactly (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention,
             shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE whose
             frequencies follow the length ("dynamic", "longrope").
-        RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface. With
-            `compile`, from the first step: the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).
+        RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
+            forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
+            the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).
 
     Source: ZigzagAttention (https://arxiv.org/abs/2508.12407).
     """
@@ -75,7 +78,9 @@ def enable(
     if not isinstance(compile, bool):
         raise TypeError(f"compile must be True or False, got {compile!r}")
     max_len, rollback = check_lengths(max_len, rollback)
+    warn_if_untested()
     check_family(model)
+    cache_parameter(model)
     prefill_chunk = check_chunk(model, prefill_chunk)
     if compile:
         check_compilable(model)

@@ -8,10 +8,10 @@ import warnings
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
 from ..cache import ZigzagCache
 from ..cache.forward import attending
+from .cache_argument import cache_parameter, split_cache
 from .chunking import TOKEN_ARGUMENTS, new_tokens, pieces_of
 from .compiled import CompiledDecoding
 
@@ -32,6 +32,7 @@ class Session:
         self.model, self.plan, self.cache_options, self.previous = model, plan, cache_options, previous
         self.prefill_chunk, self.compile = prefill_chunk, compile
         self.replaced = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
+        self.cache_name = cache_parameter(model)
         parameters = inspect.signature(model.forward).parameters.values()
         self.parameters = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.start()
@@ -73,8 +74,9 @@ class Session:
             raise ValueError(
                 f"{type(self.model).__name__} was called without input_ids and without inputs_embeds; pass one of them"
             )
-        cache, (batch, q_len) = self._cache_of(kwargs), new_tokens(kwargs)
-        forward = cache.forward(batch, q_len, kwargs.get("attention_mask"), kwargs.get("input_ids"))
+        cache, kwargs = self._with_cache(kwargs)
+        noted = (kwargs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
+        forward = cache.forward(*new_tokens(kwargs), *noted)
         with self._without_gradients(), forward, attending(forward):
             if self.compiled is not None and forward.decodes:
                 return self.compiled(forward, kwargs)
@@ -93,18 +95,14 @@ class Session:
         for name in ("assistant_early_exit", "cache_implementation"):
             if wanted(name) is not None:
                 raise ValueError(f"zigzag attention does not serve {name}={wanted(name)!r}: leave it None")
-        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        cache, kwargs = split_cache(kwargs)
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if cache is None and wanted("use_cache") is not False:
-            kwargs[self.cache_argument] = self.new_cache()
+            cache = self.new_cache()
         elif isinstance(cache, ZigzagCache) and ids is not None and not wanted("prefill_chunk_size"):
             cache.keep_first(ids, given.get("attention_mask"))
+        kwargs |= {} if cache is None else {self.cache_name: cache}
         return self.behind("generate")(*args, **kwargs)
-
-    @property
-    def cache_argument(self) -> str:
-        """What this version of transformers calls the cache among the arguments of a forward."""
-        return "cache" if "cache" in self.parameters else "past_key_values"
 
     def new_cache(self) -> ZigzagCache:
         if self.compiled is not None:
@@ -123,23 +121,22 @@ class Session:
             raise TypeError(f"{name} got multiple values for argument '{twice[0]}'")
         return kwargs | positional
 
-    def _cache_of(self, kwargs: dict) -> ZigzagCache:
-        """The cache of this forward, also put among `kwargs` unless the caller wants none."""
-        config = self.model.config
-        name, given = next(((n, v) for n, v in kwargs.items() if isinstance(v, Cache)), (self.cache_argument, None))
+    def _with_cache(self, kwargs: dict) -> tuple[ZigzagCache, dict]:
+        """The cache of this forward, and its arguments with that cache among them unless the caller wants none."""
+        config, (given, kwargs) = self.model.config, split_cache(kwargs)
         if given is None:
             use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
             if not use_cache:
-                return ZigzagCache.without_memory(config, self.plan)
-            given = kwargs[name] = self.new_cache()
+                return ZigzagCache.without_memory(config, self.plan), kwargs
+            given = self.new_cache()
         if not isinstance(given, ZigzagCache):
             raise TypeError(
                 f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}: pass "
-                f"{name}=zz.ZigzagCache(model.config, plan), or take the one that the first forward returns"
+                f"{self.cache_name}=zz.ZigzagCache(model.config, plan), or the one that the first forward returns"
             )
         if len(given.layers) != config.num_hidden_layers:
             raise ValueError(f"the ZigzagCache has {len(given.layers)} layers, the model has {config.num_hidden_layers}")
-        return given
+        return given, kwargs | {self.cache_name: given}
 
     def _without_gradients(self):
         """no_grad, and one warning where gradients would have been recorded."""

@@ -60,6 +60,9 @@ class StepCache(Cache):
         super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
         self.num_columns = 0  # what `columns` is on the device
 
+    def was_given(self, layer: int) -> bool:
+        return True
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return self.layers[layer].attend(q, k, v, scale)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..cache.forward import attending
 from ..hf.attention import NAME
+from ..hf.cache_argument import split_cache
 from ..hf.families import check_family
 
 # attend(layer, query [batch, num_q_heads, n, head_dim], key and value [batch, num_kv_heads, n, head_dim], scale) -> like query
@@ -45,13 +46,16 @@ class _Probe:
     def __init__(self, function: Attend):
         self.function = function
 
+    def was_given(self, layer: int) -> bool:
+        return True
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return self.function(layer, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _check_arguments(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    for name in ("attention_mask", "past_key_values"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"a probed model takes rows of one length and no cache: {name} must be None")
+    cache, others = split_cache(kwargs)
+    if cache is not None or others.get("attention_mask") is not None:
+        raise ValueError("a probed model takes rows of one length and no cache: attention_mask and the cache must be None")
     if kwargs.get("use_cache") is not False:
         raise ValueError("a probed model keeps no cache: pass use_cache=False")
