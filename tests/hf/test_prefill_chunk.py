@@ -136,12 +136,12 @@ def test_automatic_size_follows_free_memory(free, batch, expected, monkeypatch, 
     assert chunking.automatic_chunk(model, cache, batch) == expected
 
 
-def test_auto_cuts_a_long_prompt(monkeypatch, bodies):
+def test_by_default_a_long_prompt_is_cut(monkeypatch, bodies):
     monkeypatch.setattr(chunking, "_free_bytes", lambda device: 0)
     model, ids = tiny_model(), prompt(600)
-    with zz.zigzag(model, PLAN):
+    with zz.zigzag(model, PLAN, prefill_chunk=None):
         expected = generate(model, 3, ids)
-    with zz.zigzag(model, PLAN, prefill_chunk="auto"):
+    with zz.zigzag(model, PLAN):
         assert generate(model, 3, ids).equal(expected) and bodies == [256, 256]
         assert generate(model, 3, prompt(256)).shape == (1, 3) and len(bodies) == 2
 
