@@ -104,11 +104,11 @@ def test_reset_growth_and_memory(model):
     assert repr(layer) == "mixed(retrieval (0,), streaming(sink=4, window=16) (1,))"
     full, ring = layer.stores
     assert full.keys.shape[1] == 1 and ring.keys.shape == (1, 1, SINK + WINDOW, 64)
-    address = full.keys.data_ptr()
+    address = full.buffers["keys"].data_ptr()
     before = cache.memory_bytes()
     longer = torch.cat([prompt(20), first], 1)
     answer = generate(model, 600, longer, past_key_values=cache)
-    assert answer.equal(expected_tokens(600, input_ids=longer)) and full.keys.data_ptr() == address
+    assert answer.equal(expected_tokens(600, input_ids=longer)) and full.buffers["keys"].data_ptr() == address
     assert cache.memory_bytes() - before >= 2 * (1 + 1 + KV_HEADS) * 300 * 64 * 4  # K and V of the retrieval heads
     rings = sum(store.memory_bytes for store in cache.stores if store.window)
     assert rings == 2 * (SINK + WINDOW) * 64 * 4 * (KV_HEADS + 1 + 1)

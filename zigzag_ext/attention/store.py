@@ -12,7 +12,7 @@ from .buffers import GrowingBuffer
 
 GROWTH_STEP = 256  # tokens that retrieval layers ask memory for at once; it comes in pages
 MAX_TOKENS = 1 << 30  # per row; positions are int32
-_ENDLESS = 1 << 38  # bytes of addresses per buffer where no limit is given: more than a machine has memory for
+_FIRST_TOKENS = 1 << 17  # that there are addresses for where no limit is given; twice as many when they are full
 _SCALES = {"keys": "key_scales", "values": "value_scales"}
 
 
@@ -49,7 +49,7 @@ class LayerStore:
         heads: the KV heads of the layer that are held here; None: all. `head_numbers` are the same, [n] int32 on the device.
 
     `buffers` are what the ops take, by name: keys, values, and if quantised key_scales, value_scales. Those of a retrieval layer
-    may be addresses for all tokens to come, of which the first `capacity` have memory.
+    may be addresses for all tokens to come, of which the first `capacity` have memory, see `GrowingBuffer.tensor`.
     """
 
     def __init__(
@@ -109,15 +109,15 @@ class LayerStore:
                 )
                 self.buffers |= {} if scales is None else {_SCALES[name]: scales}
         else:
-            most = max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * k.dtype.itemsize), MAX_TOKENS)
+            most = max_len or max(_FIRST_TOKENS, capacity)
             exact = self.kv_format != PLAIN
             for name, kv_format in kinds.items():
                 width, code = ops.cache_row(head_dim, k.dtype, kv_format)
                 self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, k.device, exact)
                 if kv_format != "none":
                     self.growing[_SCALES[name]] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, k.device, exact)
-            self.grow(capacity)
             self.buffers = {name: buffer.tensor for name, buffer in self.growing.items()}
+            self.grow(capacity)
         self.is_allocated = True
 
     @property
@@ -126,12 +126,20 @@ class LayerStore:
 
     @property
     def keys(self) -> Tensor | None:
-        """[batch, num_kv_heads, slots, head_dim] of what has memory; codes if quantised; None before the first forward."""
-        return self.buffers["keys"][:, :, : self.capacity] if self.is_allocated else None
+        """[batch, num_kv_heads, slots, head_dim] of what has memory, a copy if the buffer grows; codes if quantised.
+
+        None before the first forward.
+        """
+        return self._shown("keys")
 
     @property
     def values(self) -> Tensor | None:
-        return self.buffers["values"][:, :, : self.capacity] if self.is_allocated else None
+        return self._shown("values")
+
+    def _shown(self, name: str) -> Tensor | None:
+        if not self.is_allocated:
+            return None
+        return self.growing[name].held() if self.growing else self.buffers[name]
 
     @property
     def device(self) -> torch.device:
@@ -147,13 +155,37 @@ class LayerStore:
         """Whether all that a row of `length` tokens shows is there, after `ahead` more tokens were written and taken back."""
         return not self.window or ahead <= self.rollback or length + ahead <= self.ring_slots
 
-    def grow(self, capacity: int) -> None:
-        """Memory for `capacity` slots of a retrieval layer, where its buffers stand; fewer than before change nothing."""
+    def grow(self, capacity: int) -> bool:
+        """Memory for `capacity` slots of a retrieval layer; fewer than before change nothing. Returns whether buffers moved.
+
+        They stand where they are until their addresses are full, which `max_len` sees to that they never are.
+        """
+        moved = False
         if not self.growing or capacity <= self.capacity:
-            return
-        for buffer in self.growing.values():
+            return moved
+        for name, buffer in self.growing.items():
+            if capacity > buffer.max_slots:
+                buffer.extend(max(capacity, 2 * buffer.max_slots))
+                moved = True
             buffer.commit(capacity)
+            self.buffers[name] = buffer.tensor
         self.capacity = capacity
+        return moved
+
+    def growth(self, capacity: int) -> list[tuple[GrowingBuffer, int]]:
+        """What `grow` would commit, for `buffers.check_free`."""
+        grows = capacity > self.capacity
+        return [(buffer, capacity) for buffer in self.growing.values() if grows and capacity <= buffer.max_slots]
+
+    def for_compiler(self) -> "LayerStore":
+        """The same buffers as plain tensors, the only kind that the compiler knows, which every capacity shares a program for."""
+        other = object.__new__(LayerStore)
+        vars(other).update(vars(self))
+        other.buffers, other.growing = {name: buffer.as_subclass(Tensor) for name, buffer in self.buffers.items()}, {}
+        if not self.window:
+            for buffer in other.buffers.values():
+                torch._dynamo.maybe_mark_dynamic(buffer, 2)
+        return other
 
     def release(self) -> None:
         """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""

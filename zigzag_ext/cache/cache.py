@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore, in_normal_mode
 from ..planning.kv_format import PLAIN
 from ..planning.plan import Plan, token_count
@@ -160,8 +161,10 @@ class ZigzagCache(Cache):
             )
         capacity = -(-needed // GROWTH_STEP) * GROWTH_STEP
         capacity = capacity if state.max_len is None else min(capacity, state.max_len)
+        check_free(wanted for store in self.stores for wanted in store.growth(capacity))
         for layer in self.layers:
-            layer.grow(capacity)
+            if layer.grow(capacity):
+                state.addresses = Addresses()
         state.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
     def incomplete_rings(self, length: int, ahead: int) -> list[int]:

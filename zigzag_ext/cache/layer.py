@@ -29,7 +29,7 @@ class ZigzagLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """[batch, num_kv_heads, slots, head_dim] of what has memory; codes if quantised; None before the first forward."""
+        """[batch, num_kv_heads, slots, head_dim] see `LayerStore.keys`."""
         return self._only.keys
 
     @property
@@ -145,10 +145,9 @@ class ZigzagLayer(CacheLayerMixin):
             store.drop()
         self.is_initialized = False
 
-    def grow(self, capacity: int) -> None:
-        """Memory for `capacity` slots of a retrieval layer, where its buffers stand."""
-        for store in self.stores:
-            store.grow(capacity)
+    def grow(self, capacity: int) -> bool:
+        """Memory for `capacity` slots of a retrieval layer. Returns whether buffers moved."""
+        return any([store.grow(capacity) for store in self.stores])
 
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..attention.store import Chunk, LayerStore, attend
+from ..attention.store import Chunk, attend
 from ..cache.forward import Forward
 from ..cache.layer import ZigzagLayer
 
@@ -24,10 +24,8 @@ class StepLayer(CacheLayerMixin):
 
     def __init__(self, layer: ZigzagLayer, shared: _Shared):
         super().__init__()
-        self.stores, self.shared = layer.stores, shared
+        self.stores, self.shared = [store.for_compiler() for store in layer.stores], shared
         self.is_initialized = True
-        for store in self.stores:
-            _compile_for_every_capacity(store)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise RuntimeError("a decode step runs on a cache that holds a prompt, this one is empty")
@@ -79,9 +77,3 @@ class StepCache(Cache):
         """Prepares the next step while the device is busy with this one."""
         self.layers[0].shared.columns.add_(1)
         self.num_columns += 1
-
-
-def _compile_for_every_capacity(store: LayerStore) -> None:
-    if not store.window:
-        for buffer in store.buffers.values():
-            torch._dynamo.maybe_mark_dynamic(buffer, 2)
