@@ -77,8 +77,8 @@ class LayerStore:
 
     def drop(self) -> None:
         """Lets go of all buffers."""
-        self.buffers: dict[str, Tensor] = {}
-        self.growing: dict[str, GrowingBuffer] = {}  # behind the buffers of a retrieval layer, by name
+        self.plain: dict[str, Tensor] = {}  # buffers that do not grow
+        self.growing: dict[str, GrowingBuffer] = {}  # those of a retrieval layer that do
         self.head_numbers: Tensor | None = None
         self.key_offset: Tensor | None = None
         self.capacity = 0  # slots with memory
@@ -104,10 +104,10 @@ class LayerStore:
         if self.window or not (keeps and grows):
             self.capacity = (self.ring_slots if self.window else capacity) if keeps else 0
             for name, kv_format in kinds.items():
-                self.buffers[name], scales = ops.new_cache(
+                self.plain[name], scales = ops.new_cache(
                     batch, num_kv_heads, self.capacity, head_dim, k.dtype, k.device, kv_format
                 )
-                self.buffers |= {} if scales is None else {_SCALES[name]: scales}
+                self.plain |= {} if scales is None else {_SCALES[name]: scales}
         else:
             most = max_len or max(_FIRST_TOKENS, capacity)
             exact = self.kv_format != PLAIN
@@ -116,9 +116,12 @@ class LayerStore:
                 self.growing[name] = GrowingBuffer(batch, num_kv_heads, most, width, code, k.device, exact)
                 if kv_format != "none":
                     self.growing[_SCALES[name]] = GrowingBuffer(batch, num_kv_heads, most, None, torch.float32, k.device, exact)
-            self.buffers = {name: buffer.tensor for name, buffer in self.growing.items()}
             self.grow(capacity)
         self.is_allocated = True
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.tensor for name, buffer in self.growing.items()} if self.growing else self.plain
 
     @property
     def ring_slots(self) -> int:
@@ -139,7 +142,7 @@ class LayerStore:
     def _shown(self, name: str) -> Tensor | None:
         if not self.is_allocated:
             return None
-        return self.growing[name].held() if self.growing else self.buffers[name]
+        return self.growing[name].held() if self.growing else self.plain[name]
 
     @property
     def device(self) -> torch.device:
@@ -149,28 +152,25 @@ class LayerStore:
     def memory_bytes(self) -> int:
         if self.growing:
             return sum(buffer.memory_bytes for buffer in self.growing.values())
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+        return sum(buffer.nbytes for buffer in self.plain.values())
 
     def is_whole(self, length: int, ahead: int) -> bool:
         """Whether all that a row of `length` tokens shows is there, after `ahead` more tokens were written and taken back."""
         return not self.window or ahead <= self.rollback or length + ahead <= self.ring_slots
 
-    def grow(self, capacity: int) -> bool:
-        """Memory for `capacity` slots of a retrieval layer; fewer than before change nothing. Returns whether buffers moved.
+    def moves_for(self, capacity: int) -> bool:
+        """Whether `grow(capacity)` takes the buffers to new addresses, since there are none behind the old ones."""
+        return any(capacity > buffer.max_slots for buffer in self.growing.values())
 
-        They stand where they are until their addresses are full, which `max_len` sees to that they never are.
-        """
-        moved = False
+    def grow(self, capacity: int) -> None:
+        """Memory for `capacity` slots of a retrieval layer; fewer than before change nothing."""
         if not self.growing or capacity <= self.capacity:
-            return moved
-        for name, buffer in self.growing.items():
+            return
+        for buffer in self.growing.values():
             if capacity > buffer.max_slots:
                 buffer.extend(max(capacity, 2 * buffer.max_slots))
-                moved = True
             buffer.commit(capacity)
-            self.buffers[name] = buffer.tensor
         self.capacity = capacity
-        return moved
 
     def growth(self, capacity: int) -> list[tuple[GrowingBuffer, int]]:
         """What `grow` would commit, for `buffers.check_free`."""
@@ -181,9 +181,9 @@ class LayerStore:
         """The same buffers as plain tensors, the only kind that the compiler knows, which every capacity shares a program for."""
         other = object.__new__(LayerStore)
         vars(other).update(vars(self))
-        other.buffers, other.growing = {name: buffer.as_subclass(Tensor) for name, buffer in self.buffers.items()}, {}
+        other.plain, other.growing = {name: buffer.as_subclass(Tensor) for name, buffer in self.buffers.items()}, {}
         if not self.window:
-            for buffer in other.buffers.values():
+            for buffer in other.plain.values():
                 torch._dynamo.maybe_mark_dynamic(buffer, 2)
         return other
 
@@ -221,8 +221,7 @@ class LayerStore:
                     self.growing[name] = self.growing[name].with_batch(len(index))
                     buffer = self.growing[name].tensor
                 else:
-                    buffer = buffer.new_empty(len(index), *buffer.shape[1:])
-                self.buffers[name] = buffer
+                    buffer = self.plain[name] = buffer.new_empty(len(index), *buffer.shape[1:])
             buffer[:, :, :held] = chosen
 
     def attend(

@@ -162,9 +162,10 @@ class ZigzagCache(Cache):
         capacity = -(-needed // GROWTH_STEP) * GROWTH_STEP
         capacity = capacity if state.max_len is None else min(capacity, state.max_len)
         check_free(wanted for store in self.stores for wanted in store.growth(capacity))
+        if any(store.moves_for(capacity) for store in self.stores):
+            state.addresses = Addresses()  # first: an interrupt below must not leave steps that were compiled on old addresses
         for layer in self.layers:
-            if layer.grow(capacity):
-                state.addresses = Addresses()
+            layer.grow(capacity)
         state.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
     def incomplete_rings(self, length: int, ahead: int) -> list[int]:
@@ -172,10 +173,14 @@ class ZigzagCache(Cache):
         return [layer.index for layer in self.layers if not layer.is_whole(length, ahead)] if length else []
 
     def reset(self) -> None:
-        """Empties the cache, gives the memory of retrieval layers back and keeps all addresses."""
-        self.state.forget()
+        """Empties the cache, gives the memory of retrieval layers back and keeps all addresses; none of a marked cache."""
+        whole = self.state.changing is None
+        if whole:
+            self.state.forget()
+        else:
+            self.state.start(None)  # a change of the rows may have gone through some layers only
         for layer in self.layers:
-            layer.release()
+            layer.release() if whole else layer.drop()
 
     def crop(self, tokens: int) -> None:
         """Takes the last tokens back: `-tokens` of them if negative; all but the first `tokens` if positive; none for 0.

@@ -145,9 +145,10 @@ class ZigzagLayer(CacheLayerMixin):
             store.drop()
         self.is_initialized = False
 
-    def grow(self, capacity: int) -> bool:
-        """Memory for `capacity` slots of a retrieval layer. Returns whether buffers moved."""
-        return any([store.grow(capacity) for store in self.stores])
+    def grow(self, capacity: int) -> None:
+        """Memory for `capacity` slots of a retrieval layer."""
+        for store in self.stores:
+            store.grow(capacity)
 
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
