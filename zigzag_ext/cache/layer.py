@@ -114,18 +114,25 @@ class ZigzagLayer(CacheLayerMixin):
         rows.check_chunk(self.index, k)
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        tensors, options = self._arguments(q, k, v, scale)
-        if q.shape[2] == 1:
-            out, _ = ops.attention(*tensors, **options)
-        else:
-            out = routes.attend(*tensors, past=rows.columns if rows.uniform else None, **options)
+        out = self.attend_part(q, k, v, scale)
         rows.attended.add(self.index)
         return out
 
-    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor, lse: Tensor) -> None:
-        """The same for `heads` only, which `q`, `k` and `v` are not the only ones of, into their place in `out` and `lse`."""
-        tensors, options = self._arguments(q, k, v, scale)
-        routes.attend_heads(*tensors, self.head_numbers, out, lse, **options)
+    def attend_part(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor | None = None) -> Tensor:
+        """The same for `heads` only, of q, k and v that have all, into their place in `out`."""
+        rows, k = self.rows, self._smoothed(k)
+        options = {
+            "pad": rows.pad_on(q.device),
+            "heads": self.head_numbers,
+            "out": out,
+            "sink": self.sink,
+            "window": self.window,
+            "scale": scale,
+            "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
+        }
+        buffers = (self.buffers.get(name) for name in ("keys", "values", "key_scales", "value_scales"))
+        past = rows.columns if rows.uniform else None
+        return routes.attend(q, k, v, ops.KvBuffers(*buffers), rows.lengths_on(q.device), past=past, **options)
 
     def _smoothed(self, k: Tensor) -> Tensor:
         """Keys as they are cached, less the offsets of their rows; sets those of rows that start with this chunk."""
@@ -135,19 +142,6 @@ class ZigzagLayer(CacheLayerMixin):
         if smoothing.sets_offsets(k.shape[2], rows.columns > 0 and rows.uniform):
             smoothing.set_offsets(self.key_offset, k, rows.lengths_on(k.device), rows.pad_on(k.device))
         return k - self.key_offset
-
-    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[tuple, dict]:
-        rows, k = self.rows, self._smoothed(k)
-        options = {
-            "pad": rows.pad_on(q.device),
-            "sink": self.sink,
-            "window": self.window,
-            "scale": scale,
-            "k_scale": self.buffers.get("key_scales"),
-            "v_scale": self.buffers.get("value_scales"),
-            "workspace": rows.workspace(q.shape[1], k.shape[1], q.shape[3], q.device),
-        }
-        return (q, k, v, self.buffers["keys"], self.buffers["values"], rows.lengths_on(q.device)), options
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.rows.columns + query_length, 0

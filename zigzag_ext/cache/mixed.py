@@ -60,9 +60,9 @@ class MixedLayer(CacheLayerMixin):
         self.rows.check_chunk(self.index, k)
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        out, lse = ops.new_output(q)
+        out, _ = ops.new_output(q)
         for part in self.parts:
-            part.attend_heads(q, k, v, scale, out, lse)
+            part.attend_part(q, k, v, scale, out)
         self.rows.attended.add(self.index)
         return out
 

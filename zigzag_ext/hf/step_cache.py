@@ -23,9 +23,9 @@ class _Part:
 
     def __init__(self, part: ZigzagLayer):
         buffers = part.buffers
-        self.keys, self.values, self.heads = buffers["keys"], buffers["values"], part.head_numbers
+        self.keys, self.values = buffers["keys"], buffers["values"]
         self.key_offset = part.key_offset
-        self.own = {"sink": part.sink, "window": part.window}
+        self.own = {"heads": part.head_numbers, "sink": part.sink, "window": part.window}
         self.own |= {"k_scale": buffers.get("key_scales"), "v_scale": buffers.get("value_scales")}
         if not part.window:  # one compilation for every capacity
             for buffer in buffers.values():
@@ -57,14 +57,10 @@ class StepLayer(CacheLayerMixin):
         shared = self.shared
         workspace = shared.workspaces[q.shape[1], k.shape[1], q.shape[3]]
         options = {"pad": shared.pad, "scale": scale, "workspace": workspace}
-        if len(self.parts) == 1:
-            part = self.parts[0]
-            return ops.attention(q, part.cached(k), v, part.keys, part.values, shared.seq_lens, **options, **part.own)[0]
-        out, lse = ops.new_output(q)
+        options["out"], options["lse"] = ops.new_output(q)
         for part in self.parts:
-            tensors = (part.keys, part.values, shared.seq_lens, part.heads, out, lse)
-            ops.attention_heads(q, part.cached(k), v, *tensors, **options, **part.own)
-        return out
+            ops.attention(q, part.cached(k), v, part.keys, part.values, shared.seq_lens, **options, **part.own)
+        return options["out"]
 
     def get_seq_length(self) -> Tensor:
         """A tensor: right in arithmetic on the device, and the compiler's error where a model wants it on the host."""
