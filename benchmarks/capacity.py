@@ -57,10 +57,10 @@ def stored_blocks(layer, head: int, context: int, new: tuple[Tensor, Tensor]) ->
         used = slice(start, min(start + BLOCK, context))
         blocks = []
         for codes, scales in kinds:
-            block, scale = layer.buffers[codes][0, head, used], layer.buffers.get(scales)
+            block, scale = layer.stores[0].buffers[codes][0, head, used], layer.stores[0].buffers.get(scales)
             blocks.append(block.double() if scale is None else reference.decode(block, scale[0, head, used]))
         yield tuple(blocks)
-    yield tuple(reference.stored(x[0, head], layer.buffers[codes]) for x, (codes, _) in zip(new, kinds, strict=True))
+    yield tuple(reference.stored(x[0, head], layer.stores[0].buffers[codes]) for x, (codes, _) in zip(new, kinds, strict=True))
 
 
 def head_errors(cache: zz.ZigzagCache, heads: list[int], num_q_heads: int) -> list[float]:
@@ -69,18 +69,17 @@ def head_errors(cache: zz.ZigzagCache, heads: list[int], num_q_heads: int) -> li
     Of one new token of random queries, whose keys go to slots past those in use: what is held stays.
     """
     layers = [layer for layer in cache.layers if not layer.window]
-    cache.begin(1, 1)  # memory for that token
-    cache.end(failed=True)
+    cache.reserve(1)
     context, errors = cache.get_seq_length(), []
     for layer in dict.fromkeys(layers[i] for i in (0, len(layers) // 2, -1)):
-        num_kv_heads, head_dim = layer.keys.shape[1], layer.values.shape[3] * (2 if layer.kv_format.v == "int4" else 1)
+        num_kv_heads, head_dim = layer.keys.shape[1], layer.values.shape[3] * (2 if layer.stores[0].kv_format.v == "int4" else 1)
         generator = torch.Generator(layer.device).manual_seed(layer.index)
         q, *new = (
             torch.empty(1, n, 1, head_dim, dtype=layer.dtype, device=layer.device).normal_(0, sigma, generator=generator)
             for n, sigma in ((num_q_heads, QUERY_SIGMA), (num_kv_heads, 1.0), (num_kv_heads, 1.0))
         )
-        scales = {"k_scale": layer.buffers.get("key_scales"), "v_scale": layer.buffers.get("value_scales")}
-        out, _ = ops.attention(q, *new, layer.buffers["keys"], layer.buffers["values"], cache.seq_lens, **scales)
+        caches = layer.stores[0].caches
+        out, _ = ops.attention(q, *new, *caches[:2], cache.seq_lens, **caches.scales)
         group = num_q_heads // num_kv_heads
         for head in heads:
             queries = slice(head * group, (head + 1) * group)

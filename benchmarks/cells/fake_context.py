@@ -15,31 +15,31 @@ def fake_zigzag(model, plan: zz.Plan, context: int, margin: int = MARGIN) -> zz.
     """A ZigzagCache as after a prompt of `context` tokens, of random contents: one real token allocates it."""
     cache = zz.ZigzagCache(model.config, plan, max_len=context + margin)
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache_argument(model, cache))
-    rows = cache.parts[0]
-    rows.columns = rows.longest = context - 1
-    cache.begin(1, 1)  # memory for the whole context
-    for part in (part for layer in cache.layers for part in layer.parts):
-        append_random(part, context)
-    rows.q_len, rows.columns, rows.longest = 0, context, context
+    state = cache.state
+    cache.reserve(context - 1)
+    for store in cache.stores:
+        append_random(store, context)
+    state.tokens.note(None, None, 1, context, model.device, 0)
+    state.columns = state.longest = context
     cache.seq_lens.fill_(context)
     return cache
 
 
-def append_random(part, context: int) -> None:
+def append_random(store, context: int) -> None:
     """Appends normally distributed keys and values to the cache of a layer (or of some of its heads) until `context` are held.
 
     By the append op, so in every format. A ring gets its first and its last tokens, which are all that it would keep.
     """
-    _, heads, _, width = part.keys.shape
-    head_dim = width * 2 if part.keys.dtype == torch.uint8 else width  # int4: two codes a byte
-    new = torch.empty(2, 1, heads, min(FILL_CHUNK, context), head_dim, dtype=part.dtype, device=part.device)
-    held = torch.zeros(1, dtype=torch.int32, device=part.device)
-    scales = {"k_scale": part.buffers.get("key_scales"), "v_scale": part.buffers.get("value_scales")}
-    starts = {0, max(0, context - FILL_CHUNK)} if part.window else range(0, context, FILL_CHUNK)
+    _, heads, _, width = store.keys.shape
+    head_dim = width * 2 if store.keys.dtype == torch.uint8 else width  # int4: two codes a byte
+    new = torch.empty(2, 1, heads, min(FILL_CHUNK, context), head_dim, dtype=store.dtype, device=store.device)
+    held = torch.zeros(1, dtype=torch.int32, device=store.device)
+    caches = store.caches
+    starts = {0, max(0, context - FILL_CHUNK)} if store.window else range(0, context, FILL_CHUNK)
     for start in sorted(starts):
         keys, values = new[..., : context - start, :].normal_()
         held.fill_(start)
-        ops.append(keys, values, part.buffers["keys"], part.buffers["values"], held, sink=part.sink, window=part.window, **scales)
+        ops.append(keys, values, *caches[:2], held, sink=store.sink, window=store.window, **caches.scales)
 
 
 def fake_dynamic(model, context: int) -> DynamicCache:

@@ -46,8 +46,7 @@ class Problem:
         self.kv_lens = torch.tensor(cell.kv_lens, dtype=torch.int32, device=device)
         self.expected = self._attend_first_set()
         for i in range(1, self.num_sets):
-            tensors = (self.k_new[i], self.v_new[i], self.k_cache[i], self.v_cache[i])
-            reference.append_(*tensors, self.seq_lens, None, cell.sink, cell.window, self.k_scale[i], self.v_scale[i])
+            reference.append(self.k_new[i], self.v_new[i], *self._held(i), **self._options(i))
 
     def _normal(self, shape: tuple[int, ...], sigma: float = 1.0) -> list[Tensor]:
         def one():
@@ -74,9 +73,15 @@ class Problem:
         return LARGEST / reference.MAX_CODE[self.k_cache[0].dtype]
 
     def _attend_first_set(self) -> Tensor:
-        tensors = (self.q[0], self.k_new[0], self.v_new[0], self.k_cache[0], self.v_cache[0])
-        scales = {"k_scale": self.k_scale[0], "v_scale": self.v_scale[0]}
-        return reference.attention_(*tensors, self.seq_lens, None, self.cell.sink, self.cell.window, self.scale, **scales)[0]
+        new = (self.q[0], self.k_new[0], self.v_new[0])
+        return reference.attention(*new, *self._held(0), **self._options(0), scale=self.scale)[0]
+
+    def _held(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.k_cache[i], self.v_cache[i], self.seq_lens
+
+    def _options(self, i: int) -> dict:
+        layout = {"sink": self.cell.sink, "window": self.cell.window}
+        return layout | {"k_scale": self.k_scale[i], "v_scale": self.v_scale[i]}
 
     @cached_property
     def tokens_first(self) -> list[tuple[Tensor, Tensor]]:

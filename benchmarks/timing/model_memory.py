@@ -30,5 +30,5 @@ def peak_bytes(model, cache) -> int:
     """
     if model.device.type != "cuda":
         return 0
-    parts = [part for layer in cache.layers for part in getattr(layer, "parts", ())]
-    return torch.cuda.max_memory_allocated() + sum(part.memory_bytes for part in parts if part.growing)
+    stores = [store for layer in cache.layers for store in getattr(layer, "stores", ())]
+    return torch.cuda.max_memory_allocated() + sum(store.memory_bytes for store in stores if store.growing)

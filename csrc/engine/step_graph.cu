@@ -1,3 +1,4 @@
+#include "core/params.h"
 #include "cuda/launch.h"
 #include "engine/step_graph.h"
 
@@ -9,7 +10,7 @@ constexpr int kThreads = 256;
 // One block for all rows.
 __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ AdvanceParams p) {
   for (int b = threadIdx.x; b < p.batch; b += kThreads) {
-    p.seq_lens[b] += p.q_len - (p.pad == nullptr ? 0 : p.pad[b]);
+    p.seq_lens[b] += p.q_len - (p.pad == nullptr ? 0 : clamp_padding(p.pad[b], p.q_len));
   }
 }
 

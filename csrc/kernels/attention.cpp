@@ -70,11 +70,18 @@ void check_head_numbers(const HeadMap& heads, int num_kv_heads) {
   }
 }
 
-// Only where the host can read the lengths. On CUDA that would wait for the GPU: kernels take a negative length as 0.
-void check_lengths(const int32_t* seq_lens, int batch, int q_len) {
-  for (int b = 0; b < batch; ++b) {
-    ZZ_CHECK(seq_lens[b] >= 0 && seq_lens[b] <= std::numeric_limits<int>::max() - q_len, "seq_lens[", b,
-             "] must be in [0, 2^31 - q_len), got ", seq_lens[b]);
+// Only where the host can read them. On CUDA that would wait for the GPU: kernels take a negative length as 0, and skip
+// a row whose number does not exist.
+template <class Params>
+void check_rows(const Params& p) {
+  for (int b = 0; b < p.batch; ++b) {
+    const int row = p.cache_rows.of == nullptr ? b : p.cache_rows.of[b];
+    if (row == -1) continue;
+    ZZ_CHECK(p.cache_rows.of == nullptr || (row >= 0 && row < p.cache_rows.total), "cache_rows must hold rows of the ",
+             "caches, below ", p.cache_rows.total, ", or -1 for a row to skip; cache_rows[", b, "] is ", row);
+    const int length = p.seq_lens[row];
+    ZZ_CHECK(length >= 0 && length <= std::numeric_limits<int>::max() - p.q_len, "seq_lens[", row,
+             "] must be in [0, 2^31 - q_len), got ", length);
   }
 }
 
@@ -111,7 +118,7 @@ int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, 
 
 void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
   check_params(p);
-  check_lengths(p.seq_lens, p.batch, p.q_len);
+  check_rows(p);
   check_head_numbers(p.heads, p.num_kv_heads);
   if (p.batch == 0 || p.q_len == 0) return;
   switch (select_attention_kernel(p.window, p.q_len)) {
@@ -123,7 +130,7 @@ void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
 
 void append_cpu(const AppendParams& p, const ParallelFor& parallel) {
   check_params(p);
-  check_lengths(p.seq_lens, p.batch, p.q_len);
+  check_rows(p);
   check_head_numbers(p.heads, p.num_kv_heads);
   if (p.batch == 0 || p.q_len == 0) return;
   append_kernel_cpu(p, parallel);

@@ -80,7 +80,8 @@ def test_the_oracle_sees_what_the_reference_sees(cell):
     problem = PrefillProblem(cell, "cpu")
     q, k, v = problem.q.double(), problem.keys.double(), problem.values.double()
     halves = [t[:, :, : cell.past] for t in (k, v)], [t[:, :, cell.past :] for t in (k, v)]
-    out, _ = reference.attention_(q, *halves[1], *halves[0], problem.lengths, None, cell.sink, cell.window, problem.scale)
+    ring = {"sink": cell.sink, "window": cell.window}
+    out, _ = reference.attention(q, *halves[1], *halves[0], problem.lengths, **ring, scale=problem.scale)
     assert problem.error(out, "zigzag") < 1e-12
     other = replace(cell, window=cell.window + 1) if cell.window else cell
     assert not cell.window or PrefillProblem(other, "cpu").error(out, "zigzag") > 1e-4

@@ -180,7 +180,8 @@ def test_attention_in_blocks_is_that_of_the_reference(monkeypatch):
     layer, q = next(layer for layer in cache.layers if not layer.window), torch.randn(1, 4, 1, 64)
     new = torch.randn(2, 1, 2, 1, 64)
     stored = [layer.buffers[name].clone()[:, :, :310] for name in ("keys", "values", "key_scales", "value_scales")]
-    expected, _ = reference.attention_(q.double(), *new, *stored[:2], cache.seq_lens, None, 0, 0, 0.125, None, None, *stored[2:])
+    scales = {"k_scale": stored[2], "v_scale": stored[3]}
+    expected, _ = reference.attention(q.double(), *new, *stored[:2], cache.seq_lens, scale=0.125, **scales)
     for head in range(2):
         queries = slice(2 * head, 2 * head + 2)
         out = capacity.attend_in_blocks(q[0, queries, 0].double() * 0.125, capacity.stored_blocks(layer, head, 300, new))

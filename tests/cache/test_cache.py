@@ -40,8 +40,8 @@ class Stream:
                 q, k, v = (torch.randn(self.batch, h, q_len, HEAD_DIM, generator=self.generator) for h in (4, 2, 2))
                 assert layer.update(k, v)[0] is k, "update copies nothing"
                 out = layer.attend(q, k, v, 0.125)
-                ring = (layer.sink, layer.window)
-                expected, _ = reference.attention_(q, k, v, keys, values, self.seq_lens, pad, *ring, 0.125)
+                ring = {"sink": layer.sink, "window": layer.window}
+                expected, _ = reference.attention(q, k, v, keys, values, self.seq_lens, pad=pad, **ring, scale=0.125)
                 torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
         self.seq_lens += q_len if pad is None else q_len - pad
         assert self.cache.seq_lens.equal(self.seq_lens)

@@ -33,7 +33,8 @@ def test_prompt_and_steps_equal_the_reference(kind, device, dtype):
         chunk_pad = pad if step == 0 else None
         out = layer(q, k, v, pad=None if chunk_pad is None else chunk_pad.to(device))
         inputs = [t.cpu().double() for t in (q, k, v)]
-        expected, _ = reference.attention_(*inputs, keys, values, lengths, chunk_pad, layer.sink, layer.window, HEAD_DIM**-0.5)
+        ring = {"sink": layer.sink, "window": layer.window}
+        expected, _ = reference.attention(*inputs, keys, values, lengths, pad=chunk_pad, **ring)
         torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=tolerance)
         lengths += q_len if chunk_pad is None else q_len - chunk_pad
         assert layer.seq_lens.cpu().equal(lengths)

@@ -66,7 +66,7 @@ def test_a_published_pattern():
         with torch.profiler.profile() as profile:
             tokens = generate(model, 50, **batch)
         calls = [event.name for event in profile.events() if event.name.startswith("zigzag::attention")]
-    assert calls.count("zigzag::attention_heads_") == 50 * 31 * 2 and calls.count("zigzag::attention_") == 50
+    assert calls.count("zigzag::attention_") == 50 * (31 * 2 + 1)
     assert tokens.equal(expected_tokens(50, plan, config, **batch))
 
 
@@ -174,6 +174,6 @@ def test_compiled_steps_are_two_calls_per_mixed_layer_without_copies(model):
             answer = generate(compiled, 3, ids, past_key_values=cache)
     assert answer.equal(generate(model, 3, ids))
     calls = [event.name for event in profile.events() if event.name.startswith("zigzag::attention")]
-    assert calls.count("zigzag::attention_") == 3 * 2 and calls.count("zigzag::attention_heads_") == 3 * 2 * 2
+    assert calls.count("zigzag::attention_") == 3 * (2 + 2 * 2)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest < 4096 * 2 * 64 * 4 / 10, "something as large as a cache was allocated"

@@ -43,8 +43,8 @@ def specified(cache, k, pad, layer):
     codes, scales = ops.new_cache(len(pad), 2, layer.slots, 64, k.dtype, "cpu", "int4")
     v_codes, v_scales = codes.clone(), scales.clone()
     lengths, skipped = torch.zeros(len(pad), dtype=torch.int32), torch.tensor(pad, dtype=torch.int32)
-    window = (layer.sink, layer.window)
-    reference.append_(k - mean_of_first(k, pad), k, codes, v_codes, lengths, skipped, *window, scales, v_scales)
+    options = {"pad": skipped, "sink": layer.sink, "window": layer.window, "k_scale": scales, "v_scale": v_scales}
+    reference.append(k - mean_of_first(k, pad), k, codes, v_codes, lengths, **options)
     return codes, scales
 
 
@@ -67,8 +67,9 @@ def test_what_is_cached_and_what_is_attended(pad):
         torch.testing.assert_close(layer.stores[0].key_offset, mean_of_first(k, pad), rtol=1e-5, atol=1e-5)
         lengths, skipped = torch.zeros(3, dtype=torch.int32), torch.tensor(pad, dtype=torch.int32)
         empty = [t for _ in "kv" for t in ops.new_cache(3, 2, layer.slots, 64, k.dtype, "cpu", "int4")]
-        tensors = (q, k - layer.stores[0].key_offset, v, empty[0], empty[2], lengths, skipped, layer.sink, layer.window, 0.125)
-        want, _ = reference.attention_(*tensors, k_scale=empty[1], v_scale=empty[3])
+        options = {"pad": skipped, "sink": layer.sink, "window": layer.window, "k_scale": empty[1], "v_scale": empty[3]}
+        smoothed = k - layer.stores[0].key_offset
+        want, _ = reference.attention(q, smoothed, v, empty[0], empty[2], lengths, **options, scale=0.125)
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
 
 
@@ -145,11 +146,6 @@ def test_rows_that_start_with_few_tokens_are_not_smoothed():
     assert [layer.stores[0].key_offset is None for layer in cache.layers] == [False, True]
 
 
-def specification(q, k_new, v_new, k_cache, v_cache, seq_lens, *, pad, sink, window, scale, workspace, k_scale, v_scale):
-    caches = (k_cache, v_cache, seq_lens, pad, sink, window, scale)
-    return reference.attention_(q, k_new, v_new, *caches, k_scale=k_scale, v_scale=v_scale)
-
-
 def test_generation(monkeypatch):
     """Greedy, beams, padding and several turns: the tokens of the specification."""
     batch = padded_prompt([40, 22])
@@ -157,7 +153,7 @@ def test_generation(monkeypatch):
         tokens, beams = generate(model, 12, **batch), generate(model, 8, **batch, num_beams=2)
         alone = generate(model, 12, batch["input_ids"][1:, -22:])
         assert alone.equal(tokens[1:])
-        monkeypatch.setattr(ops, "attention", specification)
+        monkeypatch.setattr(ops, "attention", reference.attention)
         assert tokens.equal(generate(model, 12, **batch))
         assert beams.equal(generate(model, 8, **batch, num_beams=2))
 

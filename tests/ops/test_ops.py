@@ -123,7 +123,7 @@ def test_append(device, dtype, sink, window, q_len):
         inputs = layout.build()
         names = ("k_new", "v_new", "k_cache", "v_cache", "seq_lens")
         expected = {n: inputs[n].clone() for n in names}
-        reference.append_(*(expected[n] for n in names), None, layout.sink, layout.window)
+        reference.append(*(expected[n] for n in names), sink=layout.sink, window=layout.window)
         ops.append(*(inputs[n] for n in names), sink=layout.sink, window=layout.window)
         for name in ("k_cache", "v_cache"):
             assert torch.equal(torch.nan_to_num(inputs[name]), torch.nan_to_num(expected[name]))

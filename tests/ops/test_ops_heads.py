@@ -1,4 +1,4 @@
-"""`attention_heads`: a layer whose KV heads have caches of two kinds is two calls into one output."""
+"""`attention` of some heads: a layer whose KV heads have caches of two kinds is two calls into one output."""
 
 from dataclasses import replace
 
@@ -36,19 +36,18 @@ def two_calls(case: Case, inputs: dict, caches: dict, kinds=HEADS):
     out, lse = ops.new_output(inputs["q"])
     out.fill_(torch.nan), lse.fill_(torch.nan)
     for kind, (part, heads) in parts(case, kinds).items():
-        ops.attention_heads(
-            **inputs, **caches[kind], heads=heads, out=out, lse=lse, sink=part.sink, window=part.window, scale=0.2
-        )
+        ops.attention(**inputs, **caches[kind], heads=heads, out=out, lse=lse, sink=part.sink, window=part.window, scale=0.2)
     return out, lse
 
 
 def expected(case: Case, inputs: dict, caches: dict):
-    """`reference.attention_heads_` in float64 on the CPU; `caches` are its own."""
+    """`reference.attention` in float64 on the CPU; `caches` are its own."""
     wide = {n: t if t is None else t.cpu() if t.dtype == torch.int32 else t.cpu().double() for n, t in after_rope(inputs).items()}
     out, lse = torch.full_like(wide["q"], torch.nan), torch.full(wide["q"].shape[:3], torch.nan)
     for kind, (part, heads) in parts(case).items():
-        tensors = [wide[n] for n in ("q", "k_new", "v_new")] + list(caches[kind].values()) + [wide["seq_lens"], wide["pad"]]
-        reference.attention_heads_(*tensors, heads.cpu(), out, lse, part.sink, part.window, 0.2)
+        tensors = [wide[n] for n in ("q", "k_new", "v_new")] + list(caches[kind].values()) + [wide["seq_lens"]]
+        options = {"pad": wide["pad"], "heads": heads.cpu(), "sink": part.sink, "window": part.window}
+        reference.attention(*tensors, **options, out=out, lse=lse, scale=0.2)
     return out, lse
 
 
@@ -97,7 +96,7 @@ def test_heads_of_others_are_not_touched(device, dtype, q_len):
     for name in ("k_new", "v_new"):
         poisoned[name][:, HEADS["full"]] = torch.nan
     part, heads = parts(case)["ring"]
-    ops.attention_heads(**poisoned, **caches["ring"], heads=heads, out=out, lse=lse, sink=part.sink, window=part.window)
+    ops.attention(**poisoned, **caches["ring"], heads=heads, out=out, lse=lse, sink=part.sink, window=part.window)
     rows = torch.tensor(HEADS["full"], device=device)
     rows = (rows[:, None] * 4 + torch.arange(4, device=device)).flatten()
     assert (out[:, rows] == 3).all() and (lse[:, rows] == 3).all() and not out.isnan().any()
@@ -113,7 +112,7 @@ def test_an_output_of_other_strides(device, dtype):
     for out in outs:
         lse = torch.zeros(2, 20, 3, device=device)
         cache = {n: t.clone() for n, t in own.items()}
-        ops.attention_heads(**inputs, **cache, heads=heads, out=out, lse=lse)
+        ops.attention(**inputs, **cache, heads=heads, out=out, lse=lse)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
@@ -143,7 +142,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(message):
     before = caches["full"]["k_cache"].clone()
     given = inputs | caches["full"] | {"heads": heads, "out": out, "lse": lse} | BAD[message]
     with pytest.raises(RuntimeError, match=message):
-        ops.attention_heads(**given)
+        ops.attention(**given)
     assert not out.any() and torch.equal(torch.nan_to_num(before), torch.nan_to_num(caches["full"]["k_cache"]))
 
 
@@ -156,8 +155,8 @@ def test_opcheck(device, q_len):
     cache = {n: torch.nan_to_num(t) for n, t in caches["ring"].items()}
     workspace = ops.new_workspace(1, 20, 5, 64, device)
     tensors = [inputs[n] for n in ("q", "k_new", "v_new")] + list(cache.values()) + [inputs["seq_lens"], None, None, None]
-    arguments = (*tensors, heads, out.zero_(), lse.zero_(), workspace, part.sink, part.window, 0.125)
-    torch.library.opcheck(torch.ops.zigzag.attention_heads_, arguments)
+    arguments = (*tensors, heads, None, out.zero_(), lse.zero_(), workspace, part.sink, part.window, 0.125)
+    torch.library.opcheck(torch.ops.zigzag.attention_, arguments)
 
 
 @pytest.mark.parametrize("q_len", [1, 5, 40])
@@ -184,7 +183,7 @@ def test_quantised_heads_are_those_of_a_call_on_their_tensors_alone(device, dtyp
     own["q"] = own["q"].contiguous()
     want_out, want_lse = ops.attention(**own, **alone, **ring)
     out, lse = ops.new_output(inputs["q"])
-    ops.attention_heads(**inputs, **cache, heads=heads, out=out, lse=lse, **ring)
+    ops.attention(**inputs, **cache, heads=heads, out=out, lse=lse, **ring)
     assert torch.equal(out[:, query_heads], want_out) and torch.equal(lse[:, query_heads], want_lse)
     for name, buffer in cache.items():
         assert torch.equal(buffer.view(torch.uint8), alone[name].view(torch.uint8)), name

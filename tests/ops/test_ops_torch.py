@@ -1,11 +1,13 @@
 """The ops as torch operators: schema, fake kernels, compilation, graph capture, error messages."""
 
+import inspect
+
 import pytest
 import torch
 from gpu import launched_kernels, needs_cuda
 from op_cases import Case, call, specification
 
-from zigzag_ext.attention import ops
+from zigzag_ext.attention import ops, reference
 
 
 def arguments(case):
@@ -13,8 +15,21 @@ def arguments(case):
     workspace = ops.new_workspace(
         len(case.seq_lens), case.group * case.num_kv_heads, case.num_kv_heads, case.head_dim, case.device
     )
-    names = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad", "cos", "sin")
-    return (*(inputs.get(n) for n in names), workspace, case.sink, case.window, 0.125)
+    names = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad", "cos", "sin", "heads", "cache_rows")
+    outputs = [t.zero_() for t in ops.new_output(inputs["q"])]
+    return (*(inputs.get(n) for n in names), *outputs, workspace, case.sink, case.window, 0.125)
+
+
+@pytest.mark.parametrize("name", ["attention", "append", "merge_states"])
+def test_the_specification_takes_the_same_arguments(name):
+    """In the same order and with the same defaults; the torch operator has their names, each once."""
+    ours, specified = (inspect.signature(getattr(module, name)) for module in (ops, reference))
+    assert list(ours.parameters.values()) == list(specified.parameters.values())
+    operator = getattr(torch.ops.zigzag, name if name == "merge_states" else f"{name}_").default
+    taken = [argument.name for argument in operator._schema.arguments]
+    assert sorted(taken) == sorted(ours.parameters)
+    positional = [n for n, p in ours.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert taken[: len(positional)] == positional
 
 
 def clean(case):
@@ -37,7 +52,7 @@ def test_opcheck_attention_with_rope(device, dtype, window):
 @pytest.mark.parametrize("window", [0, 8])
 def test_opcheck_append(device, dtype, window):
     args = clean(Case((5, 20), 3, sink=2, window=window, pad=(1, 0)).on(device, dtype))
-    torch.library.opcheck(torch.ops.zigzag.append_, (*args[1:7], 2, window))
+    torch.library.opcheck(torch.ops.zigzag.append_, (*args[1:7], None, 2, window))
 
 
 def test_opcheck_merge_states(device, dtype):

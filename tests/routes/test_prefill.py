@@ -22,7 +22,7 @@ def joined(q, k, v, causal, scale):
     past = k.shape[2] - q.shape[2]
     assert causal
     lengths = torch.full((q.shape[0],), past, dtype=torch.int32)
-    return reference.attention_(q, k[:, :, past:], v[:, :, past:], k[:, :, :past], v[:, :, :past], lengths, None, 0, 0, scale)
+    return reference.attention(q, k[:, :, past:], v[:, :, past:], k[:, :, :past], v[:, :, :past], lengths, scale=scale)
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +45,17 @@ def backend_or_skip(name: str, case: Case) -> str:
     return name
 
 
+def bundled(inputs: dict) -> dict:
+    """The inputs with their caches as one value."""
+    caches = [inputs.get(name) for name in ("k_cache", "v_cache", "k_scale", "v_scale")]
+    rest = {name: t for name, t in inputs.items() if name not in ("k_cache", "v_cache", "k_scale", "v_scale")}
+    return rest | {"caches": ops.KvBuffers(*caches)}
+
+
 def attend(inputs: dict, case: Case, backend: str, duo_attention=False, known=True) -> torch.Tensor:
     with zz.prefill_options(backend=backend, duo_attention=duo_attention):
         past = case.seq_lens[0] if known else None
-        return prefill.attend(**inputs, past=past, sink=case.sink, window=case.window, scale=case.head_dim**-0.5)
+        return prefill.attend(**bundled(inputs), past=past, sink=case.sink, window=case.window, scale=case.head_dim**-0.5)
 
 
 def check(case: Case, name: str) -> None:
@@ -222,7 +229,7 @@ def test_misuse_raises_before_anything_is_written():
     with pytest.raises(ValueError, match="'flash' serves bfloat16, float16 on cuda.*got float32 on cpu with head_dim 64"):
         attend(inputs, case, "flash")
     with pytest.raises(ValueError, match="a full cache of 33 slots cannot take 20 tokens after 14"):
-        prefill.attend(**inputs, past=14)
+        prefill.attend(**bundled(inputs), past=14)
     with pytest.raises(RuntimeError, match="has no backward pass"):
         attend(inputs | {"q": inputs["q"].requires_grad_()}, case, "torch_cpu")
     assert torch.equal(before.isnan(), inputs["k_cache"].isnan())
@@ -251,7 +258,7 @@ def test_slices_through_the_decode_kernel(device, dtype, q_len, pad, monkeypatch
     inputs, route = case.build(), case.build()
     expected, _, expected_k, expected_v = specification(inputs, case)
     allowed = 2 * torch_error(inputs, case, expected) + FLOOR[dtype]
-    out = prefill.attend_in_slices(**inputs, scale=case.head_dim**-0.5)
+    out = prefill.attend_in_slices(**bundled(inputs), scale=case.head_dim**-0.5)
     assert relative_error(out.cpu(), expected) <= allowed
     for name, wanted in (("k_cache", expected_k), ("v_cache", expected_v)):
         torch.testing.assert_close(inputs[name].cpu().double(), wanted, rtol=0, atol=0, equal_nan=True)

@@ -52,7 +52,7 @@ class Problem:
             q, k, v = (t.double() for t in tensors)
             none = torch.zeros(self.batch, dtype=torch.int32)
             empty = k[:, :, :0]
-            expected, _ = reference.attention_(q, k, v, empty, empty, none, None, layer.sink, layer.window, HEAD_DIM**-0.5)
+            expected, _ = reference.attention(q, k, v, empty, empty, none, sink=layer.sink, window=layer.window)
             ours = torch.cat([self.prompt_outs[i]] + [step[i] for step in self.step_outs], 2)
             assert relative_error(ours, expected) <= TOLERANCE[self.dtype], layer
 

@@ -26,8 +26,8 @@ def expected(query, key, value, scale, kinds, sink, window):
         q, k, v = query[:, head * group : (head + 1) * group], key[:, head : head + 1], value[:, head : head + 1]
         empty = torch.empty(len(q), 1, 0, q.shape[-1], dtype=q.dtype)
         lengths = torch.zeros(len(q), dtype=torch.int32)
-        ring = (0, 0) if retrieves else (sink, window)
-        out.append(reference.attention_(q, k, v, empty, empty.clone(), lengths, None, *ring, scale)[0])
+        ring = {} if retrieves else {"sink": sink, "window": window}
+        out.append(reference.attention(q, k, v, empty, empty.clone(), lengths, **ring, scale=scale)[0])
     return torch.cat(out, 1)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from zigzag_ext.attention import ops, reference
 
-TENSORS = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")
+TENSORS = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens")
 DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.bfloat16, torch.float16]}
 # Added to twice the error of torch's own attention in the same dtype: relative size of one rounding of the output.
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -84,10 +84,11 @@ def after_rope(inputs: dict) -> dict:
 
 
 def specification(inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, lse, k_cache, v_cache of `reference.attention_` in float64 on the CPU."""
+    """out, lse, k_cache, v_cache of `reference.attention` in float64 on the CPU."""
     inputs = after_rope(inputs)  # before the step to float64: rotated queries and keys are rounded to the dtype
     wide = {n: None if t is None else t.cpu() if t.dtype == torch.int32 else t.cpu().double() for n, t in inputs.items()}
-    out, lse = reference.attention_(*(wide[n] for n in TENSORS), case.sink, case.window, case.head_dim**-0.5)
+    options = {"sink": case.sink, "window": case.window, "scale": case.head_dim**-0.5}
+    out, lse = reference.attention(*(wide[n] for n in TENSORS), pad=wide["pad"], **options)
     return out, lse, wide["k_cache"], wide["v_cache"]
 
 

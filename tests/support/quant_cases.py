@@ -64,8 +64,8 @@ def specification(inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor,
     for name in "kv":
         if wide[f"{name}_scale"] is None:
             wide[f"{name}_cache"] = wide[f"{name}_cache"].double()
-    arguments = (*(wide[n] for n in TENSORS), case.sink, case.window, case.head_dim**-0.5)
-    out, lse = reference.attention_(*arguments, k_scale=wide["k_scale"], v_scale=wide["v_scale"])
+    options = {n: wide[n] for n in ("pad", "k_scale", "v_scale")} | {"sink": case.sink, "window": case.window}
+    out, lse = reference.attention(*(wide[n] for n in TENSORS), **options, scale=case.head_dim**-0.5)
     return out, lse, wide
 
 

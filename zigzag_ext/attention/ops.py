@@ -4,6 +4,8 @@ What each op computes is written down in `reference.py`. All ops run on the curr
 wait for the GPU, and can be captured in a CUDA graph: lengths are read on the device, so one captured graph serves every length.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,24 @@ def cache_row(head_dim: int, dtype: torch.dtype, kv_format: str) -> tuple[int, t
     return head_dim // 2 if kv_format == "int4" else head_dim, KV_FORMATS[kv_format] or dtype
 
 
+class KvBuffers(NamedTuple):
+    """The caches of one layer as one value: `attention` and `append` take its fields as k_cache, v_cache, k_scale and v_scale."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.key_scales is not None or self.value_scales is not None
+
+    @property
+    def scales(self) -> dict[str, Tensor | None]:
+        """The scales under the names that the ops give them."""
+        return {"k_scale": self.key_scales, "v_scale": self.value_scales}
+
+
 def attention(
     q: Tensor,
     k_new: Tensor,
@@ -66,6 +86,10 @@ def attention(
     pad: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    heads: Tensor | None = None,
+    cache_rows: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
     sink: int = 0,
     window: int = 0,
     scale: float | None = None,
@@ -81,15 +105,27 @@ def attention(
         k_new, v_new: [batch, num_kv_heads, q_len, head_dim], keys like q. num_q_heads is 1 to 16 times num_kv_heads.
         k_cache, v_cache: [batch, num_kv_heads, slots, head_dim], any strides with head_dim contiguous; written to. Each either
             in the dtype of q or quantised: float8_e4m3fn, int8, or uint8 [batch, num_kv_heads, slots, head_dim / 2] for int4
-            (see `new_cache`). Attention over a quantised cache attends the new tokens, too, as their codes.
+            (see `new_cache`). Attention over a quantised cache attends the new tokens, too, as their codes. No memory may be
+            shared between what is written to and any other argument.
         seq_lens: [batch] int32, tokens in each row's cache before the call. Not changed: all layers of a model share it.
-        pad: [batch] int32, leading columns of this chunk to skip (left padding). Their output is 0, their lse -inf.
+        pad: [batch] int32, leading columns of this chunk to skip (left padding), clamped to 0 ... q_len. Their output is 0,
+            their lse -inf.
         cos, sin: [batch or 1, q_len, rotary_dim], float32 or the dtype of q: tables of the positions of this chunk (what
             transformers passes around as `position_embeddings`). The op then applies RoPE itself: x * cos +
             rotate_half(x) * sin to the first rotary_dim dims of q and k_new, in float32, rounded once; the rotated keys are
             attended and cached. rotary_dim is a multiple of 8, at most head_dim. Up to `MAX_DECODE_QUERIES` tokens.
-        sink, window: `window=0` marks a full cache (retrieval layer). `window >= 1` marks a ring of sink + window slots
-            (streaming layer): the query at position p sees [0, sink) and (p - window, p].
+        heads: [n] int32 on the device of q, distinct: the call serves these KV heads only, and the caches and their scales
+            have n heads: cache head i belongs to KV head heads[i] of k_new and v_new, and to its group of query heads. Other
+            query heads of out and lse are left as they are (uninitialised where the call makes them). So a layer whose heads
+            need different caches takes one call for each kind, into one output, without a copy. On the CPU the numbers are
+            checked; on CUDA, where reading them would wait for the GPU, one that does not exist means the last head.
+        cache_rows: [batch] int32 on the device of q: batch row i attends and appends to row cache_rows[i] of the caches, their
+            scales and seq_lens, of which there may be more or fewer than batch; pad, cos, sin, out and lse stay by batch row.
+            -1 skips a row: output 0, lse -inf, no cache is read or written. Rows must be distinct, or two would append to
+            one. On the CPU the numbers are checked; on CUDA one that does not exist skips its row.
+        out, lse: where to write, shaped like what is returned; out in any strides with head_dim contiguous. Made if None.
+        sink, window: `window=0` marks a full cache (retrieval layer). `window >= 1` marks a ring (streaming layer): the query
+            at position p sees [0, sink) and (p - window, p]. It has sink + window slots.
         scale: factor on q . k; default head_dim ** -0.5.
         workspace: from `new_workspace`; a fresh one is made if None, which costs an allocation per call on CUDA.
         k_scale, v_scale: [batch, num_kv_heads, slots] float32, one scale per vector of a quantised cache; written to. On a GPU,
@@ -105,69 +141,28 @@ def attention(
             drops what does not fit. `ZigzagCache` and `ZigzagAttention` check it on the host.
 
     Based on FlashAttention-2 (https://arxiv.org/abs/2307.08691), Flash-Decoding and StreamingLLM
-    (https://arxiv.org/abs/2309.17453); deviation from StreamingLLM: keys keep their absolute RoPE positions.
+    (https://arxiv.org/abs/2309.17453); deviation from StreamingLLM: keys keep their absolute RoPE positions. Layers with heads
+    of both kinds are DuoAttention's (https://arxiv.org/abs/2410.10819).
     """
     refuse_autograd(q, k_new, v_new)
-    scale, workspace = _with_defaults(q, k_new, scale, workspace)
-    return torch.ops.zigzag.attention_(
-        q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale, k_scale, v_scale
-    )
-
-
-def _with_defaults(q: Tensor, k_new: Tensor, scale: float | None, workspace: Tensor | None) -> tuple[float, Tensor]:
+    if out is None or lse is None:
+        new_out, new_lse = new_output(q)
+        out, lse = new_out if out is None else out, new_lse if lse is None else lse
     if workspace is None:
         workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
-    return q.shape[-1] ** -0.5 if scale is None else scale, workspace
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tensors = (q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, cache_rows, out, lse, workspace)
+    torch.ops.zigzag.attention_(*tensors, sink, window, scale, k_scale, v_scale)
+    return out, lse
 
 
 def new_output(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised out and lse for `attention_heads`, as `attention` would return them for `q`."""
+    """Uninitialised out and lse of `attention` for q: what several calls, each for some of the heads, write into."""
+    if q.dim() != 4:
+        raise RuntimeError(f"q must be [batch, num_q_heads, q_len, head_dim], got {list(q.shape)}")
     batch, num_q_heads, q_len, head_dim = q.shape
     out = q.new_empty(batch, q_len, num_q_heads, head_dim).transpose(1, 2)
     return out, q.new_empty(batch, num_q_heads, q_len, dtype=torch.float32)
-
-
-def attention_heads(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    heads: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    pad: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    sink: int = 0,
-    window: int = 0,
-    scale: float | None = None,
-    workspace: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    """`attention` for some KV heads of a layer: one call per kind of cache serves a layer of both kinds of heads, without a copy.
-
-    Args:
-        heads: [n] int32 on the device of q, distinct: cache head i belongs to KV head heads[i] of k_new and v_new, and to its
-            group of query heads. On the CPU the numbers are checked; on CUDA, where reading them would wait for the GPU, one
-            that does not exist means the last head.
-        k_cache, v_cache: [batch, n, slots, head_dim], and with `k_scale`, `v_scale` [batch, n, slots] quantised.
-        out, lse: like what `attention` returns (`new_output` makes them), out in any strides with head_dim contiguous. Only the
-            query heads of `heads` are written.
-        others: as in `attention`; q, k_new and v_new hold all heads of the layer.
-
-    Raises:
-        RuntimeError: like `attention`.
-
-    Source: layers with heads of both kinds are DuoAttention's (https://arxiv.org/abs/2410.10819).
-    """
-    refuse_autograd(q, k_new, v_new)
-    scale, workspace = _with_defaults(q, k_new, scale, workspace)
-    tensors = (q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, out, lse)
-    torch.ops.zigzag.attention_heads_(*tensors, workspace, sink, window, scale, k_scale, v_scale)
 
 
 def append(
@@ -178,6 +173,7 @@ def append(
     seq_lens: Tensor,
     *,
     pad: Tensor | None = None,
+    cache_rows: Tensor | None = None,
     sink: int = 0,
     window: int = 0,
     k_scale: Tensor | None = None,
@@ -188,7 +184,7 @@ def append(
     O(q_len): nothing already in the cache moves. Raises RuntimeError like `attention`.
     """
     refuse_autograd(k_new, v_new)
-    torch.ops.zigzag.append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window, k_scale, v_scale)
+    torch.ops.zigzag.append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, cache_rows, sink, window, k_scale, v_scale)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,19 +210,12 @@ def refuse_autograd(*tensors: Tensor) -> None:
 
 
 @torch.library.register_fake("zigzag::attention_")
-def _attention_fake(
-    q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, workspace, sink, window, scale, k_scale=None, v_scale=None
-):
-    return new_output(q)
-
-
-@torch.library.register_fake("zigzag::attention_heads_")
-def _attention_heads_fake(*arguments, **options):
+def _attention_fake(*arguments, **options):
     return None
 
 
 @torch.library.register_fake("zigzag::append_")
-def _append_fake(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window, k_scale=None, v_scale=None):
+def _append_fake(*arguments, **options):
     return None
 
 

@@ -1,4 +1,4 @@
-"""The specification: every op as a short torch function with the same arguments and the same effect on them.
+"""The specification: every function of `ops` as a short torch function with the same arguments and the same effect on them.
 
 Tests compare the compiled kernels with these functions in float64; read them to learn what a kernel means. They are written
 to be obvious, not fast. Source of the sink + window pattern: StreamingLLM (https://arxiv.org/abs/2309.17453); of the
@@ -94,27 +94,34 @@ def held(cache: Tensor, scale: Tensor | None, used: Tensor) -> Tensor:
     return decode(cache.view(torch.uint8)[:, used].view(cache.dtype), scale[:, used])
 
 
-def append_(
+def rows_of(seq_lens: Tensor, pad: Tensor | None, cache_rows: Tensor | None, batch: int, q_len: int):
+    """Batch row, its cache row, tokens held there and leading padding columns, of every row that is not skipped."""
+    for b in range(batch):
+        row = b if cache_rows is None else int(cache_rows[b])
+        if row != -1:
+            yield b, row, int(seq_lens[row]), 0 if pad is None else min(max(int(pad[b]), 0), q_len)
+
+
+def append(
     k_new: Tensor,
     v_new: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     seq_lens: Tensor,
-    pad: Tensor | None,
-    sink: int,
-    window: int,
+    *,
+    pad: Tensor | None = None,
+    cache_rows: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Writes the new tokens of each row to their slots; what a ring would overwrite within the chunk is never written.
+    """`ops.append`: writes the new tokens to their slots; what a ring would overwrite within the chunk is never written.
 
-    k_new, v_new [batch, num_kv_heads, q_len, head_dim]; k_cache, v_cache [batch, num_kv_heads, slots, head_dim];
-    seq_lens [batch] tokens cached before; pad [batch] leading columns of the chunk to skip. Slots past the capacity are skipped.
-    A quantised cache is one of a dtype in `MAX_CODE`, with k_scale, v_scale [batch, num_kv_heads, slots]; see `encode`.
+    Slots past the capacity are skipped. A quantised cache is one of a dtype in `MAX_CODE`; see `encode`.
     """
-    for b in range(k_new.shape[0]):
-        first = int(pad[b]) if pad is not None else 0
-        position = int(seq_lens[b]) + torch.arange(k_new.shape[2] - first, device=k_new.device)
+    for b, row, length, first in rows_of(seq_lens, pad, cache_rows, k_new.shape[0], k_new.shape[2]):
+        position = length + torch.arange(k_new.shape[2] - first, device=k_new.device)
         keep = slot_of(position, sink, window) < k_cache.shape[2]
         if window and position.numel():
             keep &= (position < sink) | (position > position[-1] - window)
@@ -122,88 +129,67 @@ def append_(
         for cache, scale, new in ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new)):
             vectors = new[b, :, first:][:, keep]
             if scale is None:
-                cache[b, :, slot] = vectors
+                cache[row, :, slot] = vectors
             else:
-                codes, scale[b, :, slot] = encode(vectors, cache.dtype)
-                cache.view(torch.uint8)[b, :, slot] = codes.view(torch.uint8)
+                codes, scale[row, :, slot] = encode(vectors, cache.dtype)
+                cache.view(torch.uint8)[row, :, slot] = codes.view(torch.uint8)
 
 
-def attention_(
+def attention(
     q: Tensor,
     k_new: Tensor,
     v_new: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     seq_lens: Tensor,
-    pad: Tensor | None,
-    sink: int,
-    window: int,
-    scale: float,
+    *,
+    pad: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    heads: Tensor | None = None,
+    cache_rows: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    scale: float | None = None,
+    workspace: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the new tokens over the cache and themselves, then append. Computes in float64.
+    """`ops.attention`: attention of the new tokens over the cache and themselves, then append. Computes in float64.
 
-    q [batch, num_q_heads, q_len, head_dim]; cos, sin as in `rotate`, or None; the rest as in `append_`. Returns out like q
-    and lse [batch, num_q_heads, q_len] float32 (natural logarithm); padding columns give 0 and -inf. With a quantised cache
-    new tokens too are attended as their codes, so that every chunking of a prompt attends the same keys and values.
+    `workspace` is not used. With a quantised cache new tokens too are attended as their codes, so that every chunking of a
+    prompt attends the same keys and values.
     """
     if cos is not None:
         q, k_new = rotate(q, cos, sin), rotate(k_new, cos, sin)
     batch, num_q_heads, q_len, head_dim = q.shape
-    group = num_q_heads // k_new.shape[1]
-    out = torch.zeros(batch, num_q_heads, q_len, head_dim, dtype=torch.float64, device=q.device)
-    lse = torch.full((batch, num_q_heads, q_len), -torch.inf, dtype=torch.float64, device=q.device)
-    for b in range(batch):
-        first, length = (int(pad[b]) if pad is not None else 0), int(seq_lens[b])
+    group, scale = num_q_heads // k_new.shape[1], head_dim**-0.5 if scale is None else scale
+    out = torch.empty_like(q) if out is None else out
+    lse = q.new_empty(batch, num_q_heads, q_len, dtype=torch.float32) if lse is None else lse
+    kv = torch.arange(k_new.shape[1], device=q.device) if heads is None else heads.long()
+    own = (kv[:, None] * group + torch.arange(group, device=q.device)).flatten()
+    q, k_new, v_new = q[:, own], k_new[:, kv], v_new[:, kv]
+    out[:, own], lse[:, own] = 0.0, -torch.inf
+    for b, row, length, first in rows_of(seq_lens, pad, cache_rows, batch, q_len):
         query = length + torch.arange(q_len - first, device=q.device)
         old = position_of(k_cache.shape[2], length, sink, window, q.device) if k_cache.shape[2] else query[:0]
         used = old >= 0
         key = torch.cat([old[used], query])
         parts = ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new))
         k, v = (
-            torch.cat([held(cache[b], s if s is None else s[b], used), stored(new[b, :, first:], cache)], 1)
+            torch.cat([held(cache[row], s if s is None else s[row], used), stored(new[b, :, first:], cache)], 1)
             for cache, s, new in parts
         )
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
         logits = q[b, :, first:].double() @ k.transpose(1, 2) * scale
         logits = logits.masked_fill(~visible(key, query[:, None], sink, window), -torch.inf)
-        lse[b, :, first:] = logits.logsumexp(-1)
-        out[b, :, first:] = logits.softmax(-1) @ v
-    append_(k_new, v_new, k_cache, v_cache, seq_lens, pad, sink, window, k_scale, v_scale)
-    return out.to(q.dtype), lse.float()
-
-
-def attention_heads_(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    pad: Tensor | None,
-    heads: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sink: int,
-    window: int,
-    scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    """`attention_` of the KV heads `heads` [n] and their query heads, whose out and lse it writes.
-
-    k_cache, v_cache [batch, n, slots, head_dim]; the others hold all heads.
-    """
-    group = q.shape[1] // k_new.shape[1]
-    kv = heads.long()
-    own = (kv[:, None] * group + torch.arange(group, device=kv.device)).flatten()
-    tensors = (q[:, own], k_new[:, kv], v_new[:, kv], k_cache, v_cache, seq_lens, pad)
-    out[:, own], lse[:, own] = attention_(*tensors, sink, window, scale, cos, sin, k_scale, v_scale)
+        lse[b, own, first:] = logits.logsumexp(-1).to(lse.dtype)
+        out[b, own, first:] = (logits.softmax(-1) @ v).to(out.dtype)
+    rows = {"pad": pad, "cache_rows": cache_rows}
+    append(k_new, v_new, k_cache, v_cache, seq_lens, **rows, sink=sink, window=window, k_scale=k_scale, v_scale=v_scale)
+    return out, lse
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

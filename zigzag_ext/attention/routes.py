@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import BACKENDS, ranking, serves
+from .ops import KvBuffers
 
 ENVIRONMENT = "ZIGZAG_PREFILL_BACKEND"
 CHOICES = ("auto", "zigzag", *BACKENDS)
@@ -84,78 +85,67 @@ def attend(
     q: Tensor,
     k_new: Tensor,
     v_new: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    caches: KvBuffers,
     seq_lens: Tensor,
     *,
     past: int | None,
     pad: Tensor | None = None,
+    heads: Tensor | None = None,
+    cache_rows: Tensor | None = None,
+    out: Tensor | None = None,
     sink: int = 0,
     window: int = 0,
     scale: float | None = None,
     workspace: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
 ) -> Tensor:
     """`ops.attention` without its lse, through the chosen backend. Attends, then appends, in place.
 
     Args:
         past: tokens that every row holds before the call, if the host knows that they are equally many; None if it does not.
-        others: as in `ops.attention`.
+        others: as in `ops.attention`. A call with `heads`, `cache_rows` or `out` always takes our kernels.
 
     Returns:
-        out [batch, num_q_heads, q_len, head_dim] in the dtype of q, memory order tokens before heads.
+        out [batch, num_q_heads, q_len, head_dim] in the dtype of q, memory order tokens before heads; or the given one.
 
     Raises:
-        What `ops.attention` and `prefill_options` raise. ValueError: a full cache has fewer than past + q_len slots.
+        What `ops.attention` and `prefill_options` raise. ValueError, and nothing was written: a full cache has fewer than
+        past + q_len slots; or `duo_attention` is asked for on a ring of more than sink + window slots.
     """
-    q_len, slots = q.shape[2], k_cache.shape[2]
+    q_len, slots = q.shape[2], caches.keys.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     whole_chunk = window > 0 and q_len > 1 and _options.get().whole_chunk
-    held = None if past is None else min(past, slots)
+    if whole_chunk and slots > sink + window:
+        raise ValueError(
+            f"duo_attention attends whatever a ring holds: it needs one of sink + window = {sink + window} slots, got {slots}"
+        )
+    if past is not None and pad is None and not window and slots and past + q_len > slots:
+        raise ValueError(f"a full cache of {slots} slots cannot take {q_len} tokens after {past}; nothing was written")
     name = "zigzag"
-    host_knows = held is not None and pad is None and not _is_captured(q)
-    if (whole_chunk or not window) and host_knows and _is_regular(q, k_new, v_new):
-        if not window and slots and past + q_len > slots:
-            raise ValueError(f"a full cache of {slots} slots cannot take {q_len} tokens after {past}; nothing was written")
-        name = choose(q, k_new, held, quantised=k_scale is not None or v_scale is not None)
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
-    if name == "zigzag":
-        arguments = {"pad": pad, "scale": scale, "workspace": workspace, **scales}
-        if not whole_chunk:
-            tensors = (q, k_new, v_new, k_cache, v_cache, seq_lens)
-            plain = k_scale is None and v_scale is None  # the op itself slices over a quantised cache
-            short = ops.MAX_DECODE_QUERIES < q_len <= SLICED_CHUNK and slots >= LONG_CACHE
-            if q.is_cuda and plain and short and not window and _is_regular(q, k_new, v_new):
-                return attend_in_slices(*tensors, pad=pad, scale=scale, workspace=workspace)
-            return ops.attention(*tensors, sink=sink, window=window, **arguments)[0]
+    simple = past is not None and all(t is None for t in (pad, heads, cache_rows, out))
+    if q_len > ops.MAX_DECODE_QUERIES and (whole_chunk or not window) and simple and not _is_captured(q):
+        name = choose(q, k_new, min(past, slots), caches.is_quantised) if _is_regular(q, k_new, v_new) else name
+    if name != "zigzag":
+        return _attend_by(BACKENDS[name], q, k_new, v_new, caches, seq_lens, min(past, slots), sink, window, scale)
+    options = {"pad": pad, "heads": heads, "cache_rows": cache_rows, "out": out, "scale": scale, "workspace": workspace}
+    new, options = (q, k_new, v_new), options | caches.scales
+    if whole_chunk:
         # A ring is a full cache in another order. What this call appends to free slots is where the ring wants it.
-        out, _ = ops.attention(q, k_new, v_new, k_cache, v_cache, seq_lens.clamp(max=slots), **arguments)
-        ops.append(k_new, v_new, k_cache, v_cache, seq_lens, pad=pad, sink=sink, window=window, **scales)
+        out, _ = ops.attention(*new, *caches[:2], seq_lens.clamp(max=slots), **options)
+        own = new[1:] if heads is None else (t.index_select(1, heads) for t in new[1:])
+        ops.append(*own, *caches[:2], seq_lens, pad=pad, cache_rows=cache_rows, sink=sink, window=window, **caches.scales)
         return out
-    ops.refuse_autograd(q, k_new, v_new)
-    backend = BACKENDS[name]
-    if k_scale is not None or v_scale is not None:
-        # New tokens are attended as their codes: appended first, and read back like the past.
-        ops.append(k_new, v_new, k_cache, v_cache, seq_lens, sink=sink, window=window, **scales)
-        stored = _Stored((k_cache, v_cache), (k_scale, v_scale), q.dtype)
-        out = _attend_parts(backend, q, stored, held, stored.read(held, held + q_len), scale)
-    elif not window and held and backend.bottom_right:
-        ops.append(k_new, v_new, k_cache, v_cache, seq_lens)
-        keys, values = k_cache[:, :, : held + q_len], v_cache[:, :, : held + q_len]
-        out = backend.call(q, keys, values, True, scale)[0]
-    else:
-        out = _attend_parts(backend, q, _Stored((k_cache, v_cache), (None, None), q.dtype), held, (k_new, v_new), scale)
-        ops.append(k_new, v_new, k_cache, v_cache, seq_lens, sink=sink, window=window)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    # The op itself slices over a quantised cache.
+    few = ops.MAX_DECODE_QUERIES < q_len <= SLICED_CHUNK and slots >= LONG_CACHE and not caches.is_quantised
+    if q.is_cuda and few and not window and heads is None and cache_rows is None and out is None and _is_regular(*new):
+        return attend_in_slices(*new, caches, seq_lens, pad=pad, scale=scale, workspace=workspace)
+    return ops.attention(*new, *caches[:2], seq_lens, sink=sink, window=window, **options)[0]
 
 
 def attend_in_slices(
     q: Tensor,
     k_new: Tensor,
     v_new: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    caches: KvBuffers,
     seq_lens: Tensor,
     *,
     pad: Tensor | None = None,
@@ -163,46 +153,38 @@ def attend_in_slices(
     workspace: Tensor | None = None,
 ) -> Tensor:
     """`attend` over a full cache by the decode kernel, `ops.MAX_DECODE_QUERIES` tokens a call."""
-    batch, num_q_heads, q_len, head_dim = q.shape
-    out = q.new_empty(batch, q_len, num_q_heads, head_dim).transpose(1, 2)
+    q_len, (out, _) = q.shape[2], ops.new_output(q)
+    options = {"scale": scale, "workspace": workspace, **caches.scales}
     for start in range(0, q_len, ops.MAX_DECODE_QUERIES):
         piece = slice(start, min(start + ops.MAX_DECODE_QUERIES, q_len))
         held, skipped = seq_lens + start, None
         if pad is not None:
             held = seq_lens + (start - pad).clamp(min=0)
-            skipped = (pad - start).clamp(0, piece.stop - start)
+            skipped = pad - start
         new = (t[:, :, piece] for t in (q, k_new, v_new))
-        out[:, :, piece] = ops.attention(*new, k_cache, v_cache, held, pad=skipped, scale=scale, workspace=workspace)[0]
+        ops.attention(*new, *caches[:2], held, pad=skipped, out=out[:, :, piece], **options)
     return out
 
 
-def attend_heads(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    heads: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    pad: Tensor | None = None,
-    sink: int = 0,
-    window: int = 0,
-    scale: float | None = None,
-    workspace: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    """`ops.attention_heads`, or under `prefill_options(duo_attention=True)` what that says. Always our kernels."""
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
-    tensors, options = (heads, out, lse), {"pad": pad, "scale": scale, "workspace": workspace, **scales}
-    if not (window > 0 and q.shape[2] > 1 and _options.get().whole_chunk):
-        return ops.attention_heads(q, k_new, v_new, k_cache, v_cache, seq_lens, *tensors, sink=sink, window=window, **options)
-    ops.attention_heads(q, k_new, v_new, k_cache, v_cache, seq_lens.clamp(max=k_cache.shape[2]), *tensors, **options)
-    own = (new.index_select(1, heads) for new in (k_new, v_new))
-    ops.append(*own, k_cache, v_cache, seq_lens, pad=pad, sink=sink, window=window, **scales)
+def _attend_by(backend, q, k_new, v_new, caches: KvBuffers, seq_lens, held: int, sink: int, window: int, scale: float) -> Tensor:
+    """`attend` by a backend, of rows that all hold `held` tokens."""
+    ops.refuse_autograd(q, k_new, v_new)
+
+    def append():
+        ops.append(k_new, v_new, *caches[:2], seq_lens, sink=sink, window=window, **caches.scales)
+
+    stored = _Stored(caches[:2], caches[2:], q.dtype)
+    if caches.is_quantised:
+        # New tokens are attended as their codes: appended first, and read back like the past.
+        append()
+        out = _attend_parts(backend, q, stored, held, stored.read(held, held + q.shape[2]), scale)
+    elif not window and held and backend.bottom_right:
+        append()
+        out = backend.call(q, *stored.read(0, held + q.shape[2]), True, scale)[0]
+    else:
+        out = _attend_parts(backend, q, stored, held, (k_new, v_new), scale)
+        append()
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def choose(q: Tensor, k_new: Tensor, past: int, quantised: bool = False) -> str:

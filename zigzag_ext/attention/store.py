@@ -124,6 +124,12 @@ class LayerStore:
         return {name: buffer.tensor for name, buffer in self.growing.items()} if self.growing else self.plain
 
     @property
+    def caches(self) -> ops.KvBuffers:
+        """The buffers as the ops take them."""
+        buffers = self.buffers
+        return ops.KvBuffers(buffers["keys"], buffers["values"], buffers.get("key_scales"), buffers.get("value_scales"))
+
+    @property
     def ring_slots(self) -> int:
         return self.sink + self.window + self.rollback
 
@@ -224,37 +230,32 @@ class LayerStore:
                     buffer = self.plain[name] = buffer.new_empty(len(index), *buffer.shape[1:])
             buffer[:, :, :held] = chosen
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, chunk: Chunk, out: Tensor | None = None, lse=None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, chunk: Chunk, out: Tensor | None = None) -> Tensor:
         """Attention of the chunk over the store and itself, then append.
 
-        q [batch, num_q_heads, q_len, head_dim], k, v [batch, num_kv_heads, q_len, head_dim]: all heads of the layer. out, lse:
-        where the results of `heads` go (`ops.new_output`); needed where heads are given.
+        q [batch, num_q_heads, q_len, head_dim], k, v [batch, num_kv_heads, q_len, head_dim]: all heads of the layer. out: where
+        the results of `heads` go, see `ops.new_output`.
         """
         if self.key_offset is not None:
             if smoothing.sets_offsets(k.shape[2], chunk.started):
                 smoothing.set_offsets(self.key_offset, k, chunk.seq_lens, chunk.pad)
             k = k - self.key_offset
-        buffers = self.buffers
-        if q.shape[0] < buffers["keys"].shape[0]:  # the first rows only
-            buffers = {name: buffer[: q.shape[0]] for name, buffer in buffers.items()}
-        tensors = (q, k, v, buffers["keys"], buffers["values"], chunk.seq_lens)
-        options = {"pad": chunk.pad, "sink": self.sink, "window": self.window, "scale": scale, "workspace": chunk.workspace}
-        options |= {"k_scale": buffers.get("key_scales"), "v_scale": buffers.get("value_scales")}
-        if self.heads is not None:
-            routes.attend_heads(*tensors, self.head_numbers, out, lse, **options)
-            return out
-        if q.shape[2] == 1 or chunk.cos is not None:
-            return ops.attention(*tensors, cos=chunk.cos, sin=chunk.sin, **options)[0]
-        return routes.attend(*tensors, past=chunk.past, **options)
+        caches = self.caches
+        if q.shape[0] < caches.keys.shape[0]:  # the first rows only
+            caches = ops.KvBuffers(*(None if t is None else t[: q.shape[0]] for t in caches))
+        options = {"pad": chunk.pad, "heads": self.head_numbers, "out": out, "sink": self.sink, "window": self.window}
+        options |= {"scale": scale, "workspace": chunk.workspace}
+        if q.shape[2] > 1 and chunk.cos is None:
+            return routes.attend(q, k, v, caches, chunk.seq_lens, past=chunk.past, **options)
+        rope = {"cos": chunk.cos, "sin": chunk.sin}
+        return ops.attention(q, k, v, *caches[:2], chunk.seq_lens, **rope, **options, **caches.scales)[0]
 
 
 def attend(stores: Sequence[LayerStore], q: Tensor, k: Tensor, v: Tensor, scale: float | None, chunk: Chunk) -> Tensor:
     """Attention of one layer, then append: out [batch, num_q_heads, q_len, head_dim]. One call per store, each for its heads."""
     if len(stores) == 1:
         return stores[0].attend(q, k, v, scale, chunk)
-    out, lse = ops.new_output(q)
+    out, _ = ops.new_output(q)
     for store in stores:
-        store.attend(q, k, v, scale, chunk, out, lse)
+        store.attend(q, k, v, scale, chunk, out)
     return out

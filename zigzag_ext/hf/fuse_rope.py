@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-_OPS = {torch.ops.zigzag.attention_, torch.ops.zigzag.attention_heads_}
-_Q, _K, _COS, _SIN = 0, 1, 7, 8  # arguments of both ops
+_OP = torch.ops.zigzag.attention_
+_Q, _K, _COS, _SIN = 0, 1, 7, 8  # its arguments
 _ADD, _MUL, _NEG = {operator.add, torch.add}, {operator.mul, torch.mul}, {operator.neg, torch.neg}
 _UNIT = 8  # rotary_dim is a multiple of it: whole vectors of the kernels
 
@@ -31,7 +31,7 @@ def fuse_rope(graph: Graph) -> int:
     """Rewrites, in place, the zigzag ops whose RoPE is recognised, and returns how many. The compiler drops what nobody uses."""
     fused = 0
     for node in graph.nodes:
-        if node.target not in _OPS or node.args[_COS] is not None:
+        if node.target is not _OP or node.args[_COS] is not None:
             continue
         q, k = _rotated(node.args[_Q]), _rotated(node.args[_K])
         if q is not None and k is not None and q[1:] == k[1:]:

@@ -27,73 +27,79 @@ void run(const Tensor& tensor, const Params& params, void (*cuda)(const Params&,
   }
 }
 
-const int32_t* pad_pointer(const std::optional<Tensor>& pad, int64_t batch, const Tensor& like) {
-  return pad ? check_lengths("pad", *pad, batch, like) : nullptr;
+void check_dims(const Tensor& k_new, const Tensor& k_cache) {
+  ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
+  ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [rows, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
 }
 
-void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
-             const Tensor& seq_lens, const std::optional<Tensor>& pad, int64_t sink, int64_t window,
-             const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
-  ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
-  ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
-  const int64_t batch = k_new.size(0), heads = k_new.size(1), q_len = k_new.size(2), head_dim = k_new.size(3);
-  const int64_t slots = k_cache.size(2);
-  AppendParams p = {};
-  p.k_new_stride = check_heads("k_new", k_new, {batch, heads, q_len, head_dim}, k_new);
-  p.v_new_stride = check_heads("v_new", v_new, {batch, heads, q_len, head_dim}, k_new);
-  check_cache("k_cache", k_cache, "k_scale", k_scale, heads, k_new, slots, p.k_store, p.k_cache_stride);
-  check_cache("v_cache", v_cache, "v_scale", v_scale, heads, k_new, slots, p.v_store, p.v_cache_stride);
-  p.seq_lens = check_lengths("seq_lens", seq_lens, batch, k_new);
-  p.pad = pad_pointer(pad, batch, k_new);
+// What appending and attending have in common: the caches with their scales, lengths, padding, cache rows and the
+// layout. `like` is the tensor of new tokens that the others must match.
+template <class Params>
+void check_stored(Params& p, const Tensor& like, const char* like_name, const CacheShape& shape, const Tensor& k_cache,
+                  const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
+                  const std::optional<Tensor>& cache_rows, int64_t sink, int64_t window,
+                  const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  const int64_t batch = like.size(0);
+  check_cache("k_cache", k_cache, "k_scale", k_scale, shape, like, p.k_store, p.k_cache_stride);
+  check_cache("v_cache", v_cache, "v_scale", v_scale, shape, like, p.v_store, p.v_cache_stride);
+  p.seq_lens = check_numbers("seq_lens", seq_lens, shape.rows, like_name, like);
+  p.pad = check_numbers("pad", pad, batch, like_name, like);
+  p.cache_rows = {check_numbers("cache_rows", cache_rows, batch, like_name, like), to_int("cache rows", shape.rows)};
+  p.batch = to_int("batch", batch);
+  p.num_kv_heads = to_int("num_kv_heads", shape.heads);
+  p.q_len = to_int("q_len", like.size(2));
+  p.head_dim = to_int("head_dim", like.size(3));
+  p.slots = to_int("slots", shape.slots);
+  p.sink = to_int("sink", sink);
+  p.window = to_int("window", window);
+  p.dtype = to_dtype(like.scalar_type());
+}
+
+template <class Params>
+void take_stored(Params& p, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
+                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   p.k_new = k_new.const_data_ptr();
   p.v_new = v_new.const_data_ptr();
   p.k_cache = k_cache.mutable_data_ptr();
   p.v_cache = v_cache.mutable_data_ptr();
   p.k_store.scale = scale_pointer(k_scale);
   p.v_store.scale = scale_pointer(v_scale);
-  p.batch = to_int("batch", batch);
-  p.num_kv_heads = to_int("num_kv_heads", heads);
-  p.q_len = to_int("q_len", q_len);
-  p.head_dim = to_int("head_dim", head_dim);
-  p.slots = to_int("slots", slots);
-  p.sink = to_int("sink", sink);
-  p.window = to_int("window", window);
-  p.dtype = to_dtype(k_new.scalar_type());
+}
+
+void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
+             const Tensor& seq_lens, const std::optional<Tensor>& pad, const std::optional<Tensor>& cache_rows,
+             int64_t sink, int64_t window, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  check_dims(k_new, k_cache);
+  const int64_t batch = k_new.size(0), heads = k_new.size(1), q_len = k_new.size(2), head_dim = k_new.size(3);
+  AppendParams p = {};
+  p.k_new_stride = check_heads("k_new", k_new, {batch, heads, q_len, head_dim}, k_new);
+  p.v_new_stride = check_heads("v_new", v_new, {batch, heads, q_len, head_dim}, k_new);
+  const CacheShape shape = {cache_rows ? k_cache.size(0) : batch, heads, k_cache.size(2)};
+  check_stored(p, k_new, "k_new", shape, k_cache, v_cache, seq_lens, pad, cache_rows, sink, window, k_scale, v_scale);
+  take_stored(p, k_new, v_new, k_cache, v_cache, k_scale, v_scale);
   run(k_new, p, append_cuda, append_cpu);
 }
 
-// The body of both attention ops. `heads`: the KV heads to serve, all of them where it is empty. `result`: out and lse
-// to write to; made, and filled in, where it is empty.
-void attend(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
-            const Tensor& seq_lens, const std::optional<Tensor>& pad, const std::optional<Tensor>& cos,
-            const std::optional<Tensor>& sin, const std::optional<Tensor>& heads,
-            std::optional<std::tuple<Tensor, Tensor>>& result, const Tensor& workspace, int64_t sink, int64_t window,
-            double scale, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+void attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
+                const Tensor& seq_lens, const std::optional<Tensor>& pad, const std::optional<Tensor>& cos,
+                const std::optional<Tensor>& sin, const std::optional<Tensor>& heads,
+                const std::optional<Tensor>& cache_rows, const Tensor& out, const Tensor& lse, const Tensor& workspace,
+                int64_t sink, int64_t window, double scale, const std::optional<Tensor>& k_scale,
+                const std::optional<Tensor>& v_scale) {
   ZZ_CHECK(q.dim() == 4, "q must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(q));
-  ZZ_CHECK(k_new.dim() == 4, "k_new must be [batch, num_kv_heads, q_len, head_dim], got ", shape_string(k_new));
-  ZZ_CHECK(k_cache.dim() == 4, "k_cache must be [batch, num_kv_heads, slots, head_dim], got ", shape_string(k_cache));
+  check_dims(k_new, k_cache);
   const int64_t batch = q.size(0), q_heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
-  const int64_t kv_heads = k_new.size(1), cache_heads = heads ? k_cache.size(1) : kv_heads, slots = k_cache.size(2);
+  const int64_t kv_heads = k_new.size(1);
+  const CacheShape shape = {cache_rows ? k_cache.size(0) : batch, heads ? k_cache.size(1) : kv_heads, k_cache.size(2)};
   AttentionParams p = {};
-  if (heads) p.heads = check_heads_served(*heads, cache_heads, kv_heads, q);
+  if (heads) p.heads = check_heads_served(*heads, shape.heads, kv_heads, q);
   p.q_stride = check_heads("q", q, {batch, q_heads, q_len, head_dim}, q);
   p.k_new_stride = check_heads("k_new", k_new, {batch, kv_heads, q_len, head_dim}, q);
   p.v_new_stride = check_heads("v_new", v_new, {batch, kv_heads, q_len, head_dim}, q);
-  check_cache("k_cache", k_cache, "k_scale", k_scale, cache_heads, q, slots, p.k_store, p.k_cache_stride);
-  check_cache("v_cache", v_cache, "v_scale", v_scale, cache_heads, q, slots, p.v_store, p.v_cache_stride);
-  p.seq_lens = check_lengths("seq_lens", seq_lens, batch, q);
-  p.pad = pad_pointer(pad, batch, q);
-  p.batch = to_int("batch", batch);
-  check_geometry(to_int("num_q_heads", q_heads), to_int("num_kv_heads", kv_heads), to_int("head_dim", head_dim));
-  p.num_q_heads = to_int("num_q_heads", q_heads / kv_heads * cache_heads);
-  p.num_kv_heads = to_int("num_kv_heads", cache_heads);
-  p.q_len = to_int("q_len", q_len);
-  p.head_dim = to_int("head_dim", head_dim);
-  p.slots = to_int("slots", slots);
-  p.sink = to_int("sink", sink);
-  p.window = to_int("window", window);
+  check_stored(p, q, "q", shape, k_cache, v_cache, seq_lens, pad, cache_rows, sink, window, k_scale, v_scale);
+  check_geometry(to_int("num_q_heads", q_heads), to_int("num_kv_heads", kv_heads), p.head_dim);
+  p.num_q_heads = to_int("num_q_heads", q_heads / kv_heads * shape.heads);
   p.scale = static_cast<float>(scale);
-  p.dtype = to_dtype(q.scalar_type());
   p.rotary = check_rotary(cos, sin, q);
   check_params(p);
   if (q.is_cuda()) {
@@ -106,46 +112,14 @@ void attend(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Ten
     p.workspace = workspace.mutable_data_ptr();
     p.workspace_bytes = workspace.numel();
   }
-  if (!result) {
-    // Memory order [batch, q_len, num_q_heads, head_dim]: what the output projection reads, without a copy.
-    result.emplace(torch::stable::transpose(torch::stable::new_empty(q, {batch, q_len, q_heads, head_dim}), 1, 2),
-                   torch::stable::new_empty(q, {batch, q_heads, q_len}, ScalarType::Float));
-  }
-  auto& [out, lse] = *result;
   p.out_stride = check_heads("out", out, {batch, q_heads, q_len, head_dim}, q);
   check_written("out", out);
   check_lse(lse, {batch, q_heads, q_len}, q);
+  take_stored(p, k_new, v_new, k_cache, v_cache, k_scale, v_scale);
   p.q = q.const_data_ptr();
-  p.k_new = k_new.const_data_ptr();
-  p.v_new = v_new.const_data_ptr();
-  p.k_cache = k_cache.mutable_data_ptr();
-  p.v_cache = v_cache.mutable_data_ptr();
-  p.k_store.scale = scale_pointer(k_scale);
-  p.v_store.scale = scale_pointer(v_scale);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   run(q, p, attention_cuda, attention_cpu);
-}
-
-std::tuple<Tensor, Tensor> attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
-                                      const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
-                                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                                      const Tensor& workspace, int64_t sink, int64_t window, double scale,
-                                      const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
-  std::optional<std::tuple<Tensor, Tensor>> result;
-  attend(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, std::nullopt, result, workspace, sink, window,
-         scale, k_scale, v_scale);
-  return *result;
-}
-
-void attention_heads_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
-                      const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
-                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const Tensor& heads,
-                      const Tensor& out, const Tensor& lse, const Tensor& workspace, int64_t sink, int64_t window,
-                      double scale, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
-  std::optional<std::tuple<Tensor, Tensor>> result(std::in_place, out, lse);
-  attend(q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, result, workspace, sink, window, scale,
-         k_scale, v_scale);
 }
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
@@ -182,7 +156,6 @@ template <class Library>
 void implement(Library& m) {
   m.impl("append_", TORCH_BOX(&append_));
   m.impl("attention_", TORCH_BOX(&attention_));
-  m.impl("attention_heads_", TORCH_BOX(&attention_heads_));
   m.impl("merge_states", TORCH_BOX(&merge_states));
 }
 
@@ -191,15 +164,10 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY(zigzag, m) {
   m.def(
       "append_(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? pad, "
-      "int sink, int window, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()");
+      "Tensor? cache_rows, int sink, int window, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()");
   m.def(
       "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
-      "Tensor? pad, Tensor? cos, Tensor? sin, "
-      "Tensor(c!) workspace, int sink, int window, float scale, Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "attention_heads_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
-      "Tensor? pad, Tensor? cos, Tensor? sin, Tensor heads, Tensor(c!) out, Tensor(d!) lse, "
+      "Tensor? pad, Tensor? cos, Tensor? sin, Tensor? heads, Tensor? cache_rows, Tensor(c!) out, Tensor(d!) lse, "
       "Tensor(e!) workspace, int sink, int window, float scale, Tensor(f!)? k_scale=None, Tensor(g!)? v_scale=None) "
       "-> ()");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");

@@ -84,32 +84,33 @@ inline Strides check_heads(const char* name, const Tensor& tensor, std::initiali
   return check_layout(name, tensor, shape, like, 8);
 }
 
-// int32 [batch] on the device of `like`.
-inline const int32_t* check_lengths(const char* name, const Tensor& tensor, int64_t batch, const Tensor& like) {
-  check_shape(name, tensor, {batch});
+// Contiguous int32 [count] on the device of `like`.
+inline const int32_t* check_numbers(const char* name, const Tensor& tensor, int64_t count, const char* like_name,
+                                    const Tensor& like) {
+  check_shape(name, tensor, {count});
   ZZ_CHECK(tensor.scalar_type() == ScalarType::Int, name, " must be int32");
-  ZZ_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
-           " must be on the device of the keys");
-  ZZ_CHECK(batch <= 1 || tensor.stride(0) == 1, name, " must be contiguous");
+  check_device(name, tensor, like_name, like);
+  ZZ_CHECK(count <= 1 || tensor.stride(0) == 1, name, " must be contiguous");
   return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+inline const int32_t* check_numbers(const char* name, const std::optional<Tensor>& tensor, int64_t count,
+                                    const char* like_name, const Tensor& like) {
+  return tensor ? check_numbers(name, *tensor, count, like_name, like) : nullptr;
 }
 
 // The KV heads that a call serves: as many as its caches have, of the `total` that k_new has.
 inline HeadMap check_heads_served(const Tensor& heads, int64_t cache_heads, int64_t total, const Tensor& like) {
-  check_shape("heads", heads, {cache_heads});
-  ZZ_CHECK(heads.scalar_type() == ScalarType::Int && heads.is_contiguous(), "heads must be contiguous int32");
-  ZZ_CHECK(heads.is_cuda() == like.is_cuda() && heads.get_device_index() == like.get_device_index(),
-           "heads must be on the device of q");
+  const int32_t* numbers = check_numbers("heads", heads, cache_heads, "q", like);
   ZZ_CHECK(cache_heads >= 1 && cache_heads <= total, "heads names ", cache_heads,
            " KV heads, as many as the caches have; it may name 1 to num_kv_heads = ", total);
-  return {static_cast<const int32_t*>(heads.const_data_ptr()), to_int("num_kv_heads", total)};
+  return {numbers, to_int("num_kv_heads", total)};
 }
 
 inline void check_lse(const Tensor& lse, std::initializer_list<int64_t> shape, const Tensor& like) {
   check_shape("lse", lse, shape);
   ZZ_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), "lse must be contiguous float32");
-  ZZ_CHECK(lse.is_cuda() == like.is_cuda() && lse.get_device_index() == like.get_device_index(),
-           "lse must be on the device of q");
+  check_device("lse", lse, "q", like);
 }
 
 // cos or sin: [batch or 1, q_len, rotary_dim] on the device of q; the dtype and rotary_dim are checked by check_params.
@@ -117,8 +118,7 @@ inline void check_table(const char* name, const Tensor& table, const Tensor& q) 
   ZZ_CHECK(table.dim() == 3 && (table.size(0) == q.size(0) || table.size(0) == 1) && table.size(1) == q.size(2), name,
            " must be [batch or 1, q_len, rotary_dim] = [", q.size(0), " or 1, ", q.size(2), ", rotary_dim], got ",
            shape_string(table));
-  ZZ_CHECK(table.is_cuda() == q.is_cuda() && table.get_device_index() == q.get_device_index(), name,
-           " must be on the device of q");
+  check_device(name, table, "q", q);
   ZZ_CHECK(table.size(2) <= 1 || table.stride(2) == 1, name, " must be contiguous in rotary_dim, its stride there is ",
            table.stride(2));
   const int64_t bytes = static_cast<int64_t>(element_size(to_dtype(table.scalar_type())));

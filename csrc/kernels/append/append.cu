@@ -16,8 +16,10 @@ ZZ_HOST_DEVICE int candidate_tokens(const AppendParams& p) {
   return compact ? p.sink + p.window : p.q_len;
 }
 
-// Chunk column of candidate `i`, or -1 if that token is padding, does not survive the chunk, or is listed twice.
-__device__ __forceinline__ int candidate_column(const AppendParams& p, int i, int length, int pad) {
+// Chunk column of candidate `i` of a row, or -1 if that token is padding, does not survive the chunk, or is listed
+// twice.
+__device__ __forceinline__ int candidate_column(const AppendParams& p, int i, const ChunkRow& row) {
+  const auto [cache_row, length, pad] = row;
   const RingLayout layout{p.sink, p.window};
   const bool compact = candidate_tokens(p) < p.q_len;
   const int column = !compact ? i : i < p.sink ? pad + i : p.q_len - p.window + (i - p.sink);
@@ -25,6 +27,10 @@ __device__ __forceinline__ int candidate_column(const AppendParams& p, int i, in
   if (column < pad || column >= p.q_len) return -1;
   if (compact && (i < p.sink) != (position < p.sink)) return -1;
   return layout.survives(position, length + p.q_len - pad) ? column : -1;
+}
+
+__device__ __forceinline__ int64_t offset(const Strides& stride, int row, int head, int token) {
+  return row * stride.batch + head * stride.head + token * stride.token;
 }
 
 __device__ __forceinline__ void copy_16(void* to, int64_t to_element, const void* from, int64_t from_element) {
@@ -37,19 +43,19 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const int head = blockIdx.y, batch = blockIdx.z, element = threadIdx.x * 8;
   const int candidate = blockIdx.x * blockDim.y + threadIdx.y;
   if (candidate >= candidate_tokens(p)) return;
-  const int length = max(0, p.seq_lens[batch]);
-  const int pad = p.pad == nullptr ? 0 : p.pad[batch];
-  const int column = candidate_column(p, candidate, length, pad);
+  const ChunkRow row = chunk_row(p, batch);
+  const int column = candidate_column(p, candidate, row);
   if (column < 0) return;
-  const int slot = RingLayout{p.sink, p.window}.slot(length + column - pad);
+  const int slot = RingLayout{p.sink, p.window}.slot(row.length + column - row.pad);
   if (slot >= p.slots) return;
 
-  const auto offset = [&](const Strides& stride, int head, int token) {
-    return batch * stride.batch + head * stride.head + token * stride.token + element;
-  };
   const int new_head = p.heads(head);
-  copy_16(p.k_cache, offset(p.k_cache_stride, head, slot), p.k_new, offset(p.k_new_stride, new_head, column));
-  copy_16(p.v_cache, offset(p.v_cache_stride, head, slot), p.v_new, offset(p.v_new_stride, new_head, column));
+  const auto copy = [&](void* to, const Strides& to_stride, const void* from, const Strides& from_stride) {
+    copy_16(to, offset(to_stride, row.cache_row, head, slot) + element, from,
+            offset(from_stride, batch, new_head, column) + element);
+  };
+  copy(p.k_cache, p.k_cache_stride, p.k_new, p.k_new_stride);
+  copy(p.v_cache, p.v_cache_stride, p.v_new, p.v_new_stride);
 }
 
 // A vector of at most 256 elements, eight a lane: lane i holds elements 8 i on.
@@ -67,33 +73,29 @@ __global__ void __launch_bounds__(kThreads) append_codes_kernel(const __grid_con
   const int head = blockIdx.y, batch = blockIdx.z, lane = threadIdx.x % 32;
   const int candidate = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   if (candidate >= candidate_tokens(p)) return;
-  const int length = max(0, p.seq_lens[batch]);
-  const int pad = p.pad == nullptr ? 0 : max(0, p.pad[batch]);
-  const int column = candidate_column(p, candidate, length, pad);
+  const ChunkRow row = chunk_row(p, batch);
+  const int column = candidate_column(p, candidate, row);
   if (column < 0) return;
-  const int slot = RingLayout{p.sink, p.window}.slot(length + column - pad);
+  const int slot = RingLayout{p.sink, p.window}.slot(row.length + column - row.pad);
   if (slot >= p.slots) return;
 
-  const auto offset = [&](const Strides& stride, int head, int token) {
-    return batch * stride.batch + head * stride.head + token * stride.token;
-  };
   const bool held = lane < p.head_dim / 8;
   const auto store = [&](const void* from, const Strides& from_stride, const KvStore& to, void* cache,
                          const Strides& to_stride) {
     uint4 piece = make_uint4(0, 0, 0, 0);
-    const uint16_t* source = static_cast<const uint16_t*>(from) + offset(from_stride, p.heads(head), column);
+    const uint16_t* source = static_cast<const uint16_t*>(from) + offset(from_stride, batch, p.heads(head), column);
     if (held) piece = reinterpret_cast<const uint4*>(source)[lane];
-    const int64_t at = offset(to_stride, head, slot);
+    const int64_t at = offset(to_stride, row.cache_row, head, slot);
     if (to.format == KvFormat::kPlain) {
       if (held) reinterpret_cast<uint4*>(static_cast<uint16_t*>(cache) + at)[lane] = piece;
       return;
     }
-    char* row = static_cast<char*>(cache) + at;
-    float* scale = to.scale + offset(to.scale_stride, head, slot);
+    char* codes = static_cast<char*>(cache) + at;
+    float* scale = to.scale + offset(to.scale_stride, row.cache_row, head, slot);
     switch (to.format) {
-      case KvFormat::kFp8: return store_codes<Fp8, Element>(piece, held, row, scale);
-      case KvFormat::kInt8: return store_codes<Int8, Element>(piece, held, row, scale);
-      case KvFormat::kInt4: return store_codes<Int4, Element>(piece, held, row, scale);
+      case KvFormat::kFp8: return store_codes<Fp8, Element>(piece, held, codes, scale);
+      case KvFormat::kInt8: return store_codes<Int8, Element>(piece, held, codes, scale);
+      case KvFormat::kInt4: return store_codes<Int4, Element>(piece, held, codes, scale);
       default: return;
     }
   };

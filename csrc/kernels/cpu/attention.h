@@ -48,7 +48,7 @@ inline AttentionPlan make_plan(const AttentionParams& p, int block_tokens) {
   plan.rows = allocate<RowPlan>(p.batch + 1);
   const int tasks_per_split = p.num_kv_heads * plan.blocks;
   const auto most_keys = [&](int b) {
-    const int64_t cached = std::min(p.seq_lens[b], p.slots), all = cached + p.q_len;
+    const int64_t cached = std::min(chunk_row(p, b).length, p.slots), all = cached + p.q_len;
     return p.window == 0 ? all : std::min<int64_t>(all, static_cast<int64_t>(p.sink) + p.window + block_tokens);
   };
   int64_t work = 0;
@@ -167,14 +167,15 @@ class CpuAttention {
   void attend(const Task& t, Worker& worker) const {
     const RowBlock& block = worker.block;
     reset(block);
-    const int pad = padding(p_, t.b), first_column = t.block * plan_.block_tokens;
+    const auto [cache_row, length, pad] = chunk_row(p_, t.b);
+    const int first_column = t.block * plan_.block_tokens;
     const int end_column = first_column + block.rows / plan_.group;
     if (end_column <= pad) return;
     load_queries(t, block);
-    const int first_query = p_.seq_lens[t.b] + std::max(first_column, pad) - pad;
-    const int last_query = p_.seq_lens[t.b] + end_column - 1 - pad;
+    const int first_query = length + std::max(first_column, pad) - pad;
+    const int last_query = length + end_column - 1 - pad;
     const RingLayout layout{p_.sink, p_.window};
-    const KeyRuns keys = visible_runs(layout, p_.slots, p_.seq_lens[t.b], pad, first_query, last_query);
+    const KeyRuns keys = visible_runs(layout, p_.slots, length, pad, first_query, last_query);
     const int64_t split_begin = static_cast<int64_t>(t.split) * plan_.rows[t.b].split_keys;
     const int64_t split_end = std::min<int64_t>(keys.num_keys, split_begin + plan_.rows[t.b].split_keys);
     int64_t run_begin = 0;
@@ -186,10 +187,10 @@ class CpuAttention {
         const int count = std::min(kTileKeys, end - key);
         for (int r = 0; r < block.rows; ++r) {
           const int column = first_column + r / plan_.group;
-          const KeyInterval seen = visible_interval(layout, run, key, count, p_.seq_lens[t.b] + column - pad);
+          const KeyInterval seen = visible_interval(layout, run, key, count, length + column - pad);
           block.interval[r] = column < pad ? TileInterval{0, 0} : TileInterval{seen.begin, seen.end};
         }
-        attend_keys(t, worker, run, run.row + key, count);
+        attend_keys(t, worker, run.cached, run.cached ? cache_row : t.b, run.row + key, count);
       }
     }
   }
@@ -207,8 +208,9 @@ class CpuAttention {
 
   bool plain() const { return k_.is_plain() && v_.is_plain(); }
 
-  void attend_keys(const Task& t, Worker& worker, const KeyRun& run, int row, int count) const {
-    const VectorRows k = k_.rows(run.cached, t.b, t.head, row), v = v_.rows(run.cached, t.b, t.head, row);
+  // Keys [key, key + count) of cache row or batch row `row`.
+  void attend_keys(const Task& t, Worker& worker, bool cached, int row, int key, int count) const {
+    const VectorRows k = k_.rows(cached, row, t.head, key), v = v_.rows(cached, row, t.head, key);
     if (worker.block.rows <= kDirectRows && plain()) {
       constexpr int64_t kSize = sizeof(T);
       const auto elements = [](const char* data) { return reinterpret_cast<const T*>(data); };

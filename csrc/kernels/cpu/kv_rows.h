@@ -25,7 +25,7 @@ class KvRows {
 
   bool is_plain() const { return store_.format == KvFormat::kPlain; }
 
-  // Vectors of (row b, head of the cache) from slot or column `row` on.
+  // Vectors of (cache row or batch row b, head of the cache) from slot or column `row` on.
   VectorRows rows(bool cached, int b, int head, int row) const {
     const Strides& stride = cached ? cache_stride_ : fresh_stride_;
     const Strides& scale_stride = cached ? store_.scale_stride : fresh_scale_stride_;
@@ -49,7 +49,7 @@ class KvRows {
     parallel.run(heads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int b = static_cast<int>(i / p.num_kv_heads), head = static_cast<int>(i % p.num_kv_heads);
-        for (int column = padding(p, b); column < p.q_len; ++column) {
+        for (int column = chunk_row(p, b).pad; column < p.q_len; ++column) {
           const int64_t at = i * p.q_len + column;
           store_vector(p.dtype, fresh_ + offset(fresh_stride_, b, p.heads(head), column), p.head_dim, store_.format,
                        fresh_codes_.get() + at * bytes, fresh_scales_.get() + at);

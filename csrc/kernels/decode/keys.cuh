@@ -75,6 +75,7 @@ __device__ __forceinline__ uint32_t advance_chunks(uint32_t address, int chunks)
 
 struct Keys {
   int batch;
+  int cache_row;  // of the caches and their scales; 0 where the row is skipped, whose list is empty
   int kv_head;    // of the caches
   int head;       // of q (its group), k_new, v_new, out and lse
   const char* k;  // slot 0 of this head
@@ -82,7 +83,7 @@ struct Keys {
   int stored;        // cache slots in the list
   int listed;        // new tokens in the list, after the slots: the last ones of the chunk
   int length;        // tokens before this call
-  int first;         // leading padding columns of the chunk
+  int first;         // leading padding columns of this launch's part of the chunk, once settled
   int fresh;         // new tokens
   int slots_length;  // the length at which the slots of the list are to be understood
   int used;          // slots in use: of a list in place, and of codes, after the append
@@ -102,27 +103,30 @@ __device__ __forceinline__ bool in_place(const AttentionParams& p) {
 template <class S>
 __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch, int kv_head) {
   Keys keys = {};
-  keys.length = max(0, __ldg(p.seq_lens + batch));
-  if (p.pad != nullptr) keys.first = __ldg(p.pad + batch);
+  const ChunkRow row = chunk_row(p, batch);
+  keys.length = row.length;
+  keys.first = row.pad;
   keys.batch = batch;
   keys.kv_head = kv_head;
   keys.head = p.heads(kv_head);
+  keys.cache_row = max(row.cache_row, 0);
+  keys.stored = row.cache_row < 0 ? 0 : p.slots;
   constexpr int kUnit = S::kCodes ? 1 : 2;  // bytes per unit of a cache's stride
-  keys.k =
-      static_cast<const char*>(p.k_cache) + kUnit * (batch * p.k_cache_stride.batch + kv_head * p.k_cache_stride.head);
-  keys.v =
-      static_cast<const char*>(p.v_cache) + kUnit * (batch * p.v_cache_stride.batch + kv_head * p.v_cache_stride.head);
-  keys.stored = p.slots;
+  const auto head_of = [&](const void* cache, const Strides& stride) {
+    return static_cast<const char*>(cache) + kUnit * (keys.cache_row * stride.batch + kv_head * stride.head);
+  };
+  keys.k = head_of(p.k_cache, p.k_cache_stride);
+  keys.v = head_of(p.v_cache, p.v_cache_stride);
   return keys;
 }
 
 template <class S>
 __device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys) {
   if constexpr (S::kCodes) {  // to this launch's part of the columns
-    keys.first = max(keys.first, 0) - p.columns_before;
+    keys.first -= p.columns_before;
     keys.length += max(0, -keys.first);
+    keys.first = clamp_padding(keys.first, p.q_len);
   }
-  keys.first = min(max(keys.first, 0), p.q_len);
   keys.fresh = p.q_len - keys.first;
   keys.slots_length = keys.length;
   keys.replaced = -1;
@@ -214,8 +218,8 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
 
   if (!S::kSingle) cuda::grid_dependency_wait();  // the new tokens may come from the kernel in front
   // An address that exists, also where nothing is read.
-  const char* k_new = S::kSingle ? keys.k : new_tokens(p, keys, false) + column * 16;
-  const char* v_new = S::kSingle ? keys.v : new_tokens(p, keys, true) + column * 16;
+  const char* k_new = S::kSingle ? static_cast<const char*>(p.q) : new_tokens(p, keys, false) + column * 16;
+  const char* v_new = S::kSingle ? k_new : new_tokens(p, keys, true) + column * 16;
 #pragma unroll 1
   for (int i = 0; i < kTileKeys; i += Lanes::kTall) {
     const int key = tile + row + i;

@@ -267,13 +267,15 @@ struct SingleJob {
   const Params& p;
   const Merge& merge;
 
-  // The first tile of each warp is known before the length: of a full cache it may turn out to lie past it.
+  // The first tile of each warp is known before the length: of a full cache it may turn out to lie past it. (`slots`
+  // may be the largest int.)
   __device__ __forceinline__ Segment start() const {
     Segment segment;
     segment.keys = locate_keys<S>(p, blockIdx.z, blockIdx.y);
     segment.row_block = 0;
     segment.begin = blockIdx.x;
-    segment.end = S::kRing ? count_items<S>(p, segment.keys) : (p.slots + kTileKeys) / kTileKeys;
+    segment.end = S::kRing ? count_items<S>(p, segment.keys) : p.slots / kTileKeys + 1;
+    if (p.length_first) settle(segment);
     return segment;
   }
   __device__ __forceinline__ void settle(Segment& segment) const {

@@ -51,6 +51,7 @@ void prefill_cuda(const AttentionParams& p, void* stream) {
   append.window = p.window;
   append.dtype = p.dtype;
   append.heads = p.heads;
+  append.cache_rows = p.cache_rows;
   append_kernel_cuda(append, stream);
 }
 

@@ -35,11 +35,11 @@ struct QueryTile {
   }
   __device__ __forceinline__ int position(int column) const { return length + column - pad; }
 
-  __device__ __forceinline__ KeySource key_source(const void* k, const Strides& k_stride, const void* v,
-                                                  const Strides& v_stride, int head) const {
+  static __device__ __forceinline__ KeySource key_source(const void* k, const Strides& k_stride, const void* v,
+                                                         const Strides& v_stride, int row, int head) {
     constexpr int kElementBytes = 2;  // float16 and bfloat16
-    const int64_t k_head = batch * k_stride.batch + head * k_stride.head;
-    const int64_t v_head = batch * v_stride.batch + head * v_stride.head;
+    const int64_t k_head = row * k_stride.batch + head * k_stride.head;
+    const int64_t v_head = row * v_stride.batch + head * v_stride.head;
     return {static_cast<const char*>(k) + k_head * kElementBytes, static_cast<const char*>(v) + v_head * kElementBytes,
             k_stride.token * kElementBytes, v_stride.token * kElementBytes};
   }
@@ -58,13 +58,14 @@ struct QueryTile {
     tile.first_column = first_row / tile.group;
     tile.first_member = first_row - tile.first_column * tile.group;
     tile.reciprocal = 65536 / tile.group + 1;
-    tile.source[0] = tile.key_source(p.k_new, p.k_new_stride, p.v_new, p.v_new_stride, tile.kv_head);
-    tile.source[1] = tile.key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride, cache_head);
+    const ChunkRow row = chunk_row(p, tile.batch);
+    tile.source[0] = key_source(p.k_new, p.k_new_stride, p.v_new, p.v_new_stride, tile.batch, tile.kv_head);
+    tile.source[1] =
+        key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride, max(row.cache_row, 0), cache_head);
 
     const RingLayout layout{p.sink, p.window};
-    tile.length = max(0, p.seq_lens[tile.batch]);
-    if (layout.is_full()) tile.length = min(tile.length, p.slots);
-    tile.pad = p.pad == nullptr ? 0 : p.pad[tile.batch];
+    tile.length = layout.is_full() ? min(row.length, p.slots) : row.length;
+    tile.pad = row.pad;
     const int first = max(tile.first_column, tile.pad);
     const int last = min(tile.column(rows_per_tile - 1), p.q_len - 1);
     if (last < first) {

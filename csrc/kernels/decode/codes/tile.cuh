@@ -36,7 +36,7 @@ struct CodeSource {
 
 __device__ __forceinline__ CodeSource code_source(const AttentionParams& p, const Keys& keys, bool is_v) {
   const KvStore& store = is_v ? p.v_store : p.k_store;
-  float* scale = store.scale + keys.batch * store.scale_stride.batch + keys.kv_head * store.scale_stride.head;
+  float* scale = store.scale + keys.cache_row * store.scale_stride.batch + keys.kv_head * store.scale_stride.head;
   return {const_cast<char*>(is_v ? keys.v : keys.k), scale, is_v ? p.v_cache_stride.token : p.k_cache_stride.token,
           store.scale_stride.token};
 }

@@ -93,7 +93,7 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   const int heads = a.batch * a.num_kv_heads;
   const int tiles = (a.slots + (S::kCodes || a.q_len > 1 || a.slots == 0 ? a.q_len : 0) + kTileKeys - 1) / kTileKeys;
 
-  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 1, 0};
+  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 1, 0, false};
   if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
   if (modern && options.cluster > 0) p.cluster_log2 = cuda::floor_log2(std::min(options.cluster, kMaxRingCluster));
   p.team = p.cluster();
