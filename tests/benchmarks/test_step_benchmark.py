@@ -114,7 +114,7 @@ def test_every_slot_of_a_faked_context_is_filled(monkeypatch, kv_format):
         cache = fake_context.fake_zigzag(model, plan, 1000)
     for layer in cache.layers:
         for name in ("keys", "values"):
-            codes, scale = getattr(layer, name), layer.buffers.get(f"{name[:-1]}_scales")
+            codes, scale = getattr(layer, name), layer.stores[0].buffers.get(f"{name[:-1]}_scales")
             held = (codes if scale is None else reference.decode(codes, scale[..., : layer.slots]))[:, :, :1000]
             spread = held.std(-1)
             assert held.shape[2] == min(1000, layer.slots) and spread.min() > 0.6 and spread.max() < 1.5
@@ -159,7 +159,7 @@ def test_the_recreation_of_duo_attention_computes_the_same_step(name):
 
 def copy_to_duo(layer, theirs, order, plan, context):
     """What our layer holds, into the buffers of the re-creation; a ring by position, without its oldest token."""
-    for part in layer.parts:
+    for part in layer.stores:
         heads = part.heads or range(len(order))
         rank = sorted(range(len(heads)), key=lambda i: order.index(heads[i]))
         position = torch.arange(context) if not part.window else torch.tensor(
@@ -179,7 +179,7 @@ def test_attention_in_blocks_is_that_of_the_reference(monkeypatch):
         cache = fake_context.fake_zigzag(model, plan, 300, 10)
     layer, q = next(layer for layer in cache.layers if not layer.window), torch.randn(1, 4, 1, 64)
     new = torch.randn(2, 1, 2, 1, 64)
-    stored = [layer.buffers[name].clone()[:, :, :310] for name in ("keys", "values", "key_scales", "value_scales")]
+    stored = [layer.stores[0].buffers[name].clone()[:, :, :310] for name in ("keys", "values", "key_scales", "value_scales")]
     scales = {"k_scale": stored[2], "v_scale": stored[3]}
     expected, _ = reference.attention(q.double(), *new, *stored[:2], cache.seq_lens, scale=0.125, **scales)
     for head in range(2):
