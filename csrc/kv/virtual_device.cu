@@ -2,6 +2,11 @@
 // loads on a machine without a driver.
 #include <cudaTypedefs.h>
 
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+
 #include "cuda/launch.h"
 #include "kv/virtual_memory.h"
 
@@ -67,6 +72,64 @@ class DeviceScope {
   int before_ = 0;
 };
 
+// The streams of watch_captures(). Never destroyed: memory may be given back at the end of the process.
+class Watched {
+ public:
+  static Watched& instance() {
+    static Watched* const watched = new Watched;
+    return *watched;
+  }
+
+  void add(int device, const std::vector<void*>& streams) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<cudaStream_t>& known = streams_[device];
+    for (void* stream : streams) {
+      if (std::find(known.begin(), known.end(), stream) == known.end())
+        known.push_back(static_cast<cudaStream_t>(stream));
+    }
+  }
+
+  // Whether the current device, number `device`, has a capture under way. Asking does not disturb it, while
+  // cudaDeviceSynchronize invalidates the captures of all threads, whatever their modes.
+  bool capturing(int device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::vector<cudaStream_t>& known = streams_[device];
+    // The default stream fails with cudaErrorStreamCaptureImplicit while a stream that blocks with it captures.
+    return captures(cudaStreamLegacy) || captures(cudaStreamPerThread) ||
+           std::any_of(known.begin(), known.end(), captures);
+  }
+
+ private:
+  static bool captures(cudaStream_t stream) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    const cudaError_t status = cudaStreamIsCapturing(stream, &capture);
+    if (status == cudaErrorStreamCaptureImplicit) {
+      cudaGetLastError();
+      return true;
+    }
+    ZZ_CUDA(status);
+    return capture != cudaStreamCaptureStatusNone;
+  }
+
+  std::mutex mutex_;
+  std::map<int, std::vector<cudaStream_t>> streams_;
+};
+
+// One page of memory, free when no address space has it any more.
+class Page {
+ public:
+  explicit Page(CUmemGenericAllocationHandle handle) : handle_(handle) {}
+  ~Page() { driver().release(handle_); }
+  Page(const Page&) = delete;
+  Page& operator=(const Page&) = delete;
+  CUmemGenericAllocationHandle handle() const { return handle_; }
+
+ private:
+  CUmemGenericAllocationHandle handle_;
+};
+
+// Only `device` may touch the memory. Access for its peers would have to be set page by page as well, for every peer,
+// and only ops of this device and copies, which torch makes on the device of the source, read a cache.
 class DeviceAddressSpace final : public AddressSpace {
  public:
   explicit DeviceAddressSpace(int device) : device_(device) {
@@ -78,16 +141,18 @@ class DeviceAddressSpace final : public AddressSpace {
     properties_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
     properties_.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
     properties_.location.id = device_;
-    check(driver().granularity(&page_, &properties_, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
-          "cuMemGetAllocationGranularity");
+    size_t page = 0;
+    check(driver().granularity(&page, &properties_, CU_MEM_ALLOC_GRANULARITY_MINIMUM), "cuMemGetAllocationGranularity");
+    page_ = static_cast<int64_t>(page);
   }
 
   // At the end of a process the driver may be gone: a failure has no one left to hear it.
   ~DeviceAddressSpace() override {
+    for (const auto& [offset, page] : pages_) driver().unmap(at(offset), static_cast<size_t>(page_));
     if (data_ != 0) driver().address_free(data_, bytes_);
   }
 
-  int64_t page_bytes() const override { return static_cast<int64_t>(page_); }
+  int64_t page_bytes() const override { return page_; }
 
   int64_t free_bytes() const override {
     const DeviceScope scope(device_);
@@ -98,53 +163,103 @@ class DeviceAddressSpace final : public AddressSpace {
 
   bool could_map(int64_t) const override { return true; }  // map() gives memory or fails
 
-  char* reserve(int64_t bytes) override {
+  char* reserve(int64_t bytes, int64_t) override {
     const DeviceScope scope(device_);
     const CUresult status = driver().address_reserve(&data_, static_cast<size_t>(bytes), 0, 0, 0);
-    ZZ_CHECK(status == CUDA_SUCCESS, "cannot reserve ", bytes, " bytes of GPU addresses: CUDA driver error ",
-             static_cast<int>(status));
+    if (status != CUDA_SUCCESS) {
+      const std::string limit = address_limit(bytes);  // a GPU address is an address of the process too
+      if (!limit.empty()) throw OutOfMemory(concat("cannot reserve ", bytes, " bytes of GPU addresses: ", limit));
+      throw Error(
+          concat("cannot reserve ", bytes, " bytes of GPU addresses: CUDA driver error ", static_cast<int>(status)));
+    }
     bytes_ = static_cast<size_t>(bytes);
     return reinterpret_cast<char*>(data_);
   }
 
   bool map(const Range& range) override {
+    return map_pages(range, [this](int64_t) -> std::shared_ptr<const Page> {
+      CUmemGenericAllocationHandle handle = 0;
+      const CUresult status = driver().create(&handle, static_cast<size_t>(page_), &properties_, 0);
+      if (status == CUDA_ERROR_OUT_OF_MEMORY) return nullptr;
+      check(status, "cuMemCreate");
+      return std::make_shared<const Page>(handle);
+    });
+  }
+
+  bool map_same(const Range& range, AddressSpace& from, int64_t from_offset) override {
+    const auto& pages = static_cast<DeviceAddressSpace&>(from).pages_;
+    return map_pages(range, [&](int64_t offset) { return pages.at(from_offset + offset - range.offset); });
+  }
+
+  bool wait() override {
     const DeviceScope scope(device_);
-    const CUdeviceptr at = data_ + static_cast<CUdeviceptr>(range.offset);
-    const size_t bytes = static_cast<size_t>(range.bytes);
-    CUmemGenericAllocationHandle memory = 0;
-    CUresult status = driver().create(&memory, bytes, &properties_, 0);
-    if (status == CUDA_ERROR_OUT_OF_MEMORY) return false;
-    check(status, "cuMemCreate");
-    status = driver().map(at, bytes, 0, memory, 0);
-    driver().release(memory);  // the mapping keeps the memory
-    if (status == CUDA_SUCCESS) {
-      const CUmemAccessDesc access = {properties_.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-      status = driver().set_access(at, bytes, &access, 1);
-      if (status != CUDA_SUCCESS) driver().unmap(at, bytes);
+    if (Watched::instance().capturing(device_)) return false;
+    const cudaError_t status = cudaDeviceSynchronize();
+    if (status == cudaErrorStreamCaptureUnsupported) {  // a stream that is not watched; this capture is lost
+      cudaGetLastError();
+      return false;
     }
-    if (status == CUDA_ERROR_OUT_OF_MEMORY) return false;  // page tables take memory too
-    check(status, "cuMemMap or cuMemSetAccess");
+    ZZ_CUDA(status);
     return true;
   }
 
-  void unmap(const std::vector<Range>& ranges) override {
+  void unmap(const Range& range) override {
     const DeviceScope scope(device_);
-    ZZ_CUDA(cudaDeviceSynchronize());
-    for (const Range& range : ranges) {
-      check(driver().unmap(data_ + static_cast<CUdeviceptr>(range.offset), static_cast<size_t>(range.bytes)),
-            "cuMemUnmap");
-    }
+    const auto first = pages_.find(range.offset), last = pages_.lower_bound(range.offset + range.bytes);
+    check(driver().unmap(at(range.offset), static_cast<size_t>(range.bytes)), "cuMemUnmap");
+    pages_.erase(first, last);
   }
 
  private:
+  CUdeviceptr at(int64_t offset) const { return data_ + static_cast<CUdeviceptr>(offset); }
+
+  // Pages one by one, so that any of them can be given back; access for all of them at once.
+  template <class Source>
+  bool map_pages(const Range& range, Source&& page_for) {
+    const DeviceScope scope(device_);
+    const auto undo = [&](int64_t end) {
+      for (int64_t offset = range.offset; offset < end; offset += page_) {
+        driver().unmap(at(offset), static_cast<size_t>(page_));
+        pages_.erase(offset);
+      }
+    };
+    CUresult status = CUDA_SUCCESS;
+    int64_t offset = range.offset;
+    try {
+      for (; offset < range.offset + range.bytes; offset += page_) {
+        const std::shared_ptr<const Page> page = page_for(offset);
+        status = page == nullptr ? CUDA_ERROR_OUT_OF_MEMORY
+                                 : driver().map(at(offset), static_cast<size_t>(page_), 0, page->handle(), 0);
+        if (status != CUDA_SUCCESS) break;
+        pages_.emplace(offset, page);
+      }
+    } catch (...) {
+      undo(offset);
+      throw;
+    }
+    if (status == CUDA_SUCCESS) {
+      const CUmemAccessDesc access = {properties_.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+      status = driver().set_access(at(range.offset), static_cast<size_t>(range.bytes), &access, 1);
+    }
+    if (status == CUDA_SUCCESS) return true;
+    undo(offset);
+    if (status == CUDA_ERROR_OUT_OF_MEMORY) return false;  // page tables take memory too
+    check(status, "cuMemMap or cuMemSetAccess");
+    return false;
+  }
+
   int device_;
+  int64_t page_ = 0;
   CUmemAllocationProp properties_ = {};
-  size_t page_ = 0, bytes_ = 0;
+  size_t bytes_ = 0;
   CUdeviceptr data_ = 0;
+  std::map<int64_t, std::shared_ptr<const Page>> pages_;  // by offset
 };
 
 }  // namespace
 
 std::unique_ptr<AddressSpace> device_address_space(int device) { return std::make_unique<DeviceAddressSpace>(device); }
+
+void watch_captures(int device, const std::vector<void*>& streams) { Watched::instance().add(device, streams); }
 
 }  // namespace zigzag

@@ -86,10 +86,10 @@ def test_rows_can_be_reordered_dropped_and_repeated(index):
     stream, mask = Stream(new_cache(), batch=3), torch.ones(3, 11)
     mask[1, :4] = 0
     stream.feed(11, mask, torch.tensor([0, 4, 0], dtype=torch.int32))
-    addresses = [layer.keys.data_ptr() for layer in stream.cache.layers]
+    addresses = [layer.buffers["keys"].data_ptr() for layer in stream.cache.layers]
     if len(index) == 3:
         stream.cache.reorder_cache(torch.tensor(index))
-        assert [layer.keys.data_ptr() for layer in stream.cache.layers] == addresses, "reordering moved the buffers"
+        assert [layer.buffers["keys"].data_ptr() for layer in stream.cache.layers] == addresses, "reordering moved the buffers"
     elif len(index) == 6:
         stream.cache.batch_repeat_interleave(2)
     else:
@@ -105,7 +105,7 @@ def test_a_cache_grows_where_it_stands_and_its_reset_gives_the_memory_back(max_l
 
     def note():
         sizes.append(stream.cache.memory_bytes())
-        addresses.add(tuple(t.data_ptr() for layer in stream.cache.layers for t in (layer.keys, layer.values)))
+        addresses.add(tuple(t.data_ptr() for layer in stream.cache.layers for t in layer.buffers.values()))
 
     for q_len in (200, 1, 55, 1, 1000, 1):
         stream.feed(q_len)
@@ -161,7 +161,7 @@ def test_a_copy_has_memory_of_its_own():
     stream.feed(30)
     other = copy.deepcopy(stream)
     for copied, original in zip(other.cache.layers, stream.cache.layers, strict=True):
-        assert copied.keys.data_ptr() != original.keys.data_ptr()
+        assert copied.buffers["keys"].data_ptr() != original.buffers["keys"].data_ptr()
         assert all(copied.buffers[name] is buffer.tensor for name, buffer in copied.growing.items())
     for q_len in (1, 300, 1):
         other.feed(q_len)

@@ -145,14 +145,14 @@ def test_the_memory_of_a_finished_prompt_is_used_again_but_never_that_of_a_live_
     options = {"return_dict_in_generate": True}
     with never_again():
         held = compiled.generate(prompt(30), max_new_tokens=4, do_sample=False, **options).past_key_values
-        before, address = copy.deepcopy(held), held.layers[1].keys.data_ptr()
+        before, address = copy.deepcopy(held), held.layers[1].buffers["keys"].data_ptr()
         other = compiled.generate(prompt(30, seed=8), max_new_tokens=40, do_sample=False, **options).past_key_values
     assert held.seq_lens.tolist() == [33] and other.seq_lens.tolist() == [69]
     assert held.layers[1].keys[:, :, :33].equal(before.layers[1].keys[:, :, :33])
-    assert other.layers[1].keys.data_ptr() != address
+    assert other.layers[1].buffers["keys"].data_ptr() != address
     del held
     again = compiled.generate(prompt(30), max_new_tokens=4, do_sample=False, **options).past_key_values
-    assert again.layers[1].keys.data_ptr() == address and again.seq_lens.tolist() == [33]
+    assert again.layers[1].buffers["keys"].data_ptr() == address and again.seq_lens.tolist() == [33]
 
 
 def test_beams(compiled, eager):

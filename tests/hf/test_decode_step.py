@@ -18,7 +18,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, cache):
         super().__init__()
         self.ops, self.on_cache = [], []
-        self.buffers = {b.untyped_storage().data_ptr() for layer in cache.layers for b in (layer.keys, layer.values)}
+        self.buffers = {b.untyped_storage().data_ptr() for layer in cache.layers for b in layer.buffers.values()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.ops.append(func.name())

@@ -124,7 +124,7 @@ def test_misuse_raises():
 )
 def test_automatic_size_follows_free_memory(free, batch, expected, monkeypatch, bodies):
     """The model of tiny_models: 4 bytes x (8 x 256 + 4 x 128) per token; buffers that are still to come count as taken."""
-    monkeypatch.setattr(chunking, "_free_bytes", lambda device: free + pending)
+    monkeypatch.setattr(chunking, "free_bytes", lambda device: free + pending)
     model, cache = tiny_model(), zz.ZigzagCache(tiny_model().config, PLAN, max_len=3000)
     pending = batch * (3000 + 3 * 20) * 2 * 2 * 64 * 4
     cache.begin(batch, 3000)
@@ -133,7 +133,7 @@ def test_automatic_size_follows_free_memory(free, batch, expected, monkeypatch, 
 
 
 def test_auto_cuts_a_long_prompt(monkeypatch, bodies):
-    monkeypatch.setattr(chunking, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(chunking, "free_bytes", lambda device: 0)
     model, ids = tiny_model(), prompt(600)
     with zz.zigzag(model, PLAN):
         expected = generate(model, 3, ids)
@@ -143,7 +143,7 @@ def test_auto_cuts_a_long_prompt(monkeypatch, bodies):
 
 
 def test_free_memory_of_this_machine():
-    assert 1 << 20 < chunking._free_bytes(torch.device("cpu")) < 1 << 50
+    assert 1 << 20 < chunking.free_bytes(torch.device("cpu")) < 1 << 50
 
 
 def test_no_logits_for_the_chunks():

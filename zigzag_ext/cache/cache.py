@@ -197,9 +197,9 @@ class ZigzagCache(Cache):
 
     def reset(self) -> None:
         """Empties the cache, gives the memory of retrieval layers back and keeps all addresses."""
+        self._rows.forget()  # first: an interrupt leaves memory that holds nothing, never tokens without memory
         for layer in self.layers:
             layer.release()
-        self._rows.forget()
 
     def _select_rows(self, index: Tensor) -> None:
         rows = self._rows

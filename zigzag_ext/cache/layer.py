@@ -11,15 +11,15 @@ from . import smoothing
 from .state import Rows, in_normal_mode
 
 GROWTH_STEP = 256  # tokens that a retrieval layer asks memory for at once; it comes in pages
-_ENDLESS = 1 << 38  # bytes of addresses per buffer where no max_len is given: more than a machine has memory for
-_MOST_TOKENS = 1 << 30  # positions are int32
+_FIRST_TOKENS = 1 << 17  # for which a retrieval layer has addresses where no max_len is given; twice as many when they are full
 
 
 class ZigzagLayer(CacheLayerMixin):
     """The cache of one layer, allocated at first use from the keys.
 
-    `keys` and `values` [batch, num_kv_heads, slots, head_dim] show what has memory. `buffers` are the whole tensors that kernels
-    take, by name: those of a retrieval layer are addresses for all tokens to come, and touching one without memory is a crash.
+    `keys` and `values` [batch, num_kv_heads, slots, head_dim] show what has memory; those of a retrieval layer are copies, made
+    by each access. `buffers` are the whole tensors that kernels take, by name: those of a retrieval layer are addresses for all
+    tokens to come, see `GrowingBuffer.tensor`.
     As a part of a `MixedLayer` it holds the KV heads `heads` only. With `smooth`, keys are held less `key_offset`
     [batch, num_kv_heads, 1, head_dim], which has all heads that the layer is given.
     """
@@ -57,11 +57,16 @@ class ZigzagLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """Codes if the format is quantised; None before the first forward."""
-        return self.buffers["keys"][:, :, : self.slots] if self.is_initialized else None
+        return self._shown("keys")
 
     @property
     def values(self) -> Tensor | None:
-        return self.buffers["values"][:, :, : self.slots] if self.is_initialized else None
+        return self._shown("values")
+
+    def _shown(self, name: str) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        return self.growing[name].held() if self.growing else self.buffers[name][:, :, : self.slots]
 
     @property
     def slots(self) -> int:
@@ -91,7 +96,7 @@ class ZigzagLayer(CacheLayerMixin):
                 self.buffers[name], scale = ops.new_cache(*geometry, kv_format)
                 self.buffers |= {} if scale is None else {scales: scale}
         else:
-            most = self.rows.max_len or min(_ENDLESS // (batch * num_kv_heads * head_dim * self.dtype.itemsize), _MOST_TOKENS)
+            most = self.rows.max_len or max(_FIRST_TOKENS, self.slots)
             for (name, kv_format), scales in zip(kinds.items(), ("key_scales", "value_scales"), strict=True):
                 width, code = ops.cache_row(head_dim, self.dtype, kv_format)
                 exact = self.kv_format != PLAIN
@@ -178,8 +183,12 @@ class ZigzagLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def grow(self, capacity: int) -> None:
-        """Memory for `capacity` slots of a retrieval layer, where its buffers stand."""
-        for buffer in self.growing.values():
+        """Memory for `capacity` slots of a retrieval layer, where its buffers stand; at new addresses when these are full."""
+        for name, buffer in self.growing.items():
+            if capacity > buffer.max_slots:
+                self.rows.steps.clear()
+                buffer.extend(max(capacity, 2 * buffer.max_slots))
+                self.buffers[name] = buffer.tensor
             buffer.commit(capacity)
 
     @property

@@ -6,9 +6,9 @@ conversation and any caller that wants the logits of the last tokens only. Both 
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
+from ..attention.buffers import free_bytes
 from ..planning.plan import token_count
 from .attention import current
 
@@ -108,16 +108,7 @@ def automatic_chunk(model: nn.Module, cache, batch: int) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     pending = sum(layer.slots for layer in cache.layers if not layer.is_initialized) * batch * 2 * heads * head_dim * element
-    free = min(_free_bytes(device) for device in {parameter.device for parameter in model.parameters()}) - pending
+    free = min(free_bytes(device) for device in {parameter.device for parameter in model.parameters()}) - pending
     fits = max(int(free * _MEMORY_SHARE / token_bytes), 1)
     tokens = 1 << (min(fits, MAX_CHUNK) // batch or 1).bit_length() - 1
     return max(tokens, MIN_CHUNK)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """What new tensors could take: the GPU's free memory and what torch holds unused; on a CPU the system's available memory."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

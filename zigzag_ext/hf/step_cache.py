@@ -22,7 +22,8 @@ class _Part:
     """Buffers of one kind: those of a whole layer, or of some KV heads of it."""
 
     def __init__(self, part: ZigzagLayer):
-        buffers = part.buffers
+        # Plain tensors: the compiler knows no other kind.
+        buffers = {name: buffer.as_subclass(Tensor) for name, buffer in part.buffers.items()}
         self.keys, self.values, self.heads = buffers["keys"], buffers["values"], part.head_numbers
         self.key_offset = part.key_offset
         self.own = {"sink": part.sink, "window": part.window}
