@@ -39,6 +39,7 @@ struct Ledger {
   int64_t free = 1000, mapped = 0;
   int maps_until_failure = -1;  // that many succeed; -1: all
   bool capturing = false;       // a stream capture is under way
+  bool no_cut = false;          // unmap() finds no memory
   int waits = 0, unmaps_without_wait = 0;
   std::set<int64_t> pages;          // offsets
   std::map<int64_t, int64_t> text;  // offset of a page -> what it holds
@@ -85,6 +86,7 @@ class PaperSpace final : public AddressSpace {
     return waited_ = true;
   }
   void unmap(const Range& range) override {
+    if (ledger_.no_cut) throw OutOfMemory("no memory to move pages");
     const bool taken_back = ledger_.maps_until_failure == 0;  // nothing has used what was just mapped
     if (!waited_ && !taken_back) ++ledger_.unmaps_without_wait;
     for (int64_t at = range.offset; at < range.offset + range.bytes; at += 16) CHECK(ledger_.pages.erase(at) == 1);
@@ -144,6 +146,10 @@ TEST_CASE("VirtualBuffer: a row grows, shrinks and goes alone") {
   buffer.commit(32);
   CHECK(ledger.pages == std::set<int64_t>{0, 16, 64, 80, 96, 128, 144});
   CHECK(buffer.committed_bytes() == 112);
+  ledger.no_cut = true;
+  CHECK(error_of<OutOfMemory>([&] { buffer.shrink(17); }) == "no memory to move pages");
+  CHECK(buffer.committed_bytes() == 112);
+  ledger.no_cut = false;
   buffer.shrink(17);
   CHECK(ledger.pages == std::set<int64_t>{0, 16, 64, 80, 128, 144});
   buffer.shrink_row(1, 16);
@@ -378,9 +384,19 @@ TEST_CASE("VirtualBuffer on the GPU: pages go one by one, and an extended buffer
   buffer.commit(8 * page);
   char* const second_row = buffer.data() + buffer.row_stride();
   CHECK_CUDA(cudaMemset(second_row, 3, static_cast<size_t>(8 * page)));
+  const int64_t free_at_first = device_address_space(0)->free_bytes();
   buffer.shrink_row(1, 5 * page);
   buffer.shrink_row(0, 0);
   CHECK(buffer.committed_bytes() == 5 * page);
+  CHECK(device_address_space(0)->free_bytes() == free_at_first + 11 * page);
+  buffer.commit_row(1, 40 * page);
+  CHECK_CUDA(cudaMemset(second_row + 5 * page, 6, static_cast<size_t>(35 * page)));
+  buffer.shrink_row(1, 30 * page);
+  CHECK(byte(second_row + 5 * page - 1) == 3);
+  CHECK(byte(second_row + 5 * page) == 6);
+  CHECK(byte(second_row + 30 * page - 1) == 6);
+  buffer.shrink_row(1, 5 * page);
+  CHECK(device_address_space(0)->free_bytes() == free_at_first + 11 * page);
   CHECK(byte(second_row + 5 * page - 1) == 3);
   const int64_t free_before = device_address_space(0)->free_bytes();
   VirtualBuffer longer(device_address_space(0), int64_t{1} << 32, buffer);

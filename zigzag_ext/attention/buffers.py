@@ -213,7 +213,9 @@ class GrowingBuffer:
     def shrink(self, slots: int, row: int | None = None) -> None:
         """Gives back the whole pages behind the first `slots` slots of every row, or of one. The addresses stay.
 
-        Waits for the device. An interrupt leaves memory that counts as given back and is used again by the next `commit`.
+        Waits for the device. An interrupt leaves memory that counts as given back and is used again by the next `commit`. On
+        CUDA memory is mapped in blocks of up to 16 pages, and what stays of a block moves: MemoryError where there is no room
+        for it. All of a row can always go.
         """
         with self._lock:
             row_bytes = self._row_bytes(slots, "shrink")
