@@ -3,6 +3,7 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -208,16 +209,14 @@ class DeviceAddressSpace final : public AddressSpace {
 
   void unmap(const Range& range) override {
     const DeviceScope scope(device_);
-    auto first = blocks_.lower_bound(range.offset);
-    if (first == blocks_.end() || first->first > range.offset) {
-      --first;
-      cut(first->first, range.offset - first->first);
-      first = blocks_.upper_bound(first->first);
+    if (const auto next = blocks_.lower_bound(range.offset); next == blocks_.end() || next->first > range.offset) {
+      const int64_t block = std::prev(next)->first;
+      cut(block, range.offset - block);
     }
-    const auto last = blocks_.lower_bound(range.offset + range.bytes);
+    const auto first = blocks_.lower_bound(range.offset), last = blocks_.lower_bound(range.offset + range.bytes);
     if (first == last) return;
-    const int64_t begin = first->first;
-    check(driver().unmap(at(begin), static_cast<size_t>(range.offset + range.bytes - begin)), "cuMemUnmap");
+    check(driver().unmap(at(first->first), static_cast<size_t>(range.offset + range.bytes - first->first)),
+          "cuMemUnmap");
     blocks_.erase(first, last);
   }
 
