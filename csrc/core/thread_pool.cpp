@@ -5,6 +5,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -23,13 +24,18 @@ constexpr int kSpinTurns = 20000;
 class ThreadPool {
  public:
   explicit ThreadPool(int num_threads) : num_threads_(num_threads) {
-    for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+    threads_.reserve(static_cast<std::size_t>(num_threads - 1));
+    try {
+      for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+    } catch (const std::system_error& error) {
+      const std::size_t started = threads_.size();
+      stop();
+      throw Error(concat("a thread pool of ", num_threads, " threads could start ", started, " of the ",
+                         num_threads - 1, " that it adds to the caller's: ", error.what()));
+    }
   }
 
-  ~ThreadPool() {
-    start(nullptr, 0);
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~ThreadPool() { stop(); }
 
   void run(int64_t count, const Body& body) {
     if (count <= 0) return;
@@ -41,6 +47,11 @@ class ThreadPool {
   }
 
  private:
+  void stop() {
+    start(nullptr, 0);
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   template <class Condition>
   void wait_until(std::condition_variable& signal, Condition condition) {
     for (int turn = 0; turn < kSpinTurns; ++turn) {

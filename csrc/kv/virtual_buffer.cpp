@@ -171,7 +171,13 @@ void VirtualBuffer::cut(Rows rows, int64_t bytes) {
     const int64_t given_back = held(row) - target;
     held(row) = target;  // forget first, release after
     committed_bytes_ -= given_back;
-    space_->unmap({row * row_stride_ + target, given_back});
+    try {
+      space_->unmap({row * row_stride_ + target, given_back});
+    } catch (const OutOfMemory&) {  // nothing was taken away
+      held(row) += given_back;
+      committed_bytes_ += given_back;
+      throw;
+    }
   }
 }
 

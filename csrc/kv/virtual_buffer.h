@@ -49,6 +49,8 @@ class VirtualBuffer {
   int64_t row_growth(int64_t row, int64_t bytes) const;
 
   // Gives back the pages of every row, or of one, that lie behind its first `bytes`. The addresses stay reserved.
+  // On CUDA up to 15 pages of a row move, unless all go; OutOfMemory where there is no memory for them: that row and
+  // those behind it are left as they were.
   void shrink(int64_t bytes);
   void shrink_row(int64_t row, int64_t bytes);
   void release() { shrink(0); }

@@ -3,6 +3,7 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -115,18 +116,25 @@ class Watched {
   std::map<int, std::vector<cudaStream_t>> streams_;
 };
 
-// One page of memory, free when no address space has it any more.
-class Page {
+// Memory of some pages, free when no address space has it any more.
+class Block {
  public:
-  explicit Page(CUmemGenericAllocationHandle handle) : handle_(handle) {}
-  ~Page() { driver().release(handle_); }
-  Page(const Page&) = delete;
-  Page& operator=(const Page&) = delete;
+  Block(CUmemGenericAllocationHandle handle, int64_t bytes) : handle_(handle), bytes_(bytes) {}
+  ~Block() { driver().release(handle_); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
   CUmemGenericAllocationHandle handle() const { return handle_; }
+  int64_t bytes() const { return bytes_; }
 
  private:
   CUmemGenericAllocationHandle handle_;
+  int64_t bytes_;
 };
+using BlockPtr = std::shared_ptr<const Block>;
+
+// A call of the driver costs the same for one page as for many, 30 to 50 us per block to map it and as much to unmap
+// it, but a block is given back as a whole: shrinking to the middle of one moves what stays.
+constexpr int64_t kBlockPages = 16;
 
 // Only `device` may touch the memory. Access for its peers would have to be set page by page as well, for every peer,
 // and only ops of this device and copies, which torch makes on the device of the source, read a cache.
@@ -148,7 +156,7 @@ class DeviceAddressSpace final : public AddressSpace {
 
   // At the end of a process the driver may be gone: a failure has no one left to hear it.
   ~DeviceAddressSpace() override {
-    for (const auto& [offset, page] : pages_) driver().unmap(at(offset), static_cast<size_t>(page_));
+    for (const auto& [offset, block] : blocks_) driver().unmap(at(offset), static_cast<size_t>(block->bytes()));
     if (data_ != 0) driver().address_free(data_, bytes_);
   }
 
@@ -177,18 +185,14 @@ class DeviceAddressSpace final : public AddressSpace {
   }
 
   bool map(const Range& range) override {
-    return map_pages(range, [this](int64_t) -> std::shared_ptr<const Page> {
-      CUmemGenericAllocationHandle handle = 0;
-      const CUresult status = driver().create(&handle, static_cast<size_t>(page_), &properties_, 0);
-      if (status == CUDA_ERROR_OUT_OF_MEMORY) return nullptr;
-      check(status, "cuMemCreate");
-      return std::make_shared<const Page>(handle);
-    });
+    return map_blocks(range,
+                      [this](int64_t, int64_t bytes) { return new_block(std::min(bytes, kBlockPages * page_)); });
   }
 
+  // Rows start with a block, and what is committed ends with one.
   bool map_same(const Range& range, AddressSpace& from, int64_t from_offset) override {
-    const auto& pages = static_cast<DeviceAddressSpace&>(from).pages_;
-    return map_pages(range, [&](int64_t offset) { return pages.at(from_offset + offset - range.offset); });
+    const auto& blocks = static_cast<DeviceAddressSpace&>(from).blocks_;
+    return map_blocks(range, [&](int64_t offset, int64_t) { return blocks.at(from_offset + offset - range.offset); });
   }
 
   bool wait() override {
@@ -205,36 +209,70 @@ class DeviceAddressSpace final : public AddressSpace {
 
   void unmap(const Range& range) override {
     const DeviceScope scope(device_);
-    const auto first = pages_.find(range.offset), last = pages_.lower_bound(range.offset + range.bytes);
-    check(driver().unmap(at(range.offset), static_cast<size_t>(range.bytes)), "cuMemUnmap");
-    pages_.erase(first, last);
+    if (const auto next = blocks_.lower_bound(range.offset); next == blocks_.end() || next->first > range.offset) {
+      const int64_t block = std::prev(next)->first;
+      cut(block, range.offset - block);
+    }
+    const auto first = blocks_.lower_bound(range.offset), last = blocks_.lower_bound(range.offset + range.bytes);
+    if (first == last) return;
+    check(driver().unmap(at(first->first), static_cast<size_t>(range.offset + range.bytes - first->first)),
+          "cuMemUnmap");
+    blocks_.erase(first, last);
   }
 
  private:
   CUdeviceptr at(int64_t offset) const { return data_ + static_cast<CUdeviceptr>(offset); }
 
-  // Pages one by one, so that any of them can be given back; access for all of them at once.
+  // Null where memory is out.
+  BlockPtr new_block(int64_t bytes) const {
+    CUmemGenericAllocationHandle handle = 0;
+    const CUresult status = driver().create(&handle, static_cast<size_t>(bytes), &properties_, 0);
+    if (status == CUDA_ERROR_OUT_OF_MEMORY) return nullptr;
+    check(status, "cuMemCreate");
+    return std::make_shared<const Block>(handle, bytes);
+  }
+
+  // Gives the block at `offset` back but for its first `bytes`, which move to memory of their own.
+  void cut(int64_t offset, int64_t bytes) {
+    DeviceAddressSpace moved(device_);
+    moved.reserve(bytes, 1);
+    if (!moved.map_blocks({0, bytes}, [this](int64_t, int64_t size) { return new_block(size); })) {
+      throw OutOfMemory(concat("out of memory: ", bytes, " bytes move when the buffer shrinks, ", free_bytes(),
+                               " are free; it is left as it was"));
+    }
+    ZZ_CUDA(cudaMemcpy(reinterpret_cast<void*>(moved.data_), reinterpret_cast<void*>(at(offset)),
+                       static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice));
+    ZZ_CUDA(cudaDeviceSynchronize());
+    const auto old = blocks_.find(offset);
+    check(driver().unmap(at(offset), static_cast<size_t>(old->second->bytes())), "cuMemUnmap");
+    blocks_.erase(old);
+    ZZ_CHECK(map_same({offset, bytes}, moved, 0), "the driver has no memory for page tables; the row is lost");
+  }
+
+  // Blocks of `source(offset, bytes that are still to come)`, null where memory is out; access for all of them at once.
   template <class Source>
-  bool map_pages(const Range& range, Source&& page_for) {
+  bool map_blocks(const Range& range, Source&& source) {
     const DeviceScope scope(device_);
-    const auto undo = [&](int64_t end) {
-      for (int64_t offset = range.offset; offset < end; offset += page_) {
-        driver().unmap(at(offset), static_cast<size_t>(page_));
-        pages_.erase(offset);
-      }
+    const int64_t end = range.offset + range.bytes;
+    int64_t offset = range.offset;
+    const auto undo = [&] {
+      const auto first = blocks_.lower_bound(range.offset), last = blocks_.lower_bound(offset);
+      if (first != last) driver().unmap(at(range.offset), static_cast<size_t>(offset - range.offset));
+      blocks_.erase(first, last);
     };
     CUresult status = CUDA_SUCCESS;
-    int64_t offset = range.offset;
     try {
-      for (; offset < range.offset + range.bytes; offset += page_) {
-        const std::shared_ptr<const Page> page = page_for(offset);
-        status = page == nullptr ? CUDA_ERROR_OUT_OF_MEMORY
-                                 : driver().map(at(offset), static_cast<size_t>(page_), 0, page->handle(), 0);
+      while (offset < end) {
+        const BlockPtr block = source(offset, end - offset);
+        status = block == nullptr
+                     ? CUDA_ERROR_OUT_OF_MEMORY
+                     : driver().map(at(offset), static_cast<size_t>(block->bytes()), 0, block->handle(), 0);
         if (status != CUDA_SUCCESS) break;
-        pages_.emplace(offset, page);
+        blocks_.emplace(offset, block);
+        offset += block->bytes();
       }
     } catch (...) {
-      undo(offset);
+      undo();
       throw;
     }
     if (status == CUDA_SUCCESS) {
@@ -242,7 +280,7 @@ class DeviceAddressSpace final : public AddressSpace {
       status = driver().set_access(at(range.offset), static_cast<size_t>(range.bytes), &access, 1);
     }
     if (status == CUDA_SUCCESS) return true;
-    undo(offset);
+    undo();
     if (status == CUDA_ERROR_OUT_OF_MEMORY) return false;  // page tables take memory too
     check(status, "cuMemMap or cuMemSetAccess");
     return false;
@@ -253,7 +291,7 @@ class DeviceAddressSpace final : public AddressSpace {
   CUmemAllocationProp properties_ = {};
   size_t bytes_ = 0;
   CUdeviceptr data_ = 0;
-  std::map<int64_t, std::shared_ptr<const Page>> pages_;  // by offset
+  std::map<int64_t, BlockPtr> blocks_;  // by offset
 };
 
 }  // namespace

@@ -44,7 +44,8 @@ class AddressSpace {
   // Waits until the device has done all queued work. False, and nothing was done, where a stream capture is under way,
   // which waiting would invalidate.
   virtual bool wait() = 0;
-  // Takes memory away that no queued work uses: after wait(), or just mapped.
+  // Takes memory away that no queued work uses: after wait(), or just mapped. Throws OutOfMemory, with nothing changed,
+  // where giving back a part of what was mapped at once takes memory itself; never for all of it.
   virtual void unmap(const Range& range) = 0;
 };
 

@@ -1,8 +1,14 @@
 // Every CPU op against a plain double-precision reference, for each dtype, each instruction set that this processor
 // runs (forced through ZIGZAG_CPU_ISA) and 1 and 3 threads.
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <fstream>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "core/error.h"
@@ -251,3 +257,27 @@ TEST_CASE("thread pool covers every index once and passes an exception on") {
                        Error);
   CHECK_THROWS_AS(make_thread_pool(0), Error);
 }
+
+// A sanitizer's own memory counts too, and it ends the process where it finds none.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+TEST_CASE("thread pool: a thread that cannot start is an error, and those that did start end") {
+  rlimit before{};
+  REQUIRE(getrlimit(RLIMIT_AS, &before) == 0);
+  int64_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  rlimit less = before;
+  less.rlim_cur = static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE) + (int64_t{64} << 20));  // a stack takes 8 MiB
+  REQUIRE(setrlimit(RLIMIT_AS, &less) == 0);
+  std::string error = "no error";
+  try {
+    make_thread_pool(1000);
+  } catch (const Error& thrown) {
+    error = thrown.what();
+  }
+  setrlimit(RLIMIT_AS, &before);
+  CHECK(error.rfind("a thread pool of 1000 threads could start ", 0) == 0);
+  std::atomic<int64_t> sum{0};
+  make_thread_pool(4).run(100, [&](int64_t begin, int64_t end) { sum += end - begin; });
+  CHECK(sum == 100);
+}
+#endif

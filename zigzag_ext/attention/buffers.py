@@ -102,7 +102,13 @@ class GrowingBuffer:
         if self.device.type == "cuda":
             _watch_captures(self.device.index)
         index = self.device.index if self.device.type == "cuda" else None
-        self._use(_C.VirtualBuffer(batch, max_slots * self._token_bytes, index, self._token_bytes), max_slots)
+        self._use(_C.VirtualBuffer(batch, self._row_size(max_slots), index, self._token_bytes), max_slots)
+
+    def _row_size(self, max_slots: int) -> int:
+        """Bytes of a row of that many slots."""
+        if (size := max_slots * self._token_bytes) > 1 << 60:
+            raise ValueError(f"a growing buffer reserves at most 2^60 bytes, got {max_slots} slots of {self._token_bytes} bytes")
+        return size
 
     def _use(self, buffer: _C.VirtualBuffer, max_slots: int) -> None:
         """Goes over to `buffer` in one step: an interrupt comes before or after it."""
@@ -207,7 +213,9 @@ class GrowingBuffer:
     def shrink(self, slots: int, row: int | None = None) -> None:
         """Gives back the whole pages behind the first `slots` slots of every row, or of one. The addresses stay.
 
-        Waits for the device. An interrupt leaves memory that counts as given back and is used again by the next `commit`.
+        Waits for the device. An interrupt leaves memory that counts as given back and is used again by the next `commit`. On
+        CUDA memory is mapped in blocks of up to 16 pages, and what stays of a block moves: MemoryError where there is no room
+        for it. All of a row can always go.
         """
         with self._lock:
             row_bytes = self._row_bytes(slots, "shrink")
@@ -252,7 +260,7 @@ class GrowingBuffer:
             if max_slots <= self.max_slots:
                 return
             old = self._buffer
-            self._use(old.extended(max_slots * self._token_bytes), max_slots)
+            self._use(old.extended(self._row_size(max_slots)), max_slots)
             old.release()
 
     def with_batch(self, batch: int) -> "GrowingBuffer":
