@@ -9,7 +9,8 @@ constexpr int kThreads = 256;
 // One block for all rows.
 __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ AdvanceParams p) {
   for (int b = threadIdx.x; b < p.batch; b += kThreads) {
-    p.seq_lens[b] += p.q_len - (p.pad == nullptr ? 0 : p.pad[b]);
+    const int pad = p.pad == nullptr ? 0 : p.pad[b];
+    p.seq_lens[b] += p.q_len - min(max(pad, 0), p.q_len);  // as the attention kernels take it
   }
 }
 

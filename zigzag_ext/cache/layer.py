@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .. import _C
 from ..attention import ops, routes
 from ..attention.buffers import GrowingBuffer
 from ..planning.kv_format import PLAIN, KvFormat
@@ -82,7 +83,7 @@ class ZigzagLayer(CacheLayerMixin):
             self.head_numbers = torch.tensor(self.heads, dtype=torch.int32, device=key_states.device)
         if self.rows.batch is None:
             self.rows.start(batch)
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device, self.head_dim = key_states.dtype, key_states.device, head_dim
         self.key_offset = smoothing.new_offset(key_states) if self.smooth else None
         kinds = {"keys": self.kv_format.k, "values": self.kv_format.v}
         if self.window or not self.rows.stores:
@@ -187,6 +188,20 @@ class ZigzagLayer(CacheLayerMixin):
         if self.growing:
             return sum(buffer.memory_bytes for buffer in self.growing.values())
         return sum(buffer.nbytes for buffer in self.buffers.values()) if self.is_initialized else 0
+
+    def kv_bytes(self, slots: int, batch: int, num_kv_heads: int, head_dim: int, element_bytes: int) -> int:
+        """Bytes of keys, values and scales of `slots` tokens (a ring: all its slots) where the layer has `num_kv_heads`."""
+        heads = num_kv_heads if self.heads is None else len(self.heads)
+        slots = self.slots if self.window else slots
+        return _C.kv_bytes(slots, heads, head_dim, element_bytes, self.kv_format, batch=batch)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tokens of the longest row, for all rows: what `memory_bytes` is without pages and room to grow."""
+        if not self.is_initialized:
+            return 0
+        heads = self.buffers["keys"].shape[1]
+        return self.kv_bytes(self.rows.longest, self.rows.batch, heads, self.head_dim, self.dtype.itemsize)
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
