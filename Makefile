@@ -28,13 +28,13 @@ export ZIGZAG_BUILD_DIR := $(CURDIR)/build/dev
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
-CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' 'examples/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
-.PHONY: help demo test test-long test-newest pytest pytest-upper pytest-lower cpptest build lint format sanitize bench bench-build figures clean
+.PHONY: help demo test test-long test-newest pytest pytest-upper pytest-lower cpptest examples build lint format sanitize bench bench-build figures clean
 
 help:
 	@sed -n '2,6s/^# \{0,1\}//p' Makefile
-	@echo '  other targets: build pytest cpptest lint format sanitize bench figures clean'
+	@echo '  other targets: build pytest cpptest examples lint format sanitize bench figures clean'
 
 demo: $(BUILT) $(VENV)/model
 	zigzag demo $(DEMO_ARGS)
@@ -65,6 +65,18 @@ cpptest: $(BUILT)
 	cmake -S . -B $(ZIGZAG_BUILD_DIR) -DZIGZAG_BUILD_TESTS=ON > /dev/null
 	cmake --build $(ZIGZAG_BUILD_DIR) --parallel $(MAX_JOBS) --target zigzag_tests
 	ctest --test-dir $(ZIGZAG_BUILD_DIR) --output-on-failure
+
+# In the repository's build, and once more as another project uses an installed core: the output must be the same.
+EXAMPLE := $(ZIGZAG_BUILD_DIR)/example
+examples: $(BUILT)
+	cmake -S . -B $(ZIGZAG_BUILD_DIR) -DZIGZAG_BUILD_EXAMPLES=ON > /dev/null
+	cmake --build $(ZIGZAG_BUILD_DIR) --parallel $(MAX_JOBS) --target decode_step
+	cmake --install $(ZIGZAG_BUILD_DIR) --component cpp --prefix $(EXAMPLE)/prefix > /dev/null
+	cmake -S examples/cpp -B $(EXAMPLE)/build -DCMAKE_PREFIX_PATH=$(EXAMPLE)/prefix > /dev/null
+	cmake --build $(EXAMPLE)/build
+	$(ZIGZAG_BUILD_DIR)/examples/cpp/decode_step examples/cpp/plan.json | tee $(EXAMPLE)/output
+	$(EXAMPLE)/build/decode_step examples/cpp/plan.json | diff $(EXAMPLE)/output -
+	$(if $(GPUS),$(EXAMPLE)/build/decode_step examples/cpp/plan.json cuda)
 
 build: $(BUILT)
 

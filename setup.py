@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
         run = lambda *command: subprocess.run([*_cmake(), *map(str, command)], check=True)  # noqa: E731
         run("-S", ROOT, "-B", build, "-G", "Ninja", *fresh, "-DZIGZAG_BUILD_PYTHON=ON", *self._options())
         run("--build", build, "--parallel", os.environ.get("MAX_JOBS") or os.cpu_count(), "--target", "_ops", "_C")
-        run("--install", build, "--prefix", target)
+        run("--install", build, "--component", "python", "--prefix", target)
 
     def _options(self):
         """Every setting on every call: an unset variable means the default, not what the build folder remembers."""

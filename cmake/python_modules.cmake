@@ -37,4 +37,4 @@ endforeach()
 # torch's own folder stays out of the run path: torch is imported, and so loaded, before _ops.
 set_target_properties(zigzag_core _ops _C PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN"
                       INSTALL_RPATH_USE_LINK_PATH OFF)
-install(TARGETS zigzag_core _ops _C LIBRARY DESTINATION .)
+install(TARGETS zigzag_core _ops _C LIBRARY DESTINATION . COMPONENT python)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from zigzag_ext.planning.kv_format import parse_kv_format
+from zigzag_ext import _C
+from zigzag_ext.planning.kv_format import PLAIN, parse_kv_format
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 QUANTISED = ("fp8", "int8", "int4", "int8/int4")  # formats of keys/values; queries and new tokens are then bf16
@@ -11,9 +12,8 @@ K = 1024
 
 def token_bytes(kv_format: str, head_dim: int) -> int:
     """Key and value of one token and head, scales included."""
-    if kv_format in BYTES:
-        return 2 * head_dim * BYTES[kv_format]
-    return parse_kv_format("kv_format", kv_format).vector_bytes(head_dim, BYTES["bf16"])
+    codes = PLAIN if kv_format in BYTES else parse_kv_format("kv_format", kv_format)
+    return _C.kv_bytes(1, 1, head_dim, BYTES.get(kv_format, BYTES["bf16"]), codes)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Device {
 
   // What is timed. On CUDA it is enqueued, never waited for.
   virtual void attention(const AttentionParams& params) = 0;
-  virtual void step(const Scheduler& scheduler, const Scheduler::LayerTensors& tensors) = 0;  // all layers, in order
+  virtual void step(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors) = 0;
   // out[rows, out_features] = in[rows, in_features] x weight[out_features, in_features] transposed, all of `dtype`.
   // By cuBLAS, which is looked for when first called; throws where there is none, and on the CPU.
   struct Linear {

@@ -69,8 +69,8 @@ class Cpu final : public Device {
   }
 
   void attention(const AttentionParams& params) override { attention_cpu(params, parallel_); }
-  void step(const Scheduler& scheduler, const Scheduler::LayerTensors& tensors) override {
-    scheduler.step_cpu(tensors, parallel_);
+  void step(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors) override {
+    scheduler.step_cpu(step, tensors, parallel_);
   }
   void linear(const Linear&) override { throw Error("projections run on CUDA only; pass --device cuda or --gemm 0"); }
 

@@ -169,8 +169,8 @@ class Gpu final : public Device {
   }
 
   void attention(const AttentionParams& params) override { attention_cuda(params, stream_.handle); }
-  void step(const Scheduler& scheduler, const Scheduler::LayerTensors& tensors) override {
-    scheduler.step_cuda(tensors, stream_.handle);
+  void step(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors) override {
+    scheduler.step_cuda(step, tensors, stream_.handle);
   }
   void linear(const Linear& linear) override {
     if (!cublas_) cublas_ = std::make_unique<Cublas>(*this, stream_.handle);

@@ -20,7 +20,8 @@ int64_t cache_bytes(const Cell& cell) { return cell.batch() * cell.cache_strides
 
 Scheduler make_scheduler(const Chain& chain) {
   const Cell& cell = chain.cell(0);
-  return Scheduler(LayerPlan(chain.kinds, chain.streaming.sink, chain.streaming.window),
+  const std::vector<HeadKinds> layers(chain.kinds.begin(), chain.kinds.end());
+  return Scheduler(LayerPlan(layers, chain.streaming.sink, chain.streaming.window),
                    {cell.num_q_heads, cell.num_kv_heads, cell.head_dim, cell.dtype});
 }
 
@@ -41,21 +42,19 @@ ChainProblem::ChainProblem(Device& device, const Chain& chain)
       chain_(chain),
       scheduler_(make_scheduler(chain)),
       num_sets_(static_cast<int>((kColdBytes + chain.kv_bytes() - 1) / chain.kv_bytes())),
-      final_(nullptr),
-      shared_{} {
+      final_(nullptr) {
   for (int layer = 0; layer < chain.num_layers(); ++layer) allocate_layer(chain.cell(layer), layer == 0);
   const Cell& cell = chain.cell(0);
   if (chain.hidden > 0) final_ = allocate(num_tokens(cell) * chain.hidden * size_of(cell));
   const int64_t lengths = cell.batch() * static_cast<int64_t>(sizeof(int32_t));
   char* seq_lens = allocate(lengths);
   device.upload(seq_lens, cell.seq_lens.data(), lengths);
-  shared_.seq_lens = reinterpret_cast<const int32_t*>(seq_lens);
-  shared_.workspace_bytes = scheduler_.workspace_bytes(cell.batch());
-  shared_.workspace = allocate(shared_.workspace_bytes);
+  step_ = {cell.batch(), cell.q_len, reinterpret_cast<int32_t*>(seq_lens)};
+  step_.workspace_bytes = scheduler_.workspace_bytes(cell.batch());
+  step_.workspace = allocate(step_.workspace_bytes);
   const int64_t qkv = qkv_width(cell), out = out_width(cell);
   shared_.q_stride = shared_.k_new_stride = shared_.v_new_stride = {qkv * cell.q_len, cell.head_dim, qkv};
   shared_.out_stride = {out * cell.q_len, cell.head_dim, out};
-  shared_.batch = cell.batch(), shared_.q_len = cell.q_len;
   if (cell.rope) {  // one table for all layers, as in a model
     const int64_t table = num_tokens(cell) * cell.head_dim, row = int64_t{cell.q_len} * cell.head_dim;
     const void *cos = random(table, 1), *sin = random(table, 1);
@@ -91,11 +90,11 @@ void ChainProblem::allocate_layer(const Cell& cell, bool first) {
   layers_.push_back(layer);
 }
 
-AttentionParams ChainProblem::tensors(int set, int index) const {
+LayerTensors ChainProblem::tensors(int set, int index) const {
   const Cell& cell = chain_.cell(index);
   const Layer& layer = layers_[static_cast<std::size_t>(index)];
   const int64_t head = cell.head_dim * size_of(cell);
-  AttentionParams p = shared_;
+  LayerTensors p = shared_;
   p.q = layer.qkv;
   p.k_new = layer.qkv + cell.num_q_heads * head;
   p.v_new = layer.qkv + (cell.num_q_heads + cell.num_kv_heads) * head;
@@ -103,16 +102,17 @@ AttentionParams ChainProblem::tensors(int set, int index) const {
     p.q = layers_[static_cast<std::size_t>(index) - 1].out;
     p.q_stride = p.out_stride;
   }
-  p.k_cache = layer.k_cache + set * cache_bytes(cell);
-  p.v_cache = layer.v_cache + set * cache_bytes(cell);
   p.out = layer.out, p.lse = layer.lse;
-  p.k_cache_stride = p.v_cache_stride = cell.cache_strides();
-  p.slots = cell.slots();
+  CacheTensors& cache = p.caches[0];
+  cache.k = layer.k_cache + set * cache_bytes(cell);
+  cache.v = layer.v_cache + set * cache_bytes(cell);
+  cache.k_stride = cache.v_stride = cell.cache_strides();
+  cache.capacity = cell.slots();
   return p;
 }
 
 AttentionParams ChainProblem::params(int set, int layer) const {
-  return scheduler_.layer_params(layer, tensors(set, layer));
+  return scheduler_.params(layer, 0, step_, tensors(set, layer));
 }
 
 void ChainProblem::project_in(int index) {
@@ -132,7 +132,7 @@ void ChainProblem::project_out(int index) {
 
 void ChainProblem::step(int set) {
   const bool projected = chain_.hidden > 0;
-  device_.step(scheduler_, [&](int layer) {
+  device_.step(scheduler_, step_, [&](int layer) {
     if (projected && layer > 0) project_out(layer - 1);
     if (projected) project_in(layer);
     return tensors(set, layer);
@@ -149,8 +149,8 @@ void ChainProblem::projections(int) {
 
 void ChainProblem::read(int set) {
   for (int layer = 0; layer < chain_.num_layers(); ++layer) {
-    const AttentionParams p = tensors(set, layer);
-    device_.read(p.k_cache, p.v_cache, chain_.cell(layer).kv_bytes() / 2);
+    const CacheTensors cache = tensors(set, layer).caches[0];
+    device_.read(cache.k, cache.v, chain_.cell(layer).kv_bytes() / 2);
   }
 }
 

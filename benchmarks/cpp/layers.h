@@ -47,7 +47,7 @@ class ChainProblem {
   void allocate_layer(const Cell& cell, bool first);
   void project_in(int layer);
   void project_out(int layer);
-  AttentionParams tensors(int set, int layer) const;
+  LayerTensors tensors(int set, int layer) const;
 
   Device& device_;
   Chain chain_;
@@ -56,7 +56,8 @@ class ChainProblem {
   std::vector<std::shared_ptr<void>> buffers_;
   std::vector<Layer> layers_;
   char* final_;  // [batch, q_len, hidden]: what follows the last layer
-  AttentionParams shared_;
+  Step step_{};
+  LayerTensors shared_{};  // what all layers have alike
 };
 
 // Checks, times and reports the chain: rows for the step and for its mean layer.

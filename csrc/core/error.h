@@ -33,8 +33,9 @@ std::string to_text(Number part) {
 
 }  // namespace detail
 
-// Joins strings and numbers into one string. Without iostreams: in a process with torch 2.11, printing a number through
-// a stream from the torch ops crashed. The cause was not established; two copies of the C++ library are suspected.
+// Joins strings and numbers into one string. Without iostreams: where the compiler links libstdc++ statically, the
+// std::locale::id symbols of that copy, which are unique in a process, are bound to the libstdc++.so that torch has
+// loaded, whose facets are numbered otherwise, and a stream prints a number through the wrong facet and crashes.
 template <class... Parts>
 std::string concat(const Parts&... parts) {
   std::string text;

@@ -1,8 +1,11 @@
 // What a decoder layer keeps of its keys and values: the vocabulary that the solver, the plan and the scheduler share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -22,17 +25,41 @@ constexpr const char* name(LayerKind kind) {
   return "unknown";
 }
 
-// The kinds of all layers from their names; throws on the first unknown name, naming the layer.
-inline std::vector<LayerKind> parse_layer_kinds(const std::vector<std::string>& names) {
-  std::vector<LayerKind> kinds;
-  kinds.reserve(names.size());
-  for (const std::string& given : names) {
-    const bool retrieval = given == name(LayerKind::kRetrieval);
-    ZZ_CHECK(retrieval || given == name(LayerKind::kStreaming), "layer ", kinds.size(), " has the kind \"", given,
-             "\"; supported: ", name(LayerKind::kRetrieval), ", ", name(LayerKind::kStreaming));
-    kinds.push_back(retrieval ? LayerKind::kRetrieval : LayerKind::kStreaming);
+// The kind of that name; throws on any other one, with `what` ("layer 3 has the") in front.
+inline LayerKind parse_layer_kind(const std::string& given, const std::string& what) {
+  for (const LayerKind kind : {LayerKind::kRetrieval, LayerKind::kStreaming}) {
+    if (given == name(kind)) return kind;
   }
-  return kinds;
+  throw Error(concat(what, " kind \"", given, "\"; supported: ", name(LayerKind::kRetrieval), ", ",
+                     name(LayerKind::kStreaming)));
+}
+
+// What the KV heads of one layer keep: one kind for all of them, or a kind for each. A layer with heads of both kinds
+// is a mixed one.
+struct HeadKinds {
+  std::vector<LayerKind> kinds;  // one, or one per KV head
+
+  HeadKinds(LayerKind kind) : kinds{kind} {}  // NOLINT: a layer of one kind is written as that kind
+  explicit HeadKinds(std::vector<LayerKind> heads) : kinds(std::move(heads)) {}
+
+  bool mixed() const { return std::adjacent_find(kinds.begin(), kinds.end(), std::not_equal_to<>()) != kinds.end(); }
+};
+
+// A layer per list of names, which holds one name or one per KV head. Throws on no name and on an unknown one, naming
+// the layer.
+inline std::vector<HeadKinds> parse_head_kinds(const std::vector<std::vector<std::string>>& names) {
+  std::vector<HeadKinds> layers;
+  layers.reserve(names.size());
+  for (const std::vector<std::string>& heads : names) {
+    const std::string layer = concat("layer ", layers.size());
+    ZZ_CHECK(!heads.empty(), layer, " has no KV heads");
+    std::vector<LayerKind> kinds;
+    for (const std::string& given : heads) {
+      kinds.push_back(parse_layer_kind(given, layer + (heads.size() == 1 ? " has the" : " has a KV head of the")));
+    }
+    layers.emplace_back(std::move(kinds));
+  }
+  return layers;
 }
 
 }  // namespace zigzag

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace zigzag {
 
@@ -17,35 +18,57 @@ constexpr const char* name(DType dtype) {
   return "unknown";
 }
 
+// The dtype of that name; throws on any other name.
+DType parse_dtype(const std::string& given);
+
 constexpr std::size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // How a cache holds its vectors: as elements of the model's dtype, or as codes with one float32 scale per vector. The
 // byte layout of each format is in kv/format_*.h.
 enum class KvFormat : int8_t { kPlain = 0, kFp8 = 1, kInt8 = 2, kInt4 = 3 };
 
-constexpr const char* name(KvFormat format) {
+struct KvFormatInfo {
+  const char* name;
+  int bits;                // of a code; 0 where elements are of the model's dtype
+  const char* code_dtype;  // as torch calls it, one byte wide: int4 puts two codes into one. "" as for bits
+  int scale_bytes;         // of the scale that belongs to a vector
+};
+
+// The table of formats: names, sizes, messages and the Python package read it. (A function: an array would be data that
+// the CPU kernels of two instruction sets share.)
+constexpr KvFormatInfo info(KvFormat format) {
   switch (format) {
-    case KvFormat::kPlain: return "none";
-    case KvFormat::kFp8: return "fp8";
-    case KvFormat::kInt8: return "int8";
-    case KvFormat::kInt4: return "int4";
+    case KvFormat::kPlain: break;
+    case KvFormat::kFp8: return {"fp8", 8, "float8_e4m3fn", 4};
+    case KvFormat::kInt8: return {"int8", 8, "int8", 4};
+    case KvFormat::kInt4: return {"int4", 4, "uint8", 4};
   }
-  return "unknown";
+  return {"none", 0, "", 0};
 }
+inline constexpr KvFormat kKvFormats[] = {KvFormat::kPlain, KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4};
+
+constexpr const char* name(KvFormat format) { return info(format).name; }
+
+// The format of that name; throws on any other name.
+KvFormat parse_kv_format(const std::string& given);
 
 // Bytes of the elements or codes of one vector, without its scale.
+constexpr int64_t vector_bytes(KvFormat format, int64_t element_bytes, int64_t head_dim) {
+  const int bits = info(format).bits;
+  return bits == 0 ? head_dim * element_bytes : head_dim * bits / 8;
+}
 constexpr int64_t vector_bytes(KvFormat format, DType dtype, int head_dim) {
-  switch (format) {
-    case KvFormat::kFp8:
-    case KvFormat::kInt8: return head_dim;
-    case KvFormat::kInt4: return head_dim / 2;
-    case KvFormat::kPlain: break;
-  }
-  return head_dim * static_cast<int64_t>(element_size(dtype));
+  return vector_bytes(format, static_cast<int64_t>(element_size(dtype)), head_dim);
 }
 
 // Bytes of the scale that belongs to a vector.
-constexpr int64_t scale_bytes(KvFormat format) { return format == KvFormat::kPlain ? 0 : 4; }
+constexpr int64_t scale_bytes(KvFormat format) { return info(format).scale_bytes; }
+
+// How a cache holds its keys and its values.
+struct KvFormats {
+  KvFormat k = KvFormat::kPlain;
+  KvFormat v = KvFormat::kPlain;
+};
 
 // Strides of a [batch, heads, tokens, head_dim] tensor, in elements. head_dim is always contiguous.
 // 64-bit: 4M tokens x 8 heads x 128 overflows 32 bits.

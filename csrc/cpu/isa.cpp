@@ -1,14 +1,22 @@
 #include "cpu/isa.h"
 
-#include <cstdlib>
-#include <string_view>
+#include <string>
 
+#include "core/env.h"
 #include "core/error.h"
 
 namespace zigzag {
 namespace {
 
 constexpr CpuIsa kWidestFirst[] = {CpuIsa::kAvx512, CpuIsa::kAvx2, CpuIsa::kBaseline};
+
+std::string supported_names() {
+  std::string names;
+  for (CpuIsa isa : kWidestFirst) {
+    if (cpu_supports(isa)) names = name(isa) + (names.empty() ? "" : ", " + names);
+  }
+  return names;
+}
 
 }  // namespace
 
@@ -27,14 +35,14 @@ bool cpu_supports(CpuIsa isa) {
 }
 
 CpuIsa cpu_isa() {
-  const char* forced = std::getenv("ZIGZAG_CPU_ISA");
-  const bool automatic = forced == nullptr || *forced == '\0';
+  const std::string forced = env_text(Env::kCpuIsa);
   for (CpuIsa isa : kWidestFirst) {
-    if (!automatic && std::string_view(forced) != name(isa)) continue;
+    if (!forced.empty() && forced != name(isa)) continue;
     if (cpu_supports(isa)) return isa;
-    ZZ_CHECK(automatic, "ZIGZAG_CPU_ISA is ", forced, ", which this processor does not support");
+    ZZ_CHECK(forced.empty(), "ZIGZAG_CPU_ISA is '", forced,
+             "', which this processor does not have; supported here: ", supported_names());
   }
-  throw Error(concat("ZIGZAG_CPU_ISA is '", forced, "'; supported: baseline, avx2, avx512"));
+  return CpuIsa::kBaseline;
 }
 
 }  // namespace zigzag

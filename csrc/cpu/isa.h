@@ -18,8 +18,8 @@ constexpr const char* name(CpuIsa isa) {
 // Whether this build has kernels for `isa` and this processor runs them.
 bool cpu_supports(CpuIsa isa);
 
-// The widest supported set, or the one named by the environment variable ZIGZAG_CPU_ISA (baseline, avx2, avx512).
-// Throws zigzag::Error if that variable names anything else or a set that this processor lacks. Read on every call.
+// The widest supported set, or the one that ZIGZAG_CPU_ISA names (core/env.h). Throws zigzag::Error if that variable
+// names anything else or a set that this processor lacks. Read on every call.
 CpuIsa cpu_isa();
 
 }  // namespace zigzag

@@ -2,21 +2,27 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <cxxabi.h>
 
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <set>
-#include <tuple>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "core/env.h"
 #include "core/error.h"
 
-// Runs a CUDA runtime call and throws zigzag::Error with its text and the driver's reason on failure.
-#define ZZ_CUDA(call)                                                                                 \
-  do {                                                                                                \
-    const cudaError_t zz_status = (call);                                                             \
-    ZZ_CHECK(zz_status == cudaSuccess, "CUDA error in ", #call, ": ", cudaGetErrorString(zz_status)); \
+// Runs a CUDA runtime call and throws zigzag::Error with its text and the driver's reason on failure, which it does not
+// leave behind as the runtime's last error: the next call that asks for that one would report it as its own.
+#define ZZ_CUDA(call)                                                                                        \
+  do {                                                                                                       \
+    const cudaError_t zz_status = (call);                                                                    \
+    if (zz_status != cudaSuccess) {                                                                          \
+      cudaGetLastError();                                                                                    \
+      throw ::zigzag::Error(::zigzag::concat("CUDA error in ", #call, ": ", cudaGetErrorString(zz_status))); \
+    }                                                                                                        \
   } while (false)
 
 namespace zigzag::cuda {
@@ -51,69 +57,18 @@ inline const DeviceInfo& device_info() {
   return devices[static_cast<size_t>(device)];
 }
 
-// Overrides of the launch heuristics, read once from the environment: for tests of the paths that this GPU would not
-// take and for tuning. 0 means "as the heuristics say".
+// Overrides of the launch heuristics, read once from the environment (core/env.h): for tests of the paths that this GPU
+// would not take and for tuning. 0 means "as the heuristics say".
 struct LaunchOptions {
-  bool force_plain;       // ZIGZAG_FORCE_PLAIN=1: nothing above sm_80 (no clusters, no programmatic dependent launch)
-  bool dependent_launch;  // ZIGZAG_DEPENDENT_LAUNCH=1: programmatic dependent launch where the kernel supports it
-  int cluster;  // ZIGZAG_CLUSTER: blocks per cluster; decode_full takes this size or no clusters, of a batch too
-  int warps;    // ZIGZAG_WARPS: warps per block
-  int blocks;   // ZIGZAG_BLOCKS: blocks of decode_full's runs, which then serve one row, too, where clusters do not
+  bool force_plain, dependent_launch;
+  int cluster, warps, blocks;
 };
 
 inline const LaunchOptions& launch_options() {
-  static const LaunchOptions options = [] {
-    const auto read = [](const char* name) {
-      const char* value = std::getenv(name);
-      return value == nullptr ? 0 : std::atoi(value);
-    };
-    return LaunchOptions{read("ZIGZAG_FORCE_PLAIN") != 0, read("ZIGZAG_DEPENDENT_LAUNCH") != 0, read("ZIGZAG_CLUSTER"),
-                         read("ZIGZAG_WARPS"), read("ZIGZAG_BLOCKS")};
-  }();
+  static const LaunchOptions options = {env_integer(Env::kForcePlain) != 0, env_integer(Env::kDependentLaunch) != 0,
+                                        env_integer(Env::kCluster), env_integer(Env::kWarps),
+                                        env_integer(Env::kBlocks)};
   return options;
-}
-
-// Lets `kernel` use `bytes` of dynamic shared memory on the current device. Remembers the limit it set: the driver is
-// asked only when a launch needs more than any before it.
-inline void allow_shared_memory(const void* kernel, int bytes) {
-  if (bytes <= 47 * 1024) return;  // the default limit of 48 KB, less 1 KB for what the kernel declares itself
-  static std::mutex mutex;
-  static std::map<std::tuple<const void*, int>, int> limits;
-  int device = 0;
-  ZZ_CUDA(cudaGetDevice(&device));
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& limit = limits[{kernel, device}];
-  if (bytes <= limit) return;
-  ZZ_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  limit = bytes;
-}
-
-// Lets `kernel` run in clusters of more than 8 blocks, which is what CUDA promises on every GPU that has clusters.
-inline void allow_cluster(const void* kernel, int cluster) {
-  if (cluster <= 8) return;
-  static std::mutex mutex;
-  static std::set<std::tuple<const void*, int>> allowed;
-  int device = 0;
-  ZZ_CUDA(cudaGetDevice(&device));
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device}) > 0) return;
-  ZZ_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  allowed.insert({kernel, device});
-}
-
-// The architecture, as in DeviceInfo, that `kernel` was compiled for in the version that the current device runs: below
-// the device's own where the build has only code for an older one. Asked for once per kernel and device.
-inline int code_arch(const void* kernel) {
-  static std::mutex mutex;
-  static std::map<std::tuple<const void*, int>, int> known;
-  int device = 0;
-  ZZ_CUDA(cudaGetDevice(&device));
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto entry = known.find({kernel, device});
-  if (entry != known.end()) return entry->second;
-  cudaFuncAttributes attributes = {};
-  ZZ_CUDA(cudaFuncGetAttributes(&attributes, kernel));
-  return known[{kernel, device}] = attributes.ptxVersion;
 }
 
 constexpr int floor_log2(int x) {
@@ -127,8 +82,8 @@ struct LaunchConfig {
   dim3 block;
   int shared_bytes = 0;  // dynamic shared memory
   int cluster = 1;       // blocks per cluster along x; > 1 needs sm_90
-  bool dependent_launch =
-      false;  // programmatic dependent launch: the kernel must call grid_dependency_wait(); needs sm_90
+  // Programmatic dependent launch: the kernel must call grid_dependency_wait(). Needs sm_90.
+  bool dependent_launch = false;
 };
 
 // The runtime's form of a LaunchConfig, which points into this object.
@@ -160,42 +115,108 @@ struct LaunchAttributes {
   }
 };
 
-// How many clusters of `config` run on the current device at once. Asked for once per kernel, shared memory and cluster
-// size. 0 where the GPU has no such clusters.
-template <class Params>
-int max_active_clusters(void (*kernel)(Params), const LaunchConfig& config) {
+// What is known of one kernel on one device: asked for once, so that a launch costs no query. Kept where the question
+// was answered only: a query that throws is asked again.
+struct KernelFacts {
+  int arch = 0;          // as in DeviceInfo, of the code that runs: below the device's own where the build has no newer
+  int shared_limit = 0;  // dynamic shared memory that was allowed so far, beyond the default
+  bool large_clusters = false;                         // clusters of more than 8 blocks were allowed
+  std::map<std::pair<int, int>, int> active_clusters;  // {shared bytes, cluster} -> clusters that run at once
+};
+
+// Calls f(facts) with those of `kernel` on the current device, one caller at a time.
+template <class F>
+auto with_kernel_facts(const void* kernel, F&& f) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int, int>, int> known;
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), config.shared_bytes);
-  allow_cluster(reinterpret_cast<const void*>(kernel), config.cluster);
+  static std::map<std::pair<const void*, int>, KernelFacts> known;
   int device = 0;
   ZZ_CUDA(cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] =
-      known.try_emplace({reinterpret_cast<const void*>(kernel), device, config.shared_bytes, config.cluster}, 0);
-  if (is_new) {
-    LaunchAttributes attributes;
-    const cudaLaunchConfig_t launch_config = attributes.fill(config, nullptr);
-    const cudaError_t status = cudaOccupancyMaxActiveClusters(&entry->second, kernel, &launch_config);
-    if (status != cudaSuccess && config.cluster > 8) {
-      cudaGetLastError();  // this GPU refuses the size, which is an answer
-      entry->second = 0;
-    } else {
-      ZZ_CUDA(status);
-    }
-  }
-  return entry->second;
+  return f(known[{kernel, device}]);
 }
 
-// Launches `kernel(params)` on `stream`. Raises the kernel's dynamic shared memory limit where the default 48 KB is too
-// small.
+// "name, grid (x, y, z), block n, s bytes of dynamic shared memory, clusters of c": what an error says of a launch.
+inline std::string launch_text(const void* kernel, const LaunchConfig& config) {
+  std::string text = "a kernel";
+#if CUDART_VERSION >= 12030
+  const char* symbol = nullptr;
+  if (cudaFuncGetName(&symbol, kernel) == cudaSuccess && symbol != nullptr) {
+    int status = 0;
+    char* readable = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+    text = status == 0 ? readable : symbol;
+    std::free(readable);
+  }
+#endif
+  return concat(text, ", grid (", config.grid.x, ", ", config.grid.y, ", ", config.grid.z, "), block ", config.block.x,
+                ", ", config.shared_bytes, " bytes of dynamic shared memory, clusters of ", config.cluster);
+}
+
+inline void check_launch(cudaError_t status, const char* what, const void* kernel, const LaunchConfig& config) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // as ZZ_CUDA
+  throw Error(concat("CUDA error in ", what, " ", launch_text(kernel, config), ": ", cudaGetErrorString(status)));
+}
+
+// Lets `kernel` use the shared memory and cluster size of `config`. CUDA promises 48 KB, of which 1 KB is left to what
+// the kernel declares itself, and clusters of 8 on every GPU that has clusters.
+inline void allow(const void* kernel, const LaunchConfig& config, KernelFacts& facts) {
+  if (config.shared_bytes > 47 * 1024 && config.shared_bytes > facts.shared_limit) {
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes),
+                 "allowing the shared memory of", kernel, config);
+    facts.shared_limit = config.shared_bytes;
+  }
+  if (config.cluster > 8 && !facts.large_clusters) {
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                 "allowing the clusters of", kernel, config);
+    facts.large_clusters = true;
+  }
+}
+
+// KernelFacts::arch of `kernel` on the current device.
+inline int code_arch(const void* kernel) {
+  return with_kernel_facts(kernel, [&](KernelFacts& facts) {
+    if (facts.arch == 0) {
+      cudaFuncAttributes attributes = {};
+      ZZ_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+      facts.arch = attributes.ptxVersion;
+    }
+    return facts.arch;
+  });
+}
+
+// How many clusters of `config` run on the current device at once. 0 where the GPU has no such clusters.
+template <class Params>
+int max_active_clusters(void (*kernel)(Params), const LaunchConfig& config) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  return with_kernel_facts(function, [&](KernelFacts& facts) {
+    const std::pair<int, int> key(config.shared_bytes, config.cluster);
+    const auto entry = facts.active_clusters.find(key);
+    if (entry != facts.active_clusters.end()) return entry->second;
+    allow(function, config, facts);
+    LaunchAttributes attributes;
+    const cudaLaunchConfig_t launch_config = attributes.fill(config, nullptr);
+    int clusters = 0;
+    const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch_config);
+    if (status != cudaSuccess && config.cluster > 8) {
+      cudaGetLastError();  // this GPU refuses the size, which is an answer
+      clusters = 0;
+    } else {
+      check_launch(status, "counting the clusters of", function, config);
+    }
+    return facts.active_clusters[key] = clusters;
+  });
+}
+
+// Launches `kernel(params)` on `stream`, with as much shared memory and as large clusters as `config` says.
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params, void* stream) {
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), config.shared_bytes);
-  allow_cluster(reinterpret_cast<const void*>(kernel), config.cluster);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (config.shared_bytes > 47 * 1024 || config.cluster > 8) {
+    with_kernel_facts(function, [&](KernelFacts& facts) { allow(function, config, facts); });
+  }
   LaunchAttributes attributes;
   const cudaLaunchConfig_t launch_config = attributes.fill(config, stream);
-  ZZ_CUDA(cudaLaunchKernelEx(&launch_config, kernel, params));
+  check_launch(cudaLaunchKernelEx(&launch_config, kernel, params), "the launch of", function, config);
 }
 
 }  // namespace zigzag::cuda

@@ -2,63 +2,36 @@
 
 #include <algorithm>
 #include <limits>
-#include <utility>
 
 #include "core/error.h"
 #include "engine/step_graph.h"
 
 namespace zigzag {
-namespace {
 
-// What all layers of a step have in common, taken from the first.
-class StepShape {
- public:
-  explicit StepShape(const int32_t* seq_lens) : seq_lens_(seq_lens) {}
-
-  void add(int layer, const AttentionParams& p) {
-    if (layer == 0) {
-      ZZ_CHECK(p.batch >= 1 && p.q_len >= 1, "a captured step needs batch >= 1 and q_len >= 1, got batch ", p.batch,
-               " and q_len ", p.q_len);
-      first_ = p;
-    }
-    ZZ_CHECK(p.batch == first_.batch && p.q_len == first_.q_len, "all layers of a step must have one batch and q_len; ",
-             "layer 0 has ", first_.batch, " and ", first_.q_len, ", layer ", layer, " has ", p.batch, " and ",
-             p.q_len);
-    ZZ_CHECK(p.seq_lens == seq_lens_ && p.pad == first_.pad,
-             "all layers of a step must share pad and the given seq_lens; layer ", layer, " has others");
-    if (p.window == 0 && p.slots > 0) capacity_ = std::min<int64_t>(capacity_, p.slots);
-  }
-
-  const AttentionParams& first() const { return first_; }
-  int64_t capacity() const { return capacity_; }
-
- private:
-  const int32_t* seq_lens_;
-  AttentionParams first_{};
-  int64_t capacity_ = std::numeric_limits<int32_t>::max();
-};
-
-}  // namespace
-
-CapturedStep::CapturedStep(const Scheduler& scheduler, const Scheduler::LayerTensors& tensors, int32_t* seq_lens,
-                           int64_t longest, void* stream) {
+CapturedStep::CapturedStep(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors,
+                           int64_t longest, void* stream, const std::function<void()>& after)
+    : capacity_(std::numeric_limits<int32_t>::max()), q_len_(step.q_len) {
   ZZ_CHECK(stream != nullptr, "the default stream cannot be captured; pass one made by cudaStreamCreate");
+  ZZ_CHECK(step.batch >= 1 && step.q_len >= 1, "a captured step needs batch >= 1 and q_len >= 1, got batch ",
+           step.batch, " and q_len ", step.q_len);
   set_longest(longest);
-  StepShape shape(seq_lens);
   const auto enqueue = [&] {
     scheduler.step_cuda(
+        step,
         [&](int layer) {
-          const AttentionParams given = tensors(layer);
-          shape.add(layer, scheduler.layer_params(layer, given));
+          const LayerTensors given = tensors(layer);
+          const std::vector<CacheSpec>& specs = scheduler.caches(layer);
+          for (std::size_t i = 0; i < specs.size(); ++i) {
+            const int64_t slots = given.caches[i].capacity;  // 0: the layer caches nothing
+            if (specs[i].kind == LayerKind::kRetrieval && slots > 0) capacity_ = std::min(capacity_, slots);
+          }
           return given;
         },
         stream);
-    const AttentionParams& p = shape.first();
-    advance_lengths_cuda({seq_lens, p.pad, p.batch, p.q_len}, stream);
+    if (after) after();
+    advance_lengths_cuda({step.seq_lens, step.pad, step.batch, step.q_len}, stream);
   };
   graph_ = std::make_unique<StepGraph>(enqueue, stream);
-  capacity_ = shape.capacity();
-  q_len_ = shape.first().q_len;
 }
 
 CapturedStep::~CapturedStep() = default;

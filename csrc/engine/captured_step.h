@@ -12,15 +12,15 @@ class StepGraph;
 
 class CapturedStep {
  public:
-  // Captures scheduler.step_cuda(tensors) on `stream` (a cudaStream_t; the default stream cannot be captured) and,
-  // behind it, one kernel for seq_lens[b] += q_len - pad[b]. Runs nothing. `tensors` may enqueue work of its own on
-  // `stream`: it becomes part of the step. Every address it names must stay valid.
+  // Captures scheduler.step_cuda(step, tensors) on `stream` (a cudaStream_t; the default stream cannot be captured)
+  // and, behind it, one kernel for seq_lens[b] += q_len - pad[b]. Runs nothing. `tensors` may enqueue work of its own
+  // on `stream`: it becomes part of the step, as does what `after` enqueues behind the last layer. Every address it
+  // names must stay valid.
   //
-  // All layers must name the same batch, q_len and pad, and these seq_lens ([batch] on the device). `longest` counts
-  // the tokens of the longest row now. Throws zigzag::Error on anything else and in a build without CUDA; the stream is
-  // then as it was.
-  CapturedStep(const Scheduler& scheduler, const Scheduler::LayerTensors& tensors, int32_t* seq_lens, int64_t longest,
-               void* stream);
+  // `longest` counts the tokens of the longest row now. Throws zigzag::Error on batch or q_len < 1, on what the
+  // scheduler refuses and in a build without CUDA; the stream is then as it was.
+  CapturedStep(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors, int64_t longest,
+               void* stream, const std::function<void()>& after = nullptr);
   ~CapturedStep();
   CapturedStep(CapturedStep&&) noexcept;
   CapturedStep& operator=(CapturedStep&&) noexcept;
@@ -34,7 +34,7 @@ class CapturedStep {
   // Where the caller has written seq_lens by other means: a prompt, a reset, rows taken out. Throws on less than 0.
   void set_longest(int64_t tokens);
 
-  int num_nodes() const;  // of the graph: one kernel per layer, one for the lengths, and what `tensors` has enqueued
+  int num_nodes() const;  // of the graph: launches_per_step(), one for the lengths, and what the caller has enqueued
 
  private:
   int64_t longest_, capacity_;

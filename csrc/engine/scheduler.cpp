@@ -1,99 +1,151 @@
 #include "engine/scheduler.h"
 
-#include <initializer_list>
+#include <limits>
+#include <utility>
 
 namespace zigzag {
 namespace {
 
-// Product of sizes; throws where it does not fit 63 bits, so that no wrapped byte count reaches an allocator.
-int64_t checked_product(std::initializer_list<int64_t> factors) {
-  int64_t product = 1;
-  for (const int64_t factor : factors) {
-    ZZ_CHECK(!__builtin_mul_overflow(product, factor, &product), "the caches would take more than 2^63 bytes");
+std::vector<int32_t> heads_of(const HeadKinds& layer, LayerKind kind) {
+  std::vector<int32_t> heads;
+  for (std::size_t head = 0; head < layer.kinds.size(); ++head) {
+    if (layer.kinds[head] == kind) heads.push_back(static_cast<int32_t>(head));
   }
-  return product;
+  return heads;
 }
 
-const KvFormats& formats_of(const ModelGeometry& geometry, LayerKind kind) {
-  return kind == LayerKind::kRetrieval ? geometry.retrieval : geometry.streaming;
-}
-
-int64_t layer_kv_bytes(const ModelGeometry& geometry, LayerKind kind, int64_t batch, int64_t slots) {
-  int64_t pair_bytes = 0;  // a key and a value of one head
-  for (const KvFormat format : {formats_of(geometry, kind).k, formats_of(geometry, kind).v}) {
-    pair_bytes += vector_bytes(format, geometry.dtype, geometry.head_dim) + scale_bytes(format);
+void check_tensors(const CacheSpec& spec, const CacheTensors& tensors, int layer) {
+  const std::pair<KvFormat, const float*> sides[] = {{spec.formats.k, tensors.k_scale},
+                                                     {spec.formats.v, tensors.v_scale}};
+  for (const auto& [format, scale] : sides) {
+    ZZ_CHECK((format == KvFormat::kPlain) == (scale == nullptr), "layer ", layer, ": the ", name(spec.kind),
+             " cache holds ", format == KvFormat::kPlain ? "elements" : name(format),
+             scale == nullptr ? " codes and needs scales" : " of the model's dtype and takes no scales");
   }
-  return checked_product({batch, geometry.num_kv_heads, pair_bytes, slots});
-}
-
-void check_cache_size(int64_t batch, int64_t max_len) {
-  ZZ_CHECK(batch >= 0 && max_len >= 0, "batch and max_len must be >= 0, got batch ", batch, " and max_len ", max_len);
+  ZZ_CHECK(spec.kind == LayerKind::kStreaming ||
+               (tensors.capacity >= 0 && tensors.capacity <= std::numeric_limits<int32_t>::max()),
+           "layer ", layer, ": capacity must lie in [0, 2^31), got ", tensors.capacity);
 }
 
 }  // namespace
 
-Scheduler::Scheduler(const LayerPlan& plan, const ModelGeometry& geometry) : geometry_(geometry) {
+Scheduler::Scheduler(const LayerPlan& plan, const ModelGeometry& geometry, int64_t rollback) : geometry_(geometry) {
   check_geometry(geometry.num_q_heads, geometry.num_kv_heads, geometry.head_dim);
-  layers_.reserve(plan.kinds().size());
-  for (const LayerKind kind : plan.kinds()) {
-    const bool streaming = kind == LayerKind::kStreaming;
-    layers_.push_back({kind, streaming ? plan.sink() : 0, streaming ? plan.window() : 0});
+  ZZ_CHECK(plan.num_kv_heads() == 0 || plan.num_kv_heads() == geometry.num_kv_heads, "the plan is for layers of ",
+           plan.num_kv_heads(), " KV heads, these have ", geometry.num_kv_heads);
+  constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();
+  ZZ_CHECK(rollback >= 0 && rollback <= kMaxSlots - plan.sink() - plan.window(),
+           "rollback must be >= 0 tokens, and sink + window + rollback < 2^31; got ", rollback);
+  layers_.reserve(plan.layers().size());
+  for (const HeadKinds& layer : plan.layers()) {
+    std::vector<CacheSpec>& caches = layers_.emplace_back();
+    for (const LayerKind kind : {LayerKind::kRetrieval, LayerKind::kStreaming}) {
+      std::vector<int32_t> heads = heads_of(layer, kind);
+      if (heads.empty()) continue;
+      if (!layer.mixed()) heads.clear();
+      const int count = layer.mixed() ? static_cast<int>(heads.size()) : geometry.num_kv_heads;
+      caches.push_back(kind == LayerKind::kRetrieval
+                           ? CacheSpec{kind, 0, 0, 0, geometry.retrieval, count, std::move(heads)}
+                           : CacheSpec{kind, plan.sink(), plan.window(), static_cast<int>(rollback), geometry.streaming,
+                                       count, std::move(heads)});
+    }
   }
 }
 
-const LayerSpec& Scheduler::layer(int layer) const {
+const std::vector<CacheSpec>& Scheduler::caches(int layer) const {
   ZZ_CHECK(layer >= 0 && layer < num_layers(), "layer ", layer, " does not exist; the plan has layers 0 to ",
            num_layers() - 1);
-  return layers_[layer];
+  return layers_[static_cast<std::size_t>(layer)];
+}
+
+int Scheduler::launches_per_step() const {
+  std::size_t launches = 0;
+  for (const std::vector<CacheSpec>& caches : layers_) launches += caches.size();
+  return static_cast<int>(launches);
+}
+
+int64_t Scheduler::cache_bytes(const CacheSpec& cache, int64_t batch, int64_t max_len) const {
+  return zigzag::kv_bytes({cache.num_kv_heads, cache.slots(max_len), geometry_.head_dim, geometry_.head_dim,
+                           static_cast<int64_t>(element_size(geometry_.dtype)), cache.formats},
+                          batch);
 }
 
 KvBytes Scheduler::kv_bytes(int64_t batch, int64_t max_len) const {
-  check_cache_size(batch, max_len);
   KvBytes bytes{0, 0};
-  for (const LayerSpec& spec : layers_) {
-    (spec.kind == LayerKind::kRetrieval ? bytes.retrieval : bytes.streaming) +=
-        layer_kv_bytes(geometry_, spec.kind, batch, spec.slots(max_len));
+  for (const std::vector<CacheSpec>& caches : layers_) {
+    for (const CacheSpec& cache : caches) {
+      int64_t& sum = cache.kind == LayerKind::kRetrieval ? bytes.retrieval : bytes.streaming;
+      sum = detail::checked_sum(sum, cache_bytes(cache, batch, max_len));
+    }
   }
+  detail::checked_sum(bytes.retrieval, bytes.streaming);
   return bytes;
 }
 
 int64_t Scheduler::all_retrieval_kv_bytes(int64_t batch, int64_t max_len) const {
-  check_cache_size(batch, max_len);
-  return checked_product({num_layers(), layer_kv_bytes(geometry_, LayerKind::kRetrieval, batch, max_len)});
+  const CacheSpec whole{LayerKind::kRetrieval, 0, 0, 0, geometry_.retrieval, geometry_.num_kv_heads, {}};
+  return detail::checked_product({num_layers(), cache_bytes(whole, batch, max_len)});
 }
 
 int64_t Scheduler::workspace_bytes(int batch) const {
   return attention_workspace_bytes(batch, geometry_.num_q_heads, geometry_.num_kv_heads, geometry_.head_dim);
 }
 
-AttentionParams Scheduler::layer_params(int layer, AttentionParams tensors) const {
-  const LayerSpec& spec = this->layer(layer);
-  tensors.num_q_heads = geometry_.num_q_heads;
-  tensors.num_kv_heads = geometry_.num_kv_heads;
-  tensors.head_dim = geometry_.head_dim;
-  tensors.dtype = geometry_.dtype;
-  tensors.k_store.format = formats_of(geometry_, spec.kind).k;
-  tensors.v_store.format = formats_of(geometry_, spec.kind).v;
-  tensors.sink = spec.sink;
-  tensors.window = spec.window;
-  tensors.slots = static_cast<int>(spec.slots(tensors.slots));
-  return tensors;
+AttentionParams Scheduler::params(int layer, int cache, const Step& step, const LayerTensors& tensors) const {
+  const std::vector<CacheSpec>& specs = caches(layer);
+  ZZ_CHECK(cache >= 0 && cache < static_cast<int>(specs.size()), "layer ", layer, " has ", specs.size(),
+           " caches, not one of number ", cache);
+  const CacheSpec& spec = specs[static_cast<std::size_t>(cache)];
+  const CacheTensors& store = tensors.caches[cache];
+  check_tensors(spec, store, layer);
+  AttentionParams p = {};
+  p.q = tensors.q, p.k_new = tensors.k_new, p.v_new = tensors.v_new;
+  p.k_cache = store.k, p.v_cache = store.v;
+  p.out = tensors.out, p.lse = tensors.lse;
+  p.seq_lens = step.seq_lens, p.pad = step.pad;
+  p.workspace = step.workspace, p.workspace_bytes = step.workspace_bytes;
+  p.q_stride = tensors.q_stride, p.k_new_stride = tensors.k_new_stride, p.v_new_stride = tensors.v_new_stride;
+  p.k_cache_stride = store.k_stride, p.v_cache_stride = store.v_stride, p.out_stride = tensors.out_stride;
+  p.batch = step.batch, p.q_len = step.q_len;
+  p.num_q_heads = geometry_.num_q_heads / geometry_.num_kv_heads * spec.num_kv_heads;
+  p.num_kv_heads = spec.num_kv_heads;
+  p.head_dim = geometry_.head_dim;
+  p.slots = static_cast<int>(spec.slots(store.capacity));
+  p.sink = spec.sink, p.window = spec.window;
+  p.scale = tensors.scale;
+  p.dtype = geometry_.dtype;
+  p.rotary = tensors.rotary;
+  p.k_store = {spec.formats.k, store.k_scale, store.k_scale_stride};
+  p.v_store = {spec.formats.v, store.v_scale, store.v_scale_stride};
+  if (!spec.heads.empty()) p.heads = {store.heads, geometry_.num_kv_heads};
+  return p;
 }
 
-void Scheduler::run_layer_cpu(int layer, const AttentionParams& tensors, const ParallelFor& parallel) const {
-  attention_cpu(layer_params(layer, tensors), parallel);
+void Scheduler::run_layer_cpu(int layer, const Step& step, const LayerTensors& tensors,
+                              const ParallelFor& parallel) const {
+  for (int cache = 0; cache < static_cast<int>(caches(layer).size()); ++cache) {
+    AttentionParams p = params(layer, cache, step, tensors);
+    const std::vector<int32_t>& heads = caches(layer)[static_cast<std::size_t>(cache)].heads;
+    if (!heads.empty() && p.heads.of == nullptr) p.heads.of = heads.data();
+    attention_cpu(p, parallel);
+  }
 }
 
-void Scheduler::run_layer_cuda(int layer, const AttentionParams& tensors, void* stream) const {
-  attention_cuda(layer_params(layer, tensors), stream);
+void Scheduler::run_layer_cuda(int layer, const Step& step, const LayerTensors& tensors, void* stream) const {
+  for (int cache = 0; cache < static_cast<int>(caches(layer).size()); ++cache) {
+    const AttentionParams p = params(layer, cache, step, tensors);
+    ZZ_CHECK(caches(layer)[static_cast<std::size_t>(cache)].heads.empty() || p.heads.of != nullptr, "layer ", layer,
+             " is mixed: on CUDA each of its caches needs `heads`, CacheSpec::heads copied to the device");
+    attention_cuda(p, stream);
+  }
 }
 
-void Scheduler::step_cpu(const LayerTensors& tensors, const ParallelFor& parallel) const {
-  for (int layer = 0; layer < num_layers(); ++layer) run_layer_cpu(layer, tensors(layer), parallel);
+void Scheduler::step_cpu(const Step& step, const LayerCall& tensors, const ParallelFor& parallel) const {
+  for (int layer = 0; layer < num_layers(); ++layer) run_layer_cpu(layer, step, tensors(layer), parallel);
 }
 
-void Scheduler::step_cuda(const LayerTensors& tensors, void* stream) const {
-  for (int layer = 0; layer < num_layers(); ++layer) run_layer_cuda(layer, tensors(layer), stream);
+void Scheduler::step_cuda(const Step& step, const LayerCall& tensors, void* stream) const {
+  for (int layer = 0; layer < num_layers(); ++layer) run_layer_cuda(layer, step, tensors(layer), stream);
 }
 
 }  // namespace zigzag

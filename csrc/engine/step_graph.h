@@ -12,7 +12,7 @@ struct AdvanceParams {
   int batch, q_len;
 };
 
-// Enqueues seq_lens[b] += q_len - pad[b].
+// Enqueues seq_lens[b] += q_len - pad[b], with pad[b] cut to [0, q_len].
 void advance_lengths_cuda(const AdvanceParams& params, void* stream);
 
 class StepGraph {

@@ -10,6 +10,7 @@
 
 #include "engine/captured_step.h"
 #include "engine/scheduler.h"
+#include "kv/formats.h"
 #include "kv/ring.h"
 
 namespace {
@@ -61,7 +62,8 @@ struct Model {
 
   Model() {
     for (int l = 0; l < scheduler.num_layers(); ++l) {
-      const std::size_t size = kBatch * geometry.num_kv_heads * scheduler.layer(l).slots(kCapacity) * geometry.head_dim;
+      const std::size_t size =
+          kBatch * geometry.num_kv_heads * scheduler.caches(l)[0].slots(kCapacity) * geometry.head_dim;
       // Slots that were never written must not matter.
       layers[l].k_cache.assign(size, std::numeric_limits<float>::quiet_NaN());
       layers[l].v_cache = layers[l].k_cache;
@@ -70,27 +72,20 @@ struct Model {
 
   const std::vector<float>& queries(int l) const { return l == 0 ? q : layers[l - 1].out; }
 
-  AttentionParams tensors(int l, int q_len) {
+  LayerTensors tensors(int l, int q_len) {
     Layer& layer = layers[l];
     visited.push_back(l);
-    AttentionParams p{};
-    p.q = queries(l).data();
-    p.k_new = layer.k_new.data();
-    p.v_new = layer.v_new.data();
-    p.k_cache = layer.k_cache.data();
-    p.v_cache = layer.v_cache.data();
-    p.out = layer.out.data();
-    p.lse = layer.lse.data();
-    p.seq_lens = seq_lens.data();
-    p.q_stride = p.out_stride = contiguous(geometry.num_q_heads, q_len, geometry.head_dim);
-    p.k_new_stride = p.v_new_stride = contiguous(geometry.num_kv_heads, q_len, geometry.head_dim);
-    p.k_cache_stride = p.v_cache_stride =
-        contiguous(geometry.num_kv_heads, static_cast<int>(scheduler.layer(l).slots(kCapacity)), geometry.head_dim);
-    p.batch = kBatch;
-    p.q_len = q_len;
-    p.slots = kCapacity;
-    p.scale = kScale;
-    return p;
+    const Strides new_stride = contiguous(geometry.num_kv_heads, q_len, geometry.head_dim);
+    const Strides q_stride = contiguous(geometry.num_q_heads, q_len, geometry.head_dim);
+    LayerTensors t{queries(l).data(), layer.k_new.data(), layer.v_new.data(), layer.out.data(), layer.lse.data(),
+                   q_stride,          new_stride,         new_stride,         q_stride,         kScale};
+    CacheTensors& cache = t.caches[0];
+    cache.k = layer.k_cache.data();
+    cache.v = layer.v_cache.data();
+    cache.k_stride = cache.v_stride =
+        contiguous(geometry.num_kv_heads, static_cast<int>(scheduler.caches(l)[0].slots(kCapacity)), geometry.head_dim);
+    cache.capacity = kCapacity;
+    return t;
   }
 
   void step(std::mt19937& random, int q_len) {
@@ -105,7 +100,7 @@ struct Model {
       remember(layer.v, layer.v_new, q_len);
     }
     visited.clear();
-    scheduler.step_cpu([&](int l) { return tensors(l, q_len); }, ParallelFor{});
+    scheduler.step_cpu({kBatch, q_len, seq_lens.data()}, [&](int l) { return tensors(l, q_len); }, ParallelFor{});
   }
 
   void remember(std::vector<std::vector<float>>& history, const std::vector<float>& chunk, int q_len) const {
@@ -122,7 +117,7 @@ struct Model {
   // Largest error of a layer's output and log-sum-exp against float64 attention over every token the layer ever saw.
   double error(int l, int q_len) const {
     const Layer& layer = layers[l];
-    const LayerSpec& spec = scheduler.layer(l);
+    const CacheSpec& spec = scheduler.caches(l)[0];
     const RingLayout ring{spec.sink, spec.window};
     const int heads = geometry.num_q_heads, group = heads / geometry.num_kv_heads, head_dim = geometry.head_dim;
     double worst = 0;
@@ -170,29 +165,85 @@ TEST_CASE("LayerPlan: valid by construction") {
         std::string::npos);
 }
 
-TEST_CASE("parse_layer_kinds: the names of the kinds, and nothing else") {
-  CHECK(parse_layer_kinds({name(S), name(R)}) == std::vector<LayerKind>{S, R});
-  CHECK(error_of([] { parse_layer_kinds({"retrieval", "full"}); }) ==
+TEST_CASE("parse_head_kinds: the names of the kinds, and nothing else") {
+  const std::vector<HeadKinds> layers = parse_head_kinds({{name(S)}, {name(R), name(S)}, {name(R), name(R)}});
+  CHECK(layers[0].kinds == std::vector<LayerKind>{S});
+  CHECK(layers[1].kinds == std::vector<LayerKind>{R, S});
+  CHECK(std::vector<bool>{layers[0].mixed(), layers[1].mixed(), layers[2].mixed()} ==
+        std::vector<bool>{false, true, false});
+  CHECK(error_of([] { parse_head_kinds({{"retrieval"}, {"full"}}); }) ==
         "layer 1 has the kind \"full\"; supported: retrieval, streaming");
+  CHECK(error_of([] { parse_head_kinds({{"retrieval", "full"}}); }) ==
+        "layer 0 has a KV head of the kind \"full\"; supported: retrieval, streaming");
+  CHECK(error_of([] { parse_head_kinds({{"retrieval"}, {}}); }) == "layer 1 has no KV heads");
+}
+
+TEST_CASE("LayerPlan: mixed layers agree on the number of KV heads, whole layers fit any") {
+  CHECK(LayerPlan({R, S}, 4, 8).num_kv_heads() == 0);
+  CHECK(LayerPlan({R, HeadKinds({R, S, S})}, 4, 8).num_kv_heads() == 3);
+  CHECK(error_of([] {
+          LayerPlan({HeadKinds({R, S}), R, HeadKinds({R, S, S})}, 4, 8);
+        }).find("one number of KV heads; layer 2 names 3, an earlier one 2") != std::string::npos);
 }
 
 TEST_CASE("Scheduler: a layer's kernel and slots follow its kind") {
   const Scheduler scheduler(LayerPlan({R, S}, 64, 256), {32, 8, 128, DType::kBFloat16});
   CHECK(scheduler.num_layers() == 2);
   CHECK(scheduler.launches_per_step() == 2);
-  CHECK(scheduler.layer(0).kernel(1) == AttentionKernel::kDecodeFull);
-  CHECK(scheduler.layer(1).kernel(1) == AttentionKernel::kDecodeStream);
-  CHECK(scheduler.layer(0).kernel(1000) == AttentionKernel::kPrefill);
-  CHECK(scheduler.layer(1).kernel(1000) == AttentionKernel::kPrefill);
-  CHECK(scheduler.layer(0).slots(100) == 100);
-  CHECK(scheduler.layer(1).slots(100) == 320);
-  CHECK(scheduler.layer(1).slots(int64_t{1} << 40) == 320);
-  CHECK(error_of([&] { scheduler.layer(2); }) == "layer 2 does not exist; the plan has layers 0 to 1");
-  CHECK(error_of([&] { scheduler.layer(-1); }).find("layer -1") != std::string::npos);
+  const CacheSpec &full = scheduler.caches(0)[0], &ring = scheduler.caches(1)[0];
+  CHECK(full.kernel(1) == AttentionKernel::kDecodeFull);
+  CHECK(ring.kernel(1) == AttentionKernel::kDecodeStream);
+  CHECK(full.kernel(1000) == AttentionKernel::kPrefill);
+  CHECK(ring.kernel(1000) == AttentionKernel::kPrefill);
+  CHECK(full.slots(100) == 100);
+  CHECK(ring.slots(100) == 320);
+  CHECK(ring.slots(int64_t{1} << 40) == 320);
+  CHECK(error_of([&] { scheduler.caches(2); }) == "layer 2 does not exist; the plan has layers 0 to 1");
+  CHECK(error_of([&] { scheduler.caches(-1); }).find("layer -1") != std::string::npos);
+}
+
+TEST_CASE("Scheduler: a mixed layer has a cache per kind, each with its heads, and a launch for each") {
+  const ModelGeometry geometry{12, 3, 64, DType::kFloat16, {}, {KvFormat::kInt8, KvFormat::kInt4}};
+  const Scheduler scheduler(LayerPlan({S, HeadKinds({S, R, S}), R}, 4, 8), geometry, 5);
+  CHECK(scheduler.launches_per_step() == 4);
+  const std::vector<CacheSpec>& caches = scheduler.caches(1);
+  REQUIRE(caches.size() == 2);
+  CHECK(caches[0].kind == R);
+  CHECK(caches[0].heads == std::vector<int32_t>{1});
+  CHECK(caches[0].slots(100) == 100);
+  CHECK(caches[1].kind == S);
+  CHECK(caches[1].heads == std::vector<int32_t>{0, 2});
+  CHECK(caches[1].slots(100) == 4 + 8 + 5);
+  CHECK(scheduler.caches(0)[0].heads.empty());
+  CHECK(scheduler.kv_bytes(2, 100).retrieval == 2 * 100 * (1 + 3) * (2 * 64 * 2));
+  CHECK(scheduler.kv_bytes(2, 100).streaming == 2 * 17 * (3 + 2) * (64 + 4 + 32 + 4));
+  CHECK(error_of([&] { Scheduler(LayerPlan({HeadKinds({S, R})}, 4, 8), geometry); }) ==
+        "the plan is for layers of 2 KV heads, these have 3");
+  CHECK(error_of([&] { Scheduler(LayerPlan({S}, 4, 8), geometry, -1); }).find("rollback must be >= 0") !=
+        std::string::npos);
+  CHECK(error_of([&] { Scheduler(LayerPlan({S}, 4, 8), geometry, int64_t{1} << 31); }).find("2^31") !=
+        std::string::npos);
+}
+
+TEST_CASE("kKvFormats: the table agrees with the codecs, and its names are parsed") {
+  for (const KvFormat format : kKvFormats) {
+    CHECK(parse_kv_format(name(format)) == format);
+    dispatch_kv_format(format, [&](auto codec) { CHECK(decltype(codec)::kBits == info(format).bits); });
+  }
+  CHECK(error_of([] { parse_kv_format("int2"); }) ==
+        "KV format \"int2\" is not supported; supported: none, fp8, int8, int4");
+}
+
+TEST_CASE("kv_bytes: keys and values of their own size, and no wrapped count") {
+  CHECK(kv_bytes({3, 100, 128, 64, 2, {KvFormat::kInt4, KvFormat::kPlain}}, 2) == 2 * 3 * 100 * (64 + 4 + 128));
+  CHECK(error_of([] { kv_bytes({3, -1, 128, 64, 2, {}}, 2); }).find("-1 slots") != std::string::npos);
+  CHECK(error_of([] { kv_bytes({3, 1, 0, 64, 2, {}}, 2); }).find("got 0, 64 and 2") != std::string::npos);
+  CHECK(error_of([] { kv_bytes({1, int64_t{1} << 60, 128, 64, 2, {}}, 2); }).find("2^63") != std::string::npos);
+  CHECK(error_of([] { cache_slots(S, 4, 8, -1, 0); }).find("rollback -1") != std::string::npos);
 }
 
 TEST_CASE("Scheduler: memory accounting") {
-  std::vector<LayerKind> kinds(32, R);
+  std::vector<HeadKinds> kinds(32, R);
   std::fill(kinds.begin(), kinds.begin() + 16, S);
   const Scheduler scheduler(LayerPlan(kinds, 128, 256), {32, 8, 128, DType::kBFloat16});
   const int64_t gib = int64_t{1} << 30;
@@ -219,29 +270,55 @@ TEST_CASE("Scheduler: refuses a geometry without kernels") {
   CHECK(error_of([&] { Scheduler(plan, {0, 2, 128, DType::kFloat16}); }).find("0 query heads") != std::string::npos);
 }
 
-TEST_CASE(
-    "Scheduler: layer_params fills in geometry, sink, window and a ring's slots over whatever the caller left there") {
-  const Scheduler scheduler(LayerPlan({R, S}, 4, 8), {6, 2, 80, DType::kFloat16});
-  AttentionParams tensors{};
-  tensors.slots = 1000;
+TEST_CASE("Scheduler: params are the caller's tensors with the geometry, sink, window and slots of the cache") {
+  const ModelGeometry geometry{6, 2, 80, DType::kFloat16, {KvFormat::kFp8, KvFormat::kPlain}};
+  const Scheduler scheduler(LayerPlan({R, S, HeadKinds({S, R})}, 4, 8), geometry);
   const float table = 0;
+  float scales = 0;
+  LayerTensors tensors{};
   tensors.rotary = {&table, &table, 0, 16, 0, 16, 16, DType::kFloat32};
-  tensors.sink = tensors.window = tensors.num_q_heads = tensors.num_kv_heads = tensors.head_dim = 7;
-  const AttentionParams full = scheduler.layer_params(0, tensors), ring = scheduler.layer_params(1, tensors);
+  tensors.caches[0].capacity = 1000;
+  tensors.caches[0].k_scale = &scales;
+  const Step step{3, 1, nullptr};
+  LayerTensors of_ring = tensors;
+  of_ring.caches[0].k_scale = nullptr;
+  const AttentionParams full = scheduler.params(0, 0, step, tensors), ring = scheduler.params(1, 0, step, of_ring);
   CHECK(full.window == 0);
   CHECK(full.slots == 1000);
+  CHECK(full.k_store.format == KvFormat::kFp8);
   CHECK(ring.sink == 4);
   CHECK(ring.window == 8);
   CHECK(ring.slots == 12);
   for (const AttentionParams& params : {full, ring}) {
+    CHECK(params.batch == 3);
     CHECK(params.num_q_heads == 6);
     CHECK(params.num_kv_heads == 2);
     CHECK(params.head_dim == 80);
     CHECK(params.dtype == DType::kFloat16);
     CHECK(params.rotary.cos == &table);
     CHECK(params.rotary.dim == 16);
+    CHECK(params.heads.of == nullptr);
     CHECK_NOTHROW(check_params(params));
   }
+  const int32_t number = 1;
+  tensors.caches[0].heads = &number;
+  const AttentionParams head = scheduler.params(2, 0, step, tensors);
+  CHECK(head.num_q_heads == 3);
+  CHECK(head.num_kv_heads == 1);
+  CHECK(head.heads.of == &number);
+  CHECK(head.heads.total == 2);
+  CHECK_NOTHROW(check_params(head));
+
+  CHECK(error_of([&] { scheduler.params(0, 1, step, tensors); }).find("layer 0 has 1 caches") != std::string::npos);
+  CHECK(error_of([&] {
+          scheduler.params(0, 0, step, of_ring);
+        }).find("retrieval cache holds fp8 codes and needs scales") != std::string::npos);
+  CHECK(error_of([&] {
+          scheduler.params(1, 0, step, tensors);
+        }).find("streaming cache holds elements of the model's dtype and takes no scales") != std::string::npos);
+  tensors.caches[0].capacity = -1;
+  CHECK(error_of([&] { scheduler.params(0, 0, step, tensors); }).find("capacity must lie in [0, 2^31), got -1") !=
+        std::string::npos);
 }
 
 TEST_CASE("Scheduler: steps of any size equal attention over the whole history, one call per layer in order") {
@@ -265,11 +342,11 @@ TEST_CASE("Scheduler: steps of any size equal attention over the whole history, 
 TEST_CASE("CapturedStep: a build without CUDA says so and asks for no tensors") {
   const Scheduler scheduler(LayerPlan({R}, 4, 8), {8, 2, 64, DType::kBFloat16});
   int32_t seq_lens = 0, stream = 0, asked = 0;
-  const auto tensors = [&](int) { return ++asked, AttentionParams{}; };
-  CHECK(error_of([&] { CapturedStep(scheduler, tensors, &seq_lens, 0, &stream); }).find("no CUDA kernels") !=
+  const auto tensors = [&](int) { return ++asked, LayerTensors{}; };
+  const Step step{1, 1, &seq_lens};
+  CHECK(error_of([&] { CapturedStep(scheduler, step, tensors, 0, &stream); }).find("no CUDA kernels") !=
         std::string::npos);
-  CHECK(error_of([&] { CapturedStep(scheduler, tensors, &seq_lens, -1, &stream); }).find("got -1") !=
-        std::string::npos);
+  CHECK(error_of([&] { CapturedStep(scheduler, step, tensors, -1, &stream); }).find("got -1") != std::string::npos);
   CHECK(asked == 0);
 }
 #endif

@@ -77,7 +77,7 @@ struct Model {
     }
   }
 
-  int slots(int l) const { return static_cast<int>(scheduler.layer(l).slots(kCapacity)); }
+  int slots(int l) const { return static_cast<int>(scheduler.caches(l)[0].slots(kCapacity)); }
 
   // The second half of each cache belongs to row 1; 7 tokens fill its ring of 2 + 5 slots and as many of a full cache.
   void fill_past(Layer& layer, int l, std::mt19937& random) {
@@ -93,31 +93,35 @@ struct Model {
     REQUIRE(slots(l) >= 7);
   }
 
-  AttentionParams tensors(int l, int q_len, bool device) {
+  Step step(int q_len, bool device) {
+    Step s{kBatch, q_len, device ? seq_lens_gpu.data() : seq_lens.data()};
+    if (device) s.workspace = workspace.data(), s.workspace_bytes = scheduler.workspace_bytes(kBatch);
+    return s;
+  }
+
+  LayerTensors tensors(int l, int q_len, bool device) {
     Layer& layer = *layers[l];
     const auto strides = [&](int heads, int tokens) {
       return Strides{int64_t{heads} * tokens * geometry.head_dim, int64_t{tokens} * geometry.head_dim,
                      geometry.head_dim};
     };
-    AttentionParams p{};
-    p.q = (l == 0 ? q : layers[l - 1]->out).on(device);
-    p.k_new = layer.k_new.on(device);
-    p.v_new = layer.v_new.on(device);
-    p.k_cache = layer.k_cache.on(device);
-    p.v_cache = layer.v_cache.on(device);
-    p.out = layer.out.on(device);
-    p.lse = device ? layer.lse_gpu.data() : layer.lse.data();
-    p.seq_lens = device ? seq_lens_gpu.data() : seq_lens.data();
-    p.workspace = device ? workspace.data() : nullptr;
-    p.workspace_bytes = device ? scheduler.workspace_bytes(kBatch) : 0;
-    p.q_stride = p.out_stride = strides(geometry.num_q_heads, q_len);
-    p.k_new_stride = p.v_new_stride = strides(geometry.num_kv_heads, q_len);
-    p.k_cache_stride = p.v_cache_stride = strides(geometry.num_kv_heads, slots(l));
-    p.batch = kBatch;
-    p.q_len = q_len;
-    p.slots = kCapacity;
-    p.scale = 0.2f;
-    return p;
+    const Strides q_stride = strides(geometry.num_q_heads, q_len), new_stride = strides(geometry.num_kv_heads, q_len);
+    LayerTensors t{(l == 0 ? q : layers[l - 1]->out).on(device),
+                   layer.k_new.on(device),
+                   layer.v_new.on(device),
+                   layer.out.on(device),
+                   device ? layer.lse_gpu.data() : layer.lse.data(),
+                   q_stride,
+                   new_stride,
+                   new_stride,
+                   q_stride,
+                   0.2f};
+    CacheTensors& cache = t.caches[0];
+    cache.k = layer.k_cache.on(device);
+    cache.v = layer.v_cache.on(device);
+    cache.k_stride = cache.v_stride = strides(geometry.num_kv_heads, slots(l));
+    cache.capacity = kCapacity;
+    return t;
   }
 
   void fill_inputs(std::mt19937& random) {
@@ -133,10 +137,10 @@ struct Model {
   }
 
   void step_cpu(int q_len) {
-    scheduler.step_cpu([&](int l) { return tensors(l, q_len, false); }, ParallelFor{});
+    scheduler.step_cpu(step(q_len, false), [&](int l) { return tensors(l, q_len, false); }, ParallelFor{});
   }
   void step_cuda(int q_len, cudaStream_t stream) {
-    scheduler.step_cuda([&](int l) { return tensors(l, q_len, true); }, stream);
+    scheduler.step_cuda(step(q_len, true), [&](int l) { return tensors(l, q_len, true); }, stream);
   }
 
   // bf16 outputs round once per layer on either side, and a layer's queries carry the roundings of the layers before.
@@ -159,7 +163,7 @@ struct Model {
 
   CapturedStep capture(int q_len, cudaStream_t stream) {
     return CapturedStep(
-        scheduler, [=](int l) { return tensors(l, q_len, true); }, seq_lens_gpu.data(), longest(), stream);
+        scheduler, step(q_len, true), [=](int l) { return tensors(l, q_len, true); }, longest(), stream);
   }
   int32_t longest() const { return *std::max_element(seq_lens.begin(), seq_lens.end()); }
 
@@ -277,21 +281,22 @@ TEST_CASE("CapturedStep: padded columns do not count, and what the caller enqueu
   std::mt19937 random(8);
   Model model(random);
   const TestStream stream;
-  const DeviceArray<int32_t> pad({2, 0});
-  const DeviceArray<uint8_t> marks(std::vector<uint8_t>(kLayers, 0));
+  const DeviceArray<int32_t> pad({2, -1});  // cut to [0, q_len]
+  const DeviceArray<uint8_t> marks(std::vector<uint8_t>(kLayers + 1, 0));
   const auto tensors = [&](int l) {
     CHECK_CUDA(cudaMemsetAsync(marks.data() + l, l + 1, 1, stream.handle));
-    AttentionParams p = model.tensors(l, 3, true);
-    p.pad = pad.data();
-    return p;
+    return model.tensors(l, 3, true);
   };
-  CapturedStep step(model.scheduler, tensors, model.seq_lens_gpu.data(), 7, stream.handle);
-  CHECK(step.num_nodes() == 2 * kLayers + 1);
+  const auto after = [&] { CHECK_CUDA(cudaMemsetAsync(marks.data() + kLayers, 9, 1, stream.handle)); };
+  Step shape = model.step(3, true);
+  shape.pad = pad.data();
+  CapturedStep step(model.scheduler, shape, tensors, 7, stream.handle, after);
+  CHECK(step.num_nodes() == 2 * kLayers + 2);
   step.replay(stream.handle);
   step.replay(stream.handle);
   stream.wait();
   CHECK(model.seq_lens_gpu.host() == std::vector<int32_t>{2, 13});
-  CHECK(marks.host() == std::vector<uint8_t>{1, 2, 3, 4});
+  CHECK(marks.host() == std::vector<uint8_t>{1, 2, 3, 4, 9});
   CHECK(step.longest() == 13);
 }
 
@@ -300,18 +305,15 @@ TEST_CASE("CapturedStep: what it cannot capture leaves the stream usable") {
   std::mt19937 random(9);
   Model model(random);
   const TestStream stream;
-  const auto capture = [&](const Scheduler::LayerTensors& tensors) {
-    return error_of([&] { CapturedStep(model.scheduler, tensors, model.seq_lens_gpu.data(), 7, stream.handle); });
+  const auto capture = [&](const Scheduler::LayerCall& tensors) {
+    return error_of([&] { CapturedStep(model.scheduler, model.step(1, true), tensors, 7, stream.handle); });
   };
-  const DeviceArray<int32_t> others({0, 7});
   CHECK(capture([&](int l) {
-          AttentionParams p = model.tensors(l, 1, true);
-          if (l == 2) p.seq_lens = others.data();
-          return p;
-        }).find("layer 2 has others") != std::string::npos);
-  CHECK(capture([&](int l) { return model.tensors(l, l == 1 ? 2 : 1, true); }).find("layer 1 has 2 and 2") !=
-        std::string::npos);
-  CHECK(capture([&](int) -> AttentionParams { throw Error("no tensors today"); }) == "no tensors today");
+          LayerTensors t = model.tensors(l, 1, true);
+          if (l == 2) t.caches[0].k_scale = t.lse;
+          return t;
+        }).find("layer 2: the retrieval cache") != std::string::npos);
+  CHECK(capture([&](int) -> LayerTensors { throw Error("no tensors today"); }) == "no tensors today");
   CHECK(error_of([&] { model.capture(1, nullptr); }).find("default stream") != std::string::npos);
   CHECK(error_of([&] { model.capture(0, stream.handle); }).find("got batch 2 and q_len 0") != std::string::npos);
 

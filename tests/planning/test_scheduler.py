@@ -54,6 +54,33 @@ def test_kv_bytes(dtype, size, batch, max_len):
     assert s.all_retrieval_kv_bytes(batch, max_len) == batch * 4 * max_len * token
 
 
+def test_mixed_layers():
+    kinds = ["streaming", ["streaming", "retrieval", "streaming"], "retrieval"]
+    s = scheduler(kinds=kinds, num_q_heads=6, num_kv_heads=3, head_dim=64, rollback=20, ring_kv_format=("int8", "int8"))
+    assert s.launches_per_step == 4 and "1 retrieval, 1 streaming, 1 mixed" in repr(s)
+    assert s.heads(0) == {"streaming": (0, 1, 2)} and s.heads(1) == {"retrieval": (1,), "streaming": (0, 2)}
+    assert (s.slots(1, 5000, "retrieval"), s.slots(1, 5000, "streaming")) == (5000, 340)
+    assert s.kernel(1, 1, "streaming") == "decode_stream"
+    assert s.kv_bytes(1, 5000, "retrieval") == 5000 * (1 + 3) * 2 * 64 * 2
+    assert s.kv_bytes(1, 5000, "streaming") == 340 * (3 + 2) * 2 * (64 + 4)
+    for call, message in [
+        (lambda: s.slots(1, 5000), "layer 1 is mixed: say which of its caches, by kind"),
+        (lambda: s.kernel(0, 1, "retrieval"), "layer 0 has no retrieval cache"),
+        (lambda: scheduler(kinds=kinds), "the plan is for layers of 3 KV heads, these have 8"),
+        (lambda: scheduler(rollback=-1), "rollback must be >= 0 tokens"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_kv_bytes_of_one_shape():
+    assert _C.kv_bytes(100, 8, 128, 2) == 2 * 100 * 8 * 128 * 2
+    assert _C.kv_bytes(100, 8, 128, 2, ("fp8", "none"), value_dim=64, batch=3) == 3 * 100 * 8 * (128 + 4 + 64 * 2)
+    assert (_C.cache_slots("retrieval", 4, 8, 100), _C.cache_slots("streaming", 4, 8, 100, rollback=5)) == (100, 17)
+    with pytest.raises(ValueError, match='the cache has the kind "ring"; supported: retrieval, streaming'):
+        _C.cache_slots("ring", 4, 8, 100)
+
+
 def test_workspace_is_the_one_of_the_ops():
     assert scheduler().workspace_bytes(3) == _C.attention_workspace_bytes(3, 32, 8, 128) > 0
 
@@ -107,7 +134,8 @@ def test_stub_lists_what_the_module_has():
     def public(thing):
         return {name for name in dir(thing) if not name.startswith("_")}
 
-    assert names(stub.body) - {"BuildInfo"} == public(_C)
+    assert names(stub.body) - {"BuildInfo", "KvFormatInfo"} == public(_C)
     assert names(bodies["BuildInfo"]) == _C.build_info().keys()
+    assert all(names(bodies["KvFormatInfo"]) == entry.keys() for entry in _C.formats().values())
     for cls in (_C.Scheduler, _C.Solution):
         assert names(bodies[cls.__name__]) - {"__init__"} == public(cls)

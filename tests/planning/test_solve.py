@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -220,3 +222,25 @@ def test_objectives_are_listed_with_a_description():
     assert {"mean", "even"} <= objectives().keys()
     assert all(text and "\n" not in text for text in objectives().values())
     assert objectives() == _C.objectives()
+
+
+def test_other_threads_run_during_a_search():
+    """A thread counts while another one searches: with Python's lock held, it would stand still in the middle of a search."""
+    options = _C.SolveOptions()
+    options.objective, options.retrieval_layers, options.max_streaming_run = "mean", 512, 40
+    scores, spans, ticks = np.random.default_rng(0).random((1024, 8)), [], []
+    start = time.perf_counter()
+    _C.solve(scores, options)
+    alone = time.perf_counter() - start
+
+    def search():
+        for _ in range(5):
+            start = time.perf_counter()
+            _C.solve(scores, options)
+            spans.append((start + alone / 10, start + alone / 2))
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    while thread.is_alive():
+        ticks.append(time.perf_counter())
+    assert sum(any(begin < tick < end for tick in ticks) for begin, end in spans) >= 3, (alone, len(ticks))

@@ -216,7 +216,7 @@ def test_environment_names_the_backend(monkeypatch):
     with zz.prefill_options(backend="zigzag"):
         assert prefill.choose(q, k, 0) == "zigzag"
     monkeypatch.setenv(prefill.ENVIRONMENT, "turbo")
-    with pytest.raises(ValueError, match="unknown prefill ZIGZAG_PREFILL_BACKEND 'turbo'; known: auto, zigzag, cudnn"):
+    with pytest.raises(ValueError, match="ZIGZAG_PREFILL_BACKEND is 'turbo'; supported: auto, zigzag, cudnn"):
         prefill.choose(q, k, 0)
 
 

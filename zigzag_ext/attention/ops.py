@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import _C, _ops  # noqa: F401  (importing _ops registers torch.ops.zigzag)
-from ..planning.kv_format import FORMATS
 
 HEAD_DIMS: tuple[int, ...] = tuple(_C.HEAD_DIMS)
 DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)  # float32 on the CPU only
@@ -18,7 +17,9 @@ MAX_GROUP_SIZE: int = _C.MAX_GROUP_SIZE
 MAX_DECODE_QUERIES: int = _C.MAX_DECODE_QUERIES
 
 # Formats of a key or value cache and the dtype of its codes; csrc/kv/format_*.h have the byte layouts. uint8: two codes a byte.
-KV_FORMATS: dict[str, torch.dtype | None] = dict(zip(FORMATS, (None, torch.float8_e4m3fn, torch.int8, torch.uint8), strict=True))
+KV_FORMATS: dict[str, torch.dtype | None] = {
+    name: getattr(torch, entry["code_dtype"]) if entry["bits"] else None for name, entry in _C.formats().items()
+}
 
 
 def new_workspace(batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Tensor:
@@ -54,7 +55,8 @@ def cache_row(head_dim: int, dtype: torch.dtype, kv_format: str) -> tuple[int, t
     """Last size and dtype of a cache tensor of `kv_format`. Raises ValueError on an unknown format."""
     if kv_format not in KV_FORMATS:
         raise ValueError(f"KV format {kv_format!r} is not supported; supported: {', '.join(KV_FORMATS)}")
-    return head_dim // 2 if kv_format == "int4" else head_dim, KV_FORMATS[kv_format] or dtype
+    bits = _C.formats()[kv_format]["bits"]
+    return head_dim * bits // 8 if bits else head_dim, KV_FORMATS[kv_format] or dtype
 
 
 class KvBuffers(NamedTuple):

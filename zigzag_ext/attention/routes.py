@@ -7,7 +7,6 @@ repeated for grouped heads. Everything else runs our kernel: padded or ragged ro
 `ops.MAX_DECODE_QUERIES` new tokens, and the CPU unless a backend is asked for.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..planning import env
 from . import ops
 from .backends import BACKENDS, ranking, serves
 from .ops import KvBuffers
@@ -189,8 +189,7 @@ def _attend_by(backend, q, k_new, v_new, caches: KvBuffers, seq_lens, held: int,
 
 def choose(q: Tensor, k_new: Tensor, past: int, quantised: bool = False) -> str:
     """Name of the implementation that computes q [batch, num_q_heads, q_len, head_dim] over `past` keys and the chunk."""
-    wanted = _options.get().backend or os.environ.get(ENVIRONMENT) or "auto"
-    _known(wanted, ENVIRONMENT)
+    wanted = _options.get().backend or env.read(ENVIRONMENT) or "auto"
     batch, num_q_heads, q_len, head_dim = q.shape
     if q_len <= ops.MAX_DECODE_QUERIES or wanted == "zigzag":
         return "zigzag"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..planning.kv_format import PLAIN, KvFormat
 from . import ops, routes, smoothing
 from .buffers import GrowingBuffer
@@ -95,7 +96,7 @@ class LayerStore:
         """
         batch, num_kv_heads, _, head_dim = k.shape
         self.drop()
-        self.dtype, self.max_len = k.dtype, max_len
+        self.dtype, self.max_len, self.geometry = k.dtype, max_len, (batch, num_kv_heads, head_dim)
         if self.heads is not None:
             num_kv_heads = len(self.heads)
             self.head_numbers = torch.tensor(self.heads, dtype=torch.int32, device=k.device)
@@ -153,6 +154,19 @@ class LayerStore:
     @property
     def device(self) -> torch.device:
         return self.buffers["keys"].device
+
+    def bytes_for(self, tokens: int, batch: int, num_kv_heads: int, head_dim: int, element_bytes: int) -> int:
+        """Bytes of keys, values and scales of `tokens` tokens (a ring: all its slots) where the layer has `num_kv_heads`."""
+        heads = num_kv_heads if self.heads is None else len(self.heads)
+        slots = self.ring_slots if self.window else tokens
+        return _C.kv_bytes(slots, heads, head_dim, element_bytes, self.kv_format, batch=batch)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of `tokens` tokens in every row: what `memory_bytes` is without pages and room to grow."""
+        if not self.is_allocated:
+            return 0
+        batch, num_kv_heads, head_dim = self.geometry
+        return self.bytes_for(tokens, batch, num_kv_heads, head_dim, self.dtype.itemsize)
 
     @property
     def memory_bytes(self) -> int:

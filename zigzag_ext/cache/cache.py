@@ -133,14 +133,29 @@ class ZigzagCache(Cache):
         """Bytes of memory that all key and value buffers take now."""
         return sum(layer.memory_bytes for layer in self.layers)
 
+    def kv_bytes(self) -> int:
+        """Bytes of the keys, values and scales of the tokens held: `memory_bytes` without pages and room to grow.
+
+        Retrieval layers count the longest row for every row, rings all their slots: what `solve` reckons with.
+        """
+        return sum(store.kv_bytes(self.state.longest) for store in self.stores)
+
     def memory_report(self) -> str:
-        """A small table of text: layers and bytes of memory by kind and format; a format's bytes include its scales."""
-        groups: dict[tuple[str, str], list[int]] = {}
+        """A small table of text: layers, bytes of tokens (`kv_bytes`) and bytes of memory, by kind and format, with scales."""
+        groups: dict[tuple[str, str], list] = {}
         for store in self.stores:
             kind = ("streaming" if store.window else "retrieval") + (" heads" if store.heads else "")
-            groups.setdefault((kind, str(store.kv_format)), []).append(store.memory_bytes)
-        rows = [(kind, f"{len(sizes)} layers", kv_format, f"{sum(sizes):,} bytes") for (kind, kv_format), sizes in groups.items()]
-        rows.append(("all", f"{len(self.layers)} layers", "", f"{self.memory_bytes():,} bytes"))
+            groups.setdefault((kind, str(store.kv_format)), []).append(store)
+        held = self.state.longest
+        sums = [
+            (*key, len(group), sum(store.kv_bytes(held) for store in group), sum(store.memory_bytes for store in group))
+            for key, group in groups.items()
+        ]
+        sums.append(("all", "", len(self.layers), self.kv_bytes(), self.memory_bytes()))
+        rows = [
+            (kind, f"{n} layers", kv_format, f"{held:,} bytes in", f"{memory:,} bytes")
+            for kind, kv_format, n, held, memory in sums
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -45,17 +45,10 @@ class ZigzagLayer(CacheLayerMixin):
     @property
     def slots(self) -> int:
         """Slots per KV head that are allocated; of a mixed layer on average, rounded up."""
-        return self._mean([store.capacity for store in self.stores])
-
-    def slots_for(self, capacity: int) -> int:
-        """Slots per KV head with memory for `capacity` tokens in retrieval layers."""
-        return self._mean([store.ring_slots if store.window else capacity for store in self.stores])
-
-    def _mean(self, slots: list[int]) -> int:
-        if len(slots) == 1:
-            return slots[0]
+        if len(self.stores) == 1:
+            return self.stores[0].capacity
         heads = [len(store.heads) for store in self.stores]
-        return -(-sum(n * count for n, count in zip(heads, slots, strict=True)) // sum(heads))
+        return -(-sum(store.capacity * n for store, n in zip(self.stores, heads, strict=True)) // sum(heads))
 
     @property
     def sink(self) -> int:

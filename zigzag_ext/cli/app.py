@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
+from ..planning import env
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,10 +33,12 @@ def one_line_errors(command):
 
     @functools.wraps(command)
     def wrapper(*args, **kwargs):
+        traceback = False
         try:
+            traceback = env.read("ZIGZAG_TRACEBACK") == "1"
             return command(*args, **kwargs)
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            if os.environ.get("ZIGZAG_TRACEBACK"):
+            if traceback:
                 raise
             text = " ".join(str(error).split()) or type(error).__name__
             print(f"error: {text}", file=sys.stderr)

@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
+from ..planning.kv_format import FORMATS
 from ..planning.solve import objectives
 from .app import app, console, one_line_errors, quiet_transformers
 
 _MIB = 1024**2
+_KV_FORMAT_HELP = f"How retrieval layers hold keys and values: {', '.join(FORMATS)}, or keys/values: int8/int4."
 
 
 @app.command()
@@ -83,9 +85,14 @@ def solve(
     sink: Annotated[int, typer.Option(help="First tokens that streaming layers keep.")] = 64,
     window: Annotated[int, typer.Option(help="Last tokens that streaming layers keep.")] = 256,
     context: Annotated[int, typer.Option(help="Context length for memory and time, in tokens.")] = 131072,
-    head_dim: Annotated[int, typer.Option(help="Head size for the memory; 16-bit keys and values.")] = 128,
+    head_dim: Annotated[
+        int, typer.Option(help="Head size for the memory; 16-bit keys and values, but for the formats below.")
+    ] = 128,
+    kv_format: Annotated[str | None, typer.Option(help=_KV_FORMAT_HELP)] = None,
+    ring_kv_format: Annotated[str | None, typer.Option(help="The same for streaming layers.")] = None,
 ) -> None:
     """Choose which layers retrieve and which stream, from head scores alone: no weights, no GPU."""
+    from ..planning.costs import kv_costs
     from ..planning.scores import load_scores
     from ..planning.solve import solve as solve_plan
 
@@ -95,14 +102,16 @@ def solve(
         context=context, head_dim=head_dim, force_retrieval=_layers("--force-retrieval", force_retrieval),
         force_streaming=_layers("--force-streaming", force_streaming), max_streaming_run=max_streaming_run,
         stages=stage_list[0] if len(stage_list) == 1 else stage_list or None, threshold=threshold, sparsity=sparsity,
-        top_heads=top_heads, level=level, sink=sink, window=window,
+        top_heads=top_heads, level=level, sink=sink, window=window, kv_format=kv_format, ring_kv_format=ring_kv_format,
     )  # fmt: skip
     plan.save(output)
     console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
     console.print(plan.summary(), highlight=False)
-    full, kept = 2 * 2 * matrix.size * head_dim * context, plan.provenance["kv_bytes"]
+    retrieval, _ = kv_costs(*matrix.shape, head_dim, 2, context, sink=sink, window=window)
+    full, kept = sum(retrieval), plan.provenance["kv_bytes"]
     console.print(
-        f"KV cache at {context} tokens: {kept / 2**30:.2f} GiB per sequence, {kept / full:.0%} of {full / 2**30:.2f} GiB\n"
+        f"KV cache at {context} tokens: {kept / 2**30:.2f} GiB per sequence ({kept:,} bytes), {kept / full:.0%} of "
+        f"{full / 2**30:.2f} GiB with every layer whole and in 16 bits\n"
         f"wrote {output}",
         highlight=False,
     )
@@ -117,10 +126,7 @@ def generate(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")] = 128,
-    kv_format: Annotated[
-        str | None,
-        typer.Option(help="How retrieval layers hold keys and values: none, fp8, int8, int4, or keys/values: int8/int4."),
-    ] = None,
+    kv_format: Annotated[str | None, typer.Option(help=_KV_FORMAT_HELP)] = None,
     ring_kv_format: Annotated[str | None, typer.Option(help="The same for streaming layers.")] = None,
     key_smoothing: Annotated[
         bool | None, typer.Option("--key-smoothing/--no-key-smoothing", help="Quantise keys less the mean of the first ones.")

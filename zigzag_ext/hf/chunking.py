@@ -102,8 +102,8 @@ def automatic_chunk(model: nn.Module, cache, batch: int) -> int:
     token_bytes = element * (8 * config.hidden_size + 4 * max(inner, experts))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    pending = sum(layer.slots_for(cache.state.capacity) for layer in cache.layers if not layer.is_initialized)
-    pending *= batch * 2 * heads * head_dim * element
+    waiting = [store for store in cache.stores if not store.is_allocated]
+    pending = sum(store.bytes_for(cache.state.capacity, batch, heads, head_dim, element) for store in waiting)
     free = min(free_bytes(device) for device in {parameter.device for parameter in model.parameters()}) - pending
     fits = max(int(free * _MEMORY_SHARE / token_bytes), 1)
     tokens = 1 << (min(fits, MAX_CHUNK) // batch or 1).bit_length() - 1

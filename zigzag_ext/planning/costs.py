@@ -15,22 +15,47 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import _C
+from .kv_format import PLAIN, KvFormat
+
 _REQUIRED = ("context", "retrieval", "streaming")
 
 
 def kv_costs(
-    layers: int, kv_heads: int, head_dim: int | Sequence[int], element_bytes: int, context: int, slots: int
+    layers: int,
+    kv_heads: int,
+    head_dim: int | Sequence[int],
+    element_bytes: int,
+    context: int,
+    *,
+    sink: int,
+    window: int,
+    rollback: int = 0,
+    kv_format: KvFormat = PLAIN,
+    ring_kv_format: KvFormat = PLAIN,
 ) -> tuple[list[int], list[int]]:
-    """KV bytes of each layer for one sequence: as retrieval layer at `context` tokens, and as a ring of `slots` tokens.
+    """KV bytes of each layer for one sequence: as retrieval layer at `context` tokens, and as streaming layer.
 
     Args:
-        head_dim: elements per head, one number or one per layer. element_bytes: bytes of one key or value element.
+        head_dim: elements per head, one number or one per layer. element_bytes: of a key or value in the model's dtype.
+        rollback: slots of a ring beyond sink + window.
+        kv_format, ring_kv_format: of retrieval and of streaming layers; scales of quantised formats are counted.
+
+    Returns:
+        The bytes that `ZigzagCache.kv_bytes` reports: without what an allocator rounds up to whole pages.
+
+    Raises:
+        ValueError: a size is out of range, or `head_dim` has another number of layers.
     """
     dims = [head_dim] * layers if isinstance(head_dim, int) else list(head_dim)
     if len(dims) != layers:
         raise ValueError(f"head_dim must be one number or one per layer, {layers}, got {len(dims)}")
-    token_bytes = [2 * element_bytes * kv_heads * dim for dim in dims]
-    return [context * size for size in token_bytes], [slots * size for size in token_bytes]
+    formats = {"retrieval": kv_format, "streaming": ring_kv_format}
+    slots = {kind: _C.cache_slots(kind, sink, window, context, rollback) for kind in formats}
+    retrieval, streaming = (
+        [_C.kv_bytes(slots[kind], kv_heads, dim, element_bytes, formats[kind]) for dim in dims] for kind in formats
+    )
+    return retrieval, streaming
 
 
 def ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int) -> tuple[np.ndarray, np.ndarray, float]:

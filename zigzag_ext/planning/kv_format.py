@@ -1,8 +1,10 @@
-"""Names of the formats in which a cache holds keys and values. The byte layouts are in csrc/kv/format_*.h; needs no torch."""
+"""Names of the formats in which a cache holds keys and values: the core's table. Byte layouts: csrc/kv/format_*.h. No torch."""
 
 from typing import NamedTuple
 
-FORMATS = ("none", "fp8", "int8", "int4")
+from .. import _C
+
+FORMATS = tuple(_C.formats())
 
 
 class KvFormat(NamedTuple):
@@ -13,11 +15,6 @@ class KvFormat(NamedTuple):
 
     def __str__(self) -> str:
         return self.k if self.k == self.v else f"{self.k}/{self.v}"
-
-    def vector_bytes(self, head_dim: int, element_bytes: int) -> int:
-        """Bytes of one key and one value of one head, scales included; `element_bytes` of a key in the model's dtype."""
-        plain = head_dim * element_bytes
-        return sum({"none": plain, "fp8": head_dim + 4, "int8": head_dim + 4, "int4": head_dim // 2 + 4}[f] for f in self)
 
 
 PLAIN = KvFormat("none", "none")

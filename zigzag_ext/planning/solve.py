@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from .. import _C
 from .costs import kv_costs, ms_costs
+from .kv_format import KvFormat, parse_kv_format
 from .plan import Plan
 from .solve_heads import solve_heads
 
@@ -36,6 +37,9 @@ def solve(
     context: int = 131072,
     head_dim: int | Sequence[int] = 128,
     element_bytes: int = 2,
+    kv_format: KvFormat | str | Mapping[str, str] | None = None,
+    ring_kv_format: KvFormat | str | Mapping[str, str] | None = None,
+    rollback: int = 0,
     force_retrieval: Sequence[int] = (),
     force_streaming: Sequence[int] = (),
     max_streaming_run: int | None = None,
@@ -58,12 +62,14 @@ def solve(
             heads that differ, and work to move heads along the layers), "max" (largest score lost), "cvar" (mean of the top
             heads), "knapsack" (your own layer `values`), "even" (no scores).
         retrieval_layers: budget: exactly so many retrieval layers.
-        kv_bytes: budget: most KV bytes of one sequence at `context` tokens, with `head_dim` and `element_bytes`.
+        kv_bytes: budget: most KV bytes of one sequence at `context` tokens, with `head_dim`, `element_bytes` and the formats.
         ms: budget: most milliseconds per token at `context` tokens by the cost table `costs` (see `costs.py`), compared
             in steps of 0.0001.
         costs: cost table, a dict or a JSON file.
         context: tokens, for KV bytes and milliseconds.
         head_dim, element_bytes: elements per head (one number or one per layer) and bytes per element, for KV bytes.
+        kv_format, ring_kv_format: how the plan's retrieval and streaming layers hold keys and values, see `Plan`.
+        rollback: slots of each ring beyond sink + window, for KV bytes.
         force_retrieval, force_streaming: layers whose kind is given.
         max_streaming_run: most streaming layers in a row.
         stages: pipeline stages, all with the same number of retrieval layers: how many stages of equal length, or the layers
@@ -113,46 +119,60 @@ def solve(
         "max_streaming_run": _optional(_integer, "max_streaming_run", max_streaming_run),
         "stages": _stages(stages, layers),
     }
-    own = {
-        "threshold": _optional(_number, "threshold", threshold),
-        "sparsity": _optional(_number, "sparsity", sparsity),
-        "top_heads": _optional(_integer, "top_heads", top_heads),
-        "values": [] if values is None else [_number("values", value) for value in values],
-    }
-    per_layer = isinstance(head_dim, Sequence) and not isinstance(head_dim, str)
-    sizes = {
-        "context": _positive("context", context),
-        "head_dim": [_positive("head_dim", dim) for dim in head_dim] if per_layer else _positive("head_dim", head_dim),
-        "element_bytes": _positive("element_bytes", element_bytes),
-    }
+    own = {name: _optional(_number, name, value) for name, value in (("threshold", threshold), ("sparsity", sparsity))}
+    own["top_heads"] = _optional(_integer, "top_heads", top_heads)
+    own["values"] = [] if values is None else [_number("values", value) for value in values]
+    sizes = _sizes(context, head_dim, element_bytes)
     _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
-    bytes_of = kv_costs(layers, kv_heads, **sizes, slots=sink + window)
+    formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
+    shape = {name: parse_kv_format(name, value) for name, value in formats.items()} | {"sink": sink, "window": window}
+    bytes_of = kv_costs(layers, kv_heads, **sizes, **shape, rollback=_integer("rollback", rollback))
+    sizes |= {"rollback": rollback} if rollback else {}
     ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
     if level == "head":
         for_layers = {"objective": objective != "mean", "ms": ms, "retrieval_layers": retrieval_layers, **constraints}
-        for_layers |= {"top_heads": top_heads, "values": own["values"], "costs": costs}
-        if unknown := [name for name, value in for_layers.items() if value not in (None, [], False)]:
-            raise ValueError(f"{', '.join(unknown)} cannot be used with level='head': they are about whole layers")
-        return solve_heads(matrix, budget, bytes_of, {**sizes, "scores": _fingerprint(matrix)}, sink=sink, window=window)
-    options = _options(objective, {**constraints, **own}, budget, layers, bytes_of, ticks_of)
-    solution = _C.solve(matrix, options)
+        _refuse_for_heads(for_layers | {"top_heads": top_heads, "values": own["values"], "costs": costs})
+        return solve_heads(matrix, budget, bytes_of, {**sizes, "scores": _fingerprint(matrix)}, shape)
+    solution = _C.solve(matrix, _options(objective, {**constraints, **own}, budget, layers, bytes_of, ticks_of))
     provenance = {
         "objective": objective,
         "budget": budget,
         "constraints": {name: value for name, value in constraints.items() if value},
         "options": {name: value for name, value in own.items() if value not in (None, [])},
+        **_result(solution, bytes_of, ticks_of),
+        **sizes,
+        "scores": _fingerprint(matrix),
+        "layer_values": solution.layer_values,
+    }
+    recorded = {name: value for name, value in provenance.items() if value != {}}
+    return Plan(solution.kinds, **shape, provenance=recorded)
+
+
+def _refuse_for_heads(settings: dict) -> None:
+    if given := [name for name, value in settings.items() if value not in (None, [], False)]:
+        raise ValueError(f"{', '.join(given)} cannot be used with level='head': they are about whole layers")
+
+
+def _sizes(context: int, head_dim: int | Sequence[int], element_bytes: int) -> dict:
+    """What KV bytes depend on beside plan and formats, checked."""
+    per_layer = isinstance(head_dim, Sequence) and not isinstance(head_dim, str)
+    return {
+        "context": _positive("context", context),
+        "head_dim": [_positive("head_dim", dim) for dim in head_dim] if per_layer else _positive("head_dim", head_dim),
+        "element_bytes": _positive("element_bytes", element_bytes),
+    }
+
+
+def _result(solution: _C.Solution, bytes_of, ticks_of) -> dict:
+    """What a plan records about itself."""
+    return {
         "objective_value": solution.objective_value,
         "retained_score": solution.retained_score,
         "mask_distance": solution.mask_distance,
         "mask_heads": solution.mask_heads,
         "kv_bytes": _total(bytes_of, solution.kinds),
         "ms": {} if ticks_of is None else _total(ticks_of, solution.kinds) / _TICKS,
-        **sizes,
-        "scores": _fingerprint(matrix),
-        "layer_values": solution.layer_values,
     }
-    recorded = {name: value for name, value in provenance.items() if value != {}}
-    return Plan(solution.kinds, sink=sink, window=window, provenance=recorded)
 
 
 def _fingerprint(matrix: np.ndarray) -> dict:

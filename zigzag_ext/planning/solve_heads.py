@@ -1,6 +1,7 @@
 """`solve(level="head")`: every KV head for itself, by score alone, as DuoAttention deploys its gates."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,16 +14,14 @@ def solve_heads(
     budget: dict,
     bytes_of: tuple[list[int], list[int]],
     provenance: dict,
-    *,
-    sink: int,
-    window: int,
+    shape: dict,
 ) -> Plan:
     """The plan whose retrieval heads are the best ones of `scores` [layers, kv_heads] in [0, 1].
 
     Args:
         budget: {name: value}, one of retrieval_ratio, kv_bytes, threshold, sparsity.
         bytes_of: KV bytes of every layer as a whole, as retrieval and as streaming layer.
-        provenance: what to record beside the result.
+        provenance: what to record beside the result. shape: the plan's other arguments: sink, window and formats.
 
     Source: https://github.com/mit-han-lab/duo-attention (duo_attn/utils.py, sparsify_attention_heads). It breaks ties by random
     noise below 1e-6; here the lower layer wins, then the lower head.
@@ -44,7 +43,9 @@ def solve_heads(
         "kv_bytes": int(np.where(retrieval, *head_bytes).sum()),
         **provenance,
     }
-    return Plan.from_heads(retrieval.reshape(scores.shape), sink=sink, window=window, provenance=recorded)
+    return replace(
+        Plan.from_heads(retrieval.reshape(scores.shape), sink=shape["sink"], window=shape["window"]), **shape, provenance=recorded
+    )
 
 
 def _count(name: str, value: float, scores: np.ndarray, more: np.ndarray, least: int) -> int:

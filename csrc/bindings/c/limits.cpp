@@ -8,12 +8,33 @@ namespace py = pybind11;
 
 namespace zigzag::bindings {
 
+namespace {
+
+py::dict formats() {
+  py::dict all;
+  for (const KvFormat format : kKvFormats) {
+    const KvFormatInfo table = info(format);
+    py::dict entry;
+    entry["bits"] = table.bits;
+    entry["code_dtype"] = table.code_dtype;
+    entry["scale_bytes"] = table.scale_bytes;
+    all[table.name] = entry;
+  }
+  return all;
+}
+
+}  // namespace
+
 void bind_limits(py::module_& module) {
   py::tuple head_dims(std::size(kHeadDims));
   for (std::size_t i = 0; i < std::size(kHeadDims); ++i) head_dims[i] = kHeadDims[i];
   module.attr("HEAD_DIMS") = head_dims;
   module.attr("MAX_GROUP_SIZE") = kMaxGroupSize;
   module.attr("MAX_DECODE_QUERIES") = kMaxDecodeQueries;
+  module.def(
+      "formats", &formats,
+      "The formats of a key or value cache by name: bits of a code and the torch dtype that holds codes (0 and \"\" "
+      "where elements are of the model's dtype), and bytes of the scale of a vector.");
   module.def("attention_workspace_bytes", &attention_workspace_bytes, py::arg("batch"), py::arg("num_q_heads"),
              py::arg("num_kv_heads"), py::arg("head_dim"),
              "Bytes of scratch that attention on CUDA needs, for any number of queries, length and capacity.");

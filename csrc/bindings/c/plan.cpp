@@ -1,16 +1,11 @@
-#include <pybind11/stl.h>
-
-#include "bindings/c/bindings.h"
-#include "engine/layer_plan.h"
+#include "bindings/c/kinds.h"
 
 namespace py = pybind11;
 
 namespace zigzag::bindings {
 namespace {
 
-void check_plan(const std::vector<std::string>& kinds, int64_t sink, int64_t window) {
-  LayerPlan(parse_layer_kinds(kinds), sink, window);
-}
+void check_plan(const KindNames& kinds, int64_t sink, int64_t window) { LayerPlan(parse_kinds(kinds), sink, window); }
 
 }  // namespace
 

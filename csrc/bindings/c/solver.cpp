@@ -1,6 +1,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <limits>
+#include <utility>
+#include <vector>
+
 #include "bindings/c/bindings.h"
 #include "solver/solve.h"
 
@@ -11,10 +15,16 @@ namespace {
 
 using ScoreArray = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
-Solution solve_array(const ScoreArray& scores, const SolveOptions& options) {
+// Copies both arguments: other Python threads run during the search, and may write to them.
+Solution solve_array(const ScoreArray& scores, SolveOptions options) {
   ZZ_CHECK(scores.ndim() == 2, "scores must be a [layers, kv_heads] matrix, got an array with ", scores.ndim(),
            " dimensions");
-  const ScoreMatrix matrix{scores.data(), static_cast<int>(scores.shape(0)), static_cast<int>(scores.shape(1))};
+  constexpr py::ssize_t kMost = std::numeric_limits<int>::max();
+  ZZ_CHECK(scores.shape(0) <= kMost && scores.shape(1) <= kMost,
+           "scores may have at most 2^31 - 1 layers and KV heads, got ", scores.shape(0), " x ", scores.shape(1));
+  const std::vector<double> values(scores.data(), scores.data() + scores.size());
+  const ScoreMatrix matrix{values.data(), static_cast<int>(scores.shape(0)), static_cast<int>(scores.shape(1))};
+  const py::gil_scoped_release others_run;
   return solve(matrix, options);
 }
 

@@ -1,0 +1,123 @@
+// The reader of plan files: what Plan.save writes, what a hand may write, and an error for everything else.
+#include <doctest/doctest.h>
+
+#include <string>
+
+#include "core/error.h"
+#include "engine/json.h"
+#include "engine/plan_file.h"
+
+namespace {
+
+using namespace zigzag;
+
+constexpr LayerKind R = LayerKind::kRetrieval;
+constexpr LayerKind S = LayerKind::kStreaming;
+
+template <class F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+std::string plan_with(const std::string& fields) {
+  return "{\"format\": \"zigzag-plan\", \"version\": 4, \"sink\": 4, \"window\": 8, " + fields + "}";
+}
+
+const std::string kKinds = "\"kinds\": [\"retrieval\", [\"streaming\", \"retrieval\"], \"streaming\"]";
+
+}  // namespace
+
+TEST_CASE("plan file: kinds, sizes, formats and smoothing") {
+  const PlanFile file = parse_plan(
+      plan_with(kKinds + ", \"kv_format\": {\"k\": \"int8\", \"v\": \"int4\"}, \"ring_kv_format\": \"fp8/none\", "
+                         "\"key_smoothing\": true, \"provenance\": {\"text\": \"\\u00e9 \\ud83d\\ude00 \\n\", "
+                         "\"list\": [1, -2.5e-3, null]}"));
+  CHECK(file.plan.num_layers() == 3);
+  CHECK(file.plan.layers()[0].kinds == std::vector<LayerKind>{R});
+  CHECK(file.plan.layers()[1].kinds == std::vector<LayerKind>{S, R});
+  CHECK(file.plan.num_kv_heads() == 2);
+  CHECK(file.plan.sink() == 4);
+  CHECK(file.plan.window() == 8);
+  CHECK(file.retrieval.k == KvFormat::kInt8);
+  CHECK(file.retrieval.v == KvFormat::kInt4);
+  CHECK(file.streaming.k == KvFormat::kFp8);
+  CHECK(file.streaming.v == KvFormat::kPlain);
+  CHECK(file.key_smoothing);
+  const PlanFile plain = parse_plan(plan_with(kKinds + ", \"kv_format\": null"));
+  CHECK(plain.retrieval.k == KvFormat::kPlain);
+  CHECK(!plain.key_smoothing);
+}
+
+TEST_CASE("plan file: an error says what is wrong") {
+  const auto check = [](const std::string& text, const std::string& message) {
+    CAPTURE(text);
+    CHECK(error_of([&] { parse_plan(text); }).find(message) != std::string::npos);
+  };
+  check("[]", "not a JSON object with \"format\"");
+  check("{\"format\": \"zigzag-plan\"}", "missing field: version");
+  check("{\"format\": \"zigzag-plan\", \"version\": 5}", "version 5, from a newer zigzag_ext");
+  check("{\"format\": \"zigzag-plan\", \"version\": 0}", "its version is 0; supported: 1 to 4");
+  check("{\"format\": \"zigzag-plan\", \"version\": true}", "version must be an integer");
+  check("{\"format\": \"zigzag-plan\", \"version\": 1}", "missing field: kinds");
+  check(plan_with(kKinds + ", \"color\": 1"), "unknown field: color");
+  check(plan_with("\"kinds\": \"retrieval\""), "kinds must be a list");
+  check(plan_with("\"kinds\": [1]"), "kinds must be strings");
+  check(plan_with("\"kinds\": [\"full\"]"), "layer 0 has the kind \"full\"");
+  check(plan_with("\"kinds\": []"), "at least one layer");
+  check(plan_with(kKinds + ", \"kv_format\": \"int2\""), "KV format \"int2\" is not supported");
+  check(plan_with(kKinds + ", \"kv_format\": {\"k\": \"int8\"}"), "kv_format must be a format");
+  check(plan_with(kKinds + ", \"key_smoothing\": 1"), "key_smoothing must be true or false");
+  check(plan_with(kKinds + ", \"key_smoothing\": true"), "key_smoothing needs quantised keys");
+  check("{\"format\": \"zigzag-plan\", \"version\": 1, \"kinds\": [\"retrieval\"], \"sink\": 4.0, \"window\": 8}",
+        "sink must be an integer");
+  CHECK(error_of([] { read_plan_file("no/such/plan.json"); }) == "there is no plan file at no/such/plan.json");
+}
+
+TEST_CASE("JSON: the standard and nothing beside it") {
+  CHECK(parse_json(" [0, -0, 10, 1.5, 2e+3, 1E-2] ").items[4].number == 2000);
+  CHECK(parse_json("0").type == Json::Type::kInteger);
+  CHECK(parse_json("1.0").type == Json::Type::kNumber);
+  CHECK(parse_json("\"\\u20ac\\ud83d\\ude00\\t\"").text == "\xe2\x82\xac\xf0\x9f\x98\x80\t");
+  CHECK(parse_json("{\"a\": {\"b\": false}}").find("a")->find("b")->type == Json::Type::kBool);
+  CHECK(!parse_json("[true, false]").items[1].boolean);
+  CHECK(parse_json("[true, false]").items[0].boolean);
+  for (const char* text : {"",
+                           " ",
+                           "nul",
+                           "[1,]",
+                           "[1 2]",
+                           "{\"a\" 1}",
+                           "{a: 1}",
+                           "{\"a\": 1,}",
+                           "01",
+                           "1.",
+                           ".5",
+                           "+1",
+                           "1e",
+                           "-",
+                           "NaN",
+                           "Infinity",
+                           "'a'",
+                           "\"a",
+                           "\"\\x\"",
+                           "\"\\u12g4\"",
+                           "\"\\ud800\"",
+                           "\"\\ude00\"",
+                           "\"a\nb\"",
+                           "[1] 2",
+                           "{\"a\": 1, \"a\": 2}",
+                           "// no",
+                           "\"\\"}) {
+    CAPTURE(text);
+    CHECK(error_of([&] { parse_json(text); }).find("it is not JSON: expected ") == 0);
+  }
+  const std::string deep(64, '['), deeper(66, '[');
+  CHECK_NOTHROW(parse_json(deep + std::string(64, ']')));
+  CHECK(error_of([&] { parse_json(deeper); }).find("fewer nested values") != std::string::npos);
+  CHECK(error_of([] { parse_json("[1, x]"); }) == "it is not JSON: expected a value at byte 4");
+}
