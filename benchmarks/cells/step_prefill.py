@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 import zigzag_ext as zz
+from zigzag_ext.hf.cache_argument import cache_argument
 
 from ..timing.model_memory import kv_bytes, peak_bytes, weight_bytes
 from ..timing.profile_gpu import profiled, wait
@@ -62,7 +63,7 @@ def run_prompt(model, cache, tokens: int) -> dict:
         nonlocal seconds
         wait(model)
         start = time.perf_counter()
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
         wait(model)
         seconds = time.perf_counter() - start
 

@@ -9,6 +9,7 @@ from gpu import launched_kernels, needs_cuda
 from tiny_models import NUM_LAYERS, new_model, padded_prompt, prompt, tiny_model
 
 import zigzag_ext as zz
+from zigzag_ext.hf.cache_argument import cache_argument
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 
@@ -63,7 +64,7 @@ def test_generate_on_the_gpu():
     tokens = prompt(150).cuda()
     with zz.zigzag(model, PLAN):
         cache = zz.ZigzagCache(model.config, PLAN, max_len=256)
-        once = model.generate(tokens, max_new_tokens=20, do_sample=False, past_key_values=cache)
+        once = model.generate(tokens, max_new_tokens=20, do_sample=False, **cache_argument(model, cache))
         chunked = model.generate(tokens, max_new_tokens=1, do_sample=False, prefill_chunk_size=37)
     assert once.shape == (1, 170) and torch.equal(chunked[:, :151], once[:, :151])
     assert cache.layers[0].keys.shape[2] == PLAN.sink + PLAN.window

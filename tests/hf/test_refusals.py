@@ -188,7 +188,8 @@ def test_decoding_that_rolls_back(method, own_cache):
     options = {"prompt_lookup_num_tokens": 3} if method == "prompt_lookup" else {"assistant_model": new_model("llama")}
     if own_cache:
         options["past_key_values"] = zz.ZigzagCache(model.config, PLAN)
-    with zz.zigzag(model, PLAN), pytest.raises(NotImplementedError, match="cannot roll back"):
+    refused = pytest.raises((NotImplementedError, ValueError), match="cannot roll back|requires a cache that can be cropped")
+    with zz.zigzag(model, PLAN), refused:  # the second is what transformers says from 5.24 on to caches that are not croppable
         generate(model, 40, ids, eos_token_id=2, **options)
 
 

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from zigzag_ext.hf.cache_argument import cache_argument, split_cache
+
 NUM_LAYERS, VOCAB = 4, 199
 FULL = ["full_attention"] * NUM_LAYERS
 
@@ -105,7 +107,9 @@ def padded_prompt(lengths: list[int], seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def generate(model, new_tokens: int, input_ids, **options) -> torch.Tensor:
-    """Greedy unless told otherwise; the new tokens [batch, new_tokens]."""
+    """Greedy unless told otherwise; the new tokens [batch, new_tokens]. A cache gets the name that transformers has for it."""
+    cache, options = split_cache(options)
+    options |= {} if cache is None else cache_argument(model, cache)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
     if "attention_mask" not in options:
         options["attention_mask"] = torch.ones_like(input_ids)

@@ -18,7 +18,7 @@ from .state import Rows, Steps, in_normal_mode
 
 
 class ZigzagCache(Cache):
-    """KV cache of a plan, for `model.generate(..., past_key_values=cache)` on a model prepared by `zigzag_ext.enable`.
+    """KV cache of a plan, for `model.generate(..., cache=cache)` on a model prepared by `zigzag_ext.enable`.
 
     Args:
         config: the model's config; a retrieval, streaming or mixed layer is made for each of its `num_hidden_layers`.
@@ -43,7 +43,7 @@ class ZigzagCache(Cache):
     Example:
         >>> zz.enable(model, plan)
         >>> cache = zz.ZigzagCache(model.config, plan, max_len=8192)
-        >>> model.generate(**inputs, past_key_values=cache)
+        >>> model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
         >>> cache.memory_bytes()
     """
 
@@ -113,6 +113,10 @@ class ZigzagCache(Cache):
         """Decode steps compiled on the present buffers; emptied when these are replaced."""
         return self._rows.steps
 
+    def was_given(self, layer_idx: int) -> bool:
+        """Whether this cache got the new keys of a layer in the forward under way, or keeps none at all."""
+        return layer_idx in self._rows.given or not self._rows.stores
+
     def mark_attended(self) -> None:
         """Notes that every layer has appended this forward's tokens: a compiled step cannot note it layer by layer."""
         self._rows.attended.update(layer.index for layer in self.layers)
@@ -146,11 +150,12 @@ class ZigzagCache(Cache):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
-    def begin(self, batch: int, q_len: int, attention_mask: Tensor | None = None) -> None:
+    def begin(self, batch: int, q_len: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> None:
         """Opens a forward pass of `q_len` new columns: checks, grows the buffers, and notes the padding. Writes no token.
 
         attention_mask: [batch, seen + q_len], zeros then ones per row; waits for the device once, but never if q_len is 1,
-        where a zero means that the row skips this token.
+        where a zero means that the row skips this token. position_ids: [batch or 1, q_len], only compared with the tokens held,
+        and only without a mask, which tells more.
         """
         rows = self._rows
         if rows.q_len or rows.broken:
@@ -164,11 +169,14 @@ class ZigzagCache(Cache):
         pad, longest = None, rows.longest + q_len
         if attention_mask is not None:
             pad, longest = rows.read_mask(attention_mask, q_len)
+        elif position_ids is not None:
+            rows.check_positions(position_ids, q_len)
         self._ensure_capacity(longest)
         rows.pad = {} if pad is None else {pad.device: pad}
         rows.q_len, rows.longest_after = q_len, longest
         rows.num_forwards += 1
         rows.attended.clear()
+        rows.given.clear()
 
     def _ensure_capacity(self, needed: int) -> None:
         rows = self._rows

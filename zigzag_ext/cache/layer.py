@@ -106,6 +106,7 @@ class ZigzagLayer(CacheLayerMixin):
         """Returns the new keys and values as they are; `attend` appends them. Raises outside an enabled model's forward."""
         if not self.rows.q_len:
             raise RuntimeError("a ZigzagCache works only with zigzag attention: call zigzag_ext.enable(model, plan) first")
+        self.rows.given.add(self.index)
         return key_states, value_states
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

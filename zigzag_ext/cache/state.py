@@ -32,7 +32,8 @@ class Rows:
 
     def __init__(self, max_len: int | None, stores: bool):
         self.max_len, self.stores = max_len, stores
-        self.attended: set[int] = set()  # layers that the forward pass under way has written
+        self.given: set[int] = set()  # layers whose new keys this cache was given in the forward pass under way
+        self.attended: set[int] = set()  # those that it has written
         self.num_forwards = 0
         self.start(None)
 
@@ -84,18 +85,38 @@ class Rows:
     def read_mask(self, mask: Tensor, q_len: int) -> tuple[Tensor | None, int]:
         """Padding columns of this chunk per row, or None if there are none, and the tokens of the longest row after it."""
         if mask.dim() != 2 or tuple(mask.shape) != (self.batch, self.columns + q_len):
-            used = self.columns and (
-                f". The cache already holds {self.columns} tokens; pass the whole conversation, or reset() "
-                "(prefill_chunk_size needs an empty cache)"
-            )
             raise ValueError(
                 f"attention_mask must be [batch, tokens seen + new tokens] = [{self.batch}, {self.columns + q_len}] of zeros "
-                f"(left padding), then ones; got {tuple(mask.shape)}{used or ''}"
+                f"(left padding), then ones; got {tuple(mask.shape)}{self._used()}"
             )
         if q_len == 1:
             self.uniform = False  # until the next prompt's mask is read: looking at this one would wait for the device
             return self._read_step(mask[:, -1]), self.longest + 1
         return self._read_prompt(mask, q_len)
+
+    def check_positions(self, positions: Tensor, q_len: int) -> None:
+        """Raises ValueError if new tokens are said to stand among those held: a caller without a mask passes them once more.
+
+        positions: [..., batch or 1, q_len]. Those of a single token are looked at on a CPU only: elsewhere that would wait.
+        """
+        if positions.shape[-1] != q_len:
+            raise ValueError(
+                f"position_ids must be [batch, {q_len}], one per new token; got {tuple(positions.shape)}{self._used()}"
+            )
+        if self.columns and (q_len > 1 or positions.device.type == "cpu"):
+            held = self.lengths_on(positions.device)
+            if (positions[..., 0] < held).any():
+                first = positions[..., 0].min().item()
+                raise ValueError(f"position_ids start at {first}, among the tokens that are held{self._used()}")
+
+    def _used(self) -> str:
+        """The end of a message about arguments that do not go on where the cache stopped."""
+        if not self.columns:
+            return ""
+        return (
+            f". The cache already holds {self.columns} tokens; pass the whole conversation, or reset() "
+            "(prefill_chunk_size needs an empty cache)"
+        )
 
     def _read_step(self, visible: Tensor) -> Tensor:
         """One launch, to an address that stays: a captured step reads it there."""

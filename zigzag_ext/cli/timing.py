@@ -9,6 +9,7 @@ from transformers import TextStreamer
 
 from ..cache import ZigzagCache
 from ..hf import zigzag
+from ..hf.cache_argument import cache_argument
 from ..planning.plan import Plan
 
 
@@ -72,7 +73,8 @@ def generate(
     options = {"do_sample": False} | options
     with zigzag(model, plan, compile=compile):
         start = time.perf_counter()
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=clock, **options)
+        options |= cache_argument(model, cache)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=clock, **options)
     new = output[0, prompt_tokens:]
     steps = len(clock.arrivals) - 1
     return Generation(

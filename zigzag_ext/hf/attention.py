@@ -8,20 +8,23 @@ import threading
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function
+
+from ..cache import ZigzagCache
+from .cache_argument import tested_range
 
 NAME = "zigzag"
 current = threading.local()  # .cache: ZigzagCache of this thread's forward pass, None or absent outside one
 
-# Arguments that reach an attention function and change nothing about what it has to compute. Any other one that is not None
-# or False raises: it may stand for softcap, learned sinks, packed sequences, position biases, sparse indices ...
+# Arguments that reach an attention function and change nothing about what it has to compute, as a cache does not. Any other one
+# that is not None or False raises: it may stand for softcap, learned sinks, packed sequences, position biases, sparse indices ...
 _HARMLESS = {
     "cache_position",
     "layer_idx",
     "num_items_in_batch",
     "output_hidden_states",
     "output_router_logits",
-    "past_key_values",
     "position_embeddings",
     "position_ids",
     "return_dict",
@@ -72,9 +75,14 @@ def attention(
         raise ValueError(f"{name} asks for attention dropout {dropout}; zigzag attention is for inference: call model.eval()")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise ValueError(f"{name} is not causal; zigzag attention serves decoder self-attention only")
-    unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
+    unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and not (v is None or v is False or isinstance(v, Cache)))
     if unknown:
         raise ValueError(f"{name} needs {', '.join(unknown)}, which zigzag attention does not compute")
+    if isinstance(cache, ZigzagCache) and not cache.was_given(module.layer_idx):
+        raise RuntimeError(
+            f"{name}, layer {module.layer_idx}, attends without having been given the ZigzagCache of this forward: "
+            f"the model does not hand it down to its layers ({tested_range()})"
+        )
     return cache.layers[module.layer_idx].attend(query, key, value, scaling).transpose(1, 2), None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..planning.plan import token_count
 from .attention import current
+from .cache_argument import cache_argument
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
 MAX_CHUNK = 8192  # tokens, over all rows: matrix products with as many rows fill a GPU; 1.5 GB of activations in Llama-3-8B
@@ -39,6 +40,16 @@ def new_tokens(kwargs: dict) -> tuple[int, int]:
     return tokens.shape[0], tokens.shape[1]
 
 
+def begin(cache, kwargs: dict) -> None:
+    """Opens the forward with these arguments on its cache. Raises what `ZigzagCache.begin` raises; ValueError without tokens."""
+    batch, q_len = new_tokens(kwargs)
+    if not q_len:
+        raise ValueError(
+            f"no new token: the cache already holds {cache.get_seq_length()} tokens; pass the whole conversation, or reset()"
+        )
+    cache.begin(batch, q_len, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+
+
 def prefill_ahead(model: nn.Module, cache, kwargs: dict, chunk: int | str) -> dict:
     """Runs the prompt up to its last chunk, if it is longer than a chunk, and returns the arguments of the rest.
 
@@ -52,11 +63,11 @@ def prefill_ahead(model: nn.Module, cache, kwargs: dict, chunk: int | str) -> di
     keep = kwargs.get("logits_to_keep", 0)
     needed = [name for name in _NEED_ALL if kwargs.get(name) is not None and kwargs[name] is not False]
     wants_all = needed or not isinstance(keep, int) or keep < 1
-    keeps_nothing = kwargs.get("past_key_values") is not cache
+    keeps_nothing = all(value is not cache for value in kwargs.values())
     if wants_all or keeps_nothing or q_len <= (MIN_CHUNK if chunk == "auto" else chunk):
         return kwargs
     seen, cut = cache.get_seq_length(), _cutter(kwargs)
-    cache.begin(batch, q_len, kwargs.get("attention_mask"))  # checks the whole prompt, and makes room for it
+    begin(cache, kwargs)  # checks the whole prompt, and makes room for it
     cache.end(failed=True)
     size = automatic_chunk(model, cache, batch) if chunk == "auto" else chunk
     first_kept = min(q_len - keep, (q_len - 1) // size * size)
@@ -67,10 +78,10 @@ def prefill_ahead(model: nn.Module, cache, kwargs: dict, chunk: int | str) -> di
 
 
 def _run_body(body: nn.Module, cache, kwargs: dict, batch: int, q_len: int) -> None:
-    cache.begin(batch, q_len, kwargs.get("attention_mask"))
+    cache.begin(batch, q_len, kwargs.get("attention_mask"), kwargs.get("position_ids"))
     current.cache, failed = cache, True
     try:
-        body(**kwargs, past_key_values=cache, use_cache=True)
+        body(**kwargs, **cache_argument(body, cache), use_cache=True)
         failed = False
     finally:
         current.cache = None

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from ..cache import ZigzagCache
 from ..cache.state import in_normal_mode
 from .attention import current
+from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
 from .step_cache import StepCache
 
@@ -67,7 +68,8 @@ class CompiledDecoding:
         cache = getattr(current, "cache", None)
         if cache is None or not cache.decodes or self._differentiates():
             return self.forward(*args, **kwargs)
-        inputs = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "past_key_values")}
+        _, inputs = split_cache(kwargs)
+        inputs.pop("attention_mask", None)
         steps, signature = cache.steps.setdefault(self, {}), _signature(inputs, cache)
         if signature not in steps:
             steps[signature] = _Step(self.model, self.compiled, cache, inputs)
@@ -108,7 +110,7 @@ class _Step:
             for name, value in inputs.items()
             if isinstance(value, Tensor)
         }
-        self.inputs = inputs | self.tensors | {"past_key_values": self.view}
+        self.inputs = inputs | self.tensors | cache_argument(model, self.view)
         self.graph = self.output = self.captured_on = None
         self.last_forward = -1
 

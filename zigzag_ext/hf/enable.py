@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 from ..cache import ZigzagCache
 from ..planning.plan import Plan
 from .attention import NAME, current
-from .chunking import TOKEN_ARGUMENTS, check_chunk, new_tokens, prefill_ahead
+from .cache_argument import cache_parameter, split_cache, warn_if_untested
+from .chunking import TOKEN_ARGUMENTS, begin, check_chunk, prefill_ahead
 from .compiled import CompiledDecoding, check_compilable
 from .families import check_family
 
@@ -31,7 +32,7 @@ def enable(
     Args:
         model: a transformers decoder-only language model (`AutoModelForCausalLM`). Served exactly or refused: see Raises.
         plan: `zigzag_ext.Plan` with one kind per layer.
-        max_len: tokens per row of the caches made for calls without `past_key_values`; None lets them grow.
+        max_len: tokens per row of the caches made for calls without a cache; None lets them grow.
         prefill_chunk: most new tokens per row that go through the model at once, in forwards that ask for the logits of the last
             tokens only, as generate() does. Peak memory beside the KV then does not depend on the prompt; the result is that of
             one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows.
@@ -39,13 +40,15 @@ def enable(
             stay eager. See below.
 
     Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
-    `past_key_values=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. Inference only.
+    `cache=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. (generate() calls the argument
+    `past_key_values` before transformers 5.24; forwards take either name.) Inference only. Tested with transformers 5.4 to 5.24;
+    a newer one is warned of once.
 
     With `compile=True` the first step compiles, which takes from seconds to minutes; after that a step costs the host almost
     nothing, whatever the context length. Compiled again: for the second batch size (all later ones share that graph), for
     another plan, and where the arguments of the forward differ. On a GPU the graph is also captured (about a second) for each
-    cache that is new, changes its batch size, or grows: give `max_len`, and it is captured once. Calls without `past_key_values`
-    use the memory of the last such cache that is gone, so one capture serves one prompt after the other; `disable` frees it.
+    cache that is new, changes its batch size, or grows: give `max_len`, and it is captured once. Calls without a cache use
+    the memory of the last such cache that is gone, so one capture serves one prompt after the other; `disable` frees it.
     Tokens agree with eager ones up to the rounding of compiled kernels.
 
     Returns:
@@ -57,8 +60,9 @@ def enable(
             computed exactly (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention,
             shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE whose
             frequencies follow the length ("dynamic", "longrope").
-        RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface. With
-            `compile`, from the first step: the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).
+        RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
+            forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
+            the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).
 
     Source: ZigzagAttention (https://arxiv.org/abs/2508.12407).
     """
@@ -70,7 +74,9 @@ def enable(
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
     if not isinstance(compile, bool):
         raise TypeError(f"compile must be True or False, got {compile!r}")
+    warn_if_untested()
     check_family(model)
+    cache_name = cache_parameter(model)
     prefill_chunk = check_chunk(model, prefill_chunk)
     if compile:
         check_compilable(model)
@@ -79,7 +85,7 @@ def enable(
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
-    _sessions[model] = _Session(model, plan, max_len, prefill_chunk, previous)
+    _sessions[model] = _Session(model, cache_name, plan, max_len, prefill_chunk, previous)
     if compile:
         model.forward = CompiledDecoding(model)
     return model
@@ -111,7 +117,10 @@ def zigzag(model: nn.Module, plan, max_len: int | None = None, prefill_chunk: in
 class _Session:
     """The hooks of one enabled model."""
 
-    def __init__(self, model: nn.Module, plan, max_len: int | None, prefill_chunk: int | str | None, previous: str):
+    def __init__(
+        self, model: nn.Module, cache_name: str, plan, max_len: int | None, prefill_chunk: int | str | None, previous: str
+    ):
+        self.cache_name = cache_name
         self.plan, self.max_len, self.prefill_chunk, self.previous = plan, max_len, prefill_chunk, previous
         parameters = inspect.signature(model.forward).parameters.values()
         self.parameters = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
@@ -128,10 +137,10 @@ class _Session:
             raise ValueError("zigzag attention has no attention weights to return: output_attentions must be off")
         if all(kwargs.get(name) is None for name in TOKEN_ARGUMENTS):
             raise ValueError(f"{type(model).__name__} was called without input_ids and without inputs_embeds; pass one of them")
-        cache = self.cache_for(model, kwargs)
+        cache, kwargs = self.with_cache(model, kwargs)
         if self.prefill_chunk is not None:
             kwargs = prefill_ahead(model, cache, kwargs, self.prefill_chunk)
-        cache.begin(*new_tokens(kwargs), kwargs.get("attention_mask"))
+        begin(cache, kwargs)
         current.cache = cache
         return (), kwargs
 
@@ -158,25 +167,29 @@ class _Session:
             return model.forward.new_cache(self.plan, self.max_len)
         return ZigzagCache(model.config, self.plan, self.max_len)
 
-    def cache_for(self, model: nn.Module, kwargs: dict) -> ZigzagCache:
-        """The cache of this forward, also put in place of `past_key_values` unless the caller wants none."""
-        config, given = model.config, kwargs.get("past_key_values")
+    def with_cache(self, model: nn.Module, kwargs: dict) -> tuple[ZigzagCache, dict]:
+        """The cache of this forward, and its arguments with that cache among them unless the caller wants none."""
+        given, kwargs = split_cache(kwargs)
+        use_cache = model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+        if given is None and not use_cache:
+            return ZigzagCache.without_memory(model.config, self.plan), kwargs
+        cache = self.cache_for(model, given)
+        return cache, kwargs | {self.cache_name: cache}
+
+    def cache_for(self, model: nn.Module, given) -> ZigzagCache:
+        """What stands for the cache that the caller has given, or not."""
+        config = model.config
         if isinstance(given, ZigzagCache):
             if len(given.layers) != config.num_hidden_layers:
                 raise ValueError(f"the ZigzagCache has {len(given.layers)} layers, the model has {config.num_hidden_layers}")
             return given
         if given is None:
-            use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-            if not use_cache:
-                return ZigzagCache.without_memory(config, self.plan)
-            cache = self.new_cache(model)
-        elif type(given) is not DynamicCache:
+            return self.new_cache(model)
+        if type(given) is not DynamicCache:
             raise TypeError(f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}")
-        elif given in self.stand_ins:
-            cache = self.stand_ins[given]
-        elif given.get_seq_length():
+        if given in self.stand_ins:
+            return self.stand_ins[given]
+        if given.get_seq_length():
             raise ValueError(f"the DynamicCache holds {given.get_seq_length()} tokens of another attention; pass a ZigzagCache")
-        else:
-            cache = self.stand_ins[given] = self.new_cache(model)
-        kwargs["past_key_values"] = cache
+        cache = self.stand_ins[given] = self.new_cache(model)
         return cache

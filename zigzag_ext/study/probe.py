@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ..hf.attention import NAME, current
+from ..hf.cache_argument import split_cache
 from ..hf.families import check_family
 
 # attend(layer, query [batch, num_q_heads, n, head_dim], key and value [batch, num_kv_heads, n, head_dim], scale) -> like query
@@ -55,8 +56,8 @@ class _Layer:
 
 
 def _check_arguments(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    for name in ("attention_mask", "past_key_values"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"a probed model takes rows of one length and no cache: {name} must be None")
+    cache, others = split_cache(kwargs)
+    if cache is not None or others.get("attention_mask") is not None:
+        raise ValueError("a probed model takes rows of one length and no cache: attention_mask and the cache must be None")
     if kwargs.get("use_cache") is not False:
         raise ValueError("a probed model keeps no cache: pass use_cache=False")

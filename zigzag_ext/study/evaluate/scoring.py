@@ -12,6 +12,7 @@ from torch import nn
 
 from ...cache import ZigzagCache
 from ...hf import zigzag
+from ...hf.cache_argument import cache_argument
 from ...planning.kv_format import PLAIN
 from ...planning.plan import Plan
 from .haystack import Sample
@@ -102,7 +103,7 @@ def _score_batch(model: nn.Module, samples: list[Sample], plan: Plan | None) -> 
     kept = ids.shape[1] - first + 1  # logits of position p - 1 predict token p; the rest of the vocabulary rows is never computed
     cache = {"use_cache": False}
     if plan is not None and not plan.kv_format == plan.ring_kv_format == PLAIN:  # what is not cached is not quantised
-        cache = {"past_key_values": ZigzagCache(model.config, plan, ids.shape[1])}
+        cache = cache_argument(model, ZigzagCache(model.config, plan, ids.shape[1]))
     logits = model(ids, **cache, logits_to_keep=kept).logits
     found = []
     for row, sample in enumerate(samples):
