@@ -1,6 +1,6 @@
 # Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt, and a build in build/dev.
-#   make demo      a real model answers a passkey question with full attention, a good plan and a bad plan
-#   make test      C++ tests and Python tests
+#   make demo         a real model answers a passkey question with full attention, a good plan and a bad plan
+#   make test         C++ tests and Python tests
 #   make test-long    also with the oldest and the newest transformers that is supported (constraints-lower.txt, constraints-upper.txt)
 #   make test-newest  Python tests with what the package index gives today, unpinned
 # Variables: PYTHON (>= 3.10), ZIGZAG_CUDA=auto|on|off, ZIGZAG_CUDA_ARCHS="80;90a", MAX_JOBS, PYTEST_ARGS, DEMO_ARGS.
@@ -34,7 +34,7 @@ CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' | gre
 
 help:
 	@sed -n '2,6s/^# \{0,1\}//p' Makefile
-	@echo '  other targets: build pytest cpptest lint format sanitize bench figures clean'
+	@echo '  other targets: build pytest pytest-upper pytest-lower cpptest lint format sanitize bench figures clean'
 
 demo: $(BUILT) $(VENV)/model
 	zigzag demo $(DEMO_ARGS)
