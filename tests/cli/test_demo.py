@@ -2,9 +2,8 @@
 
 import pytest
 
-from zigzag_ext.cli import demo
+from zigzag_ext.cli import demo, timing
 from zigzag_ext.cli.commands import _verdict
-from zigzag_ext.study import loading as generation
 from zigzag_ext.study.evaluate.passkey import build_prompt, is_hit
 
 TOKENS = 2000
@@ -88,5 +87,5 @@ def test_demo_on_the_real_model(outcomes):
 @pytest.mark.slow
 def test_the_good_plan_finds_the_key_in_compiled_steps(demo_model, passkey, outcomes):
     _, good, _ = outcomes
-    compiled = generation.generate(*demo_model, passkey.text, good.plan, demo.ANSWER_TOKENS, compile=True)
+    compiled = timing.generate(*demo_model, passkey.text, good.plan, demo.ANSWER_TOKENS, compile=True)
     assert is_hit(passkey, compiled.text) and compiled.text == good.generations[0].text
