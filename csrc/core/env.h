@@ -24,7 +24,7 @@ inline constexpr EnvVariable kEnvVariables[] = {
      "1: programmatic dependent launch where the kernel supports it"},
     {Env::kCluster, "ZIGZAG_CLUSTER", "0, 1, 2, 4, 8, 16",
      "blocks per cluster; decode_full takes this size or no clusters, of a batch too; 0: as measured to be best"},
-    {Env::kWarps, "ZIGZAG_WARPS", "0 to 32", "most warps per block of decode kernels; 0: as measured to be best"},
+    {Env::kWarps, "ZIGZAG_WARPS", "0 to 8", "most warps per block of decode kernels; 0: as measured to be best"},
     {Env::kBlocks, "ZIGZAG_BLOCKS", "0 to 320",
      "blocks of decode_full's runs, which then serve one row, too, where clusters do not; 0: as measured to be best"},
 };

@@ -37,6 +37,14 @@ def test_a_bad_value_names_the_variable_the_value_and_what_is_supported(monkeypa
             env.read(name)
 
 
+def test_the_document_has_every_variable_and_value():
+    text = (ROOT / "docs" / "environment.md").read_text()
+    rows = {m[1]: m[2] for m in re.finditer(r"^\| `(ZIGZAG_\w+)` \| ([^|]*) \|", text.split("\n## ")[1], re.MULTILINE)}
+    tables = {name: supported for name, (supported, _) in env.VARIABLES.items()}
+    tables |= {name: re.split(", | to ", supported) for name, (supported, _) in _C.environment().items()}
+    assert {name: re.findall(r"`([^`]+)`", row) for name, row in rows.items()} == {n: list(v) for n, v in tables.items()}
+
+
 def test_backends_are_those_that_exist():
     backends = pytest.importorskip("zigzag_ext.attention.backends")
     assert env.VARIABLES["ZIGZAG_PREFILL_BACKEND"][0] == ("auto", "zigzag", *backends.BACKENDS)
