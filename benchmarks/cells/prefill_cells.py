@@ -145,7 +145,7 @@ def prepare(impl: str, p: PrefillProblem) -> Callable[[], Tensor]:
 def _route(p: PrefillProblem, backend: str) -> Callable[[], Tensor]:
     """Through this package, as a cache layer calls it: attention and the append of the new tokens."""
     cell, (k_cache, v_cache) = p.cell, p.caches()
-    workspace = ops.new_workspace(cell.batch, cell.num_q_heads, cell.num_kv_heads, cell.head_dim, p.device)
+    workspace = ops.new_workspace(p.device)
     options = {"past": cell.past, "sink": cell.sink, "window": cell.window, "scale": p.scale, "workspace": workspace}
     _check_served(p, backend)
 
@@ -179,7 +179,7 @@ def _cudnn_dense(p: PrefillProblem) -> Callable[[], Tensor]:
 def _decode_calls(p: PrefillProblem) -> Callable[[], Tensor]:
     """The decode kernel, 16 rows at a time."""
     cell, (k_cache, v_cache) = p.cell, p.caches()
-    workspace = ops.new_workspace(cell.batch, cell.num_q_heads, cell.num_kv_heads, cell.head_dim, p.device)
+    workspace = ops.new_workspace(p.device)
     pieces = [slice(start, start + DECODE_ROWS) for start in range(0, cell.tokens, DECODE_ROWS)]
     calls = [([t[:, :, piece] for t in (p.q, p.k_new, p.v_new)], p.lengths + piece.start) for piece in pieces]
     options = {"sink": cell.sink, "window": cell.window, "scale": p.scale, "workspace": workspace}

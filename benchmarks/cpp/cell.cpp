@@ -84,7 +84,7 @@ Problem::Problem(Device& device, const Cell& cell) {
   device.upload(seq_lens, cell.seq_lens.data(), batch * static_cast<int64_t>(sizeof(int32_t)));
 
   AttentionParams p = {};
-  p.workspace_bytes = attention_workspace_bytes(cell.batch(), cell.num_q_heads, cell.num_kv_heads, cell.head_dim);
+  p.workspace_bytes = attention_workspace_bytes();
   p.workspace = allocate(p.workspace_bytes);
   p.seq_lens = reinterpret_cast<const int32_t*>(seq_lens);
   p.q_stride = p.out_stride = contiguous(cell.num_q_heads, cell.q_len, cell.head_dim);

@@ -50,7 +50,7 @@ ChainProblem::ChainProblem(Device& device, const Chain& chain)
   char* seq_lens = allocate(lengths);
   device.upload(seq_lens, cell.seq_lens.data(), lengths);
   step_ = {cell.batch(), cell.q_len, reinterpret_cast<int32_t*>(seq_lens)};
-  step_.workspace_bytes = scheduler_.workspace_bytes(cell.batch());
+  step_.workspace_bytes = attention_workspace_bytes();
   step_.workspace = allocate(step_.workspace_bytes);
   const int64_t qkv = qkv_width(cell), out = out_width(cell);
   shared_.q_stride = shared_.k_new_stride = shared_.v_new_stride = {qkv * cell.q_len, cell.head_dim, qkv};

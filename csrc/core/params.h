@@ -93,7 +93,7 @@ struct AttentionParams {
   const int32_t* seq_lens;  // [cache rows] tokens in the cache before this call
   const int32_t* pad;       // [batch] leading padding columns of this chunk; nullptr means none
   void* workspace;          // zero before its first use ever; kernels leave it reusable. Unused on the CPU
-  int64_t workspace_bytes;  // at least attention_workspace_bytes(...) of kernels/attention.h
+  int64_t workspace_bytes;  // at least attention_workspace_bytes() of kernels/attention.h
   Strides q_stride, k_new_stride, v_new_stride, k_cache_stride, v_cache_stride, out_stride;
   int batch, num_q_heads, num_kv_heads, q_len, head_dim;  // heads that this call serves
   int slots;      // capacity of a full cache; of a ring at least sink + window; 0: nothing is cached

@@ -87,10 +87,6 @@ int64_t Scheduler::all_retrieval_kv_bytes(int64_t batch, int64_t max_len) const 
   return detail::checked_product({num_layers(), cache_bytes(whole, batch, max_len)});
 }
 
-int64_t Scheduler::workspace_bytes(int batch) const {
-  return attention_workspace_bytes(batch, geometry_.num_q_heads, geometry_.num_kv_heads, geometry_.head_dim);
-}
-
 AttentionParams Scheduler::params(int layer, int cache, const Step& step, const LayerTensors& tensors) const {
   const std::vector<CacheSpec>& specs = caches(layer);
   ZZ_CHECK(cache >= 0 && cache < static_cast<int>(specs.size()), "layer ", layer, " has ", specs.size(),

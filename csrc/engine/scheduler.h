@@ -51,7 +51,8 @@ struct Step {
   int q_len;
   int32_t* seq_lens;             // [batch] tokens in the caches before the step; only a CapturedStep writes it
   const int32_t* pad = nullptr;  // [batch] leading columns that are padding; nullptr: none
-  // CUDA: at least workspace_bytes() of the scheduler, zero before its first use ever. One serves all layers.
+  // CUDA: at least attention_workspace_bytes(), zero before its first use ever. One serves all layers, which run one
+  // after the other.
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
@@ -94,7 +95,6 @@ class Scheduler {
   int64_t cache_bytes(const CacheSpec& cache, int64_t batch, int64_t max_len) const;
   KvBytes kv_bytes(int64_t batch, int64_t max_len) const;                // of all layers
   int64_t all_retrieval_kv_bytes(int64_t batch, int64_t max_len) const;  // of the same model without streaming layers
-  int64_t workspace_bytes(int batch) const;  // one workspace serves all layers, as they run one after the other
 
   // What is launched for cache `cache` of a layer. Throws on tensors that its spec needs and that are missing.
   AttentionParams params(int layer, int cache, const Step& step, const LayerTensors& tensors) const;

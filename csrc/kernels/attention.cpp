@@ -110,11 +110,7 @@ void check_params(const AppendParams& p) {
 
 void check_params(const MergeParams& p) { check_head_dim(p.head_dim); }
 
-int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, int head_dim) {
-  check_geometry(num_q_heads, num_kv_heads, head_dim);
-  ZZ_CHECK(batch >= 0, "batch must be >= 0, got ", batch);
-  return decode_full_workspace_bytes(batch, num_q_heads, num_kv_heads, head_dim);
-}
+int64_t attention_workspace_bytes() { return decode_full_workspace_bytes(); }
 
 void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
   check_params(p);

@@ -23,8 +23,8 @@ constexpr AttentionKernel select_attention_kernel(int window, int q_len) {
   return window == 0 ? AttentionKernel::kDecodeFull : AttentionKernel::kDecodeStream;
 }
 
-// Bytes of scratch that attention_cuda needs for any q_len, any cache length and any capacity of this geometry.
-int64_t attention_workspace_bytes(int batch, int num_q_heads, int num_kv_heads, int head_dim);
+// Bytes of scratch that attention_cuda needs for any call: one workspace serves all layers and steps of a stream.
+int64_t attention_workspace_bytes();
 
 // Slots of a full cache that attention_cuda may read in a row that holds `length` tokens after the call: a decode
 // kernel loads whole tiles, and in a small batch every warp starts on its first tile before it knows the length. What

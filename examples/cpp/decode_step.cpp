@@ -57,7 +57,7 @@ class Decoder {
       : machine_(machine), geometry_(geometry_of(file, machine.dtype())), scheduler_(file.plan, geometry_) {
     for (int layer = 0; layer < scheduler_.num_layers(); ++layer) allocate_layer(layer);
     step_ = {kBatch, 1, static_cast<int32_t*>(machine.allocate(kBatch * sizeof(int32_t)))};
-    step_.workspace_bytes = scheduler_.workspace_bytes(kBatch);
+    step_.workspace_bytes = attention_workspace_bytes();
     step_.workspace = machine.allocate(step_.workspace_bytes);
   }
 

@@ -173,7 +173,7 @@ void run(const CodeCase& c, bool attend) {
   const DeviceArray<float> lse(
       std::vector<float>(static_cast<size_t>(problem.batch) * q_heads * c.q_len, std::nanf("")));
   const DeviceArray<int32_t> lens(c.seq_lens), pad(c.pad);
-  const int64_t bytes = attention_workspace_bytes(problem.batch, q_heads, c.num_kv_heads, c.head_dim);
+  const int64_t bytes = attention_workspace_bytes();
   const DeviceArray<char> workspace(std::vector<char>(static_cast<size_t>(bytes), 0));
 
   const auto strides = [](int heads, int tokens, int row) {

@@ -113,7 +113,7 @@ struct Tensors {
     const int num_q_heads = c.num_kv_heads * c.group;
     const DeviceArray<T> d_q(q), d_k_new(k_new), d_v_new(v_new);
     const DeviceArray<int32_t> d_lens(c.seq_lens), d_pad(c.pad);
-    const int64_t bytes = attention_workspace_bytes(batch, num_q_heads, c.num_kv_heads, c.head_dim);
+    const int64_t bytes = attention_workspace_bytes();
     const DeviceArray<char> workspace(std::vector<char>(static_cast<size_t>(bytes), 0));
     const DeviceArray<T> d_cos(cos), d_sin(sin);
     std::vector<float> wide_cos, wide_sin;

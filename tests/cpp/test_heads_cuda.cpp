@@ -69,7 +69,7 @@ Result run(const HeadsCase& c, const Inputs& in, int total, const int32_t* heads
   const DeviceArray<uint16_t> out(Rows(in.q.size(), kNan));
   const DeviceArray<float> lse(std::vector<float>(in.q.size() / kHeadDim, 7.0f)), table(in.table);
   const DeviceArray<int32_t> seq_lens(c.seq_lens), pad(c.pad);
-  const int64_t bytes = attention_workspace_bytes(c.batch(), served * c.group, served, kHeadDim);
+  const int64_t bytes = attention_workspace_bytes();
   const DeviceArray<char> workspace(std::vector<char>(bytes, 0));
   AttentionParams p = {};
   p.q = q.data(), p.k_new = k_new.data(), p.v_new = v_new.data();

@@ -254,7 +254,6 @@ TEST_CASE("Scheduler: memory accounting") {
   CHECK(scheduler.kv_bytes(3, 131072).total() == 3 * scheduler.kv_bytes(1, 131072).total());
   CHECK(scheduler.kv_bytes(1, 1 << 22).streaming == scheduler.kv_bytes(1, 1000).streaming);
   CHECK(scheduler.kv_bytes(0, 100).total() == 0);
-  CHECK(scheduler.workspace_bytes(4) == attention_workspace_bytes(4, 32, 8, 128));
   const Scheduler in_float32(LayerPlan(kinds, 128, 256), {32, 8, 128, DType::kFloat32});
   CHECK(in_float32.kv_bytes(1, 1000).total() == 2 * scheduler.kv_bytes(1, 1000).total());
   CHECK(error_of([&] { scheduler.kv_bytes(-1, 5); }).find("got batch -1") != std::string::npos);

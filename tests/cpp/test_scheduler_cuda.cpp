@@ -64,7 +64,7 @@ struct Model {
   Twin q{tokens() * geometry.num_q_heads};
   std::vector<int32_t> seq_lens = {0, 7};  // row 1 starts on keys that `fill_past` writes
   DeviceArray<int32_t> seq_lens_gpu{seq_lens};
-  DeviceArray<uint8_t> workspace{std::vector<uint8_t>(scheduler.workspace_bytes(kBatch), 0)};
+  DeviceArray<uint8_t> workspace{std::vector<uint8_t>(attention_workspace_bytes(), 0)};
 
   size_t tokens() const { return size_t{kBatch} * kMaxQueries * geometry.head_dim; }
 
@@ -95,7 +95,7 @@ struct Model {
 
   Step step(int q_len, bool device) {
     Step s{kBatch, q_len, device ? seq_lens_gpu.data() : seq_lens.data()};
-    if (device) s.workspace = workspace.data(), s.workspace_bytes = scheduler.workspace_bytes(kBatch);
+    if (device) s.workspace = workspace.data(), s.workspace_bytes = attention_workspace_bytes();
     return s;
   }
 

@@ -135,7 +135,7 @@ def test_ring_after_100_000_positions(device):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     case = Case((0,), 1, group=1, num_kv_heads=1, sink=sink, window=window).on(device, dtype)
     inputs = case.build()
-    workspace = ops.new_workspace(1, 1, 1, 64, device)
+    workspace = ops.new_workspace(device)
     tokens = torch.randn(steps, 2, 1, 1, 1, 64, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
     num_bytes = inputs["k_cache"].untyped_storage().nbytes()
     for token in tokens:

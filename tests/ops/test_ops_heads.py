@@ -153,7 +153,7 @@ def test_opcheck(device, q_len):
     part, heads = parts(case)["ring"]
     out, lse = ops.new_output(inputs["q"])
     cache = {n: torch.nan_to_num(t) for n, t in caches["ring"].items()}
-    workspace = ops.new_workspace(1, 20, 5, 64, device)
+    workspace = ops.new_workspace(device)
     tensors = [inputs[n] for n in ("q", "k_new", "v_new")] + list(cache.values()) + [inputs["seq_lens"], None, None, None]
     arguments = (*tensors, heads, None, out.zero_(), lse.zero_(), workspace, part.sink, part.window, 0.125)
     torch.library.opcheck(torch.ops.zigzag.attention_, arguments)

@@ -12,9 +12,7 @@ from zigzag_ext.attention import ops, reference
 
 def arguments(case):
     inputs = case.build()
-    workspace = ops.new_workspace(
-        len(case.seq_lens), case.group * case.num_kv_heads, case.num_kv_heads, case.head_dim, case.device
-    )
+    workspace = ops.new_workspace(case.device)
     names = ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad", "cos", "sin", "heads", "cache_rows")
     outputs = [t.zero_() for t in ops.new_output(inputs["q"])]
     return (*(inputs.get(n) for n in names), *outputs, workspace, case.sink, case.window, 0.125)
@@ -132,7 +130,7 @@ def test_mixed_devices_and_float32_on_cuda():
 def test_one_captured_graph_serves_every_length(q_len, window):
     case = Case((0, 7), q_len, sink=4, window=window, spare_slots=400).on("cuda", torch.bfloat16)
     inputs = case.build()
-    workspace = ops.new_workspace(2, 8, 2, 64, "cuda")
+    workspace = ops.new_workspace("cuda")
     run = lambda: ops.attention(**inputs, sink=4, window=window, scale=0.125, workspace=workspace)  # noqa: E731
     stream = torch.cuda.Stream()
     pristine = {n: inputs[n].clone() for n in ("k_cache", "v_cache")}
@@ -159,7 +157,7 @@ def test_one_captured_graph_serves_every_length(q_len, window):
 def test_one_launch_per_decode_call(q_len, window):
     case = Case((300, 7), q_len, sink=4, window=window).on("cuda", torch.bfloat16)
     inputs = case.build()
-    workspace = ops.new_workspace(2, 8, 2, 64, "cuda")
+    workspace = ops.new_workspace("cuda")
     run = lambda: ops.attention(**inputs, sink=4, window=window, scale=0.125, workspace=workspace)  # noqa: E731
     run()
     kernels = launched_kernels(run)

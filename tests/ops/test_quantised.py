@@ -251,7 +251,7 @@ def test_opcheck(device, dtype, kv_format, window):
     scales = [torch.nan_to_num(inputs[n]) for n in ("k_scale", "v_scale")]
     inputs_in_order = [inputs[n] for n in ("q", "k_new", "v_new", "k_cache", "v_cache", "seq_lens", "pad")]
     outputs = [t.zero_() for t in ops.new_output(inputs["q"])]
-    tail = (None, None, None, None, *outputs, ops.new_workspace(2, 8, 2, 64, device), case.sink, window, 0.125, *scales)
+    tail = (None, None, None, None, *outputs, ops.new_workspace(device), case.sink, window, 0.125, *scales)
     # torch's comparisons of schema and compiled results have no float8 arithmetic; the other formats cover both.
     checks = ["test_autograd_registration", "test_faketensor"]
     checks += [] if kv_format == "fp8" else ["test_schema", "test_aot_dispatch_dynamic"]

@@ -118,7 +118,7 @@ def ranking(device: torch.device, dtype: torch.dtype, num_q_heads: int, num_kv_h
             for heads in (num_q_heads, num_kv_heads, num_kv_heads)
         )
         scale = head_dim**-0.5
-        workspace = ops.new_workspace(1, num_q_heads, num_kv_heads, head_dim, device)
+        workspace = ops.new_workspace(device)
         lengths = torch.zeros(1, dtype=torch.int32, device=device)
 
         def ours():

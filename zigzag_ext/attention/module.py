@@ -72,7 +72,7 @@ class ZigzagAttention(nn.Module):
         like = torch.empty(max_batch, num_kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.store.allocate(like, 0 if self.grow else self.max_len or 0, self.max_len, grows=self.grow)
         self.register_buffer("seq_lens", torch.zeros(max_batch, dtype=torch.int32, device=like.device), persistent=False)
-        workspace = ops.new_workspace(max_batch, num_q_heads, num_kv_heads, head_dim, like.device)
+        workspace = ops.new_workspace(like.device)
         self.register_buffer("workspace", workspace, persistent=False)
         self._geometry = (max_batch, num_kv_heads, head_dim)
         self._longest = 0  # tokens of the longest row, an upper bound, and whether all rows hold as many: of eager forwards
@@ -150,7 +150,7 @@ class ZigzagAttention(nn.Module):
         super()._apply(fn, recurse)
         device, (max_batch, num_kv_heads, head_dim) = self.workspace.device, self._geometry
         if device != before:
-            self.workspace = ops.new_workspace(max_batch, self.num_q_heads, num_kv_heads, head_dim, device)
+            self.workspace = ops.new_workspace(device)
         self.store.move(fn(torch.empty(max_batch, num_kv_heads, 0, head_dim, dtype=self.store.dtype, device=before)))
         return self
 

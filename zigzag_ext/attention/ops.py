@@ -22,14 +22,12 @@ KV_FORMATS: dict[str, torch.dtype | None] = {
 }
 
 
-def new_workspace(batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Tensor:
-    """Scratch for `attention` on `device`: zeroed uint8 bytes that depend on the geometry only, empty on the CPU.
+def new_workspace(device: torch.device | str) -> Tensor:
+    """Scratch for `attention` on `device`: [about 10 MB] uint8 zeros, enough for any shape; empty on the CPU.
 
     Make one per cache and reuse it for all its layers and steps. Two streams must not share one at the same time.
     """
-    on_cpu = torch.device(device).type == "cpu"
-    num_bytes = 0 if on_cpu else _C.attention_workspace_bytes(batch, num_q_heads, num_kv_heads, head_dim)
-    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return torch.zeros(0 if torch.device(device).type == "cpu" else _C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def new_cache(
@@ -151,7 +149,7 @@ def attention(
         new_out, new_lse = new_output(q)
         out, lse = new_out if out is None else out, new_lse if lse is None else lse
     if workspace is None:
-        workspace = new_workspace(q.shape[0], q.shape[1], k_new.shape[1], q.shape[-1], q.device)
+        workspace = new_workspace(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = (q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, cache_rows, out, lse, workspace)
     torch.ops.zigzag.attention_(*tensors, sink, window, scale, k_scale, v_scale)

@@ -82,7 +82,7 @@ class CacheState:
     def workspace(self, device: torch.device) -> Tensor:
         """Scratch of the ops, enough for every geometry."""
         if device not in self.workspaces:
-            self.workspaces[device] = ops.new_workspace(1, 1, 1, max(ops.HEAD_DIMS), device)
+            self.workspaces[device] = ops.new_workspace(device)
         return self.workspaces[device]
 
     @in_normal_mode

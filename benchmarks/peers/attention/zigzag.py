@@ -10,7 +10,7 @@ def prepare(problem):
     from zigzag_ext.attention import ops
 
     p, cell = problem, problem.cell
-    workspace = ops.new_workspace(cell.batch, cell.num_q_heads, cell.num_kv_heads, cell.head_dim, p.device)
+    workspace = ops.new_workspace(p.device)
 
     def run(i):
         tensors = (p.q[i], p.k_new[i], p.v_new[i], p.k_cache[i], p.v_cache[i], p.seq_lens)

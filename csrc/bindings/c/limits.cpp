@@ -35,9 +35,7 @@ void bind_limits(py::module_& module) {
       "formats", &formats,
       "The formats of a key or value cache by name: bits of a code and the torch dtype that holds codes (0 and \"\" "
       "where elements are of the model's dtype), and bytes of the scale of a vector.");
-  module.def("attention_workspace_bytes", &attention_workspace_bytes, py::arg("batch"), py::arg("num_q_heads"),
-             py::arg("num_kv_heads"), py::arg("head_dim"),
-             "Bytes of scratch that attention on CUDA needs, for any number of queries, length and capacity.");
+  module.attr("WORKSPACE_BYTES") = attention_workspace_bytes();
   module.def("readable_slots", &readable_slots, py::arg("length"), py::arg("batch"), py::arg("num_kv_heads"),
              "Slots of a full cache on CUDA that need memory for rows that hold `length` tokens after a call.");
 }

@@ -108,8 +108,6 @@ void bind_scheduler(py::module_& module) {
            "Bytes of the key and value caches of all layers, or of the layers of one kind, scales included.")
       .def("all_retrieval_kv_bytes", &Scheduler::all_retrieval_kv_bytes, py::arg("batch"), py::arg("max_len"),
            "Bytes of the caches if every layer were a retrieval layer.")
-      .def("workspace_bytes", &Scheduler::workspace_bytes, py::arg("batch"),
-           "Bytes of scratch that all layers share on CUDA.")
       .def("__repr__", &repr);
   module.def(
       "kv_bytes", &kv_bytes_of_shape, py::arg("slots"), py::arg("num_kv_heads"), py::arg("head_dim"),

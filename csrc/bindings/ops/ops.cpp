@@ -103,7 +103,7 @@ void attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const
   p.rotary = check_rotary(cos, sin, q);
   check_params(p);
   if (q.is_cuda()) {
-    const int64_t needed = attention_workspace_bytes(p.batch, p.num_q_heads, p.num_kv_heads, p.head_dim);
+    const int64_t needed = attention_workspace_bytes();
     ZZ_CHECK(workspace.is_cuda() && workspace.get_device_index() == q.get_device_index() &&
                  workspace.scalar_type() == ScalarType::Byte && workspace.is_contiguous() &&
                  workspace.numel() >= needed,

@@ -1,11 +1,14 @@
 #include "kernels/decode/full/workspace.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "kernels/decode/full/full.h"
 
 namespace zigzag {
 
-int64_t decode_full_workspace_bytes(int /*batch*/, int /*num_q_heads*/, int /*num_kv_heads*/, int head_dim) {
-  return decode_full::workspace_bytes(head_dim);
+int64_t decode_full_workspace_bytes() {
+  return decode_full::workspace_bytes(*std::max_element(std::begin(kHeadDims), std::end(kHeadDims)));
 }
 
 }  // namespace zigzag
