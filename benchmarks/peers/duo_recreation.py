@@ -57,6 +57,8 @@ class DuoLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
     def put_full(self, new: list[Tensor]) -> list[Tensor]:
         """Copies the new tokens behind the held ones; returns all."""
         q_len = new[0].shape[1]

@@ -46,6 +46,8 @@ class StepLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
 
 class StepCache(Cache):
     """The buffers of a cache, after its first forward. `refresh` goes before a step, `advance` behind it."""
