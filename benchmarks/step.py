@@ -62,7 +62,8 @@ class Decoder:
         ids, mask = self.ids[:, : self.held + 1], self.mask[:, : self.held + 1]
         start = time.perf_counter()
         options = cache_argument(self.model, self.cache) | {"do_sample": False, "eos_token_id": None}
-        self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
+        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
+        self.ids[:, : out.shape[1]] = out  # what the cache holds, and the last token, which it does not
         wait(self.model)
         self.held += new_tokens
         return time.perf_counter() - start

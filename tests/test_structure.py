@@ -26,7 +26,12 @@ def tracked() -> list[Path]:
     if listing.returncode == 0:
         files = [ROOT / name for name in listing.stdout.split("\0") if name]
     else:
-        files = [f for f in ROOT.rglob("*") if not any(p.startswith(".") or p == "build" for p in f.relative_to(ROOT).parts)]
+        files = [
+            f
+            for f in ROOT.rglob("*")
+            if not any(p.startswith(".") or p in ("build", "__pycache__") for p in f.relative_to(ROOT).parts)
+        ]
+        files = [f for f in files if f.suffix != ".so"]
     return [file for file in files if file.is_file() and "third_party" not in file.parts]
 
 

@@ -5,8 +5,7 @@ import sys
 
 def main() -> None:
     try:
-        from .cli import commands, study  # noqa: F401  their commands join the app
-        from .cli.app import app
+        from .cli.main import app
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in ("typer", "rich"):

@@ -151,7 +151,7 @@ def _route(p: PrefillProblem, backend: str) -> Callable[[], Tensor]:
 
     def run():
         with prefill.prefill_options(backend):
-            return prefill.attend(p.q, p.k_new, p.v_new, k_cache, v_cache, p.lengths, **options)
+            return prefill.attend(p.q, p.k_new, p.v_new, ops.KvBuffers(k_cache, v_cache), p.lengths, **options)
 
     return run
 

@@ -124,15 +124,26 @@ struct KernelFacts {
   std::map<std::pair<int, int>, int> active_clusters;  // {shared bytes, cluster} -> clusters that run at once
 };
 
+struct KnownKernels {
+  std::mutex mutex;
+  std::map<std::pair<const void*, int>, KernelFacts> facts;  // by kernel and device
+};
+
+// One table for all that ask: what one of them allows a kernel is what the next one may rely on. (A static of the
+// template below would be one table for each of its instances.)
+inline KnownKernels& known_kernels() {
+  static KnownKernels known;
+  return known;
+}
+
 // Calls f(facts) with those of `kernel` on the current device, one caller at a time.
 template <class F>
 auto with_kernel_facts(const void* kernel, F&& f) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, KernelFacts> known;
   int device = 0;
   ZZ_CUDA(cudaGetDevice(&device));
-  const std::lock_guard<std::mutex> lock(mutex);
-  return f(known[{kernel, device}]);
+  KnownKernels& known = known_kernels();
+  const std::lock_guard<std::mutex> lock(known.mutex);
+  return f(known.facts[{kernel, device}]);
 }
 
 // "name, grid (x, y, z), block n, s bytes of dynamic shared memory, clusters of c": what an error says of a launch.

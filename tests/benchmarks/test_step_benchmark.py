@@ -130,8 +130,9 @@ def test_a_faked_context_decodes_like_a_real_one():
         model(torch.zeros(1, 500, dtype=torch.long), past_key_values=twin)
         for layer, other in zip(cache.layers, twin.layers, strict=True):
             held = min(layer.slots, other.slots)  # only committed slots may be touched
-            other.keys[:, :, :held] = layer.keys[:, :, :held]
-            other.values[:, :, :held] = layer.values[:, :, :held]
+            caches = layer.stores[0].caches, other.stores[0].caches
+            for here, there in zip(*(c[:2] for c in caches), strict=True):
+                there[:, :, :held] = here[:, :, :held]
         token = torch.ones(1, 1, dtype=torch.long)
         assert model(token, past_key_values=cache).logits.equal(model(token, past_key_values=twin).logits)
         assert cache.get_seq_length() == twin.get_seq_length() == 501
@@ -179,7 +180,8 @@ def test_attention_in_blocks_is_that_of_the_reference(monkeypatch):
         cache = fake_context.fake_zigzag(model, plan, 300, 10)
     layer, q = next(layer for layer in cache.layers if not layer.window), torch.randn(1, 4, 1, 64)
     new = torch.randn(2, 1, 2, 1, 64)
-    stored = [layer.stores[0].buffers[name].clone()[:, :, :310] for name in ("keys", "values", "key_scales", "value_scales")]
+    names = ("keys", "values", "key_scales", "value_scales")
+    stored = [layer.stores[0].growing[name].tensor[:, :, :310].clone() for name in names]
     scales = {"k_scale": stored[2], "v_scale": stored[3]}
     expected, _ = reference.attention(q.double(), *new, *stored[:2], cache.seq_lens, scale=0.125, **scales)
     for head in range(2):

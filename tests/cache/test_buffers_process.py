@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -34,15 +35,15 @@ def test_whatever_reads_a_cache_reads_what_it_holds():
         from transformers import LlamaConfig
         config = LlamaConfig(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_hidden_layers=2)
         cache = zz.ZigzagCache(config, zz.Plan(["streaming", "retrieval"], sink=4, window=16))
-        cache.begin(1, 1)
-        for layer in cache.layers:
-            layer.attend(torch.randn(1, 4, 1, 64), torch.ones(1, 2, 1, 64), torch.ones(1, 2, 1, 64), None)
-        cache.end()
+        with cache.forward(1, 1):
+            for layer in cache.layers:
+                layer.attend(torch.randn(1, 4, 1, 64), torch.ones(1, 2, 1, 64), torch.ones(1, 2, 1, 64), None)
         def saved(value):
             file = io.BytesIO()
             torch.save(value, file)
             assert file.tell() < 4 << 20, file.tell()
-        shown, whole, buffer = layer.keys, layer.buffers["keys"], layer.growing["keys"]
+        store = layer.stores[0]
+        shown, whole, buffer = layer.keys, store.buffers["keys"], store.growing["keys"]
         for state in ("used", "empty", "deleted"):
             uses = saved, pickle.dumps, copy.deepcopy, repr, str, torch.sum, torch.Tensor.tolist, torch.Tensor.share_memory_
             for use in uses:
@@ -189,4 +190,5 @@ def test_two_hundred_caches_of_32_layers_live_at_once(batch):
         print(sum(1 for _ in open("/proc/self/maps")))
     """)
     live, after = map(int, output.split())
-    assert live < 50_000 and after < 5_000
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    assert live < 0.8 * most and after < 5_000

@@ -15,7 +15,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import zigzag_ext as zz  # noqa: E402
 from zigzag_ext import _C  # noqa: E402
-from zigzag_ext.cli.commands import app  # noqa: E402
+from zigzag_ext.cli.main import app  # noqa: E402
 from zigzag_ext.planning.costs import kv_costs  # noqa: E402
 from zigzag_ext.planning.kv_format import FORMATS  # noqa: E402
 
@@ -27,10 +27,9 @@ def filled(plan, kv_heads, head_dim, context, batch):
     heads = {"num_attention_heads": kv_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     config = LlamaConfig(num_hidden_layers=plan.num_layers, hidden_size=kv_heads * head_dim, **heads)
     cache = zz.ZigzagCache(config, plan, max_len=64)
-    cache.begin(batch, context)
-    for layer in cache.layers:
-        layer.attend(*torch.randn(3, batch, kv_heads, context, head_dim).unbind(), None)
-    cache.end()
+    with cache.forward(batch, context):
+        for layer in cache.layers:
+            layer.attend(*torch.randn(3, batch, kv_heads, context, head_dim).unbind(), None)
     return cache
 
 

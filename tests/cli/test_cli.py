@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import zigzag_ext as zz
 from zigzag_ext.cli import demo
-from zigzag_ext.cli.app import app
+from zigzag_ext.cli.main import app
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 2, 64, 60
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import zigzag_ext as zz
-from zigzag_ext.cli.app import app
+from zigzag_ext.cli.main import app
 from zigzag_ext.study import evaluate
 from zigzag_ext.study import lm_eval as harness
 from zigzag_ext.study.evaluate import ruler

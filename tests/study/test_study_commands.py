@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import zigzag_ext as zz
-from zigzag_ext.cli.app import app
+from zigzag_ext.cli.main import app
 from zigzag_ext.study import evaluate, plots
 from zigzag_ext.study.evaluate.scoring import Verdict
 
@@ -92,7 +92,7 @@ def some_rows():
                 what = {"model": "m", "device": "cpu", "dtype": "float32", "task": "passkey", "plan": name, "kinds": kinds}
                 rows.append(
                     evaluate.Row(
-                        **what, sink=4, window=8, length=length, depth=depth, seed=0, **evaluate.rows.statistics(verdicts)
+                        **what, sink=4, window=8, length=length, depth=depth, seed=0, **evaluate.results.statistics(verdicts)
                     )
                 )
     return rows

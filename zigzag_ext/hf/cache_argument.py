@@ -31,7 +31,9 @@ def warn_if_untested() -> None:
 
 def cache_parameter(model: nn.Module) -> str:
     """Name of the parameter of the model's forward that takes the KV cache. Raises RuntimeError if there is none."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if [p.kind for p in parameters] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+        parameters = list(inspect.signature(type(model).forward).parameters.values())  # a wrapper that hands all of it on
     typed = [p.name for p in parameters if "Cache" in str(p.annotation)]
     if found := typed or [p.name for p in parameters if p.name in _NAMES]:
         return found[0]
