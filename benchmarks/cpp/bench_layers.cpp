@@ -65,7 +65,7 @@ Chain make_chain(const Arguments& arguments, const Cell& shape, const std::vecto
     cell->kv_lens.assign(static_cast<std::size_t>(batch), kv_len);
     cell->seq_lens.assign(static_cast<std::size_t>(batch), kv_len - shape.q_len);
   }
-  const int held = RingLayout{ring.sink, ring.window}.used_slots(kv_len);
+  const int held = RingLayout{ring.sink, ring.window, 0}.used_slots(kv_len);
   ring.kv_lens.assign(static_cast<std::size_t>(batch), held);
   const auto retrieval = std::count(kinds.begin(), kinds.end(), LayerKind::kRetrieval);
   chain.scenario = concat(batch, "x", context, "_", retrieval, "of", kinds.size(), suffix(shape));

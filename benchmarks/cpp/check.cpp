@@ -116,7 +116,7 @@ void rotate(Device& device, const AttentionParams& p, int row, std::vector<char>
 // log-sum-exp.
 double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTokens& k, const HeadTokens& v,
               int length, int column, std::vector<double>& out) {
-  const RingLayout ring{p.sink, p.window};
+  const RingLayout ring{p.sink, p.window, p.slots};
   std::vector<double> logits(static_cast<std::size_t>(p.slots + p.q_len), -INFINITY);
   double highest = -INFINITY;
   for (int i = 0; i < p.slots + p.q_len; ++i) {
@@ -146,7 +146,7 @@ double attend(const AttentionParams& p, const std::vector<char>& q, const HeadTo
 // The new tokens must now be in their slots, bit for bit; rotated keys to one rounding.
 void check_append(Device& device, const AttentionParams& p, const void* cache, const HeadTokens& tokens, int row,
                   int head, int length) {
-  const RingLayout ring{p.sink, p.window};
+  const RingLayout ring{p.sink, p.window, p.slots};
   for (int i = 0; i < p.q_len; ++i) {
     if (!ring.survives(length + i, length + p.q_len)) continue;
     const int slot = ring.slot(length + i);
@@ -169,7 +169,7 @@ void check_append(Device& device, const AttentionParams& p, const void* cache, c
 // The new tokens must now be in their slots as codes, bit for bit.
 void check_codes(Device& device, const AttentionParams& p, const void* cache, const Strides& stride,
                  const KvStore& store, const Codes& fresh, int row, int head, int length) {
-  const RingLayout ring{p.sink, p.window};
+  const RingLayout ring{p.sink, p.window, p.slots};
   const std::size_t bytes = fresh.bytes.size() / fresh.scales.size();
   for (int i = 0; i < p.q_len; ++i) {
     if (!ring.survives(length + i, length + p.q_len)) continue;

@@ -29,13 +29,17 @@ void check_head_dim(int head_dim) {
            head_dim, " is not supported; supported: ", supported_head_dims());
 }
 
+// Kernels may go on to the end of the tile that slot `slots` would be in, and count tokens from there, in an int.
+constexpr int kMaxSlots = std::numeric_limits<int>::max() - 4096;
+
 void check_layout(int slots, int sink, int window) {
   ZZ_CHECK(sink >= 0 && window >= 0, "sink and window must be >= 0 (window 0 marks a full cache), got sink ", sink,
            " and window ", window);
   const int64_t ring = static_cast<int64_t>(sink) + window;
   ZZ_CHECK(ring <= std::numeric_limits<int>::max(), "sink + window must be < 2^31, got ", ring);
-  ZZ_CHECK(window == 0 || slots == 0 || slots == ring, "a ring needs sink + window = ", ring, " slots, the cache has ",
-           slots);
+  ZZ_CHECK(window == 0 || slots == 0 || slots >= ring, "a ring needs at least sink + window = ", ring,
+           " slots, the cache has ", slots);
+  ZZ_CHECK(slots <= kMaxSlots, "a cache may have up to ", kMaxSlots, " slots, this one has ", slots);
 }
 
 void check_rotary(const AttentionParams& p) {

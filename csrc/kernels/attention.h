@@ -26,11 +26,12 @@ constexpr AttentionKernel select_attention_kernel(int window, int q_len) {
 // Bytes of scratch that attention_cuda needs for any call: one workspace serves all layers and steps of a stream.
 int64_t attention_workspace_bytes();
 
-// Slots of a full cache that attention_cuda may read in a row that holds `length` tokens after the call: a decode
-// kernel loads whole tiles, and in a small batch every warp starts on its first tile before it knows the length. What
-// it finds past the length is never used, but a cache that commits its memory as it grows needs memory there. Calls
-// with cache_rows look at the lengths first: of each of their rows they read whole tiles up to its length, of others
-// nothing.
+// Slots that attention_cuda may read in a row that holds `length` tokens after the call, of a full cache, or of a
+// buffer for every position that a call with window > 0 takes as a ring (one of sink + window slots has memory for
+// all): a decode kernel loads whole tiles, and in a small batch every warp starts on its first tile before it knows the
+// length. What it finds past the length is never used, but a cache that commits its memory as it grows needs memory
+// there. Calls with cache_rows look at the lengths first: of each of their rows they read whole tiles up to its length,
+// of others nothing.
 inline constexpr int kReadTile = 16;     // slots
 inline constexpr int kReadAhead = 2048;  // slots: one tile for every warp of the largest cluster, or of as large a team
 inline constexpr int kReadAheadBlocks = 256;  // those are launched where all blocks run at once: more than any GPU

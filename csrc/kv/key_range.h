@@ -25,7 +25,7 @@ struct KeyRange {
   // Keys that some query at a position in [first_query, last_query] sees; nothing before position `first` exists.
   static ZZ_HOST_DEVICE constexpr KeyRange of(RingLayout layout, int first, int first_query, int last_query) {
     KeyRange keys = {};
-    keys.seen = layout.is_full() ? RingLayout{0, INT_MAX} : layout;
+    keys.seen = layout.is_full() ? RingLayout{0, INT_MAX, 0} : layout;
     keys.first_query = first_query;
     keys.last_query = last_query;
     keys.first = first;

@@ -43,8 +43,8 @@ constexpr KeyInterval visible_interval(const RingLayout& layout, const KeyRun& r
   return {std::min(begin, end), end};
 }
 
-// Keys seen by any query at positions [first_query, last_query]. The row holds `length` tokens, its cache has `slots`
-// slots (0: none), and the chunk's column `pad` sits at position `length`.
+// Keys seen by any query at positions [first_query, last_query], which are `length` or more. The row holds `length`
+// tokens, its cache has `slots` slots (0: none), and the chunk's column `pad` sits at position `length`.
 KeyRuns visible_runs(const RingLayout& layout, int slots, int length, int pad, int first_query, int last_query);
 
 }  // namespace zigzag

@@ -126,8 +126,8 @@ struct Case {
     }
   }
 
-  RingLayout layout() const { return {s.sink, s.window}; }
-  int pad(int b) const { return s.pad.empty() ? 0 : s.pad[b]; }
+  RingLayout layout() const { return {s.sink, s.window, s.slots}; }
+  int pad(int b) const { return s.pad.empty() ? 0 : std::clamp(s.pad[b], 0, s.q_len); }
 
   AttentionParams params() {
     AttentionParams p = {};
@@ -154,12 +154,13 @@ struct Case {
     return p;
   }
 
-  // Caches after the call: what each slot holds at the new length, from the chunk or from before.
+  // Caches after the call: what of the chunk survives it, and what was there before.
   void append_reference() {
     for (int b = 0; b < batch; ++b) {
-      for (int slot = 0; slot < s.slots; ++slot) {
-        const int position = layout().position(slot, s.seq_lens[b] + s.q_len - pad(b));
-        if (position < s.seq_lens[b]) continue;
+      const int last = s.seq_lens[b] + s.q_len - pad(b);
+      for (int position = s.seq_lens[b]; position < last; ++position) {
+        const int slot = layout().slot(position);
+        if (slot >= s.slots || !layout().survives(position, last)) continue;
         for (int h = 0; h < s.num_kv_heads; ++h) {
           for (int x = 0; x < s.head_dim; ++x) {
             k_cache.set(b, h, slot, x, k_new.get(b, h, position - s.seq_lens[b] + pad(b), x));

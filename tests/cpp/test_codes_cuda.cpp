@@ -88,7 +88,8 @@ struct Problem {
       side->scale.assign(heads * c.slots, std::nanf(""));
       std::vector<double> x(c.head_dim);
       for (size_t head = 0; head < heads; ++head) {
-        for (int slot = 0; slot < layout().used_slots(c.seq_lens[head / c.num_kv_heads]); ++slot) {
+        for (int slot = 0; slot < c.slots; ++slot) {
+          if (layout().position(slot, c.seq_lens[head / c.num_kv_heads]) < 0) continue;
           const double size = side == &k ? 1 : slot % 2 == 0 ? 1 / std::sqrt(c.apart) : std::sqrt(c.apart);
           for (double& y : x) y = std::exp2(slot % 5) * size * normal(engine);
           side->encode(x.data(), head * c.slots + slot);
@@ -97,8 +98,8 @@ struct Problem {
     }
   }
 
-  RingLayout layout() const { return {c.sink, c.window}; }
-  int pad(int b) const { return c.pad.empty() ? 0 : c.pad[b]; }
+  RingLayout layout() const { return {c.sink, c.window, c.slots}; }
+  int pad(int b) const { return c.pad.empty() ? 0 : std::clamp(c.pad[b], 0, c.q_len); }
   std::vector<double> fresh(const Side& side, size_t head, int column) const {
     std::vector<double> x(c.head_dim);
     for (int d = 0; d < c.head_dim; ++d)
@@ -264,6 +265,21 @@ TEST_CASE("decode over quantised rings") {
     for (const DType dtype : kBoth) {
       run({pair[0], pair[1], dtype, 2, 4, 1, 128, 36, 4, 32, {0, 3, 4, 35, 36, 37, 90}, {}}, true);
       run({pair[0], pair[1], dtype, 1, 3, 6, 64, 21, 5, 16, {0, 4, 50, 0}, {0, 1, 0, 6}}, true);
+    }
+  }
+}
+
+TEST_CASE("decode over quantised rings with slack, and windows over buffers for every token") {
+  if (no_device()) return;
+  for (const auto& pair : kPairs) {
+    if (pair[0] != pair[1]) continue;
+    for (const DType dtype : kBoth) {
+      run({pair[0], pair[1], dtype, 2, 4, 1, 128, 41, 4, 32, {0, 3, 4, 35, 36, 37, 40, 41, 42, 90}, {}}, true);
+      run({pair[0], pair[1], dtype, 1, 3, 6, 64, 41, 5, 16, {0, 4, 50, 0, 41, 36}, {0, 1, 0, 6, 0, -2}}, true);
+      run({pair[0], pair[1], dtype, 2, 4, 1, 64, 500, 20, 100, {0, 119, 120, 130, 480, 530, 900}, {}}, true);
+      run({pair[0], pair[1], dtype, 1, 2, 50, 64, 29, 4, 16, {0, 40, 7}, {3, 0, 50}}, true);  // in parts
+      run({pair[0], pair[1], dtype, 1, 2, 50, 64, 300, 4, 16, {0, 40, 7}, {3, 0, 60}}, true);
+      run({pair[0], pair[1], dtype, 2, 1, 30, 64, 15, 2, 10, {0, 31, 5}, {}}, false);
     }
   }
 }

@@ -126,6 +126,18 @@ TEST_CASE("decode over a ring") {
   check_all(shapes);
 }
 
+TEST_CASE("a ring with slack: nothing outside the window is read") {
+  std::vector<Shape> shapes;
+  for (int length : {0, 3, 4, 11, 12, 13, 17, 18, 30, 31, 100}) {
+    for (int slots : {13, 17, 200}) {
+      shapes.push_back({8, 2, 64, 1, slots, 4, 8, {length, length + 5}, {}});
+      shapes.push_back({2, 2, 64, 11, slots, 4, 8, {length, length}, {-1, 4}});
+      shapes.push_back({2, 1, 64, 40, slots, 4, 8, {length, length}, {0, 44}});
+    }
+  }
+  check_all(shapes);
+}
+
 TEST_CASE("prefill") {
   check_all({
       {4, 1, 64, 17, 64, 0, 0, {0}, {}},

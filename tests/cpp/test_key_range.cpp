@@ -9,7 +9,7 @@ namespace zigzag {
 
 TEST_CASE("key range lists every key that some query sees, once, and no other") {
   for (const RingLayout layout :
-       {RingLayout{0, 0}, RingLayout{0, 1}, RingLayout{3, 1}, RingLayout{4, 6}, RingLayout{9, 20}}) {
+       {RingLayout{0, 0, 0}, RingLayout{0, 1, 0}, RingLayout{3, 1, 0}, RingLayout{4, 6, 0}, RingLayout{9, 20, 0}}) {
     for (int first = 0; first <= 30; ++first) {
       for (int query = first; query < first + 14; ++query) {
         for (int last = query; last < query + 9; ++last) {

@@ -42,16 +42,19 @@ struct Case {
   bool cacheless = false;  // slots == 0
   int num_kv_heads = 2;
   float scale = 0.0f;  // 0: head_dim ** -0.5
+  int slack = 0;       // slots of a ring beyond sink + window
 
   int batch() const { return static_cast<int>(seq_lens.size()); }
   int num_q_heads() const { return group * num_kv_heads; }
-  int pad_of(int b) const { return pad.empty() ? 0 : pad[b]; }
+  int pad_of(int b) const { return pad.empty() ? 0 : std::clamp(pad[b], 0, q_len); }
   int slots() const {
     if (cacheless) return 0;
-    return window > 0 ? sink + window : *std::max_element(seq_lens.begin(), seq_lens.end()) + q_len + 1;
+    return window > 0 ? sink + window + slack : *std::max_element(seq_lens.begin(), seq_lens.end()) + q_len + 1;
   }
   float logit_scale() const { return scale != 0.0f ? scale : 1.0f / std::sqrt(static_cast<float>(head_dim)); }
-  int slot(int position) const { return window == 0 || position < sink ? position : sink + (position - sink) % window; }
+  int slot(int position) const {
+    return window == 0 || position < sink ? position : sink + (position - sink) % (window + slack);
+  }
   bool visible(int key, int query) const { return key <= query && (window == 0 || key < sink || key > query - window); }
 };
 
@@ -74,10 +77,10 @@ struct Inputs {
         for (int h = 0; h < c.num_q_heads(); ++h) fill(q.row(b, h, i), 1.5f);
         for (int h = 0; h < c.num_kv_heads; ++h) fill(k_new.row(b, h, i), 1.0f), fill(v_new.row(b, h, i), 1.0f);
       }
-      const int used = std::min(c.seq_lens[b], c.slots());
-      for (int h = 0; h < c.num_kv_heads; ++h) {
-        for (int slot = 0; slot < used; ++slot)
-          fill(k_cache.row(b, h, slot), 1.0f), fill(v_cache.row(b, h, slot), 1.0f);
+      for (int key = 0; key < c.seq_lens[b] && !c.cacheless; ++key) {
+        if (c.window > 0 && key >= c.sink && key < c.seq_lens[b] - c.window) continue;
+        for (int h = 0; h < c.num_kv_heads; ++h)
+          fill(k_cache.row(b, h, c.slot(key)), 1.0f), fill(v_cache.row(b, h, c.slot(key)), 1.0f);
       }
     }
   }
@@ -282,6 +285,22 @@ TEST_CASE("prefill over a ring equals the double reference") {
   for (const Case& c : cases) check_prefill(c);
 }
 
+TEST_CASE("prefill over a ring with slack reads nothing outside the window") {
+  if (no_device()) return;
+  for (const int slack : {1, 5, 20, 3000}) {
+    for (Case c :
+         std::vector<Case>{{"chunk fills sink and window and wraps", {0}, 100, 4, 16},
+                           {"ring filling and wrapping", {2, 4, 19, 20, 21, 25, 40, 41}, 18, 4, 16},
+                           {"chunk shorter than the window", {40, 300}, 20, 8, 64},
+                           {"window of one token", {0, 7}, 40, 3, 1},
+                           {"padded, also beyond the chunk", {0, 3, 21, 100}, 30, 4, 16, 4, 64, {5, 30, -2, 99}},
+                           {"default sizes", {0, 330, 5000}, 300, 64, 256, 4, 128}}) {
+      c.slack = slack;
+      check_prefill(c);
+    }
+  }
+}
+
 TEST_CASE("prefill serves every group size and head_dim") {
   if (no_device()) return;
   for (int head_dim : kHeadDims) {
@@ -339,9 +358,12 @@ TEST_CASE("append writes what survives and nothing else") {
       {"ring, much longer, padded", {0, 3, 100, 2}, 500, 4, 16, 1, 80, {0, 499, 490, 500}, DType::kFloat16, true},
       {"ring, no sink", {5}, 300, 0, 7, 1, 256},
       {"ring, sink longer than the chunk", {5}, 300, 400, 7, 1, 96},
+      {"ring, padding beyond the chunk", {5, 5}, 30, 4, 16, 1, 64, {-4, 31}},
   };
-  for (const Case& c : cases) {
-    INFO(c.name);
+  for (int i = 0; i < 2 * static_cast<int>(cases.size()); ++i) {
+    Case c = cases[i / 2];
+    c.slack = i % 2 * 6;
+    INFO(c.name, " slack ", c.slack);
     Inputs in(c);
     const OnDevice device(c, in);
     append_cuda(append_params(device.params(c, in)), nullptr);

@@ -118,7 +118,7 @@ struct Model {
   double error(int l, int q_len) const {
     const Layer& layer = layers[l];
     const CacheSpec& spec = scheduler.caches(l)[0];
-    const RingLayout ring{spec.sink, spec.window};
+    const RingLayout ring{spec.sink, spec.window, 0};
     const int heads = geometry.num_q_heads, group = heads / geometry.num_kv_heads, head_dim = geometry.head_dim;
     double worst = 0;
     for (int row = 0; row < kBatch * heads; ++row) {

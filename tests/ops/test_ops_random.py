@@ -7,10 +7,11 @@ case, and its seed repeats it. 20,000 per format on a GPU: ZIGZAG_RANDOM_CASES=2
 import math
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from op_cases import DTYPES, Case, check
+from op_cases import DTYPES, Case, check, lengths_after
 from quant_cases import CUDA_HEAD_DIMS, SAME, call, check_call, check_close, is_served, quantised, same
 
 from zigzag_ext.attention import ops
@@ -25,6 +26,14 @@ def near(rng: random.Random, *edges: int) -> int:
     return max(0, rng.choice(edges) + rng.randint(-2, 2))
 
 
+def random_rows(rng: random.Random, case: Case) -> Case:
+    """`case` with slack where it is a ring, and some with cache rows: any of them in any order, some skipped."""
+    slack = rng.choice([0, 0, 1, 3, 20, 64, 65, 500]) if case.window else 0
+    rows = rng.sample(range(len(case.seq_lens) + 2), len(case.seq_lens))
+    rows = [-1 if rng.random() < 0.2 else row for row in rows]
+    return replace(case, slack=slack, cache_rows=tuple(rows) if rng.random() < 0.3 else None)
+
+
 def random_case(rng: random.Random, device: str) -> Case:
     sink, window = rng.choice([0, 1, 4, 16, 64]), rng.choice([0, 0, 0, 1, 2, 7, 16, 64, 100, 256])
     if window:
@@ -33,7 +42,7 @@ def random_case(rng: random.Random, device: str) -> Case:
         edges = [0, 16, 64, 128, 512, rng.randint(0, 3000)]
     batch = rng.choice([1, 1, 2, 3, 5])
     q_len = rng.choice([1, 1, 1, 1, 2, 3, 4, 8, 16, 17, rng.randint(1, 16), rng.randint(17, 150)])
-    return Case(
+    case = Case(
         seq_lens=tuple(near(rng, *edges) for _ in range(batch)),
         q_len=q_len,
         group=rng.randint(1, ops.MAX_GROUP_SIZE),
@@ -41,12 +50,15 @@ def random_case(rng: random.Random, device: str) -> Case:
         head_dim=rng.choice(ops.HEAD_DIMS),
         sink=sink,
         window=window,
-        pad=tuple(rng.choice([0, 0, rng.randint(0, q_len), q_len]) for _ in range(batch)) if rng.random() < 0.3 else None,
+        pad=tuple(rng.choice([0, -2, rng.randint(0, q_len), q_len, q_len + 3]) for _ in range(batch))
+        if rng.random() < 0.3
+        else None,
         spare_slots=rng.choice([0, 1, 3, 70]),
         strided=rng.random() < 0.3,
         dtype=rng.choice(DTYPES[device]),
         device=device,
     )
+    return random_rows(rng, case)
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
@@ -70,7 +82,7 @@ def random_quantised_case(rng: random.Random, device: str, pair: tuple[str, str]
     batch, q_len = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 1, 2, 3, 4, 8, 16, 17, rng.randint(1, 16), rng.randint(17, 60)])
     head_dim = rng.choice(ops.HEAD_DIMS if device == "cpu" else CUDA_HEAD_DIMS)
     rope = q_len <= ops.MAX_DECODE_QUERIES and rng.random() < 0.3
-    return Case(
+    case = Case(
         seq_lens=tuple(near(rng, *edges) for _ in range(batch)),
         q_len=q_len,
         group=rng.choice([1, 2, 3, 4, 7, 8, 16]),
@@ -78,7 +90,9 @@ def random_quantised_case(rng: random.Random, device: str, pair: tuple[str, str]
         head_dim=head_dim,
         sink=sink,
         window=window,
-        pad=tuple(rng.choice([0, 0, rng.randint(0, q_len), q_len]) for _ in range(batch)) if rng.random() < 0.3 else None,
+        pad=tuple(rng.choice([0, -2, rng.randint(0, q_len), q_len, q_len + 3]) for _ in range(batch))
+        if rng.random() < 0.3
+        else None,
         spare_slots=rng.choice([0, 1, 3, 70]),
         strided=rng.random() < 0.3,
         rotary_dim=rng.choice([8, head_dim // 16 * 8, head_dim]) if rope else 0,
@@ -87,6 +101,7 @@ def random_quantised_case(rng: random.Random, device: str, pair: tuple[str, str]
         dtype=rng.choice(DTYPES[device]),
         device=device,
     )
+    return random_rows(rng, case)
 
 
 def exact_tables(inputs: dict, rng: torch.Generator) -> None:
@@ -146,14 +161,14 @@ def extreme_inputs(case: Case, pair: tuple[str, str], seed: int) -> dict:
 
 def in_pieces(inputs: dict, case: Case, rng: random.Random) -> torch.Tensor:
     """The call as several of fewer tokens; returns all their outputs."""
-    done, outs, lens = 0, [], inputs["seq_lens"].clone()
+    done, outs, given = 0, [], dict(inputs)
     while done < case.q_len:
         step = rng.randint(1, case.q_len - done)
         cut = {n: inputs[n][:, :, done : done + step] for n in ("q", "k_new", "v_new")}
         cut |= {n: inputs[n][:, done : done + step] for n in ("cos", "sin") if inputs.get(n) is not None}
-        pad = None if inputs["pad"] is None else (inputs["pad"] - done).clamp(0, step)
-        outs.append(call(inputs | cut | {"seq_lens": lens, "pad": pad}, case)[0])
-        lens = lens + step - (0 if pad is None else pad)
+        given |= cut | {"pad": None if inputs["pad"] is None else inputs["pad"] - done}
+        outs.append(call(given, case)[0])
+        given["seq_lens"] = lengths_after(given, step)
         done += step
     return torch.cat(outs, 2)
 
@@ -190,6 +205,9 @@ def test_what_random_quantised_cases_cover(device, pair):
     kinds = [kinds_of(torch.Generator().manual_seed(seed)) for seed in range(72)]
     assert all({kind[name] for kind in kinds} == {*KINDS} for name in "kv")
     assert any(max(c.seq_lens) > 2500 for c in cases) and any(c.pad for c in cases) and any(c.rotary_dim for c in cases)
+    assert {-1 in c.cache_rows for c in cases if c.cache_rows} == {True, False}
     if is_served(device, pair, 1):
+        slack = {(c.slack > 0, c.slack > 64, min(c.q_len, 17)) for c in cases if c.window}
+        assert {(False, False, 1), (True, False, 1), (True, True, 1), (True, False, 17)} <= slack
         wrapped = [c for c in cases if c.window and max(c.seq_lens) > c.sink + 2 * c.window]
         assert sum(c.q_len > 1 for c in wrapped) >= 5 and any(1 < c.window < c.q_len for c in wrapped)

@@ -14,7 +14,7 @@ FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `ops.attention`; `seq_lens` fixes the batch. Slots that hold no token yet are NaN."""
+    """One call of `ops.attention`; `seq_lens` fixes the batch. Slots that hold nothing a query may see are NaN."""
 
     seq_lens: tuple[int, ...]
     q_len: int = 1
@@ -24,6 +24,8 @@ class Case:
     sink: int = 0
     window: int = 0
     pad: tuple[int, ...] | None = None
+    slack: int = 0  # slots of a ring beyond sink + window
+    cache_rows: tuple[int, ...] | None = None  # of each batch row, -1: skipped; the caches have two rows more than any names
     spare_slots: int = 3  # free slots of a full cache after the call
     strided: bool = False  # caches and q are views into larger, differently ordered memory
     rotary_dim: int = 0  # > 0: the op applies RoPE, by random tables whose halves differ
@@ -35,14 +37,36 @@ class Case:
 
     @property
     def slots(self) -> int:
-        return self.sink + self.window if self.window else max(self.seq_lens) + self.q_len + self.spare_slots
+        return self.sink + self.window + self.slack if self.window else max(self.seq_lens) + self.q_len + self.spare_slots
+
+    @property
+    def rows(self) -> list[int]:
+        """The cache row of each batch row."""
+        return list(range(len(self.seq_lens)) if self.cache_rows is None else self.cache_rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each cache row; of rows that no batch row names, a number that is not true."""
+        if self.cache_rows is None:
+            return list(self.seq_lens)
+        named = {row: length for row, length in zip(self.cache_rows, self.seq_lens, strict=True) if row >= 0}
+        return [named.get(row, 11) for row in range(max((*named, -1)) + 3)]
+
+    def held(self, row: int) -> torch.Tensor:
+        """[slots] positions that a cache row holds, -1 where nothing or where no batch row names it."""
+        if row not in self.rows:
+            return torch.full((self.slots,), -1)
+        return reference.position_of(self.slots, self.lengths[row], self.sink, self.window)
+
+    def pad_of(self, b: int) -> int:
+        return min(max(self.pad[b], 0), self.q_len) if self.pad else 0
 
     def build(self, seed: int = 0) -> dict[str, torch.Tensor | None]:
         """q, k_new, v_new, k_cache, v_cache, seq_lens and pad by name; with RoPE also cos and sin."""
         rng = torch.Generator().manual_seed(seed)
         batch, num_q_heads = len(self.seq_lens), self.num_kv_heads * self.group
 
-        def random(heads, tokens):
+        def random(heads, tokens, batch=batch):
             if self.strided:  # tokens before heads in memory, with unused columns beyond head_dim
                 base = torch.randn(batch, tokens, heads, self.head_dim + 16, generator=rng).to(self.dtype).to(self.device)
                 return base[..., : self.head_dim].transpose(1, 2)
@@ -53,13 +77,14 @@ class Case:
             built["q"] = random(num_q_heads, self.q_len)
         for name in ("k", "v"):
             built[f"{name}_new"] = random(self.num_kv_heads, self.q_len)
-            cache = random(self.num_kv_heads, self.slots)
-            for b, length in enumerate(self.seq_lens):
-                held = reference.position_of(self.slots, length, self.sink, self.window)
-                cache[b][:, held < 0] = torch.nan
+            cache = random(self.num_kv_heads, self.slots, len(self.lengths))
+            for row in range(len(self.lengths)):
+                cache[row][:, self.held(row) < 0] = torch.nan
             built[f"{name}_cache"] = cache
-        built["seq_lens"] = torch.tensor(self.seq_lens, dtype=torch.int32, device=self.device)
+        built["seq_lens"] = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
         built["pad"] = None if self.pad is None else torch.tensor(self.pad, dtype=torch.int32, device=self.device)
+        if self.cache_rows is not None:
+            built["cache_rows"] = torch.tensor(self.cache_rows, dtype=torch.int32, device=self.device)
         if self.rotary_dim:
             for name in ("cos", "sin"):
                 size = (1 if self.shared_table else batch, self.q_len, self.rotary_dim + 8)  # rows apart by more than they hold
@@ -75,6 +100,16 @@ def call(op_inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return ops.attention(**op_inputs, sink=case.sink, window=case.window, scale=case.head_dim**-0.5)
 
 
+def lengths_after(inputs: dict, tokens: int) -> torch.Tensor:
+    """seq_lens once `tokens` columns, of which `pad` are padding, have been appended."""
+    rows, pad = inputs.get("cache_rows"), inputs["pad"]
+    added = torch.full_like(inputs["seq_lens"] if rows is None else rows, tokens)
+    added = added if pad is None else added - pad.clamp(0, tokens)
+    if rows is None:
+        return inputs["seq_lens"] + added
+    return inputs["seq_lens"].index_add(0, rows[rows >= 0], added[rows >= 0])
+
+
 def after_rope(inputs: dict) -> dict:
     """The inputs of the call without cos and sin that means the same."""
     if inputs.get("cos") is None:
@@ -87,7 +122,7 @@ def specification(inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor,
     """out, lse, k_cache, v_cache of `reference.attention` in float64 on the CPU."""
     inputs = after_rope(inputs)  # before the step to float64: rotated queries and keys are rounded to the dtype
     wide = {n: None if t is None else t.cpu() if t.dtype == torch.int32 else t.cpu().double() for n, t in inputs.items()}
-    options = {"sink": case.sink, "window": case.window, "scale": case.head_dim**-0.5}
+    options = {"sink": case.sink, "window": case.window, "scale": case.head_dim**-0.5, "cache_rows": wide.get("cache_rows")}
     out, lse = reference.attention(*(wide[n] for n in TENSORS), pad=wide["pad"], **options)
     return out, lse, wide["k_cache"], wide["v_cache"]
 
@@ -97,14 +132,14 @@ def torch_error(inputs: dict, case: Case, expected: torch.Tensor) -> float:
     import torch.nn.functional as F
 
     worst, inputs = 0.0, after_rope(inputs)
-    for b, length in enumerate(case.seq_lens):
-        first = case.pad[b] if case.pad else 0
-        if first == case.q_len:
+    for b, (row, length) in enumerate(zip(case.rows, case.seq_lens, strict=True)):
+        first = case.pad_of(b)
+        if first == case.q_len or row < 0:
             continue
-        held = reference.position_of(case.slots, length, case.sink, case.window, case.device)
+        held = case.held(row).to(case.device)
         query = length + torch.arange(case.q_len - first, device=case.device)
         key = torch.cat([held[held >= 0], query])
-        k, v = (torch.cat([inputs[f"{n}_cache"][b][:, held >= 0], inputs[f"{n}_new"][b, :, first:]], 1) for n in "kv")
+        k, v = (torch.cat([inputs[f"{n}_cache"][row][:, held >= 0], inputs[f"{n}_new"][b, :, first:]], 1) for n in "kv")
         mask = reference.visible(key, query[:, None], case.sink, case.window)
         k, v = (t.repeat_interleave(case.group, 0)[None] for t in (k, v))
         out = F.scaled_dot_product_attention(inputs["q"][b : b + 1, :, first:], k, v, mask, scale=case.head_dim**-0.5)

@@ -41,9 +41,8 @@ def quantised(case: Case, pair: tuple[str, str], seed: int = 0, alter=None) -> d
         plain, scale = inputs[f"{name}_cache"], None
         if kv_format != "none":
             codes, scale = reference.encode(plain.cpu(), ops.KV_FORMATS[kv_format])
-            for b, length in enumerate(case.seq_lens):
-                held = reference.position_of(case.slots, length, case.sink, case.window)
-                garbage(codes, scale, held < 0, b)
+            for row in range(len(case.lengths)):
+                garbage(codes, scale, case.held(row) < 0, row)
             codes, scale = codes.to(case.device), scale.to(case.device)
             if case.strided:
                 codes, scale = in_token_order(codes, 16), in_token_order(scale, 0)
@@ -64,7 +63,8 @@ def specification(inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor,
     for name in "kv":
         if wide[f"{name}_scale"] is None:
             wide[f"{name}_cache"] = wide[f"{name}_cache"].double()
-    options = {n: wide[n] for n in ("pad", "k_scale", "v_scale")} | {"sink": case.sink, "window": case.window}
+    options = {n: wide.get(n) for n in ("pad", "cache_rows", "k_scale", "v_scale")}
+    options |= {"sink": case.sink, "window": case.window}
     out, lse = reference.attention(*(wide[n] for n in TENSORS), **options, scale=case.head_dim**-0.5)
     return out, lse, wide
 

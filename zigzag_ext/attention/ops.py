@@ -125,7 +125,10 @@ def attention(
             one. On the CPU the numbers are checked; on CUDA one that does not exist skips its row.
         out, lse: where to write, shaped like what is returned; out in any strides with head_dim contiguous. Made if None.
         sink, window: `window=0` marks a full cache (retrieval layer). `window >= 1` marks a ring (streaming layer): the query
-            at position p sees [0, sink) and (p - window, p]. It has sink + window slots.
+            at position p sees [0, sink) and (p - window, p]. It has slots >= sink + window, of which those past sink are used
+            in turns. With slots - sink - window = slack it can take back its last slack + 1 tokens: by lower seq_lens alone.
+            So the caches of a full layer may be attended as a ring, too: what is outside the window is not read, and need
+            not have memory.
         scale: factor on q . k; default head_dim ** -0.5.
         workspace: from `new_workspace`; a fresh one is made if None, which costs an allocation per call on CUDA.
         k_scale, v_scale: [batch, num_kv_heads, slots] float32, one scale per vector of a quantised cache; written to. On a GPU,

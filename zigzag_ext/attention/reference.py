@@ -10,20 +10,26 @@ import torch
 from torch import Tensor
 
 
-def slot_of(position: Tensor, sink: int, window: int) -> Tensor:
-    """Cache slot of each position. `window == 0` marks a full cache, where slot = position."""
+def slot_of(position: Tensor, slots: int, sink: int, window: int) -> Tensor:
+    """Slot of each position in a cache of `slots` slots. `window == 0` marks a full cache, where slot = position.
+
+    Of a ring slots >= sink + window: the slots past sink are used in turns. With slack = slots - sink - window it can take back
+    its last slack + 1 tokens, by a length that is so much less: what they overwrote no later query sees.
+    """
     if window == 0:
         return position
-    return torch.where(position < sink, position, sink + (position - sink) % window)
+    return torch.where(position < sink, position, sink + (position - sink) % (slots - sink))
 
 
 def position_of(slots: int, length: int, sink: int, window: int, device=None) -> Tensor:
-    """Position held by each of `slots` slots after `length` tokens, -1 where nothing was written. Shape [slots], int64."""
+    """Position of what each slot holds of the `length` tokens of a full cache, or of the first `sink` and last `window`
+    tokens of a ring; -1 where there is none: that slot may hold anything, or have no memory. Shape [slots], int64.
+    """
     held = torch.full((slots,), -1, dtype=torch.int64, device=device)
     position = torch.arange(length, device=device)
     if window:
         position = position[(position < sink) | (position >= length - window)]
-    held[slot_of(position, sink, window)] = position
+    held[slot_of(position, slots, sink, window)] = position
     return held
 
 
@@ -120,12 +126,15 @@ def append(
 
     Slots past the capacity are skipped. A quantised cache is one of a dtype in `MAX_CODE`; see `encode`.
     """
+    slots = k_cache.shape[2]
+    if slots == 0:
+        return
     for b, row, length, first in rows_of(seq_lens, pad, cache_rows, k_new.shape[0], k_new.shape[2]):
         position = length + torch.arange(k_new.shape[2] - first, device=k_new.device)
-        keep = slot_of(position, sink, window) < k_cache.shape[2]
+        keep = slot_of(position, slots, sink, window) < slots
         if window and position.numel():
-            keep &= (position < sink) | (position > position[-1] - window)
-        slot = slot_of(position[keep], sink, window)
+            keep &= (position < sink) | (position > position[-1] - (slots - sink))
+        slot = slot_of(position[keep], slots, sink, window)
         for cache, scale, new in ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new)):
             vectors = new[b, :, first:][:, keep]
             if scale is None:

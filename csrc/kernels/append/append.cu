@@ -10,19 +10,21 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Tokens per row that may have to be written: of a long chunk a ring keeps the first `sink` and the last `window`.
+ZZ_HOST_DEVICE RingLayout ring_layout(const AppendParams& p) { return {p.sink, p.window, p.slots}; }
+
+// Tokens per row that may have to be written: of a long chunk a ring keeps the first `sink` and the last `span`.
 ZZ_HOST_DEVICE int candidate_tokens(const AppendParams& p) {
-  const bool compact = p.window > 0 && p.q_len - p.sink > p.window;
-  return compact ? p.sink + p.window : p.q_len;
+  const bool compact = p.window > 0 && p.q_len > p.slots;
+  return compact ? p.slots : p.q_len;
 }
 
 // Chunk column of candidate `i` of a row, or -1 if that token is padding, does not survive the chunk, or is listed
 // twice.
 __device__ __forceinline__ int candidate_column(const AppendParams& p, int i, const ChunkRow& row) {
   const auto [cache_row, length, pad] = row;
-  const RingLayout layout{p.sink, p.window};
+  const RingLayout layout = ring_layout(p);
   const bool compact = candidate_tokens(p) < p.q_len;
-  const int column = !compact ? i : i < p.sink ? pad + i : p.q_len - p.window + (i - p.sink);
+  const int column = !compact ? i : i < p.sink ? pad + i : p.q_len - layout.span() + (i - p.sink);
   const int position = length + column - pad;
   if (column < pad || column >= p.q_len) return -1;
   if (compact && (i < p.sink) != (position < p.sink)) return -1;
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const ChunkRow row = chunk_row(p, batch);
   const int column = candidate_column(p, candidate, row);
   if (column < 0) return;
-  const int slot = RingLayout{p.sink, p.window}.slot(row.length + column - row.pad);
+  const int slot = ring_layout(p).slot(row.length + column - row.pad);
   if (slot >= p.slots) return;
 
   const int new_head = p.heads(head);
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) append_codes_kernel(const __grid_con
   const ChunkRow row = chunk_row(p, batch);
   const int column = candidate_column(p, candidate, row);
   if (column < 0) return;
-  const int slot = RingLayout{p.sink, p.window}.slot(row.length + column - row.pad);
+  const int slot = ring_layout(p).slot(row.length + column - row.pad);
   if (slot >= p.slots) return;
 
   const bool held = lane < p.head_dim / 8;

@@ -24,7 +24,7 @@ inline int64_t stride_bytes(KvFormat format, DType dtype) {
 template <class Params>
 inline void append_head(const Params& p, int b, int head) {
   const ChunkRow row = chunk_row(p, b);
-  const RingLayout layout{p.sink, p.window};
+  const RingLayout layout{p.sink, p.window, p.slots};
   const int new_head = p.heads(head);
   const auto store = [&](const void* from, const Strides& from_stride, int column, const KvStore& to, void* cache,
                          const Strides& to_stride, int slot) {

@@ -174,7 +174,7 @@ class CpuAttention {
     load_queries(t, block);
     const int first_query = length + std::max(first_column, pad) - pad;
     const int last_query = length + end_column - 1 - pad;
-    const RingLayout layout{p_.sink, p_.window};
+    const RingLayout layout{p_.sink, p_.window, p_.slots};
     const KeyRuns keys = visible_runs(layout, p_.slots, length, pad, first_query, last_query);
     const int64_t split_begin = static_cast<int64_t>(t.split) * plan_.rows[t.b].split_keys;
     const int64_t split_end = std::min<int64_t>(keys.num_keys, split_begin + plan_.rows[t.b].split_keys);

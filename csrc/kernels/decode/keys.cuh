@@ -7,6 +7,10 @@
 //   full cache  the slots in use ++ new tokens; of codes the slots in use after the append ++ tokens that find no slot
 //   ring        all slots ++ new tokens
 //
+// Of a ring with slack, whose slots outside the window may have no memory, the list is by position:
+// the sinks in use ++ the window, oldest key first, which in slots is one run, or two where it wraps ++ new tokens.
+// Only where a call is sure that all slots have memory it stays with the slots, and hides those outside the window.
+//
 // A listed token is read from k_new / v_new and never from the cache, so appending it needs no ordering against the
 // reads of its own slot. A token that a full cache of codes takes is not encoded twice: the block that attends its slot
 // appends it first, then reads it like any other. (Several row blocks of a head all do so, with the same bytes.)
@@ -73,6 +77,12 @@ __device__ __forceinline__ uint32_t advance_chunks(uint32_t address, int chunks)
   return (address ^ ((chunks % 8) << 4)) + ((chunks / 8) << 7);
 }
 
+// What the launch has decided about lists of keys.
+struct KeyParams : AttentionParams {
+  bool by_position;   // of a ring: the list is by position
+  bool length_first;  // kSingle: no load before the length is known, as slots past it may have no memory
+};
+
 struct Keys {
   int batch;
   int cache_row;  // of the caches and their scales; 0 where the row is skipped, whose list is empty
@@ -87,21 +97,26 @@ struct Keys {
   int fresh;         // new tokens
   int slots_length;  // the length at which the slots of the list are to be understood
   int used;          // slots in use: of a list in place, and of codes, after the append
-  int replaced;      // slot whose place in the list the new token takes, -1: none
+  int replaced;      // key whose place in the list the new token takes, -1: none
   int unmasked;      // leading keys of the list that every row attends
+  // Of a ring listed by position: the position of the first key of the window, key `sink` of the list, and how far its
+  // slot is from its place in the list.
+  int window_begin, shift;
+  // Of a ring listed by slots, in place: the slots outside the window, `hidden` of them from first_hidden on, in turns.
+  int first_hidden, hidden;
 };
 
-__device__ __forceinline__ RingLayout ring_layout(const AttentionParams& p) { return {p.sink, p.window}; }
+__device__ __forceinline__ RingLayout ring_layout(const KeyParams& p) { return {p.sink, p.window, p.slots}; }
 
 // Whether the one new token takes its slot's place in the list. Geometry only.
 template <class S>
-__device__ __forceinline__ bool in_place(const AttentionParams& p) {
+__device__ __forceinline__ bool in_place(const KeyParams& p) {
   return S::kSingle || (S::kRing && !S::kCodes && p.q_len == 1 && p.slots > 0);
 }
 
 // Everything but what needs the length and the padding: those are only asked for, so that loads can start behind them.
 template <class S>
-__device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch, int kv_head) {
+__device__ __forceinline__ Keys locate_keys(const KeyParams& p, int batch, int kv_head) {
   Keys keys = {};
   const ChunkRow row = chunk_row(p, batch);
   keys.length = row.length;
@@ -120,8 +135,45 @@ __device__ __forceinline__ Keys locate_keys(const AttentionParams& p, int batch,
   return keys;
 }
 
+// Lists a ring by position: the sinks in use, then positions [begin, end).
+__device__ __forceinline__ void list_window(const KeyParams& p, Keys& keys, int begin, int end) {
+  if (keys.stored == 0) return;  // a row that is skipped
+  keys.window_begin = begin;
+  keys.stored = keys.used = min(end, p.sink + max(0, end - begin));
+  keys.shift = end > p.sink ? ring_layout(p).slot(begin) - p.sink : 0;
+}
+
+// The keys of one new token, which are all that its list has.
+__device__ __forceinline__ void list_ring_in_place(const KeyParams& p, Keys& keys) {
+  const int length = keys.slots_length, kept = p.sink + p.window;
+  if (p.by_position) {
+    list_window(p, keys, max(p.sink, length - p.window), length);
+    if (keys.fresh == 1) keys.replaced = keys.used - 1;
+    keys.unmasked = keys.used;
+    return;
+  }
+  if (keys.fresh == 1) keys.replaced = ring_layout(p).slot(keys.length);
+  keys.used = keys.unmasked = min(length, p.slots);
+  if (p.slots == kept || length <= kept) return;
+  keys.used = p.slots, keys.unmasked = p.sink;
+  keys.hidden = p.slots - kept;
+  keys.first_hidden = keys.replaced + 1 < p.slots ? keys.replaced + 1 : p.sink;
+}
+
+// Whether a ring listed by slots, in place, hides the key that a slot holds.
+__device__ __forceinline__ bool is_hidden(const KeyParams& p, const Keys& keys, int slot) {
+  const int turn = slot - keys.first_hidden;
+  return slot >= p.sink && (turn < 0 ? turn + p.slots - p.sink : turn) < keys.hidden;
+}
+
+// Whether the one new token of a list in place attends a key of the list.
 template <class S>
-__device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys) {
+__device__ __forceinline__ bool is_attended(const KeyParams& p, const Keys& keys, int key) {
+  return key < keys.used && !(S::kRing && keys.hidden > 0 && is_hidden(p, keys, key));
+}
+
+template <class S>
+__device__ __forceinline__ void settle_keys(const KeyParams& p, Keys& keys) {
   if constexpr (S::kCodes) {  // to this launch's part of the columns
     keys.first -= p.columns_before;
     keys.length += max(0, -keys.first);
@@ -134,12 +186,20 @@ __device__ __forceinline__ void settle_keys(const AttentionParams& p, Keys& keys
   if (in_place<S>(p)) {
     keys.listed = 0;
     keys.slots_length += keys.fresh;
-    // Of a full cache without a free slot the new token is one key more.
-    if (keys.fresh == 1) keys.replaced = S::kRing ? ring_layout(p).slot(keys.length) : min(keys.length, p.slots);
-    keys.used = keys.unmasked = S::kRing ? min(keys.slots_length, p.slots) : min(keys.length, p.slots) + keys.fresh;
+    if (S::kRing) {
+      list_ring_in_place(p, keys);
+    } else {
+      // Of a full cache without a free slot the new token is one key more.
+      if (keys.fresh == 1) keys.replaced = min(keys.length, p.slots);
+      keys.used = keys.unmasked = min(keys.length, p.slots) + keys.fresh;
+    }
   } else if (S::kRing) {
-    keys.used = min(keys.slots_length, p.slots);
     keys.unmasked = 0;
+    if (p.by_position) {  // the first query sees one key of the past less than the window has
+      list_window(p, keys, max(p.sink, keys.length - p.window + 1), keys.length);
+    } else {
+      keys.used = min(keys.slots_length, p.slots);
+    }
   } else {
     keys.unmasked = min(keys.length, p.slots);
     keys.stored = keys.used = S::kCodes ? min(keys.length + keys.fresh, p.slots) : keys.unmasked;
@@ -152,20 +212,37 @@ __device__ __forceinline__ int listed_token(const Keys& keys, int key) {
   return keys.fresh - keys.listed + key - keys.stored;
 }
 
-// Warp steps over the list. At least one, so that an empty list still writes its outputs. Of a ring independent of the
-// length.
+// Warp steps over the list. At least one, so that an empty list still writes its outputs. Of a ring listed by slots
+// independent of the length.
 template <class S>
-__device__ __forceinline__ int count_items(const AttentionParams& p, const Keys& keys) {
-  if (S::kSingle) return max(1, ((S::kRing ? p.slots : keys.used) + kTileKeys - 1) / kTileKeys);
+__device__ __forceinline__ int count_items(const KeyParams& p, const Keys& keys) {
+  if (S::kSingle) return max(1, ((S::kRing && !p.by_position ? p.slots : keys.used) + kTileKeys - 1) / kTileKeys);
   const int listed = !S::kRing ? keys.listed : in_place<S>(p) ? 0 : p.q_len;
   return max(1, (keys.stored + listed + kTileKeys - 1) / kTileKeys);
 }
 
 // Position of a key of the list, -1 where there is none.
 template <class S>
-__device__ __forceinline__ int key_position(const AttentionParams& p, const Keys& keys, int key) {
-  if (key < keys.stored) return S::kRing ? ring_layout(p).position(key, keys.slots_length) : key;
-  return key < keys.stored + keys.listed ? keys.length + listed_token(keys, key) : -1;
+__device__ __forceinline__ int key_position(const KeyParams& p, const Keys& keys, int key) {
+  if (key >= keys.stored) return key < keys.stored + keys.listed ? keys.length + listed_token(keys, key) : -1;
+  if (!S::kRing) return key;
+  if (p.by_position) return key < p.sink ? key : keys.window_begin + key - p.sink;
+  return ring_layout(p).position(key, keys.slots_length);
+}
+
+// Slot of a key of the list that is in the cache.
+template <class S>
+__device__ __forceinline__ int key_slot(const KeyParams& p, const Keys& keys, int key) {
+  if (!S::kRing || !p.by_position || key < p.sink) return key;
+  const int slot = key + keys.shift;
+  return slot < p.slots ? slot : slot - (p.slots - p.sink);
+}
+
+// Whether the keys of a tile that is all slots lie in slots that follow one another.
+template <class S>
+__device__ __forceinline__ bool is_one_run(const KeyParams& p, const Keys& keys, int tile) {
+  if (!S::kRing || !p.by_position) return true;
+  return key_slot<S>(p, keys, tile + kTileKeys - 1) - key_slot<S>(p, keys, tile) == kTileKeys - 1;
 }
 
 // How the lanes of a warp share a tile: kWide lanes along a row, so that they read whole 32 to 512 byte pieces, the
@@ -178,7 +255,7 @@ struct TileLanes {
 };
 
 // First column of the chunk of this head, of V or of K.
-__device__ __forceinline__ const char* new_tokens(const AttentionParams& p, const Keys& keys, bool is_v) {
+__device__ __forceinline__ const char* new_tokens(const KeyParams& p, const Keys& keys, bool is_v) {
   const int64_t batch_stride = is_v ? p.v_new_stride.batch : p.k_new_stride.batch;
   const int64_t head_stride = is_v ? p.v_new_stride.head : p.k_new_stride.head;
   return static_cast<const char*>(is_v ? p.v_new : p.k_new) + 2 * (keys.batch * batch_stride + keys.head * head_stride);
@@ -187,7 +264,7 @@ __device__ __forceinline__ const char* new_tokens(const AttentionParams& p, cons
 // Starts the copy of tile `item` of the list into a stage of the calling warp's ring. Keys that are neither cached nor
 // new become zeros: a slot that was never written may hold NaN.
 template <class S>
-__device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& keys, int item, uint32_t stage) {
+__device__ __forceinline__ void load_tile(const KeyParams& p, const Keys& keys, int item, uint32_t stage) {
   using Lanes = TileLanes<S>;
   const int lane = threadIdx.x % 32;
   const int row = lane / Lanes::kWide, column = lane % Lanes::kWide;
@@ -205,10 +282,11 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
     }
   };
 
-  if (tile + kTileKeys <= keys.stored) {
+  if (tile + kTileKeys <= keys.stored && is_one_run<S>(p, keys, tile)) {
     const auto copy = [](uint32_t to, const char* from) { cuda::cp_async_16(to, from, true); };
-    const char* k = keys.k + static_cast<int64_t>(tile + row) * k_step + column * 16;
-    const char* v = keys.v + static_cast<int64_t>(tile + row) * v_step + column * 16;
+    const int64_t slot = key_slot<S>(p, keys, tile) + row;
+    const char* k = keys.k + slot * k_step + column * 16;
+    const char* v = keys.v + slot * v_step + column * 16;
 #pragma unroll
     for (int i = 0; i < kTileKeys; i += Lanes::kTall) copy_row(k_stage, i, k + static_cast<int64_t>(i) * k_step, copy);
 #pragma unroll
@@ -226,8 +304,9 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
     const bool cached = key < keys.stored, valid = cached || (!S::kSingle && key < keys.stored + keys.listed);
     const char *k = k_new, *v = v_new;
     if (cached) {
-      k = keys.k + static_cast<int64_t>(key) * k_step + column * 16;
-      v = keys.v + static_cast<int64_t>(key) * v_step + column * 16;
+      const int64_t slot = key_slot<S>(p, keys, key);
+      k = keys.k + slot * k_step + column * 16;
+      v = keys.v + slot * v_step + column * 16;
     } else if (valid) {
       const int64_t token = keys.first + listed_token(keys, key);
       k += 2 * token * p.k_new_stride.token;
@@ -240,157 +319,5 @@ __device__ __forceinline__ void load_tile(const AttentionParams& p, const Keys& 
     copy_row(v_stage, i, v, copy);
   }
 }
-
-// Address of a quad in a swizzled row of shared memory.
-template <class S>
-__device__ __forceinline__ uint2* quad_at(char* rows, int row, int quad) {
-  return reinterpret_cast<uint2*>(rows + swizzled(row, quad / 2, S::kRowBytes) + quad % 2 * 8);
-}
-
-// The one new token of a list in place, K row then V row, spread over the lanes of a warp by pairs of quads: lane
-// `pair` holds K's pair of that number.
-template <class S>
-struct NewToken {
-  static constexpr int kPieces = (2 * S::kChunks + 31) / 32;
-  uint4 piece[kPieces];
-
-  __device__ __forceinline__ static QuadPair quads(const AttentionParams& p, int chunk) {
-    return chunk < S::kChunks ? quads_of(chunk, turning_pairs(p)) : quads_of(chunk - S::kChunks, 0);
-  }
-
-  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys) {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int chunk = threadIdx.x % 32 + 32 * i;
-      if (chunk >= 2 * S::kChunks) continue;
-      piece[i] = load_pair(new_tokens(p, keys, chunk >= S::kChunks), quads(p, chunk));
-    }
-  }
-
-  // `turn` is that of pair `lane` at the token's position.
-  __device__ __forceinline__ void rotate(const AttentionParams& p, const Turn<typename S::Element>& turn) {
-    if (threadIdx.x % 32 < turning_pairs(p)) piece[0] = turn.apply(p, piece[0]);
-  }
-
-  __device__ __forceinline__ void store(const AttentionParams& p, char* stage, int row) const {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int chunk = threadIdx.x % 32 + 32 * i;
-      if (chunk >= 2 * S::kChunks) continue;
-      char* rows = stage + (chunk < S::kChunks ? 0 : S::kTileBytes);
-      const QuadPair to = quads(p, chunk);
-      *quad_at<S>(rows, row, to.low) = make_uint2(piece[i].x, piece[i].y);
-      *quad_at<S>(rows, row, to.high) = make_uint2(piece[i].z, piece[i].w);
-    }
-  }
-
-  // Appends the token to the cache.
-  __device__ __forceinline__ void append(const AttentionParams& p, const Keys& keys, int slot) const {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int chunk = threadIdx.x % 32 + 32 * i;
-      if (chunk >= 2 * S::kChunks) continue;
-      const bool is_v = chunk >= S::kChunks;
-      const int64_t offset = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token);
-      store_pair(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * offset, quads(p, chunk), piece[i]);
-    }
-  }
-};
-
-// Brings a loaded tile of a list in place up to date: the new token in its slot's place, zeros for the values of unused
-// slots. (Those may hold NaN, which a weight of zero would not silence; their keys do not matter, the mask overwrites
-// the logits.) The warp that replaces the slot in its tile also appends the token: nobody else reads the slot. Past the
-// capacity there is no slot, only a key.
-template <class S>
-__device__ __forceinline__ void repair_tile(const AttentionParams& p, const Keys& keys, int item, char* stage,
-                                            const NewToken<S>& token) {
-  const int tile = item * kTileKeys;
-  if (tile + kTileKeys > keys.used && tile < keys.stored) {
-    const int from = max(keys.used - tile, 0), until = min(keys.stored - tile, kTileKeys);
-#pragma unroll 1
-    for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
-      char* target = stage + S::kTileBytes + swizzled(i / S::kChunks, i % S::kChunks, S::kRowBytes);
-      *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
-    }
-  }
-  if (keys.replaced >= tile && keys.replaced < tile + kTileKeys) {
-    token.store(p, stage, keys.replaced - tile);
-    if (keys.replaced < p.slots) token.append(p, keys, keys.replaced);
-  }
-}
-
-// Rotates the new keys of a loaded tile, of a list that has them after the slots.
-template <class S>
-__device__ __forceinline__ void rotate_tile(const AttentionParams& p, const Keys& keys, int item, char* stage) {
-  const int tile = item * kTileKeys, turning = turning_pairs(p);
-  const int from = max(keys.stored - tile, 0), until = min(keys.stored + keys.listed - tile, kTileKeys);
-#pragma unroll 1
-  for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
-    const int row = i / S::kChunks, pair = i % S::kChunks;
-    if (pair >= turning) continue;
-    const QuadPair quads = quads_of(pair, turning);
-    Turn<typename S::Element> turn;
-    turn.load(p, keys.batch, keys.first + listed_token(keys, tile + row), quads);
-    uint2 *low = quad_at<S>(stage, row, quads.low), *high = quad_at<S>(stage, row, quads.high);
-    const uint4 turned = turn.apply(p, make_uint4(low->x, low->y, high->x, high->y));
-    *low = make_uint2(turned.x, turned.y), *high = make_uint2(turned.z, turned.w);
-  }
-}
-
-// One pair of quads of a new key or value on its way to its slot, of one lane. Pieces are numbered through new tokens:
-// kPerToken of each, keys first.
-template <class S>
-struct NewPair {
-  static constexpr int kPerToken = 2 * S::kChunks;
-  uint4 data;
-
-  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys, int i) {
-    const bool is_v = i / S::kChunks % 2 != 0;
-    const int column = keys.first + i / kPerToken;
-    const char* token = new_tokens(p, keys, is_v) + 2 * column * (is_v ? p.v_new_stride.token : p.k_new_stride.token);
-    data = load_pair(token, quads_of(i % S::kChunks, is_v ? 0 : turning_pairs(p)));
-  }
-
-  __device__ __forceinline__ void append(const AttentionParams& p, const Keys& keys, int i, int slot) const {
-    const bool is_v = i / S::kChunks % 2 != 0;
-    const int pair = i % S::kChunks, turning = is_v ? 0 : turning_pairs(p);
-    const QuadPair quads = quads_of(pair, turning);
-    uint4 turned = data;
-    if (pair < turning) {
-      Turn<typename S::Element> turn;
-      turn.load(p, keys.batch, keys.first + i / kPerToken, quads);
-      turned = turn.apply(p, data);
-    }
-    const int64_t target = slot * (is_v ? p.v_cache_stride.token : p.k_cache_stride.token);
-    store_pair(const_cast<char*>(is_v ? keys.v : keys.k) + 2 * target, quads, turned);
-  }
-};
-
-// New tokens on their way to their slots, their pieces shared among the lanes or warps of one or several blocks. The
-// first pieces can be asked for long before they are appended.
-template <class S>
-struct NewTokens {
-  using Piece = typename S::NewPiece;
-  Piece piece;
-  int next, end;  // pieces: the one that is under way, the first one not to append
-
-  // Tokens [from, until), of which the caller takes pieces `first`, `first` + step, ... of append().
-  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys, int from, int until, int first) {
-    next = from * Piece::kPerToken + first, end = until * Piece::kPerToken;
-    if (next < end) piece.load(p, keys, next);
-  }
-
-  // Skips what a ring would overwrite within this chunk and what lies past the capacity.
-  __device__ __forceinline__ void append(const AttentionParams& p, const Keys& keys, int step) {
-    const RingLayout layout = ring_layout(p);
-#pragma unroll 1
-    while (next < end) {
-      const int position = keys.length + next / Piece::kPerToken, slot = layout.slot(position);
-      if (slot < p.slots && layout.survives(position, keys.length + keys.fresh)) piece.append(p, keys, next, slot);
-      next += step;
-      if (next < end) piece.load(p, keys, next);
-    }
-  }
-};
 
 }  // namespace zigzag::attend

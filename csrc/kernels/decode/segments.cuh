@@ -11,6 +11,7 @@
 
 #include "kernels/decode/cluster.cuh"
 #include "kernels/decode/keys.cuh"
+#include "kernels/decode/new_tokens.cuh"
 #include "kernels/decode/queries.cuh"
 #include "kernels/decode/state.cuh"
 
@@ -232,12 +233,12 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
       const bool first = item == segment.begin + offset;
       attend_tile<S>(state, queries, stage, scale_log2, first, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
-        const RingLayout layout = {p.sink, S::kRing ? p.window : 0};
+        const RingLayout layout = {p.sink, S::kRing ? p.window : 0, p.slots};
 #pragma unroll
         for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const bool visible = S::kSingle ? key + i / 2 * 8 < segment.keys.used
+            const bool visible = S::kSingle ? is_attended<S>(p, segment.keys, key + i / 2 * 8)
                                             : layout.visible(position[i / 2], query_position[n][i % 2]);
             if (!visible) s[n][i] = -INFINITY;
           }

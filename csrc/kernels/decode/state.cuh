@@ -47,13 +47,12 @@ constexpr SharedLayout shared_layout(int warps, int tiles_per_warp, int cluster)
 }
 
 // What both decode kernels are told.
-struct Params : AttentionParams {
+struct Params : KeyParams {
   SharedLayout layout;
-  int group;          // query heads per KV head
-  int row_blocks;     // row blocks per KV head
-  int team;           // blocks along grid.x that share a row group; 0: the runs of decode_full
-  int cluster_log2;   // of a team that merges as a cluster: a power of two up to kMaxCluster; else 0
-  bool length_first;  // kSingle: no load before the length is known, as slots past it may have no memory
+  int group;         // query heads per KV head
+  int row_blocks;    // row blocks per KV head
+  int team;          // blocks along grid.x that share a row group; 0: the runs of decode_full
+  int cluster_log2;  // of a team that merges as a cluster: a power of two up to kMaxCluster; else 0
 
   __host__ __device__ __forceinline__ int cluster() const { return 1 << cluster_log2; }
 };

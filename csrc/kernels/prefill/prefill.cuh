@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksPerSm)
   __shared__ QueryTile tile;
   if (threadIdx.x == 0) tile = QueryTile::of_block(p, Block::kRows);
   __syncthreads();
-  const RingLayout layout{p.sink, p.window};
+  const RingLayout layout{p.sink, p.window, p.slots};
   // Positive, so that the largest score is the largest logit, and never 0, which times a hidden key's -inf would be
   // NaN. log2(e): the softmax works in base 2.
   const float scale = fmaxf(fabsf(p.scale) * 1.44269504088896f, 1e-30f);

@@ -63,7 +63,7 @@ struct QueryTile {
     tile.source[1] =
         key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride, max(row.cache_row, 0), cache_head);
 
-    const RingLayout layout{p.sink, p.window};
+    const RingLayout layout{p.sink, p.window, p.slots};
     tile.length = layout.is_full() ? min(row.length, p.slots) : row.length;
     tile.pad = row.pad;
     const int first = max(tile.first_column, tile.pad);

@@ -308,7 +308,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
       const bool first = item == segment.begin + warp;
       attend_code_tile<S>(state, queries, stage, first, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
-        const RingLayout layout = {p.sink, S::kRing ? p.window : 0};
+        const RingLayout layout = {p.sink, S::kRing ? p.window : 0, p.slots};
 #pragma unroll
         for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll

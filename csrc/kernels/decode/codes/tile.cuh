@@ -34,7 +34,7 @@ struct CodeSource {
   int64_t step, scale_step;  // from slot to slot, in bytes and in floats
 };
 
-__device__ __forceinline__ CodeSource code_source(const AttentionParams& p, const Keys& keys, bool is_v) {
+__device__ __forceinline__ CodeSource code_source(const KeyParams& p, const Keys& keys, bool is_v) {
   const KvStore& store = is_v ? p.v_store : p.k_store;
   float* scale = store.scale + keys.cache_row * store.scale_stride.batch + keys.kv_head * store.scale_stride.head;
   return {const_cast<char*>(is_v ? keys.v : keys.k), scale, is_v ? p.v_cache_stride.token : p.k_cache_stride.token,
@@ -89,11 +89,11 @@ struct NewVector {
   uint4 data;
 
   __device__ __forceinline__ static bool held() { return threadIdx.x % 32 < S::kChunks; }
-  __device__ __forceinline__ static QuadPair quads(const AttentionParams& p, bool is_v) {
+  __device__ __forceinline__ static QuadPair quads(const KeyParams& p, bool is_v) {
     return quads_of(threadIdx.x % 32, is_v ? 0 : turning_pairs(p));
   }
 
-  __device__ __forceinline__ void load(const AttentionParams& p, const Keys& keys, int i) {
+  __device__ __forceinline__ void load(const KeyParams& p, const Keys& keys, int i) {
     const bool is_v = i % 2 != 0;
     const int64_t step = is_v ? p.v_new_stride.token : p.k_new_stride.token;
     data = make_uint4(0, 0, 0, 0);
@@ -101,7 +101,7 @@ struct NewVector {
   }
 
   template <class Format>
-  __device__ __forceinline__ VectorCodes<Format> encode(const AttentionParams& p, const Keys& keys, int i) const {
+  __device__ __forceinline__ VectorCodes<Format> encode(const KeyParams& p, const Keys& keys, int i) const {
     const QuadPair at = quads(p, i % 2 != 0);
     uint4 turned = data;
     if (i % 2 == 0 && threadIdx.x % 32 < turning_pairs(p)) {
@@ -113,7 +113,7 @@ struct NewVector {
     return {EncodedPiece<Format>::template encode<typename S::Element>(turned), at, held()};
   }
 
-  __device__ __forceinline__ void append(const AttentionParams& p, const Keys& keys, int i, int slot) const {
+  __device__ __forceinline__ void append(const KeyParams& p, const Keys& keys, int i, int slot) const {
     with_tile<S>(i % 2 != 0, [&](auto tile_type, bool is_v) {
       encode<typename decltype(tile_type)::Format>(p, keys, i).append(code_source(p, keys, is_v), slot);
     });
@@ -139,15 +139,18 @@ struct TilePieces {
     }
   }
 
-  // The same for the first `rows` rows. The others become zeros, but for [encoded, encoded_end), which stay as they
-  // are. `nowhere` is an address that exists, also where there is no cache.
-  __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile, int rows, int encoded,
-                                              int encoded_end, const void* nowhere) {
+  // The same for the first `rows` rows, row r from slot slot_of(r), where `codes` is the lane's first piece of the
+  // first 16 slots. The others become zeros, but for [encoded, encoded_end), which stay as they are. `nowhere` is an
+  // address that exists, also where there is no cache.
+  template <class SlotOf>
+  __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile, int rows,
+                                              const SlotOf& slot_of, int encoded, int encoded_end,
+                                              const void* nowhere) {
 #pragma unroll 1
     for (int i = 0; i < kTileKeys; i += kTall) {
       const int at = row() + i;
       if (at >= encoded && at < encoded_end) continue;
-      const void* source = at < rows ? codes + static_cast<int64_t>(step) * i : nowhere;
+      const void* source = at < rows ? codes + static_cast<int64_t>(step) * (slot_of(at) - row()) : nowhere;
       cuda::cp_async_16_reused(tile + Tile::place(at, byte()), source, at < rows);
     }
   }
@@ -157,15 +160,15 @@ struct TilePieces {
   static constexpr int kTurned = Tile::place(kTall % kTileKeys, 0) - kTall % kTileKeys * Tile::kPitch;
 };
 
-// Where a lane reads the codes of a segment: its first pieces of the first tile of keys and of values, and its scale of
-// the keys (lanes 0 .. 15) or of the values.
+// Where a lane reads the codes of a segment: its first pieces of the first 16 slots of keys and of values, and its
+// scale of the keys (lanes 0 .. 15) or of the values.
 struct CodeReader {
   const char *k, *v;
   const float* scale;
   int k_step, v_step, scale_step;  // from slot to slot, in bytes and in floats; fit: check_strides()
 
   template <class S>
-  __device__ __forceinline__ void attach(const AttentionParams& p, const Keys& keys) {
+  __device__ __forceinline__ void attach(const KeyParams& p, const Keys& keys) {
     using KPieces = TilePieces<typename S::KTile>;
     using VPieces = TilePieces<typename S::VTile>;
     const CodeSource scales = code_source(p, keys, threadIdx.x % 32 >= kTileKeys);
@@ -180,26 +183,28 @@ struct CodeReader {
 // Starts the copy of a tile of the list: codes of keys, codes of values, then the scales of both. Keys that are neither
 // cached nor new become zeros of scale zero: what was never written may be anything.
 template <class S>
-__device__ __forceinline__ void load_code_tile(const AttentionParams& p, const Keys& keys, const CodeReader& reader,
-                                               int item, uint32_t stage, char* stage_pointer) {
+__device__ __forceinline__ void load_code_tile(const KeyParams& p, const Keys& keys, const CodeReader& reader, int item,
+                                               uint32_t stage, char* stage_pointer) {
+  using KPieces = TilePieces<typename S::KTile>;
+  using VPieces = TilePieces<typename S::VTile>;
   const int tile = item * kTileKeys, row = threadIdx.x % kTileKeys;
   const uint32_t v_stage = stage + S::KTile::kBytes;
   const uint32_t scale_stage = stage + S::scale_at(threadIdx.x % 32 >= kTileKeys, row);
-  const char* k = reader.k + static_cast<int64_t>(tile) * reader.k_step;
-  const char* v = reader.v + static_cast<int64_t>(tile) * reader.v_step;
-  const float* scale = reader.scale + static_cast<int64_t>(tile) * reader.scale_step;
-  if (tile + kTileKeys <= keys.used) {
-    TilePieces<typename S::KTile>::load(k, reader.k_step, stage);
-    TilePieces<typename S::VTile>::load(v, reader.v_step, v_stage);
-    cuda::cp_async_4(scale_stage, scale, true);
+  if (tile + kTileKeys <= keys.used && is_one_run<S>(p, keys, tile)) {
+    const int64_t slot = key_slot<S>(p, keys, tile);
+    KPieces::load(reader.k + slot * reader.k_step, reader.k_step, stage);
+    VPieces::load(reader.v + slot * reader.v_step, reader.v_step, v_stage);
+    cuda::cp_async_4(scale_stage, reader.scale + slot * reader.scale_step, true);
     return;
   }
   cuda::grid_dependency_wait();                 // the new tokens may come from the kernel in front
   const int cached = max(0, keys.used - tile);  // rows of the tile that the cache holds
   const int begin = max(0, keys.stored - tile), end = min(kTileKeys, keys.stored + keys.listed - tile);
-  TilePieces<typename S::KTile>::load(k, reader.k_step, stage, cached, begin, end, p.q);
-  TilePieces<typename S::VTile>::load(v, reader.v_step, v_stage, cached, begin, end, p.q);
+  const auto slot_of = [&](int at) { return key_slot<S>(p, keys, tile + at); };
+  KPieces::load(reader.k, reader.k_step, stage, cached, slot_of, begin, end, p.q);
+  VPieces::load(reader.v, reader.v_step, v_stage, cached, slot_of, begin, end, p.q);
   if (row < begin || row >= end) {
+    const float* scale = reader.scale + static_cast<int64_t>(slot_of(row) - row) * reader.scale_step;
     cuda::cp_async_4(scale_stage, row < cached ? static_cast<const void*>(scale) : p.q, row < cached);
   }
   __syncwarp();

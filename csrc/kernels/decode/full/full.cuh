@@ -250,7 +250,8 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   const cuda::DeviceInfo& device = cuda::device_info();
   const cuda::LaunchOptions& options = cuda::launch_options();
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
-  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 0, 0, a.cache_rows.of != nullptr};
+  const bool length_first = a.cache_rows.of != nullptr;
+  Params p = {{a, false, length_first}, {}, group, (rows + S::kRows - 1) / S::kRows, 0, 0};
   const int groups = a.batch * p.num_kv_heads * p.row_blocks;
   const bool modern = cuda::code_arch(reinterpret_cast<const void*>(any)) >= 90 && !options.force_plain;
   cuda::LaunchConfig config = {};

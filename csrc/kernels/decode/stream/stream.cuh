@@ -9,11 +9,14 @@
 
 #include "core/dispatch.h"
 #include "cuda/launch.h"
+#include "kernels/attention.h"
 #include "kernels/decode/segments.cuh"
 
 namespace zigzag::decode_stream {
 
 using namespace attend;
+
+inline constexpr int kHiddenSlots = 64;  // four tiles: on top of a ring of 320 slots they cost less than to wait first
 
 // Anything but the one new token that a cluster attends: see SingleJob.
 template <class S>
@@ -68,6 +71,13 @@ inline int choose_cluster_log2(int tiles, int heads, int sm_count) {
   return log2;
 }
 
+// Whether all slots of a ring with slack have memory, whatever the lengths, and are about as many as the window's: then
+// the list of one new token can be that of the slots, whose loads need no length.
+inline bool has_all_slots(const AttentionParams& a) {
+  return a.slots - a.sink - a.window <= kHiddenSlots && a.cache_rows.of == nullptr &&
+         a.slots <= readable_slots(0, a.batch, a.num_kv_heads);
+}
+
 // Shares `tiles` out to at most `most` warps of each block, and lays out their shared memory.
 template <class S>
 void configure(Params& p, cuda::LaunchConfig& config, int tiles, int most) {
@@ -91,9 +101,12 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   const bool modern = cuda::code_arch(reinterpret_cast<const void*>(any)) >= 90 && !options.force_plain;
   const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
   const int heads = a.batch * a.num_kv_heads;
-  const int tiles = (a.slots + (S::kCodes || a.q_len > 1 || a.slots == 0 ? a.q_len : 0) + kTileKeys - 1) / kTileKeys;
+  const bool in_place = !S::kCodes && a.q_len == 1 && a.slots > 0;
+  const bool by_position = a.slots > 0 && a.slots > a.sink + a.window && !(in_place && has_all_slots(a));
+  const int listed = (by_position ? a.sink + a.window : a.slots) + (in_place ? 0 : a.q_len);
+  const int tiles = (listed + kTileKeys - 1) / kTileKeys;
 
-  Params p = {a, {}, group, (rows + S::kRows - 1) / S::kRows, 1, 0, false};
+  Params p = {{a, by_position, by_position}, {}, group, (rows + S::kRows - 1) / S::kRows, 1, 0};
   if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
   if (modern && options.cluster > 0) p.cluster_log2 = cuda::floor_log2(std::min(options.cluster, kMaxRingCluster));
   p.team = p.cluster();
