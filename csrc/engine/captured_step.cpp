@@ -29,7 +29,7 @@ CapturedStep::CapturedStep(const Scheduler& scheduler, const Step& step, const S
         },
         stream);
     if (after) after();
-    advance_lengths_cuda({step.seq_lens, step.pad, step.batch, step.q_len}, stream);
+    advance_lengths_cuda({step.seq_lens, step.pad, step.cache_rows, step.batch, step.q_len}, stream);
   };
   graph_ = std::make_unique<StepGraph>(enqueue, stream);
 }

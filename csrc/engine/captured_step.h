@@ -13,9 +13,9 @@ class StepGraph;
 class CapturedStep {
  public:
   // Captures scheduler.step_cuda(step, tensors) on `stream` (a cudaStream_t; the default stream cannot be captured)
-  // and, behind it, one kernel for seq_lens[b] += q_len - pad[b]. Runs nothing. `tensors` may enqueue work of its own
-  // on `stream`: it becomes part of the step, as does what `after` enqueues behind the last layer. Every address it
-  // names must stay valid.
+  // and, behind it, one kernel that adds q_len - pad[b] to the length of each batch row's cache row. Runs nothing.
+  // `tensors` may enqueue work of its own on `stream`: it becomes part of the step, as does what `after` enqueues
+  // behind the last layer. Every address it names must stay valid.
   //
   // `longest` counts the tokens of the longest row now. Throws zigzag::Error on batch or q_len < 1, on what the
   // scheduler refuses and in a build without CUDA; the stream is then as it was.

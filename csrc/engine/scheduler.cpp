@@ -98,7 +98,7 @@ AttentionParams Scheduler::params(int layer, int cache, const Step& step, const 
   p.q = tensors.q, p.k_new = tensors.k_new, p.v_new = tensors.v_new;
   p.k_cache = store.k, p.v_cache = store.v;
   p.out = tensors.out, p.lse = tensors.lse;
-  p.seq_lens = step.seq_lens, p.pad = step.pad;
+  p.seq_lens = step.seq_lens, p.pad = step.pad, p.cache_rows = step.cache_rows;
   p.workspace = step.workspace, p.workspace_bytes = step.workspace_bytes;
   p.q_stride = tensors.q_stride, p.k_new_stride = tensors.k_new_stride, p.v_new_stride = tensors.v_new_stride;
   p.k_cache_stride = store.k_stride, p.v_cache_stride = store.v_stride, p.out_stride = tensors.out_stride;

@@ -49,15 +49,17 @@ struct KvBytes {
 struct Step {
   int batch;
   int q_len;
-  int32_t* seq_lens;             // [batch] tokens in the caches before the step; only a CapturedStep writes it
+  int32_t* seq_lens;             // [cache rows] tokens held before the step; only a CapturedStep writes it
   const int32_t* pad = nullptr;  // [batch] leading columns that are padding; nullptr: none
+  RowMap cache_rows = {};        // which rows of the caches and of seq_lens the batch has; by default its own
   // CUDA: at least attention_workspace_bytes(), zero before its first use ever. One serves all layers, which run one
   // after the other.
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
 
-// One cache of a layer, as its CacheSpec has it. Strides as in AttentionParams.
+// One cache of a layer, as its CacheSpec has it. Strides as in AttentionParams; `batch` is the rows of the cache where
+// the step has cache_rows.
 struct CacheTensors {
   void *k = nullptr, *v = nullptr;  // [batch, num_kv_heads, slots, head_dim], codes where the format is quantised
   Strides k_stride = {}, v_stride = {};

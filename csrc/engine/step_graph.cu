@@ -10,7 +10,8 @@ constexpr int kThreads = 256;
 // One block for all rows.
 __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ AdvanceParams p) {
   for (int b = threadIdx.x; b < p.batch; b += kThreads) {
-    p.seq_lens[b] += p.q_len - (p.pad == nullptr ? 0 : clamp_padding(p.pad[b], p.q_len));
+    const int row = p.cache_rows(b);
+    if (row >= 0) p.seq_lens[row] += p.q_len - (p.pad == nullptr ? 0 : clamp_padding(p.pad[b], p.q_len));
   }
 }
 

@@ -4,15 +4,18 @@
 #include <cstdint>
 #include <functional>
 
+#include "core/params.h"
+
 namespace zigzag {
 
 struct AdvanceParams {
-  int32_t* seq_lens;   // [batch]
+  int32_t* seq_lens;   // [cache rows]
   const int32_t* pad;  // [batch] or nullptr
+  RowMap cache_rows;
   int batch, q_len;
 };
 
-// Enqueues seq_lens[b] += q_len - pad[b], with pad[b] cut to [0, q_len].
+// Enqueues seq_lens[cache_rows(b)] += q_len - pad[b], with pad[b] cut to [0, q_len], for rows that are not skipped.
 void advance_lengths_cuda(const AdvanceParams& params, void* stream);
 
 class StepGraph {

@@ -2,6 +2,7 @@
 // whole history.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -59,6 +60,7 @@ struct Model {
   std::vector<int32_t> seq_lens = std::vector<int32_t>(kBatch, 0);
   std::vector<float> q;  // of layer 0; a later layer takes the output of the layer before as its queries
   std::vector<int> visited;
+  RowMap cache_rows = {};
 
   Model() {
     for (int l = 0; l < scheduler.num_layers(); ++l) {
@@ -88,19 +90,31 @@ struct Model {
     return t;
   }
 
-  void step(std::mt19937& random, int q_len) {
+  // `order`: batch row b gets the numbers that row order[b] would get without it.
+  void step(std::mt19937& random, int q_len, const std::vector<int>& order = {0, 1}) {
     const std::size_t tokens = static_cast<std::size_t>(kBatch) * q_len, head_dim = geometry.head_dim;
-    q = random_values(random, tokens * geometry.num_q_heads * head_dim);
+    const auto values = [&](std::size_t size) {
+      const std::vector<float> drawn = random_values(random, size);
+      std::vector<float> ordered;
+      for (const int row : order) {
+        const auto from = drawn.begin() + static_cast<std::ptrdiff_t>(row * size / kBatch);
+        ordered.insert(ordered.end(), from, from + static_cast<std::ptrdiff_t>(size / kBatch));
+      }
+      return ordered;
+    };
+    q = values(tokens * geometry.num_q_heads * head_dim);
     for (Layer& layer : layers) {
-      layer.k_new = random_values(random, tokens * geometry.num_kv_heads * head_dim);
-      layer.v_new = random_values(random, tokens * geometry.num_kv_heads * head_dim);
+      layer.k_new = values(tokens * geometry.num_kv_heads * head_dim);
+      layer.v_new = values(tokens * geometry.num_kv_heads * head_dim);
       layer.out.assign(tokens * geometry.num_q_heads * head_dim, -1.0f);
       layer.lse.assign(tokens * geometry.num_q_heads, -1.0f);
       remember(layer.k, layer.k_new, q_len);
       remember(layer.v, layer.v_new, q_len);
     }
     visited.clear();
-    scheduler.step_cpu({kBatch, q_len, seq_lens.data()}, [&](int l) { return tensors(l, q_len); }, ParallelFor{});
+    Step shared{kBatch, q_len, seq_lens.data()};
+    shared.cache_rows = cache_rows;
+    scheduler.step_cpu(shared, [&](int l) { return tensors(l, q_len); }, ParallelFor{});
   }
 
   void remember(std::vector<std::vector<float>>& history, const std::vector<float>& chunk, int q_len) const {
@@ -334,6 +348,34 @@ TEST_CASE("Scheduler: steps of any size equal attention over the whole history, 
       CHECK(model.error(l, q_len) < 1e-4);
     }
     for (int32_t& length : model.seq_lens) length += q_len;
+  }
+}
+
+TEST_CASE("Scheduler: a step of some cache rows, in any order, is the step of those rows alone") {
+  std::mt19937 random(12);
+  Model whole, part;
+  for (int i = 0; i < 9; ++i) {  // both hold the same: part decodes row 1 of the caches as its batch row 0, and skips 1
+    std::mt19937 again = random;
+    whole.step(random, 1);
+    part.step(again, 1);
+    for (Model* model : {&whole, &part}) {
+      for (int32_t& length : model->seq_lens) ++length;
+    }
+  }
+  const int32_t rows[] = {1, -1};
+  std::mt19937 again = random;
+  whole.step(random, 1);
+  part.cache_rows = {rows, Model::kBatch};
+  part.step(again, 1, {1, 0});
+  for (int l = 0; l < 3; ++l) {
+    CAPTURE(l);
+    const std::vector<float>&all = whole.layers[l].out, &some = part.layers[l].out;
+    const std::size_t row = all.size() / Model::kBatch;
+    CHECK(std::equal(all.begin() + row, all.end(), some.begin()));
+    CHECK(std::all_of(some.begin() + row, some.end(), [](float x) { return x == 0; }));
+    CHECK(std::equal(whole.layers[l].k_cache.begin() + whole.layers[l].k_cache.size() / 2,
+                     whole.layers[l].k_cache.end(), part.layers[l].k_cache.begin() + part.layers[l].k_cache.size() / 2,
+                     [](float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }));
   }
 }
 

@@ -300,6 +300,25 @@ TEST_CASE("CapturedStep: padded columns do not count, and what the caller enqueu
   CHECK(step.longest() == 13);
 }
 
+TEST_CASE("CapturedStep: lengths are those of cache rows, and a row that is skipped stays as it is") {
+  if (no_device()) return;
+  std::mt19937 random(10);
+  Model model(random);
+  const TestStream stream;
+  const DeviceArray<int32_t> rows({1, -1});
+  Step shape = model.step(1, true);
+  shape.cache_rows = {rows.data(), kBatch};
+  CapturedStep step(model.scheduler, shape, [&](int l) { return model.tensors(l, 1, true); }, 7, stream.handle);
+  step.replay(stream.handle);
+  step.replay(stream.handle);
+  stream.wait();
+  CHECK(model.seq_lens_gpu.host() == std::vector<int32_t>{0, 9});
+  copy_to_device(rows, {-1, 0});  // read at every replay
+  step.replay(stream.handle);
+  stream.wait();
+  CHECK(model.seq_lens_gpu.host() == std::vector<int32_t>{1, 9});
+}
+
 TEST_CASE("CapturedStep: what it cannot capture leaves the stream usable") {
   if (no_device()) return;
   std::mt19937 random(9);
