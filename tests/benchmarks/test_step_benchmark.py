@@ -166,7 +166,7 @@ def copy_to_duo(layer, theirs, order, plan, context):
         position = torch.arange(context) if not part.window else torch.tensor(
             [*range(plan.sink), *range(context - plan.window + 1, context)]
         )  # fmt: skip
-        slot = reference.slot_of(position, part.slots, part.sink, part.window)
+        slot = reference.slot_of(position, part.capacity, part.sink, part.window)
         targets = theirs.streaming if part.window else theirs.full
         for target, held in zip(targets, (part.keys, part.values), strict=True):
             target[:, : len(slot)] = held[:, rank][:, :, slot].transpose(1, 2)

@@ -41,7 +41,7 @@ def identify(
     An interrupted run goes on where it stopped if the same command is given again.
     """
     quiet_transformers()
-    from ..study import identify as run
+    from ..study.identify import identify as run
     from ..study.loading import load_model
 
     print(f"loading {model}", file=sys.stderr)
