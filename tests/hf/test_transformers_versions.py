@@ -119,7 +119,7 @@ def test_a_forward_without_a_parameter_for_a_cache_is_refused():
 @pytest.mark.parametrize("version,warned", [("5.4.0", 0), ("5.24.3", 0), ("5.25.0.dev0", 1), ("6.0", 1)])
 def test_a_newer_transformers_is_warned_of_once(monkeypatch, version, warned):
     model = tiny_model()
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(cache_argument.transformers, "__version__", version)
     cache_argument.warn_if_untested.cache_clear()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
