@@ -1,6 +1,7 @@
 """The tensors of one cell, as many copies as keep the caches cold, and the expected output."""
 
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -61,9 +62,9 @@ class Problem:
         if kv_format == "none":
             return vectors, [None] * self.num_sets
         stored = [ops.new_cache(*shape, self.dtype, self.device, kv_format) for _ in vectors]
-        nothing = torch.zeros(shape[0], dtype=torch.int32, device=self.device)
         for i, (cache, scale) in enumerate(stored):
-            ops.append(vectors[i], vectors[i], cache, cache, nothing, k_scale=scale, v_scale=scale)
+            for row, head in product(range(shape[0]), range(shape[1])):  # a head at a time: it widens to float32
+                cache[row, head], scale[row, head] = reference.encode(vectors[i][row, head], cache.dtype)
             vectors[i] = None
         return tuple(list(column) for column in zip(*stored, strict=True))
 

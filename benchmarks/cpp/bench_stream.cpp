@@ -26,7 +26,12 @@ std::vector<Job> make_jobs(const Arguments& arguments) {
           cell.kv_lens.assign(static_cast<std::size_t>(batch), sink + window);
           // Wrapped a few times and not aligned to anything: the usual state of a long generation.
           cell.seq_lens.assign(static_cast<std::size_t>(batch), sink + 3 * window + window / 3);
-          cells.push_back(cell);
+          for (int slack : arguments.integers("slack")) {
+            ZZ_CHECK(slack >= 0, "--slack takes numbers from 0; got ", slack);
+            cells.push_back(cell);
+            cells.back().slack = slack;
+            if (slack > 0) cells.back().scenario += "_slack" + std::to_string(slack);
+          }
         }
       }
     }
@@ -41,6 +46,7 @@ int main(int argc, char** argv) {
                      {{"batch", "1", "list: rows"},
                       {"sink", "64", "list: first tokens kept"},
                       {"window", "256,1024", "list: last tokens kept"},
+                      {"slack", "0", "list: slots beyond sink + window"},
                       {"rope", "on", "on: the op also rotates queries and keys"}},
                      make_jobs);
 }

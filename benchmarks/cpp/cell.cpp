@@ -23,7 +23,9 @@ Strides contiguous(int heads, int tokens, int head_dim) {
 
 }  // namespace
 
-int Cell::slots() const { return window > 0 ? sink + window : *std::max_element(kv_lens.begin(), kv_lens.end()); }
+int Cell::slots() const {
+  return window > 0 ? sink + window + slack : *std::max_element(kv_lens.begin(), kv_lens.end());
+}
 
 int64_t Cell::kv_bytes() const {
   const int64_t keys = std::accumulate(kv_lens.begin(), kv_lens.end(), int64_t{0});

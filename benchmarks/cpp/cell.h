@@ -21,6 +21,7 @@ struct Cell {
   bool token_major =
       false;  // caches [batch, slots, heads, head_dim] in memory instead of [batch, heads, slots, head_dim]
   KvFormat kv_format = KvFormat::kPlain;  // of keys and values
+  int slack = 0;                          // slots of a ring beyond sink + window
 
   int batch() const { return static_cast<int>(kv_lens.size()); }
   int slots() const;

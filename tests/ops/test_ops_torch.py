@@ -179,3 +179,90 @@ def test_sink_and_window_that_overflow(device):
     inputs = Case((5,), 1).on(device, torch.bfloat16).build()
     with pytest.raises((RuntimeError, ValueError), match=r"sink \+ window must be < 2\^31"):
         ops.attention(**inputs, sink=2**31 - 1, window=5)
+
+
+SHARED = {
+    "k_cache and v_cache share memory": lambda i: i.update(v_cache=i["k_cache"]),
+    "k_cache and seq_lens share memory": lambda i: i.update(seq_lens=i["k_cache"].view(torch.int32).flatten()[:2]),
+    "k_new and k_cache share memory": lambda i: i.update(k_new=i["k_cache"][:, :, 3:4]),
+    "v_cache and pad share memory": lambda i: i.update(pad=i["v_cache"].view(torch.int32).flatten()[6:8]),
+    "v_cache and cache_rows share memory": lambda i: i.update(cache_rows=i["v_cache"].view(torch.int32).flatten()[6:8]),
+    "q and out share memory": lambda i: i.update(out=i["q"]),
+    "k_cache and out share memory": lambda i: i.update(out=i["k_cache"].flatten()[: i["q"].numel()].view(i["q"].shape)),
+    "out and lse share memory": lambda i: i.update(lse=i["out"].flatten()[:16].view(torch.float32).view(2, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("message", SHARED)
+def test_memory_that_is_written_to_is_shared_with_nothing(device, message):
+    """Each of these wrote over lengths or caches that other threads were reading: a crash, or anything."""
+    case = Case((5, 20), 1, group=2, sink=2, window=8).on(device, torch.bfloat16)
+    inputs = case.build() | {"k_scale": None, "v_scale": None}
+    inputs["out"] = torch.zeros_like(inputs["q"])
+    SHARED[message](inputs)
+    for name in ("seq_lens", "pad", "cache_rows"):  # numbers that would be valid
+        if inputs.get(name) is not None and name in message:
+            inputs[name].zero_()
+    before = {n: inputs[n].clone() for n in ("k_cache", "v_cache")}
+    with pytest.raises(RuntimeError, match=message):
+        call(inputs, case)
+    for name, cache in before.items():
+        assert torch.equal(torch.nan_to_num(cache), torch.nan_to_num(inputs[name]))
+
+
+@pytest.mark.parametrize("between", ["slots", "heads", "rows", "dims"])
+def test_caches_may_alternate_in_one_buffer(device, dtype, between):
+    case = Case((5, 20), 3, sink=2, window=9).on(device, dtype)
+    inputs, joint = case.build(), case.build()
+    batch, heads, slots, dim = joint["k_cache"].shape
+    both = (
+        {
+            "slots": lambda: torch.zeros(batch, slots, 2, heads, dim).permute(2, 0, 3, 1, 4),
+            "heads": lambda: torch.zeros(batch, heads, 2, slots, dim).permute(2, 0, 1, 3, 4),
+            "rows": lambda: torch.zeros(batch, 2, heads, slots, dim).permute(1, 0, 2, 3, 4),
+            "dims": lambda: torch.zeros(batch, heads, slots, 2, dim).permute(3, 0, 1, 2, 4),
+        }[between]()
+        .to(dtype)
+        .to(device)
+    )
+    for view, name in zip(both, ("k_cache", "v_cache"), strict=True):
+        joint[name] = view.copy_(joint[name])
+    out, lse = call(joint, case)
+    want, want_lse = call(inputs, case)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    assert torch.equal(torch.nan_to_num(joint["v_cache"]), torch.nan_to_num(inputs["v_cache"]))
+
+
+def test_a_tensor_without_memory_among_others_is_named():
+    inputs = Case((5, 20), 1).build()
+    for name in ("k_new", "v_cache", "seq_lens"):
+        with pytest.raises(RuntimeError, match=f"{name} must be on the device of q, cpu; got meta"):
+            ops.attention(**inputs | {name: inputs[name].to("meta")})
+    names = ("k_new", "v_new", "k_cache", "v_cache", "seq_lens")
+    with pytest.raises(RuntimeError, match="seq_lens must be on the device of k_new, cpu; got meta"):
+        ops.append(*(inputs[n].to("meta" if n == "seq_lens" else "cpu") for n in names))
+    state = torch.zeros(1, 2, 3, 64), torch.zeros(1, 2, 3)
+    with pytest.raises(RuntimeError, match="lse_b must be on the device of out_a, cpu; got meta"):
+        ops.merge_states(*state, state[0], state[1].to("meta"))
+    assert ops.attention(**{n: t if t is None else t.to("meta") for n, t in inputs.items()})[0].is_meta
+
+
+@pytest.mark.parametrize("batch,q_len", [(2, 0), (0, 3)])
+def test_no_token_to_rotate(device, dtype, batch, q_len):
+    q, new = (torch.zeros(batch, h, q_len, 64, dtype=dtype, device=device) for h in (4, 2))
+    cache = torch.zeros(batch, 2, 8, 64, dtype=dtype, device=device)
+    tables = torch.ones(batch, q_len, 64, device=device)
+    lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+    out, lse = ops.attention(q, new, new, cache, cache.clone(), lengths, cos=tables, sin=tables)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+
+
+@pytest.mark.parametrize("other", [0.0, float("-inf"), float("nan")])
+def test_a_state_that_is_not_a_number_stays_one(device, dtype, other):
+    out = torch.randn(1, 2, 3, 64, dtype=dtype, device=device)
+    nan, lse = (torch.full((1, 2, 3), value, device=device) for value in (float("nan"), other))
+    for states in ((out, nan, out, lse), (out, lse, out, nan)):
+        merged, merged_lse = ops.merge_states(*states)
+        assert merged.isnan().all() and merged_lse.isnan().all()
+        expected, expected_lse = reference.merge_states(*states)
+        assert expected.isnan().all() and expected_lse.isnan().all()

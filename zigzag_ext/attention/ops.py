@@ -212,16 +212,27 @@ def refuse_autograd(*tensors: Tensor) -> None:
         raise RuntimeError("zigzag_ext attention has no backward pass: call it under torch.inference_mode() or torch.no_grad()")
 
 
+def _check_devices(operator, arguments: tuple, options: dict) -> None:
+    """A tensor without memory among others (device "meta") also comes here, and would be taken for a result."""
+    names = (argument.name for argument in operator.default._schema.arguments)
+    tensors = {n: t for n, t in [*zip(names, arguments, strict=False), *options.items()] if isinstance(t, Tensor)}
+    first, like = next(iter(tensors.items()))
+    for name, t in tensors.items():
+        if t.device != like.device:
+            raise RuntimeError(f"{name} must be on the device of {first}, {like.device}; got {t.device}")
+
+
 @torch.library.register_fake("zigzag::attention_")
 def _attention_fake(*arguments, **options):
-    return None
+    _check_devices(torch.ops.zigzag.attention_, arguments, options)
 
 
 @torch.library.register_fake("zigzag::append_")
 def _append_fake(*arguments, **options):
-    return None
+    _check_devices(torch.ops.zigzag.append_, arguments, options)
 
 
 @torch.library.register_fake("zigzag::merge_states")
 def _merge_states_fake(out_a, lse_a, out_b, lse_b):
+    _check_devices(torch.ops.zigzag.merge_states, (out_a, lse_a, out_b, lse_b), {})
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)

@@ -10,6 +10,7 @@
 
 #include "bindings/ops/cache_checks.h"
 #include "bindings/ops/device.h"
+#include "bindings/ops/overlap.h"
 #include "bindings/ops/tensor_checks.h"
 #include "kernels/attention.h"
 
@@ -55,6 +56,21 @@ void check_stored(Params& p, const Tensor& like, const char* like_name, const Ca
   p.dtype = to_dtype(like.scalar_type());
 }
 
+void add_stored(MemoryCheck& memory, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache,
+                const Tensor& v_cache, const Tensor& seq_lens, const std::optional<Tensor>& pad,
+                const std::optional<Tensor>& cache_rows, const std::optional<Tensor>& k_scale,
+                const std::optional<Tensor>& v_scale) {
+  memory.reads("k_new", k_new);
+  memory.reads("v_new", v_new);
+  memory.writes("k_cache", k_cache);
+  memory.writes("v_cache", v_cache);
+  memory.reads("seq_lens", seq_lens);
+  memory.reads("pad", pad);
+  memory.reads("cache_rows", cache_rows);
+  memory.writes("k_scale", k_scale);
+  memory.writes("v_scale", v_scale);
+}
+
 template <class Params>
 void take_stored(Params& p, const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
                  const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
@@ -76,6 +92,9 @@ void append_(const Tensor& k_new, const Tensor& v_new, const Tensor& k_cache, co
   p.v_new_stride = check_heads("v_new", v_new, {batch, heads, q_len, head_dim}, k_new);
   const CacheShape shape = {cache_rows ? k_cache.size(0) : batch, heads, k_cache.size(2)};
   check_stored(p, k_new, "k_new", shape, k_cache, v_cache, seq_lens, pad, cache_rows, sink, window, k_scale, v_scale);
+  MemoryCheck memory;
+  add_stored(memory, k_new, v_new, k_cache, v_cache, seq_lens, pad, cache_rows, k_scale, v_scale);
+  memory.check();
   take_stored(p, k_new, v_new, k_cache, v_cache, k_scale, v_scale);
   run(k_new, p, append_cuda, append_cpu);
 }
@@ -115,6 +134,16 @@ void attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const
   p.out_stride = check_heads("out", out, {batch, q_heads, q_len, head_dim}, q);
   check_written("out", out);
   check_lse(lse, {batch, q_heads, q_len}, q);
+  MemoryCheck memory;
+  memory.reads("q", q);
+  add_stored(memory, k_new, v_new, k_cache, v_cache, seq_lens, pad, cache_rows, k_scale, v_scale);
+  memory.reads("cos", cos);
+  memory.reads("sin", sin);
+  memory.reads("heads", heads);
+  memory.writes("out", out);
+  memory.writes("lse", lse);
+  memory.writes("workspace", workspace);
+  memory.check();
   take_stored(p, k_new, v_new, k_cache, v_cache, k_scale, v_scale);
   p.q = q.const_data_ptr();
   p.out = out.mutable_data_ptr();

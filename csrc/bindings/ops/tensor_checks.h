@@ -138,6 +138,7 @@ inline Rotary check_rotary(const std::optional<Tensor>& cos, const std::optional
            shape_string(*sin));
   const auto batch_stride = [](const Tensor& table) { return table.size(0) == 1 ? 0 : table.stride(0); };
   ZZ_CHECK(cos->size(2) > 0, "rotary_dim (last size of cos and sin) must be positive");
+  if (cos->numel() == 0 || sin->numel() == 0) return {};  // no token to rotate, and no memory to point at
   return {cos->const_data_ptr(),
           sin->const_data_ptr(),
           batch_stride(*cos),

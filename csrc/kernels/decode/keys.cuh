@@ -79,8 +79,9 @@ __device__ __forceinline__ uint32_t advance_chunks(uint32_t address, int chunks)
 
 // What the launch has decided about lists of keys.
 struct KeyParams : AttentionParams {
-  bool by_position;   // of a ring: the list is by position
-  bool length_first;  // kSingle: no load before the length is known, as slots past it may have no memory
+  bool by_position;   // of a ring, not kSingle: the list is by position
+  bool length_first;  // of a full cache, kSingle: no load before the length is known, as slots past it may have no
+                      // memory
 };
 
 struct Keys {
@@ -135,6 +136,11 @@ __device__ __forceinline__ Keys locate_keys(const KeyParams& p, int batch, int k
   return keys;
 }
 
+template <class S>
+__device__ __forceinline__ bool is_by_position(const KeyParams& p) {
+  return S::kRing && !S::kSingle && p.by_position;
+}
+
 // Lists a ring by position: the sinks in use, then positions [begin, end).
 __device__ __forceinline__ void list_window(const KeyParams& p, Keys& keys, int begin, int end) {
   if (keys.stored == 0) return;  // a row that is skipped
@@ -144,9 +150,10 @@ __device__ __forceinline__ void list_window(const KeyParams& p, Keys& keys, int 
 }
 
 // The keys of one new token, which are all that its list has.
+template <class S>
 __device__ __forceinline__ void list_ring_in_place(const KeyParams& p, Keys& keys) {
   const int length = keys.slots_length, kept = p.sink + p.window;
-  if (p.by_position) {
+  if (is_by_position<S>(p)) {
     list_window(p, keys, max(p.sink, length - p.window), length);
     if (keys.fresh == 1) keys.replaced = keys.used - 1;
     keys.unmasked = keys.used;
@@ -187,7 +194,7 @@ __device__ __forceinline__ void settle_keys(const KeyParams& p, Keys& keys) {
     keys.listed = 0;
     keys.slots_length += keys.fresh;
     if (S::kRing) {
-      list_ring_in_place(p, keys);
+      list_ring_in_place<S>(p, keys);
     } else {
       // Of a full cache without a free slot the new token is one key more.
       if (keys.fresh == 1) keys.replaced = min(keys.length, p.slots);
@@ -195,7 +202,7 @@ __device__ __forceinline__ void settle_keys(const KeyParams& p, Keys& keys) {
     }
   } else if (S::kRing) {
     keys.unmasked = 0;
-    if (p.by_position) {  // the first query sees one key of the past less than the window has
+    if (is_by_position<S>(p)) {  // the first query sees one key of the past less than the window has
       list_window(p, keys, max(p.sink, keys.length - p.window + 1), keys.length);
     } else {
       keys.used = min(keys.slots_length, p.slots);
@@ -216,7 +223,7 @@ __device__ __forceinline__ int listed_token(const Keys& keys, int key) {
 // independent of the length.
 template <class S>
 __device__ __forceinline__ int count_items(const KeyParams& p, const Keys& keys) {
-  if (S::kSingle) return max(1, ((S::kRing && !p.by_position ? p.slots : keys.used) + kTileKeys - 1) / kTileKeys);
+  if (S::kSingle) return max(1, ((S::kRing ? p.slots : keys.used) + kTileKeys - 1) / kTileKeys);
   const int listed = !S::kRing ? keys.listed : in_place<S>(p) ? 0 : p.q_len;
   return max(1, (keys.stored + listed + kTileKeys - 1) / kTileKeys);
 }
@@ -226,14 +233,14 @@ template <class S>
 __device__ __forceinline__ int key_position(const KeyParams& p, const Keys& keys, int key) {
   if (key >= keys.stored) return key < keys.stored + keys.listed ? keys.length + listed_token(keys, key) : -1;
   if (!S::kRing) return key;
-  if (p.by_position) return key < p.sink ? key : keys.window_begin + key - p.sink;
+  if (is_by_position<S>(p)) return key < p.sink ? key : keys.window_begin + key - p.sink;
   return ring_layout(p).position(key, keys.slots_length);
 }
 
 // Slot of a key of the list that is in the cache.
 template <class S>
 __device__ __forceinline__ int key_slot(const KeyParams& p, const Keys& keys, int key) {
-  if (!S::kRing || !p.by_position || key < p.sink) return key;
+  if (!is_by_position<S>(p) || key < p.sink) return key;
   const int slot = key + keys.shift;
   return slot < p.slots ? slot : slot - (p.slots - p.sink);
 }
@@ -241,7 +248,7 @@ __device__ __forceinline__ int key_slot(const KeyParams& p, const Keys& keys, in
 // Whether the keys of a tile that is all slots lie in slots that follow one another.
 template <class S>
 __device__ __forceinline__ bool is_one_run(const KeyParams& p, const Keys& keys, int tile) {
-  if (!S::kRing || !p.by_position) return true;
+  if (!is_by_position<S>(p)) return true;
   return key_slot<S>(p, keys, tile + kTileKeys - 1) - key_slot<S>(p, keys, tile) == kTileKeys - 1;
 }
 

@@ -276,7 +276,7 @@ struct SingleJob {
     segment.row_block = 0;
     segment.begin = blockIdx.x;
     segment.end = S::kRing ? count_items<S>(p, segment.keys) : p.slots / kTileKeys + 1;
-    if (p.length_first) settle(segment);
+    if (!S::kRing && p.length_first) settle(segment);
     return segment;
   }
   __device__ __forceinline__ void settle(Segment& segment) const {

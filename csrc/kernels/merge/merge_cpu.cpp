@@ -10,12 +10,13 @@ namespace {
 
 template <class T>
 void merge_row(const MergeParams& p, int64_t row) {
-  const float a = p.lse_a[row], b = p.lse_b[row], high = std::max(a, b);
+  const float a = p.lse_a[row], b = p.lse_b[row];
+  const float high = std::isnan(b) ? b : std::max(a, b);  // NaN in either state is NaN in the result
   const T* out_a = static_cast<const T*>(p.out_a) + row * p.head_dim;
   const T* out_b = static_cast<const T*>(p.out_b) + row * p.head_dim;
   T* out = static_cast<T*>(p.out) + row * p.head_dim;
   const float sum = high == -INFINITY ? 0.0f : std::exp(a - high) + std::exp(b - high);
-  const float lse = sum > 0.0f ? high + std::log(sum) : high;
+  const float lse = sum == 0.0f ? high : high + std::log(sum);
   // An empty state contributes nothing, whatever its out holds.
   const Vec weight_a = Vec::fill(a == -INFINITY ? 0.0f : std::exp(a - lse));
   const Vec weight_b = Vec::fill(b == -INFINITY ? 0.0f : std::exp(b - lse));

@@ -93,7 +93,7 @@ void configure(Params& p, cuda::LaunchConfig& config, int tiles, int most) {
   config.shared_bytes = p.layout.total;
 }
 
-// Launches `one_token` where a cluster attends one new token over a list in place, else `any`.
+// Launches `one_token` where a cluster attends one new token over a list in place that is the slots, else `any`.
 template <class S>
 void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream) {
   const cuda::DeviceInfo& device = cuda::device_info();
@@ -106,7 +106,7 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   const int listed = (by_position ? a.sink + a.window : a.slots) + (in_place ? 0 : a.q_len);
   const int tiles = (listed + kTileKeys - 1) / kTileKeys;
 
-  Params p = {{a, by_position, by_position}, {}, group, (rows + S::kRows - 1) / S::kRows, 1, 0};
+  Params p = {{a, by_position, false}, {}, group, (rows + S::kRows - 1) / S::kRows, 1, 0};
   if (modern) p.cluster_log2 = choose_cluster_log2(tiles, heads, device.sm_count);
   if (modern && options.cluster > 0) p.cluster_log2 = cuda::floor_log2(std::min(options.cluster, kMaxRingCluster));
   p.team = p.cluster();
@@ -114,7 +114,7 @@ void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_to
   config.grid =
       dim3(static_cast<unsigned>(p.cluster()), static_cast<unsigned>(a.num_kv_heads), static_cast<unsigned>(a.batch));
   config.cluster = p.cluster();
-  const bool single = a.q_len == 1 && a.slots > 0 && p.cluster() > 1;
+  const bool single = a.q_len == 1 && a.slots > 0 && p.cluster() > 1 && !by_position;
   const auto kernel = single ? one_token : any;
   configure<S>(p, config, tiles, kMaxWarps);
   const bool fits = p.cluster() > 1 ? heads <= cuda::max_active_clusters(kernel, config) : heads <= device.sm_count;
