@@ -50,13 +50,18 @@ class StepLayer(CacheLayerMixin):
 
 
 class StepCache(Cache):
-    """The buffers of a cache, after its first forward. `refresh` goes before a step, `advance` behind it."""
+    """The buffers of a cache, after its first forward. `refresh` goes before a step, `advance` behind it.
+
+    Steps without a mask have padding too, of zeros: they share their compiled graph with steps that have one. transformers leaves
+    a mask of ones out, or does not.
+    """
 
     def __init__(self, forward: Forward):
         cache, state = forward.cache, forward.state
         self.device = cache.layers[0].device
-        chunk = Chunk(cache.seq_lens, forward.pad_on(self.device), state.workspace(self.device))
-        shared = _Shared(chunk)
+        padding = forward.pad_on(self.device)
+        pad = torch.zeros_like(cache.seq_lens) if padding is None else padding
+        shared = _Shared(Chunk(cache.seq_lens, pad, state.workspace(self.device)))
         super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
         self.num_columns = 0  # what `columns` is on the device
 
@@ -69,7 +74,7 @@ class StepCache(Cache):
     def refresh(self, forward: Forward) -> None:
         """Copies in what the forward under way has noted. A step that follows another finds all of it in place."""
         shared, padding, columns = self.layers[0].shared, forward.pad_on(self.device), forward.columns
-        if padding is not shared.chunk.pad:
+        if padding is not None and padding is not shared.chunk.pad:
             shared.chunk.pad.copy_(padding)
         if columns != self.num_columns:
             shared.columns.fill_(columns)
