@@ -193,8 +193,16 @@ BAD_CALLS = {
     "packed_lengths": ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, ValueError, "cu_seq_lens_q"),
     "unknown_term": ({"position_bias": torch.zeros(1)}, ValueError, "position_bias"),
     "static_cache": ({"past_key_values": "static"}, TypeError, "got a StaticCache"),
-    "dynamic_cache": ({"past_key_values": "dynamic"}, TypeError, "got a DynamicCache: pass past_key_values=zz.ZigzagCache"),
-    "filled_dynamic_cache": ({"past_key_values": "filled"}, TypeError, "got a DynamicCache: pass past_key_values=zz.ZigzagCache"),
+    "dynamic_cache": (
+        {"past_key_values": "dynamic"},
+        TypeError,
+        "got a DynamicCache: pass (cache|past_key_values)=zz.ZigzagCache",
+    ),
+    "filled_dynamic_cache": (
+        {"past_key_values": "filled"},
+        TypeError,
+        "got a DynamicCache: pass (cache|past_key_values)=zz.ZigzagCache",
+    ),
 }
 
 
