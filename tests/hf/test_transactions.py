@@ -261,6 +261,20 @@ def test_the_same_call_again():
         assert generate(model, 8, **batch, past_key_values=cache).shape == first.shape
 
 
+def test_a_cache_of_another_conversation_under_beams():
+    with zz.zigzag(tiny_model(), PLAN) as model:
+        for plan in PLANS.values():
+            cache = zz.ZigzagCache(model.config, plan)
+            generate(model, 6, prompt(60), num_beams=2, past_key_values=cache)
+            other = torch.cat([prompt(30), prompt(40, seed=5)], 1)
+            if plan is PLAN:
+                with pytest.raises(ValueError, match=r"another token at position 30, .*call reset\(\)"):
+                    generate(model, 6, other, num_beams=2, past_key_values=cache)
+            else:
+                fresh = generate(model, 6, other, num_beams=2, past_key_values=zz.ZigzagCache(model.config, plan))
+                assert generate(model, 6, other, num_beams=2, past_key_values=cache).equal(fresh)
+
+
 def test_a_kept_cache_does_not_keep_its_model():
     import gc
     import weakref

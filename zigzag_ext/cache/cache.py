@@ -240,8 +240,11 @@ class ZigzagCache(Cache):
         """
         state = self.state
         state.check()
-        if not state.columns or ids.shape[0] != state.batch:
+        copies, rest = divmod(state.batch or 0, ids.shape[0])
+        if not state.columns or rest:
             return
+        ids = ids.repeat_interleave(copies, 0)  # as generate() does for beams
+        mask = None if mask is None else mask.repeat_interleave(copies, 0)
         same = min(state.tokens.first_difference(ids, mask), ids.shape[1] - 1)
         if same == state.columns:
             return
