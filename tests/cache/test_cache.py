@@ -94,6 +94,8 @@ def test_rows_can_be_reordered_dropped_and_repeated(index):
     else:
         stream.cache.batch_select_indices(torch.tensor(index))
     stream.keep_rows(index)
+    slots = 11 + SINK + WINDOW  # of the longest row, and of the ring
+    assert stream.cache.kv_bytes() == len(index) * slots * 2 * 2 * HEAD_DIM * 4, "rows, slots, K and V, heads, head_dim, bytes"
     for q_len in (1, 7, 1):
         stream.feed(q_len)
 

@@ -74,7 +74,6 @@ class ZigzagAttention(nn.Module):
         self.register_buffer("seq_lens", torch.zeros(max_batch, dtype=torch.int32, device=like.device), persistent=False)
         workspace = ops.new_workspace(like.device)
         self.register_buffer("workspace", workspace, persistent=False)
-        self._geometry = (max_batch, num_kv_heads, head_dim)
         self._longest = 0  # tokens of the longest row, an upper bound, and whether all rows hold as many: of eager forwards
         self._uniform = True
         self._counts = True  # False once a forward has been compiled or captured, which the host cannot count
@@ -148,7 +147,7 @@ class ZigzagAttention(nn.Module):
         """`.to(...)`: what is held moves; the size of the workspace depends on the device, so that it is made anew."""
         before = self.workspace.device
         super()._apply(fn, recurse)
-        device, (max_batch, num_kv_heads, head_dim) = self.workspace.device, self._geometry
+        device, (max_batch, num_kv_heads, head_dim) = self.workspace.device, self.store.geometry
         if device != before:
             self.workspace = ops.new_workspace(device)
         self.store.move(fn(torch.empty(max_batch, num_kv_heads, 0, head_dim, dtype=self.store.dtype, device=before)))

@@ -26,7 +26,7 @@ CHOICES = ("auto", "zigzag", *BACKENDS)
 # Below this many new tokens our kernel has too few blocks to read a long cache at full speed (it does not split the keys:
 # 64 tokens x 32/8 heads are 16 blocks, an H100 has 132 multiprocessors); flash splits them. On an H100, 256 tokens on 8K keys
 # take 227 us by our kernel and 128 by flash, 512 tokens 236 and 250. From here on the measurement decides.
-# `python benchmarks/prefill.py --scenario short` compares the routes on both sides of the two limits.
+# `python -m benchmarks.prefill --scenario short` compares the routes on both sides of the two limits.
 SHORT_CHUNK = 512
 LONG_CACHE = 512  # keys; on a shorter cache a short chunk takes our prefill kernel: one call instead of two
 # Where no backend serves (padded or ragged rows, graph capture), up to this many tokens go through the decode kernel, 16 at a

@@ -230,6 +230,7 @@ class LayerStore:
     def select_rows(self, index: Tensor, held: int) -> None:
         """Row i becomes what row index[i] was, of its first `held` tokens. In place while the batch stays the same."""
         held = self.capacity if self.window else min(held, self.capacity)
+        self.geometry = (len(index), *self.geometry[1:])
         index = index.to(self.device)
         if self.key_offset is not None:
             chosen = self.key_offset.index_select(0, index)

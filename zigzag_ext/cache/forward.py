@@ -50,7 +50,6 @@ class Forward:
         self.written = self.done = 0  # columns that any layer, that all layers have appended
         self.committing = False
         self.q_len = q_len  # columns of the present piece
-        self.pieces = False
         self.padding: Tensor | None = None  # [batch] int32, leading columns of this forward to skip
         self.pad: dict[torch.device, Tensor] = {}  # the same for the present piece
 
@@ -88,7 +87,7 @@ class Forward:
     @contextmanager
     def piece(self, q_len: int) -> Iterator["Forward"]:
         """The next `q_len` columns of this forward, through all layers."""
-        self.q_len, self.pieces = q_len, True
+        self.q_len = q_len
         self.given.clear()
         self.attended.clear()
         self._set_pad()
