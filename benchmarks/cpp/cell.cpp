@@ -142,9 +142,10 @@ Bandwidth measure_bandwidth(Device& device) {
   }
   const int64_t bytes = kBandwidthBytes / kBandwidthBuffers;
   const auto at = [&](int i) { return buffers[static_cast<std::size_t>(i)].get(); };
-  const std::vector<Quantiles> times = device.time({[&](int set) { device.copy(at(2 * set), at(2 * set + 1), bytes); },
-                                                    [&](int set) { device.read(at(2 * set), at(2 * set + 1), bytes); }},
-                                                   kBandwidthBuffers, 2 * bytes);
+  const std::vector<Quantiles> times =
+      device.time({{[&](int set) { device.copy(at(2 * set), at(2 * set + 1), bytes); }},
+                   {[&](int set) { device.read(at(2 * set), at(2 * set + 1), bytes); }}},
+                  kBandwidthBuffers, 2 * bytes);
   const double gigabytes = 2e-9 * static_cast<double>(bytes);
   return {gigabytes / (times[0].p50 * 1e-6), gigabytes / (times[1].p50 * 1e-6)};
 }
@@ -158,8 +159,8 @@ void run_cell(Device& device, const Cell& cell, const Bandwidth& bandwidth, Tabl
     const AttentionParams& params = problem.params(set);
     device.read(params.k_cache, params.v_cache, cell.kv_bytes() / 2);
   };
-  const std::vector<Quantiles> times =
-      device.time({[&](int set) { device.attention(problem.params(set)); }, read}, problem.num_sets(), cell.kv_bytes());
+  const std::vector<Quantiles> times = device.time({{[&](int set) { device.attention(problem.params(set)); }}, {read}},
+                                                   problem.num_sets(), cell.kv_bytes());
   const Quantiles ours = times[0], floor = times[1];
 
   Row row;

@@ -33,7 +33,11 @@ class Device {
 
   // What is timed. On CUDA it is enqueued, never waited for.
   virtual void attention(const AttentionParams& params) = 0;
-  virtual void step(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors) = 0;
+  // A whole step, `after` behind its last layer, ready to run any number of times: on CUDA a CapturedStep, whose length
+  // on the device each run advances. `longest` counts the tokens of the longest row at every start.
+  virtual std::function<void()> prepare(const Scheduler& scheduler, const Step& step,
+                                        const Scheduler::LayerCall& tensors, const std::function<void()>& after,
+                                        int64_t longest) = 0;
   // out[rows, out_features] = in[rows, in_features] x weight[out_features, in_features] transposed, all of `dtype`.
   // By cuBLAS, which is looked for when first called; throws where there is none, and on the CPU.
   struct Linear {
@@ -47,10 +51,13 @@ class Device {
   virtual void copy(void* to, const void* from, int64_t bytes) = 0;
 
   // Microseconds per call: one list of samples for each of `calls`, which take turns, so that a drifting machine
-  // touches all alike and sample i of one call was taken beside sample i of the others. call(set) works on one set of
+  // touches all alike and sample i of one call was taken beside sample i of the others. A call works on one set of
   // buffers; all calls share one rotation through the sets, so that none finds in a cache what its predecessor read. On
-  // CUDA up to `calls_per_reading` calls run as one graph between two clock readings.
-  using Call = std::function<void(int set)>;
+  // CUDA up to `calls_per_reading` calls run as one graph between two clock readings. A call with `before` is a graph
+  // of its own, or none: it runs alone, behind `before`, which no clock sees.
+  struct Call {
+    std::function<void(int set)> run, before = nullptr;
+  };
   virtual std::vector<std::vector<double>> sample(const std::vector<Call>& calls, int num_sets,
                                                   int calls_per_reading) = 0;
 

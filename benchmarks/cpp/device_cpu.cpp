@@ -69,8 +69,12 @@ class Cpu final : public Device {
   }
 
   void attention(const AttentionParams& params) override { attention_cpu(params, parallel_); }
-  void step(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors) override {
-    scheduler.step_cpu(step, tensors, parallel_);
+  std::function<void()> prepare(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors,
+                                const std::function<void()>& after, int64_t) override {
+    return [this, &scheduler, step, tensors, after] {
+      scheduler.step_cpu(step, tensors, parallel_);
+      if (after) after();
+    };
   }
   void linear(const Linear&) override { throw Error("projections run on CUDA only; pass --device cuda or --gemm 0"); }
 
@@ -100,8 +104,11 @@ class Cpu final : public Device {
     for (int round = -1; round < kMaxRounds && (round < kMinRounds || elapsed(begin) < kSecondsPerCall * count);
          ++round) {
       for (int c = 0; c < count; ++c) {
+        const Call& call = calls[static_cast<std::size_t>(c)];
+        const int set = ((round + 1) * count + c) % num_sets;
+        if (call.before) call.before(set);
         const auto start = Clock::now();
-        calls[static_cast<std::size_t>(c)](((round + 1) * count + c) % num_sets);
+        call.run(set);
         if (round >= 0) microseconds[static_cast<std::size_t>(c)].push_back(elapsed(start) * 1e6);
       }
     }

@@ -9,6 +9,7 @@
 #include "cublas.h"
 #include "cuda/launch.h"
 #include "device.h"
+#include "engine/captured_step.h"
 #include "kernels/attention.h"
 #include "random.h"
 
@@ -169,8 +170,13 @@ class Gpu final : public Device {
   }
 
   void attention(const AttentionParams& params) override { attention_cuda(params, stream_.handle); }
-  void step(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors) override {
-    scheduler.step_cuda(step, tensors, stream_.handle);
+  std::function<void()> prepare(const Scheduler& scheduler, const Step& step, const Scheduler::LayerCall& tensors,
+                                const std::function<void()>& after, int64_t longest) override {
+    const auto captured = std::make_shared<CapturedStep>(scheduler, step, tensors, longest, stream_.handle, after);
+    return [this, captured, longest] {
+      captured->set_longest(longest);
+      captured->replay(stream_.handle);
+    };
   }
   void linear(const Linear& linear) override {
     if (!cublas_) cublas_ = std::make_unique<Cublas>(*this, stream_.handle);
@@ -199,11 +205,15 @@ class Gpu final : public Device {
     // division stays unused: a graph that wrapped around would touch what the next graph reads first.
     const int num_graphs = (num_sets + calls_per_reading - 1) / calls_per_reading;
     const int nodes = num_graphs == 1 ? calls_per_reading / num_sets * num_sets : num_sets / num_graphs;
-    std::vector<std::vector<std::unique_ptr<Graph>>> graphs(calls.size());
+    std::vector<std::vector<std::unique_ptr<Graph>>> graphs(calls.size());  // none of a call that runs alone
     for (std::size_t c = 0; c < calls.size(); ++c) {
-      for (int g = 0; g < num_graphs; ++g) {
+      if (calls[c].before) {
+        calls[c].before(0);
+        calls[c].run(0);
+      }
+      for (int g = 0; g < num_graphs && !calls[c].before; ++g) {
         graphs[c].push_back(std::make_unique<Graph>(stream_.handle, [&] {
-          for (int i = 0; i < nodes; ++i) calls[c]((g * nodes + i) % num_sets);
+          for (int i = 0; i < nodes; ++i) calls[c].run((g * nodes + i) % num_sets);
         }));
         graphs[c].back()->launch(stream_.handle);
       }
@@ -212,20 +222,27 @@ class Gpu final : public Device {
     std::vector<std::vector<double>> microseconds(calls.size());
     for (int round = 0; round < kReplays; ++round) {
       for (std::size_t c = 0; c < calls.size(); ++c) {
-        const std::size_t g = (static_cast<std::size_t>(round) * calls.size() + c) % graphs[c].size();
-        microseconds[c].push_back(replay(*graphs[c][g]) / nodes);
+        const std::size_t turn = static_cast<std::size_t>(round) * calls.size() + c;
+        if (calls[c].before) {
+          const int set = static_cast<int>(turn) % num_sets;
+          calls[c].before(set);
+          microseconds[c].push_back(clock([&] { calls[c].run(set); }));
+        } else {
+          const Graph& graph = *graphs[c][turn % graphs[c].size()];
+          microseconds[c].push_back(clock([&] { graph.launch(stream_.handle); }) / nodes);
+        }
       }
     }
     return microseconds;
   }
 
  private:
-  // Microseconds from the first to the last node. The hold kernel keeps the queue busy until all three commands are in
-  // it.
-  double replay(const Graph& graph) {
+  // Microseconds from the first to the last node of a graph. The hold kernel keeps the queue busy until all three
+  // commands are in it.
+  double clock(const std::function<void()>& launch) {
     hold_kernel<<<1, 1, 0, stream_.handle>>>(kHoldCycles);
     ZZ_CUDA(cudaEventRecord(start_.handle, stream_.handle));
-    graph.launch(stream_.handle);
+    launch();
     ZZ_CUDA(cudaEventRecord(stop_.handle, stream_.handle));
     synchronize();
     float milliseconds = 0;

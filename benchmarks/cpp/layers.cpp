@@ -48,7 +48,6 @@ ChainProblem::ChainProblem(Device& device, const Chain& chain)
   if (chain.hidden > 0) final_ = allocate(num_tokens(cell) * chain.hidden * size_of(cell));
   const int64_t lengths = cell.batch() * static_cast<int64_t>(sizeof(int32_t));
   char* seq_lens = allocate(lengths);
-  device.upload(seq_lens, cell.seq_lens.data(), lengths);
   step_ = {cell.batch(), cell.q_len, reinterpret_cast<int32_t*>(seq_lens)};
   step_.workspace_bytes = attention_workspace_bytes();
   step_.workspace = allocate(step_.workspace_bytes);
@@ -61,6 +60,9 @@ ChainProblem::ChainProblem(Device& device, const Chain& chain)
     shared_.rotary = {cos, sin, row, cell.head_dim, row, cell.head_dim, cell.head_dim, cell.dtype};
   }
   shared_.scale = 1.0f / std::sqrt(static_cast<float>(cell.head_dim));
+  set_lengths();
+  if (chain.hidden > 0) projections(0);  // a capture must not be the first to look for cuBLAS
+  for (int set = 0; set < num_sets_; ++set) prepare_step(set);
 }
 
 char* ChainProblem::allocate(int64_t bytes) {
@@ -130,14 +132,22 @@ void ChainProblem::project_out(int index) {
                   static_cast<int>(num_tokens(cell)), static_cast<int>(out_width(cell)), chain_.hidden, cell.dtype});
 }
 
-void ChainProblem::step(int set) {
-  const bool projected = chain_.hidden > 0;
-  device_.step(scheduler_, step_, [&](int layer) {
-    if (projected && layer > 0) project_out(layer - 1);
-    if (projected) project_in(layer);
+void ChainProblem::prepare_step(int set) {
+  const auto layer_call = [this, set](int layer) {
+    if (chain_.hidden > 0) {
+      if (layer > 0) project_out(layer - 1);
+      project_in(layer);
+    }
     return tensors(set, layer);
-  });
-  if (projected) project_out(chain_.num_layers() - 1);
+  };
+  std::function<void()> after;
+  if (chain_.hidden > 0) after = [this] { project_out(chain_.num_layers() - 1); };
+  steps_.push_back(device_.prepare(scheduler_, step_, layer_call, after, chain_.cell(0).seq_lens[0]));
+}
+
+void ChainProblem::set_lengths() {
+  const std::vector<int32_t>& lengths = chain_.cell(0).seq_lens;
+  device_.upload(step_.seq_lens, lengths.data(), static_cast<int64_t>(lengths.size() * sizeof(int32_t)));
 }
 
 void ChainProblem::projections(int) {
@@ -199,8 +209,9 @@ Row per_layer(Row row, int layers) {
 void run_chain(Device& device, const Chain& chain, const Bandwidth& bandwidth, Table& table) {
   ChainProblem problem(device, chain);
   const double error = check_chain(device, chain, problem);
-  std::vector<Device::Call> calls = {[&](int set) { problem.step(set); }, [&](int set) { problem.read(set); }};
-  if (chain.hidden > 0) calls.push_back([&](int set) { problem.projections(set); });
+  std::vector<Device::Call> calls = {{[&](int set) { problem.step(set); }, [&](int) { problem.set_lengths(); }},
+                                     {[&](int set) { problem.read(set); }}};
+  if (chain.hidden > 0) calls.push_back({[&](int set) { problem.projections(set); }});
   const std::vector<std::vector<double>> samples = device.sample(calls, problem.num_sets(), 1);
 
   Row row = row_of(chain, bandwidth);

@@ -31,9 +31,10 @@ class ChainProblem {
   int num_sets() const { return num_sets_; }
   AttentionParams params(int set, int layer) const;  // complete, as the scheduler launches it
 
-  void step(int set);         // all of it
-  void projections(int set);  // all of it but the attention
-  void read(int set);         // a pure read of the caches
+  void set_lengths();  // as they are before a step, which advances them on CUDA
+  void step(int set) { steps_[static_cast<std::size_t>(set)](); }  // all of it
+  void projections(int set);                                       // all of it but the attention
+  void read(int set);                                              // a pure read of the caches
 
  private:
   struct Layer {
@@ -47,6 +48,7 @@ class ChainProblem {
   void allocate_layer(const Cell& cell, bool first);
   void project_in(int layer);
   void project_out(int layer);
+  void prepare_step(int set);
   LayerTensors tensors(int set, int layer) const;
 
   Device& device_;
@@ -55,7 +57,8 @@ class ChainProblem {
   int num_sets_;
   std::vector<std::shared_ptr<void>> buffers_;
   std::vector<Layer> layers_;
-  char* final_;  // [batch, q_len, hidden]: what follows the last layer
+  std::vector<std::function<void()>> steps_;  // [sets]
+  char* final_;                               // [batch, q_len, hidden]: what follows the last layer
   Step step_{};
   LayerTensors shared_{};  // what all layers have alike
 };
