@@ -19,6 +19,11 @@ __version__: str = build_info()["version"]
 
 # Names that need torch or transformers, by module, imported at first use: plans and the solver need numpy only.
 _LAZY = {
+    "ChunkKV": "cache.compression",
+    "PromptWindows": "cache.compression",
+    "PyramidKV": "cache.compression",
+    "RecentOnly": "cache.compression",
+    "SnapKV": "cache.compression",
     "ZigzagAttention": "attention.module",
     "ZigzagCache": "cache",
     "disable": "hf",
@@ -30,7 +35,12 @@ _LAZY = {
 _LAZY_MODULES = {"evaluate": "study.evaluate", "ops": "attention.ops", "reference": "attention.reference"}
 
 __all__ = [
+    "ChunkKV",
     "Plan",
+    "PromptWindows",
+    "PyramidKV",
+    "RecentOnly",
+    "SnapKV",
     "ZigzagAttention",
     "ZigzagCache",
     "build_info",

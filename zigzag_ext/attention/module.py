@@ -120,7 +120,7 @@ class ZigzagAttention(nn.Module):
             q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
             cos = sin = None
         seq_lens = self.seq_lens if batch == self.seq_lens.shape[0] else self.seq_lens[:batch]
-        chunk = Chunk(seq_lens, pad, self.workspace, past, cos=cos, sin=sin)
+        chunk = Chunk((seq_lens,), pad, self.workspace, past, cos=cos, sin=sin)
         out = attend((self.store,), q, k, v, self.scale, chunk)
         seq_lens.add_(q_len if pad is None else q_len - pad)
         if past is None:

@@ -173,7 +173,7 @@ def _attend_by(backend, q, k_new, v_new, caches: KvBuffers, seq_lens, held: int,
     def append():
         ops.append(k_new, v_new, *caches[:2], seq_lens, sink=sink, window=window, **caches.scales)
 
-    stored = _Stored(caches[:2], caches[2:], q.dtype)
+    stored = Stored.of(caches, q.dtype)
     if caches.is_quantised:
         # New tokens are attended as their codes: appended first, and read back like the past.
         append()
@@ -210,12 +210,16 @@ def choose(q: Tensor, k_new: Tensor, past: int, quantised: bool = False) -> str:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Keys and values of a full cache [batch, num_kv_heads, slots, head_dim], plain or as codes with scales (else None)."""
 
     caches: tuple[Tensor, Tensor]
     scales: tuple[Tensor | None, Tensor | None]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, caches: KvBuffers, dtype: torch.dtype) -> "Stored":
+        return cls(caches[:2], caches[2:], dtype)
 
     @property
     def is_quantised(self) -> bool:
@@ -233,7 +237,7 @@ class _Stored:
         return (codes.float() * scale[:, :, start:stop, None]).to(self.dtype)
 
 
-def _attend_parts(backend, q: Tensor, past: _Stored, held: int, chunk: tuple[Tensor, Tensor], scale: float) -> Tensor:
+def _attend_parts(backend, q: Tensor, past: Stored, held: int, chunk: tuple[Tensor, Tensor], scale: float) -> Tensor:
     """Attention over the `held` first tokens of the past (dense) and the chunk (causal), merged."""
     out, lse = _in_token_order(backend.call(q, *chunk, True, scale))
     if past.is_quantised:

@@ -25,12 +25,12 @@ def in_normal_mode(function):
 class Chunk(NamedTuple):
     """What all layers of a forward share.
 
-    seq_lens: [batch] int32, tokens held per row before. pad: [batch] int32, leading columns to skip, or None. workspace: scratch
-    of the ops. past: what every row holds, if the host knows that it is the same number; else None. started: whether no row can
-    be empty. cos, sin: tables of RoPE, see `ops.attention`.
+    seq_lens: [batch] int32 each, tokens held per row before: of most stores the first, see `LayerStore`. pad: [batch] int32,
+    leading columns to skip, or None. workspace: scratch of the ops. past: what every row has seen, if the host knows that it is
+    the same number; else None. started: whether no row can be empty. cos, sin: tables of RoPE, see `ops.attention`.
     """
 
-    seq_lens: Tensor
+    seq_lens: tuple[Tensor, ...]
     pad: Tensor | None
     workspace: Tensor
     past: int | None = None
@@ -48,6 +48,7 @@ class LayerStore:
         kv_format: of keys and values.
         smooth: hold quantised keys less `key_offset` [batch, num_kv_heads, 1, head_dim], see `smoothing`.
         heads: the KV heads of the layer that are held here; None: all. `head_numbers` are the same, [n] int32 on the device.
+        lengths: which of `Chunk.seq_lens` count the tokens held here: others than the first where tokens can be left out.
 
     `buffers` are what the ops take, by name: keys, values, and if quantised key_scales, value_scales. Those of a retrieval layer
     may be addresses for all tokens to come, of which the first `capacity` have memory, see `GrowingBuffer.tensor`.
@@ -61,9 +62,10 @@ class LayerStore:
         kv_format: KvFormat = PLAIN,
         smooth: bool = False,
         heads: tuple[int, ...] | None = None,
+        lengths: int = 0,
     ):
         self.sink, self.window, self.kv_format, self.heads = sink, window, kv_format, heads
-        self.rollback = rollback if window else 0
+        self.rollback, self.lengths = rollback if window else 0, lengths
         self.smooth = smooth and kv_format.k != "none"
         self.drop()
 
@@ -84,6 +86,11 @@ class LayerStore:
         self.key_offset: Tensor | None = None
         self.capacity = 0  # slots with memory
         self.is_allocated = False
+        self._keep_all()
+
+    def _keep_all(self) -> None:
+        self.left_out = 0  # tokens that the longest row holds elsewhere and not here, see `keep_slots`
+        self.compressed = 0  # tokens of the longest row when that was done: what is whole begins behind them
 
     @in_normal_mode
     def allocate(self, k: Tensor, capacity: int, max_len: int | None, keeps: bool = True, grows: bool = True) -> None:
@@ -162,9 +169,10 @@ class LayerStore:
         return _C.kv_bytes(slots, heads, head_dim, element_bytes, self.kv_format, batch=batch)
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of `tokens` tokens in every row: what `memory_bytes` is without pages and room to grow."""
+        """Bytes of `tokens` tokens in every row, less those left out: `memory_bytes` without pages and room to grow."""
         if not self.is_allocated:
             return 0
+        tokens -= self.left_out
         batch, num_kv_heads, head_dim = self.geometry
         return self.bytes_for(tokens, batch, num_kv_heads, head_dim, self.dtype.itemsize)
 
@@ -176,14 +184,17 @@ class LayerStore:
 
     def is_whole(self, length: int, ahead: int) -> bool:
         """Whether all that a row of `length` tokens shows is there, after `ahead` more tokens were written and taken back."""
-        return not self.window or ahead <= self.rollback or length + ahead <= self.ring_slots
+        if not self.window:
+            return length >= self.compressed
+        return ahead <= self.rollback or length + ahead <= self.ring_slots
 
-    def moves_for(self, capacity: int) -> bool:
-        """Whether `grow(capacity)` takes the buffers to new addresses, since there are none behind the old ones."""
-        return any(capacity > buffer.max_slots for buffer in self.growing.values())
+    def moves_for(self, tokens: int) -> bool:
+        """Whether `grow(tokens)` takes the buffers to new addresses, since there are none behind the old ones."""
+        return any(tokens - self.left_out > buffer.max_slots for buffer in self.growing.values())
 
-    def grow(self, capacity: int) -> None:
-        """Memory for `capacity` slots of a retrieval layer; fewer than before change nothing."""
+    def grow(self, tokens: int) -> None:
+        """Memory for rows of `tokens` tokens in a retrieval layer; fewer than before change nothing."""
+        capacity = tokens - self.left_out
         if not self.growing or capacity <= self.capacity:
             return
         for buffer in self.growing.values():
@@ -192,8 +203,9 @@ class LayerStore:
             buffer.commit(capacity)
         self.capacity = capacity
 
-    def growth(self, capacity: int) -> list[tuple[GrowingBuffer, int]]:
+    def growth(self, tokens: int) -> list[tuple[GrowingBuffer, int]]:
         """What `grow` would commit, for `buffers.check_free`."""
+        capacity = tokens - self.left_out
         grows = capacity > self.capacity
         return [(buffer, capacity) for buffer in self.growing.values() if grows and capacity <= buffer.max_slots]
 
@@ -209,6 +221,7 @@ class LayerStore:
 
     def release(self) -> None:
         """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""
+        self._keep_all()
         if self.key_offset is not None:
             self.key_offset.zero_()
         if self.growing:
@@ -225,6 +238,31 @@ class LayerStore:
         self.allocate(like, capacity, self.max_len, grows=grows)
         for name, buffer in before.items():
             self.buffers[name][:, :, :capacity] = buffer[:, :, :capacity].to(like.device)
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of slots [start, stop), in the dtype of the layer: codes widened, smoothed keys less their offset.
+
+        Each [batch, heads, stop - start, head_dim].
+        """
+        return routes.Stored.of(self.caches, self.dtype).read(start, stop)
+
+    @in_normal_mode
+    def keep_slots(self, index: Tensor, tokens: int) -> None:
+        """Of a retrieval layer whose longest row holds `tokens`: slot i becomes what slot index[:, :, i] was, the rest goes.
+
+        index [batch, heads or 1, kept] int64, ascending. `Chunk.seq_lens` are the caller's to lower. Waits for the device.
+        """
+        kept = index.shape[2]
+        for buffer in self.buffers.values():
+            buffer = buffer.view(torch.uint8) if buffer.itemsize == 1 else buffer
+            at = index.expand(-1, buffer.shape[1], -1)
+            at = at if buffer.dim() == 3 else at[..., None].expand(-1, -1, -1, buffer.shape[3])
+            buffer[:, :, :kept] = buffer[:, :, :tokens].gather(2, at)
+        self.left_out, self.compressed = self.left_out + tokens - kept, tokens
+        if self.growing:
+            self.capacity = min(self.capacity, kept)
+        for buffer in self.growing.values():
+            buffer.shrink(self.capacity)
 
     @in_normal_mode
     def select_rows(self, index: Tensor, held: int) -> None:
@@ -251,9 +289,10 @@ class LayerStore:
         q [batch, num_q_heads, q_len, head_dim], k, v [batch, num_kv_heads, q_len, head_dim]: all heads of the layer. out: where
         the results of `heads` go, see `ops.new_output`.
         """
+        seq_lens = chunk.seq_lens[self.lengths]
         if self.key_offset is not None:
             if smoothing.sets_offsets(k.shape[2], chunk.started):
-                smoothing.set_offsets(self.key_offset, k, chunk.seq_lens, chunk.pad)
+                smoothing.set_offsets(self.key_offset, k, seq_lens, chunk.pad)
             k = k - self.key_offset
         caches = self.caches
         if q.shape[0] < caches.keys.shape[0]:  # the first rows only
@@ -261,9 +300,10 @@ class LayerStore:
         options = {"pad": chunk.pad, "heads": self.head_numbers, "out": out, "sink": self.sink, "window": self.window}
         options |= {"scale": scale, "workspace": chunk.workspace}
         if q.shape[2] > 1 and chunk.cos is None:
-            return routes.attend(q, k, v, caches, chunk.seq_lens, past=chunk.past, **options)
+            past = None if chunk.past is None else chunk.past - self.left_out
+            return routes.attend(q, k, v, caches, seq_lens, past=past, **options)
         rope = {"cos": chunk.cos, "sin": chunk.sin}
-        return ops.attention(q, k, v, *caches[:2], chunk.seq_lens, **rope, **options, **caches.scales)[0]
+        return ops.attention(q, k, v, *caches[:2], seq_lens, **rope, **options, **caches.scales)[0]
 
 
 def attend(stores: Sequence[LayerStore], q: Tensor, k: Tensor, v: Tensor, scale: float | None, chunk: Chunk) -> Tensor:

@@ -15,6 +15,8 @@ from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore, in_normal_mode
 from ..planning.kv_format import PLAIN
 from ..planning.plan import Plan, token_count
+from .compression import PromptCompression
+from .compression.apply import compress
 from .forward import Forward
 from .layer import ZigzagLayer
 from .state import Addresses, CacheState
@@ -28,6 +30,7 @@ class ZigzagCache(Cache):
         plan: `zigzag_ext.Plan`. The plan of the cache wins over the plan given to `enable`.
         max_len: most tokens a row may hold (padding does not count), up to 2^30. None: as many as there is memory for.
         rollback: tokens that `crop` can take back once a ring is full: rings hold as many more.
+        compress: how retrieval layers thin out the prompt once it has been read, for one `PromptWindows`; None: not at all.
 
     Rings always take sink + window + rollback tokens. Retrieval layers reserve addresses for all tokens to come and take memory
     as tokens come (`zigzag_ext.attention.buffers`): they never move and are never copied. Keys and values are held in the formats
@@ -51,8 +54,8 @@ class ZigzagCache(Cache):
         >>> cache.memory_bytes()
     """
 
-    def __init__(self, config, plan, max_len: int | None = None, rollback: int = 0):
-        self._build(config, plan, *check_lengths(max_len, rollback), stores=True)
+    def __init__(self, config, plan, max_len: int | None = None, rollback: int = 0, compress: PromptCompression | None = None):
+        self._build(config, plan, *check_lengths(max_len, rollback), stores=True, compress=compress)
 
     @classmethod
     def without_memory(cls, config, plan) -> "ZigzagCache":
@@ -61,7 +64,9 @@ class ZigzagCache(Cache):
         cache._build(config, plan, None, 0, stores=False)
         return cache
 
-    def _build(self, config, plan, max_len: int | None, rollback: int, stores: bool) -> None:
+    def _build(
+        self, config, plan, max_len: int | None, rollback: int, stores: bool, compress: PromptCompression | None = None
+    ) -> None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
         config = config.get_text_config(decoder=True)
@@ -69,7 +74,14 @@ class ZigzagCache(Cache):
             raise ValueError(f"the plan has {len(plan.kinds)} layers, the model has {config.num_hidden_layers}")
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
-        self.state, self.rollback = CacheState(max_len, stores), rollback
+        if compress is not None:
+            if not isinstance(compress, PromptCompression):
+                raise TypeError(f"compress must be None or a method such as zigzag_ext.PromptWindows, got {compress!r}")
+            if compress.group > 1 and compress.per_head and plan.mixed_layers:
+                raise ValueError("compress: layers with heads of both kinds choose alone; use group=1 or per_head=False")
+            compress = compress.with_sink(plan.sink)
+        num_lengths = 1 + len(plan.kinds) if compress else 1
+        self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths), rollback
         plan.check_kv_heads(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
         smooth = plan.key_smoothing
@@ -78,13 +90,15 @@ class ZigzagCache(Cache):
             "streaming": (plan.sink, plan.window, rollback, formats[1], smooth),
         }
 
-        def layer_stores(kind: str | tuple[str, ...]) -> list[LayerStore]:
-            if isinstance(kind, str):
-                return [LayerStore(*kinds[kind])]
-            heads = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in kinds}
-            return [LayerStore(*own, heads[name]) for name, own in kinds.items()]
+        def layer_stores(layer: int, kind: str | tuple[str, ...]) -> list[LayerStore]:
+            names = [kind] if isinstance(kind, str) else list(kinds)
+            heads = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in names}
+            lengths = {"retrieval": layer + 1 if compress else 0, "streaming": 0}
+            return [LayerStore(*kinds[n], None if len(names) == 1 else heads[n], lengths[n]) for n in names]
 
-        super().__init__(layers=[ZigzagLayer(self.state, index, layer_stores(kind)) for index, kind in enumerate(plan.kinds)])
+        super().__init__(
+            layers=[ZigzagLayer(self.state, index, layer_stores(index, kind)) for index, kind in enumerate(plan.kinds)]
+        )
 
     def forward(self, batch: int, q_len: int, attention_mask=None, ids=None, position_ids: Tensor | None = None) -> Forward:
         """`with cache.forward(...):` brackets a forward pass of `q_len` new columns, see `Forward`.
@@ -99,7 +113,7 @@ class ZigzagCache(Cache):
     def seq_lens(self) -> Tensor | None:
         """[batch] int32 on the device: tokens held per row, padding not counted. None before the first forward."""
         first = self.layers[0]
-        return self.state.lengths_on(first.device) if first.is_initialized else None
+        return self.state.lengths_on(first.device)[0] if first.is_initialized else None
 
     @property
     def addresses(self) -> Addresses:
@@ -156,6 +170,9 @@ class ZigzagCache(Cache):
             (kind, f"{n} layers", kv_format, f"{held:,} bytes in", f"{memory:,} bytes")
             for kind, kv_format, n, held, memory in sums
         ]
+        if compressed := self.compressed.values():
+            kept = sum(kept for kept, _ in compressed) / len(compressed)
+            rows.append(("compressed", f"{len(compressed)} layers", "", f"{kept:,.0f} of {self.state.longest:,} tokens kept", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -183,13 +200,30 @@ class ZigzagCache(Cache):
             layer.grow(capacity)
         state.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
-    def incomplete_rings(self, length: int, ahead: int) -> list[int]:
+    def compress(self) -> None:
+        """Thins out the prompt by the method that the cache was made with; else done before the first forward behind it.
+
+        A prompt is what came in forwards of more than `MAX_DECODE_QUERIES` tokens, or up to where generate() says that it ends.
+        Done once, until `reset`: what comes later is kept in full. Raises RuntimeError on a cache made without `compress`.
+        """
+        self.state.check()
+        if self.state.compression is None:
+            raise RuntimeError("this ZigzagCache was made without compress=, so it has not kept what the choice of tokens needs")
+        compress(self)
+
+    @property
+    def compressed(self) -> dict[int, tuple[int, int]]:
+        """Tokens of the longest row that each compressed layer holds, and that it has dropped, by layer."""
+        stores = [(layer.index, store) for layer in self.layers for store in layer.stores if store.left_out]
+        return {index: (self.state.longest - store.left_out, store.left_out) for index, store in stores}
+
+    def incomplete_layers(self, length: int, ahead: int) -> list[int]:
         """Layers that no longer hold what rows of `length` tokens show, after `ahead` more were written and taken back."""
         return [layer.index for layer in self.layers if not layer.is_whole(length, ahead)] if length else []
 
     def reset(self) -> None:
         """Empties the cache, gives the memory of retrieval layers back and keeps all addresses; none of a marked cache."""
-        whole = self.state.changing is None
+        whole, self.state.prompt_end = self.state.changing is None, 0
         if whole:
             self.state.forget()
         else:
@@ -209,15 +243,24 @@ class ZigzagCache(Cache):
         if removed > state.columns:
             raise RuntimeError(f"crop({tokens}) takes back more than the {state.columns} tokens that the cache holds")
         left = max(0, state.longest - removed)
-        if removed and state.columns > removed and (rings := self.incomplete_rings(left, state.ahead + removed)):
+        if removed and state.columns > removed and (layers := self.incomplete_layers(left, state.ahead + removed)):
+            self._refuse_compressed(layers, f"crop({tokens})")
             raise RuntimeError(
-                f"crop({tokens}) takes {removed} tokens back; the rings of layers {rings} can take back "
+                f"crop({tokens}) takes {removed} tokens back; the rings of layers {layers} can take back "
                 f"{max(0, self.rollback - state.ahead)} (rollback={self.rollback}); nothing was changed. Give ZigzagCache or "
                 "enable() a larger rollback"
             )
         if removed:
             with state.change("crop()"):
                 state.remove(removed)
+
+    def _refuse_compressed(self, layers: list[int], what: str) -> None:
+        """Raises RuntimeError if any of `layers`, which cannot take tokens back, has dropped some of a prompt."""
+        if not self.compressed.keys().isdisjoint(layers):
+            raise RuntimeError(
+                f"{what} would take tokens of a compressed prompt back, of which layers {sorted(self.compressed)} have dropped "
+                "some; nothing was changed. Call reset() and read the prompt again"
+            )
 
     @property
     def is_croppable(self) -> bool:
@@ -248,7 +291,8 @@ class ZigzagCache(Cache):
         same = min(state.tokens.first_difference(ids, mask), ids.shape[1] - 1)
         if same == state.columns:
             return
-        if self.incomplete_rings(max(0, state.longest - state.columns + same), state.ahead + state.columns - same):
+        if layers := self.incomplete_layers(max(0, state.longest - state.columns + same), state.ahead + state.columns - same):
+            self._refuse_compressed(layers, "generate()")
             shorter = same == ids.shape[1] - 1
             what = f"{state.columns - same} tokens beyond those given" if shorter else f"another token at position {same}"
             raise ValueError(

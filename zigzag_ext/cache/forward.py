@@ -61,6 +61,10 @@ class Forward:
         state.tokens.raise_remembered()
         self._check_batch()
         self.before = state.columns, state.longest, state.uniform, state.ahead
+        if state.observed and self._follows_prompt():
+            self.cache.compress()
+            self.before = state.columns, state.longest, state.uniform, state.ahead
+        self.observed = dict(state.observed)
         longest, uniform = self._read_mask()
         self.cache.ensure_capacity(longest)
         self.lengths: dict[torch.device, Tensor] = {}  # before this forward; kept once a piece has advanced them
@@ -109,7 +113,7 @@ class Forward:
     @property
     def decodes(self) -> bool:
         """Whether this forward adds one token per row to what is held already."""
-        return self.total == 1 and self.state.columns > 0 and self.state.stores
+        return self.total == 1 and self.state.columns > 0 and self.state.stores and not self.observes
 
     def pad_on(self, device: torch.device) -> Tensor | None:
         if self.pad and device not in self.pad:
@@ -141,6 +145,24 @@ class Forward:
             past=state.columns if state.uniform else None,
             started=state.columns > 0 and state.uniform,
         )
+
+    @property
+    def observes(self) -> bool:
+        """Whether the queries of this forward may be the last ones of a prompt that is to be compressed."""
+        state = self.state
+        return state.compression is not None and not state.compressed and state.stores and not self._follows_prompt()
+
+    def _follows_prompt(self) -> bool:
+        """Whether this is a short forward behind a prompt, which so has ended."""
+        return self.before[0] >= max(1, self.state.prompt_end) and self.total <= ops.MAX_DECODE_QUERIES
+
+    @in_normal_mode
+    def observe(self, layer: int, q: Tensor, scale: float) -> None:
+        """Keeps the last queries, of q [batch, num_q_heads, q_len, head_dim], that the choice of tokens asks for."""
+        wanted = self.state.compression.observe
+        if layer in self.observed and q.shape[2] < wanted:
+            q = torch.cat([self.observed[layer][0][:, :, q.shape[2] - wanted :], q], 2)
+        self.observed[layer] = q[:, :, -wanted:].clone(), scale
 
     def mark_attended(self) -> None:
         """Notes that every layer has appended this piece: a compiled step cannot note it layer by layer."""
@@ -193,7 +215,7 @@ class Forward:
                 f"position_ids must be [batch, {self.total}], one per new token; got {tuple(positions.shape)}{self._used()}"
             )
         looks = held > 0 and (not self.short or positions.device.type == "cpu")
-        if looks and (positions[..., 0] < self.state.lengths_on(positions.device)).any():
+        if looks and (positions[..., 0] < self.state.lengths_on(positions.device)[0]).any():
             first = positions[..., 0].min().item()
             raise ValueError(f"position_ids start at {first}, among the tokens that are held{self._used()}")
 
@@ -221,7 +243,7 @@ class Forward:
     def _read_prompt_mask(self) -> tuple[int, bool]:
         state, q_len, mask = self.state, self.total, self.mask
         padding = (mask[:, -q_len:] == 0).sum(1, dtype=torch.int32)
-        held = state.lengths_on(mask.device) + (q_len - padding)
+        held = state.lengths_on(mask.device)[0] + (q_len - padding)
         fault = state.tokens.mask_fault(mask, q_len, False).to(mask.device)
         code, least, most, padded = torch.stack([fault, held.min().long(), held.max().long(), padding.max().long()]).tolist()
         raise_mask_error(code)
@@ -255,7 +277,7 @@ class Forward:
         state.ahead = max(0, state.ahead - self.q_len)
         self.done += self.q_len
         if last:
-            state.uniform, state.forward = self.after[1], None
+            state.uniform, state.forward, state.observed = self.after[1], None, self.observed
         self.committing = state.changing = None
 
     def _note_tokens(self, last: bool) -> None:
@@ -283,7 +305,7 @@ class Forward:
         state.columns, state.longest, state.uniform = columns, longest, uniform
         state.ahead = max(ahead, self.written) if columns else 0
         state.tokens.cut(columns)
-        lost = self.cache.incomplete_rings(longest, state.ahead) if columns else []
+        lost = self.cache.incomplete_layers(longest, state.ahead) if columns else []
         state.changing = None
         if lost:
             state.changing = f"a forward failed half-way, its tokens have overwritten older ones in the rings of layers {lost}"

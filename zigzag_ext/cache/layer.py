@@ -105,6 +105,8 @@ class ZigzagLayer(CacheLayerMixin):
         chunk = forward.chunk(self.index, k)
         if not self.is_initialized:
             self.lazy_initialization(k, v)
+        if forward.observes and not self.window:
+            forward.observe(self.index, q, q.shape[3] ** -0.5 if scale is None else scale)
         out = attend(self.stores, q, k, v, scale, chunk)
         forward.attended.add(self.index)
         return out

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..attention import ops
 from ..attention.store import in_normal_mode
+from .compression import PromptCompression
 from .tokens import HeldTokens
 
 BROKEN = "call reset()"
@@ -26,18 +27,21 @@ class CacheState:
     batch: rows, None before the first forward. columns: tokens seen per row, padding included. longest: tokens of the longest
     row, an upper bound. ahead: columns written behind the present end and taken back since, which rings may still hold.
     capacity: tokens that retrieval layers have memory for. uniform: whether every row is known to hold `columns` tokens.
-    tokens: which tokens they are.
+    tokens: which tokens they are. observed: by layer, the last queries of a prompt that is to be compressed, and their scale.
     """
 
-    def __init__(self, max_len: int | None, stores: bool):
-        self.max_len, self.stores = max_len, stores
+    def __init__(self, max_len: int | None, stores: bool, compression: PromptCompression | None = None, num_lengths: int = 1):
+        self.max_len, self.stores, self.compression, self.num_lengths = max_len, stores, compression, num_lengths
         self.num_forwards = 0
+        self.prompt_end = 0  # columns of a prompt that comes in several forwards
         self.start(None)
 
     def start(self, batch: int | None) -> None:
         """Nothing is held and there are no buffers, for `batch` rows."""
         self.batch = batch
-        self.seq_lens: dict[torch.device, Tensor] = {}  # [batch] int32; one copy per device that holds layers
+        # [num_lengths, batch] int32, one copy per device that holds layers: tokens held per row, and then, for layers that may
+        # leave tokens out, those that they hold. All of them advance alike.
+        self.seq_lens: dict[torch.device, Tensor] = {}
         self.workspaces: dict[torch.device, Tensor] = {}
         self.step_pad: Tensor | None = None  # [batch] int32, of steps of one column
         self.addresses = Addresses()
@@ -50,6 +54,8 @@ class CacheState:
         self.changing = "reset() was interrupted"
         self.capacity = self.columns = self.longest = self.ahead = 0
         self.uniform = True
+        self.compressed = False
+        self.observed: dict[int, tuple[Tensor, float]] = {}
         self.tokens.cut(0)
         for lengths in self.seq_lens.values():
             lengths.zero_()
@@ -68,15 +74,17 @@ class CacheState:
         yield
         self.changing = None
 
-    def lengths_on(self, device: torch.device) -> Tensor:
+    def lengths_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The rows of `seq_lens`."""
         if device not in self.seq_lens:
             self._copy_to(device)
-        return self.seq_lens[device]
+        return self.seq_lens[device].unbind(0)
 
     @in_normal_mode
     def _copy_to(self, device: torch.device) -> None:
+        shape = (self.num_lengths, self.batch)
         known = next(iter(self.seq_lens.values()), None)
-        self.seq_lens[device] = torch.zeros(self.batch, dtype=torch.int32, device=device) if known is None else known.to(device)
+        self.seq_lens[device] = torch.zeros(shape, dtype=torch.int32, device=device) if known is None else known.to(device)
 
     @in_normal_mode
     def workspace(self, device: torch.device) -> Tensor:
@@ -103,13 +111,15 @@ class CacheState:
         self.longest = max(0, self.longest - columns)
         self.ahead += columns
         self.tokens.cut(self.columns)
+        self.observed = {layer: (q[:, :, :-columns], scale) for layer, (q, scale) in self.observed.items()}
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
         for device, lengths in self.seq_lens.items():
-            chosen = lengths.index_select(0, index.to(device))
+            chosen = lengths.index_select(1, index.to(device))
             self.seq_lens[device] = lengths.copy_(chosen) if len(index) == self.batch else chosen
         self.tokens.select_rows(index)
+        self.observed = {layer: (q.index_select(0, index.to(q.device)), scale) for layer, (q, scale) in self.observed.items()}
         if len(index) != self.batch:
             self.batch = len(index)
             self.addresses = Addresses()

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..cache import ZigzagCache
 from ..cache.cache import check_lengths
+from ..cache.compression import PromptCompression
 from ..planning.plan import Plan
 from .attention import NAME
 from .cache_argument import cache_parameter, warn_if_untested
@@ -27,6 +28,7 @@ def enable(
     rollback: int = 0,
     prefill_chunk: int | str | None = "auto",
     compile: bool = False,
+    compress: PromptCompression | None = None,
 ) -> nn.Module:
     """Makes `model` run the plan: after this `model.generate(...)` keeps full caches for retrieval layers, rings for the others.
 
@@ -42,6 +44,8 @@ def enable(
             the model and the arguments of the call can be cut. None: one shot.
         compile: run each decode step (one new token per row) as one compiled graph, on a GPU as one captured CUDA graph; prompts
             stay eager. See below.
+        compress: let retrieval layers of these caches keep only a part of each prompt, for one `PromptWindows(budget=0.12)`.
+            Memory and reads shrink; what a later question needs may be gone. None: they keep all.
 
     Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
     `cache=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. (`past_key_values=` means the same.)
@@ -84,12 +88,13 @@ def enable(
     prefill_chunk = check_chunk(model, prefill_chunk)
     if compile:
         check_compilable(model)
-    ZigzagCache(model.config, plan, max_len, rollback)
+    cache_options = {"max_len": max_len, "rollback": rollback, "compress": compress}
+    ZigzagCache(model.config, plan, **cache_options)
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
-    Session(model, plan, {"max_len": max_len, "rollback": rollback}, prefill_chunk, compile, previous)
+    Session(model, plan, cache_options, prefill_chunk, compile, previous)
     return model
 
 

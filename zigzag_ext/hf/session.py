@@ -101,6 +101,8 @@ class Session:
             cache = self.new_cache()
         elif isinstance(cache, ZigzagCache) and ids is not None and not wanted("prefill_chunk_size"):
             cache.keep_first(ids, given.get("attention_mask"))
+        if isinstance(cache, ZigzagCache):
+            cache.state.prompt_end = ids.shape[1] if ids is not None and wanted("prefill_chunk_size") else 0
         kwargs |= {} if cache is None else {self.cache_name: cache}
         return self.behind("generate")(*args, **kwargs)
 

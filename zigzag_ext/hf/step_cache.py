@@ -14,7 +14,7 @@ class _Shared:
 
     def __init__(self, chunk: Chunk):
         self.chunk = chunk
-        self.columns = torch.zeros((), dtype=torch.int64, device=chunk.seq_lens.device)
+        self.columns = torch.zeros((), dtype=torch.int64, device=chunk.seq_lens[0].device)
 
 
 class StepLayer(CacheLayerMixin):
@@ -60,8 +60,9 @@ class StepCache(Cache):
         cache, state = forward.cache, forward.state
         self.device = cache.layers[0].device
         padding = forward.pad_on(self.device)
-        pad = torch.zeros_like(cache.seq_lens) if padding is None else padding
-        shared = _Shared(Chunk(cache.seq_lens, pad, state.workspace(self.device)))
+        lengths = state.lengths_on(self.device)
+        pad = torch.zeros_like(lengths[0]) if padding is None else padding
+        shared = _Shared(Chunk(lengths, pad, state.workspace(self.device)))
         super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
         self.num_columns = 0  # what `columns` is on the device
 
