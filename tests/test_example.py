@@ -15,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "cpp"
 BATCH, GROUP, KV_HEADS, HEAD_DIM = 2, 4, 2, 64
 PLAN = zz.Plan(
-    ["retrieval", "streaming", ["streaming", "retrieval"], "streaming"], sink=2, window=5, provenance={"é": ["\n", 1.5]}
+    ["retrieval", "streaming", ["streaming", "retrieval"], "streaming"],
+    sink=2,
+    window=5,
+    provenance={"é": ["\n", 1.5], "origin": {"model": "org/é", "layers": 4, "kv_heads": 2}},
 )
 
 

@@ -197,6 +197,7 @@ def test_plan_and_provenance(tmp_path):
         "context": 131072,
         "head_dim": 128,
         "element_bytes": 2,
+        "origin": {"layers": 3, "kv_heads": 2},
     }
     assert (plan.objective_value, plan.retained_score) == (0.75, 0.75)
     plan.save(tmp_path / "plan.json")

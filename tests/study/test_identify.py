@@ -44,6 +44,8 @@ def test_scores_are_a_matrix_in_range_the_same_bits_again_and_readable(model, to
         "scores.tsv",
         "again.tsv",
     }
+    sizes = {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": 64, "query_heads": Q_HEADS}
+    assert scores.origin == zz.load_scores(path).origin == {"method": method, **sizes}  # the model was made, not loaded
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore, in_normal_mode
 from ..planning.kv_format import PLAIN
+from ..planning.origin import check_geometry, origin_of
 from ..planning.plan import Plan, token_count
 from .compression import PromptCompression
 from .compression.apply import compress
@@ -43,7 +44,8 @@ class ZigzagCache(Cache):
 
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
-        ValueError: layer or KV head counts differ, layers share KV caches, or `max_len` or `rollback` is out of range.
+        ValueError: layer or KV head counts differ, the plan was made for another geometry (`Plan.origin`), layers share KV
+            caches, or `max_len` or `rollback` is out of range.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
         MemoryError: no memory for the tokens of a forward; what is held stays as it was.
 
@@ -70,6 +72,8 @@ class ZigzagCache(Cache):
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
         config = config.get_text_config(decoder=True)
+        model = origin_of(config)
+        check_geometry(plan.origin, model, "the plan is for")
         if len(plan.kinds) != config.num_hidden_layers:
             raise ValueError(f"the plan has {len(plan.kinds)} layers, the model has {config.num_hidden_layers}")
         if getattr(config, "num_kv_shared_layers", None):
@@ -82,7 +86,7 @@ class ZigzagCache(Cache):
             compress = compress.with_sink(plan.sink)
         num_lengths = 1 + len(plan.kinds) if compress else 1
         self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths), rollback
-        plan.check_kv_heads(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        plan.check_kv_heads(model["kv_heads"])
         formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
         smooth = plan.key_smoothing
         kinds = {

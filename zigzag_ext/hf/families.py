@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..attention.ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
+from ..planning.origin import origin_of
 
 
 def check_family(model: nn.Module) -> None:
@@ -74,12 +75,11 @@ def _shared_caches(model, config):
 
 
 def _geometry(model, config):
-    for field in ("num_hidden_layers", "num_attention_heads"):
-        if not isinstance(given := getattr(config, field, None), int):
-            return f"config.{field} is {given}, it must be one number for all layers"
-    num_q_heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
-    num_kv_heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or num_q_heads
-    head_dim = head_dim or config.hidden_size // num_q_heads
+    try:
+        geometry = origin_of(config)
+    except ValueError as error:
+        return str(error)
+    num_q_heads, num_kv_heads, head_dim = (geometry[name] for name in ("query_heads", "kv_heads", "head_dim"))
     if head_dim not in HEAD_DIMS:
         return f"its head_dim is {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}"
     if num_q_heads % num_kv_heads or num_q_heads // num_kv_heads > MAX_GROUP_SIZE:

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from .plan import Plan
-from .scores import DUO_SCORES, load_scores, save_scores
+from .scores import DUO_SCORES, Scores, load_scores, save_scores
 from .solve import solve
 
 
@@ -32,7 +32,7 @@ def to_duo(plan: Plan, folder: str | os.PathLike, kv_heads: int) -> None:
     scores = [[float(head) for head in layer] for layer in plan.retrieval_heads(kv_heads)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_scores(scores, folder / DUO_SCORES)
+    save_scores(Scores(scores, plan.origin), folder / DUO_SCORES)
     config = {"sink_size": plan.sink, "recent_size": plan.window, "sparsity": 1 - plan.retrieval_ratio}
     (folder / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
 
@@ -66,7 +66,9 @@ def from_duo(folder: str | os.PathLike, *, threshold: float | None = None, spars
     for layer, row in enumerate(scores.tolist()):
         if set(row) - {0.0, 1.0}:
             raise ValueError(f"{folder}: layer {layer} is not all ones and zeros; give a threshold or sparsity, or use solve()")
-    return Plan.from_heads(scores, sink=sink, window=window, provenance={"source": "DuoAttention folder"})
+    return Plan.from_heads(
+        scores, sink=sink, window=window, provenance={"source": "DuoAttention folder", "origin": scores.origin}
+    )
 
 
 def to_layer_types(plan: Plan) -> dict:

@@ -4,18 +4,20 @@ A plan file is JSON: `{"format": "zigzag-plan", "version": 1, "kinds": [...], "s
 A plan with quantised caches has version 2 and `"kv_format": {"k": "int8", "v": "int4"}`, `"ring_kv_format": ...`.
 A plan with layers of both kinds of heads has version 3; such a layer is a list of kinds, one per KV head.
 A plan with key smoothing has version 4 and `"key_smoothing": true`.
+What the plan was made for (model, method, geometry: `origin.py`) stands in the provenance, as "origin", in every version.
 """
 
 import json
 import operator
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import _C
 from .kv_format import PLAIN, KvFormat, parse_kv_format
+from .origin import known
 
 FORMAT = "zigzag-plan"
 VERSION = 4  # the oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers, 4 with key smoothing
@@ -101,6 +103,11 @@ class Plan:
         kinds = [["retrieval" if head else "streaming" for head in row] for row in rows]
         return cls(kinds, sink=sink, window=window, provenance=provenance or {})
 
+    def with_formats(self, kv_format=None, ring_kv_format=None, key_smoothing: bool | None = None) -> "Plan":
+        """The plan with other formats; what is None stays ("none" is the model's dtype). Raises as `Plan` does."""
+        given = {"kv_format": kv_format, "ring_kv_format": ring_kv_format, "key_smoothing": key_smoothing}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
     @property
     def num_layers(self) -> int:
         return len(self.kinds)
@@ -146,6 +153,11 @@ class Plan:
         """Share of the KV heads that keep every token, 0 to 1. Without mixed layers that is the share of retrieval layers."""
         shares = [kind == "retrieval" if isinstance(kind, str) else kind.count("retrieval") / len(kind) for kind in self.kinds]
         return sum(shares) / self.num_layers
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the plan was made for, as far as its provenance says: model, method, geometry. See `planning/origin.py`."""
+        return known(self.provenance.get("origin"))
 
     @property
     def objective_value(self) -> float | None:

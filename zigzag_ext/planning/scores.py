@@ -1,19 +1,45 @@
-"""Reading and writing head scores: DuoAttention folders, tables of text, .npy, and KVzip's .pt."""
+"""Reading and writing head scores: DuoAttention folders, tables of text, .npy, and KVzip's .pt.
+
+Files that `save_scores` writes say what the scores were made for (`origin.py`): tables, a DuoAttention folder's too, in a comment
+before the first row, `# zigzag-scores {"model": ..., "method": ...}`; .npy files in a second array behind the scores, a string
+that readers of the first one do not see. Files without that are read as they always were.
+"""
 
 import json
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .origin import known
+
 DUO_SCORES = "full_attention_heads.tsv"
+_ORIGIN_MARK = "zigzag-scores "
 _TOLERANCE = 0.01  # trained gates overshoot [0, 1] slightly: published files go down to -1.4e-3
 
 
-def load_scores(path: str | os.PathLike) -> np.ndarray:
+class Scores(np.ndarray):
+    """float64 [layers, kv_heads] that knows its `origin`, see `origin.py`. What is computed from it is a plain array."""
+
+    origin: dict
+
+    def __new__(cls, matrix: ArrayLike, origin: dict):
+        scores = np.array(matrix, dtype=np.float64).view(cls)
+        scores.origin = {**origin, "layers": scores.shape[0], "kv_heads": scores.shape[1]}
+        return scores
+
+    def __array_finalize__(self, source) -> None:
+        self.origin = {}
+
+    def __array_wrap__(self, array, context=None, return_scalar=False):
+        return array[()] if return_scalar else np.asarray(array)
+
+
+def load_scores(path: str | os.PathLike) -> Scores:
     """Reads head scores from a DuoAttention folder or a file.
 
     Args:
@@ -26,7 +52,8 @@ def load_scores(path: str | os.PathLike) -> np.ndarray:
             anything else: the same, separated by tabs or spaces. Empty lines and lines that start with # are skipped.
 
     Returns:
-        float64 [layers, kv_heads], clipped to [0, 1] as DuoAttention does.
+        float64 [layers, kv_heads], clipped to [0, 1] as DuoAttention does. The attribute `origin` says what they were made for,
+        as far as the file does: model, method, geometry (`origin.py`).
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or the folder holds no scores.
@@ -43,15 +70,18 @@ def load_scores(path: str | os.PathLike) -> np.ndarray:
             raise FileNotFoundError(f"{path.parent} is not a DuoAttention folder: it has no {DUO_SCORES}")
     elif not path.exists():
         raise FileNotFoundError(f"there are no scores at {path}")
-    read = _READERS.get(path.suffix.lower(), _read_text)
-    return np.clip(read(path), 0.0, 1.0)
+    matrix, origin = _READERS.get(path.suffix.lower(), _read_text)(path)
+    scores = Scores(np.clip(matrix, 0.0, 1.0), origin)
+    if changed := [f"{name} {value}" for name, value in origin.items() if scores.origin[name] != value]:
+        raise ValueError(f"{path} says that it has {', '.join(changed)}, it holds scores {list(matrix.shape)}")
+    return scores
 
 
 def save_scores(scores: ArrayLike, path: str | os.PathLike, *, sink: int = 128, window: int = 256) -> None:
-    """Writes head scores so that `load_scores` reads the same numbers.
+    """Writes head scores so that `load_scores` reads the same numbers, and the same origin.
 
     Args:
-        scores: [layers, kv_heads] in [0, 1].
+        scores: [layers, kv_heads] in [0, 1], such as `load_scores` and `identify` return.
         path: a name that ends in .tsv, .csv or .npy; any other name without an ending becomes a DuoAttention folder,
             `full_attention_heads.tsv` and a `config.json` with `sink` and `window` as its sink_size and recent_size.
 
@@ -60,37 +90,57 @@ def save_scores(scores: ArrayLike, path: str | os.PathLike, *, sink: int = 128, 
     """
     path, matrix = Path(path), np.asarray(scores, dtype=np.float64)
     _check_matrix(matrix, "scores to save")
-    suffix = path.suffix.lower()
+    suffix, origin = path.suffix.lower(), getattr(scores, "origin", {})
+    note = _ORIGIN_MARK + json.dumps(origin) if origin else ""
     if suffix == ".npy":
-        np.save(path, matrix)
+        with path.open("wb") as file:
+            for array in (matrix, np.array(note)) if note else (matrix,):
+                np.save(file, array)
     elif suffix in _SEPARATORS:
-        np.savetxt(path, matrix, delimiter=_SEPARATORS[suffix], fmt="%.18e")
+        np.savetxt(path, matrix, delimiter=_SEPARATORS[suffix], fmt="%.18e", header=note)
     elif not suffix or path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
-        np.savetxt(path / DUO_SCORES, matrix, delimiter="\t", fmt="%.18e")
+        np.savetxt(path / DUO_SCORES, matrix, delimiter="\t", fmt="%.18e", header=note)
         (path / "config.json").write_text(json.dumps({"sink_size": sink, "recent_size": window}) + "\n", encoding="utf-8")
     else:
         raise ValueError(f"cannot write scores as {suffix}; supported: .tsv, .csv, .npy, or a folder (no ending)")
 
 
-def _read_text(path: Path) -> np.ndarray:
+def _read_text(path: Path) -> tuple[np.ndarray, dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file; supported: a DuoAttention folder, .tsv, .csv, .npy, .pt") from error
-    return _parse_rows(lines, path)
+    comments = (line.lstrip()[1:].strip() for line in lines if line.lstrip().startswith("#"))
+    return _parse_rows(lines, path), next((_parse_note(text, path) for text in comments if text.startswith(_ORIGIN_MARK)), {})
 
 
-def _read_npy(path: Path) -> np.ndarray:
+def _parse_note(text: str, path: Path) -> dict:
+    try:
+        return known(json.loads(text.removeprefix(_ORIGIN_MARK)))
+    except ValueError as error:
+        raise ValueError(f"{path}: what follows {_ORIGIN_MARK.strip()!r} is not JSON: {error}") from error
+
+
+def _read_npy(path: Path) -> tuple[np.ndarray, dict]:
     try:
         with path.open("rb") as file:
             matrix = np.lib.format.read_array(file, allow_pickle=False)
+            note = _text_behind(file)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} is not an .npy file of numbers: {error}") from error
-    return _check_matrix(matrix, str(path))
+    return _check_matrix(matrix, str(path)), _parse_note(note, path) if note.startswith(_ORIGIN_MARK) else {}
 
 
-def _read_pt(path: Path) -> np.ndarray:
+def _text_behind(file: BinaryIO) -> str:
+    """The array that follows in an .npy file, as text; "" if what follows, if anything, is none."""
+    try:
+        return str(np.lib.format.read_array(file, allow_pickle=False))
+    except ValueError:
+        return ""
+
+
+def _read_pt(path: Path) -> tuple[np.ndarray, dict]:
     import torch  # for this format only
 
     try:
@@ -101,7 +151,7 @@ def _read_pt(path: Path) -> np.ndarray:
         raise ValueError(f"{path} must hold one tensor of real numbers, got {type(tensor).__name__}")
     if tensor.dim() == 3 and tensor.shape[1] == 1:
         tensor = tensor[:, 0]
-    return _check_matrix(tensor.double().numpy(), str(path))
+    return _check_matrix(tensor.double().numpy(), str(path)), {}
 
 
 def _check_matrix(matrix: np.ndarray, place: str) -> np.ndarray:
@@ -141,4 +191,4 @@ def _parse_score(text: str, place: str) -> float:
 
 
 _SEPARATORS = {".tsv": "\t", ".csv": ","}
-_READERS: dict[str, Callable[[Path], np.ndarray]] = {".npy": _read_npy, ".pt": _read_pt}
+_READERS: dict[str, Callable[[Path], tuple[np.ndarray, dict]]] = {".npy": _read_npy, ".pt": _read_pt}

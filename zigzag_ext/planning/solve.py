@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike
 from .. import _C
 from .costs import kv_costs, ms_costs
 from .kv_format import KvFormat, parse_kv_format
+from .origin import check_geometry, element_bytes_of, known, origin_of
 from .plan import Plan
 from .solve_heads import solve_heads
 
@@ -35,8 +37,9 @@ def solve(
     ms: float | None = None,
     costs: Mapping | str | os.PathLike | None = None,
     context: int = 131072,
-    head_dim: int | Sequence[int] = 128,
-    element_bytes: int = 2,
+    config: Any = None,
+    head_dim: int | Sequence[int] | None = None,
+    element_bytes: int | None = None,
     kv_format: KvFormat | str | Mapping[str, str] | None = None,
     ring_kv_format: KvFormat | str | Mapping[str, str] | None = None,
     rollback: int = 0,
@@ -67,7 +70,10 @@ def solve(
             in steps of 0.0001.
         costs: cost table, a dict or a JSON file.
         context: tokens, for KV bytes and milliseconds.
-        head_dim, element_bytes: elements per head (one number or one per layer) and bytes per element, for KV bytes.
+        config: the config of the model that the plan is for: of transformers, or a dict as in config.json. Scores of other
+            layers, KV heads or head_dim are refused, and `head_dim` and `element_bytes` are the model's where they are not given.
+        head_dim, element_bytes: elements per head (one number or one per layer) and bytes per element, for KV bytes. Without a
+            config, the head_dim that the scores record, or 128, and 2 bytes.
         kv_format, ring_kv_format: how the plan's retrieval and streaming layers hold keys and values, see `Plan`.
         rollback: slots of each ring beyond sink + window, for KV bytes.
         force_retrieval, force_streaming: layers whose kind is given.
@@ -92,11 +98,12 @@ def solve(
     Returns:
         A plan whose provenance records the objective, budget and constraints, `objective_value`, `retained_score` (share of the
         summed scores that lies in retrieval layers), `layer_values` (how the objective rates each layer), `mask_distance` (heads
-        whose layer has the other kind than they have in the head mask), `kv_bytes` and, with `costs`, `ms`.
+        whose layer has the other kind than they have in the head mask), `kv_bytes`, with `costs` `ms`, and `origin`: what the
+        scores and the config say of model, method and geometry (`origin.py`).
 
     Raises:
-        ValueError: input is out of range, more than one budget is given, or no choice meets budget and constraints (the message
-            names the ones that conflict). TypeError: an argument has the wrong type.
+        ValueError: input is out of range, more than one budget is given, scores and config differ in geometry, or no choice meets
+            budget and constraints (the message names the ones that conflict). TypeError: an argument has the wrong type.
 
     Source: the split into retrieval and streaming heads by score is DuoAttention's (https://arxiv.org/abs/2410.10819), whole
     layers of one kind are ZigzagAttention's (https://arxiv.org/abs/2508.12407). The criteria are this package's own.
@@ -109,20 +116,15 @@ def solve(
         raise ValueError(f"level {level!r} is not supported; supported: 'layer' (whole layers retrieve or stream), 'head'")
     matrix = _matrix(scores)
     layers, kv_heads = matrix.shape if matrix.ndim == 2 else (0, 0)
+    origin = _origin(scores, layers, kv_heads, config)
+    mask = {"threshold": threshold, "sparsity": sparsity}
     given = {"retrieval_ratio": retrieval_ratio, "retrieval_layers": retrieval_layers, "kv_bytes": kv_bytes, "ms": ms}
-    if level == "head":
-        given |= {"threshold": threshold, "sparsity": sparsity}
-    budget = _budget(given, costs)
-    constraints = {
-        "force_retrieval": _integers("force_retrieval", force_retrieval),
-        "force_streaming": _integers("force_streaming", force_streaming),
-        "max_streaming_run": _optional(_integer, "max_streaming_run", max_streaming_run),
-        "stages": _stages(stages, layers),
-    }
-    own = {name: _optional(_number, name, value) for name, value in (("threshold", threshold), ("sparsity", sparsity))}
+    budget = _budget(given | (mask if level == "head" else {}), costs)
+    constraints = _constraints(layers, force_retrieval, force_streaming, max_streaming_run, stages)
+    own = {name: _optional(_number, name, value) for name, value in mask.items()}
     own["top_heads"] = _optional(_integer, "top_heads", top_heads)
     own["values"] = [] if values is None else [_number("values", value) for value in values]
-    sizes = _sizes(context, head_dim, element_bytes)
+    sizes = _sizes(context, head_dim, element_bytes, origin, config)
     _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
     formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
     shape = {name: parse_kv_format(name, value) for name, value in formats.items()} | {"sink": sink, "window": window}
@@ -132,7 +134,7 @@ def solve(
     if level == "head":
         for_layers = {"objective": objective != "mean", "ms": ms, "retrieval_layers": retrieval_layers, **constraints}
         _refuse_for_heads(for_layers | {"top_heads": top_heads, "values": own["values"], "costs": costs})
-        return solve_heads(matrix, budget, bytes_of, {**sizes, "scores": _fingerprint(matrix)}, shape)
+        return solve_heads(matrix, budget, bytes_of, {**sizes, "origin": origin, "scores": _fingerprint(matrix)}, shape)
     solution = _C.solve(matrix, _options(objective, {**constraints, **own}, budget, layers, bytes_of, ticks_of))
     provenance = {
         "objective": objective,
@@ -141,6 +143,7 @@ def solve(
         "options": {name: value for name, value in own.items() if value not in (None, [])},
         **_result(solution, bytes_of, ticks_of),
         **sizes,
+        "origin": origin,
         "scores": _fingerprint(matrix),
         "layer_values": solution.layer_values,
     }
@@ -153,8 +156,30 @@ def _refuse_for_heads(settings: dict) -> None:
         raise ValueError(f"{', '.join(given)} cannot be used with level='head': they are about whole layers")
 
 
-def _sizes(context: int, head_dim: int | Sequence[int], element_bytes: int) -> dict:
+def _origin(scores, layers: int, kv_heads: int, config) -> dict:
+    """What the plan is made for: what the scores know of it, then the config. ValueError if these are two geometries."""
+    recorded = known(getattr(scores, "origin", None)) | {"layers": layers, "kv_heads": kv_heads}
+    model = {} if config is None else origin_of(config)
+    if model and layers:
+        check_geometry(recorded, model, "scores are for")
+    return known(model | recorded)
+
+
+def _constraints(layers: int, force_retrieval, force_streaming, max_streaming_run, stages) -> dict:
+    return {
+        "force_retrieval": _integers("force_retrieval", force_retrieval),
+        "force_streaming": _integers("force_streaming", force_streaming),
+        "max_streaming_run": _optional(_integer, "max_streaming_run", max_streaming_run),
+        "stages": _stages(stages, layers),
+    }
+
+
+def _sizes(context: int, head_dim: int | Sequence[int] | None, element_bytes: int | None, origin: dict, config) -> dict:
     """What KV bytes depend on beside plan and formats, checked."""
+    if head_dim is None:
+        head_dim = origin.get("head_dim", 128)
+    if element_bytes is None:
+        element_bytes = 2 if config is None else element_bytes_of(config)
     per_layer = isinstance(head_dim, Sequence) and not isinstance(head_dim, str)
     return {
         "context": _positive("context", context),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...planning.origin import origin_of
 from ..evaluate.haystack import Sample
 from ..evaluate.scoring import check_length
 from . import data
@@ -45,9 +46,8 @@ class Method(ABC):
     def __init__(self, model: nn.Module, tokenizer, settings: Settings):
         check_length(model, settings.tokens)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.layers = model.config.num_hidden_layers
-        self.q_heads = model.config.num_attention_heads
-        self.kv_heads = getattr(model.config, "num_key_value_heads", None) or self.q_heads
+        geometry = origin_of(model.config)
+        self.layers, self.q_heads, self.kv_heads = (geometry[name] for name in ("layers", "query_heads", "kv_heads"))
         self.steps = settings.prompts
         self.state: dict[str, Tensor] = {}
 

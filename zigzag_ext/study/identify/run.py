@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...planning.scores import save_scores
+from ...planning.origin import origin_of
+from ...planning.scores import Scores, save_scores
 from ..evaluate.task import describe
 from .data import VERSION
 from .method import Method, Settings
@@ -29,7 +30,7 @@ def run(
     options: dict,
     output: str | os.PathLike | None,
     advance: Callable[[int, int], None],
-) -> np.ndarray:
+) -> Scores:
     """Runs a method from its first step, or from where an interrupted run with the same arguments stopped."""
     known = list(inspect.signature(kind.__init__).parameters)[4:]
     if unknown := sorted(options.keys() - set(known)):
@@ -59,7 +60,7 @@ def run(
         if done < method.steps:
             _save(method, partial, origin, done)
     advance(done, method.steps)
-    scores = method.scores()
+    scores = Scores(method.scores(), {"method": name, **origin_of(model.config)})
     if output is not None:
         save_scores(scores, output, sink=settings["sink"], window=settings["window"])
         partial.unlink(missing_ok=True)
