@@ -82,6 +82,20 @@ def test_solve_writes_the_plan_and_prints_what_it_saves(scores, tmp_path):
     assert str(out) in result.output and "retrieval" in result.output
 
 
+@pytest.mark.parametrize("config_only", [False, True])
+def test_solve_reckons_with_the_model(scores, tmp_path, model_folder, config_only):
+    out, source = tmp_path / "plan.json", model_folder / "config.json" if config_only else model_folder
+    result = zigzag("solve", scores, "-o", out, "--model", source, "--context", 1000, "--sink", 4, "--window", 12)
+    assert result.exit_code == 0, result.output
+    assert f"({2 * (1000 + 16) * KV_HEADS * HEAD_DIM * 2 * 4:,} bytes)" in result.output and "in 32 bits" in result.output
+    origin = {"model": str(model_folder), "layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "query_heads": 4}
+    assert zz.Plan.load(out).origin == origin
+    np.savetxt(scores, np.ones((LAYERS, 4)))
+    words = f"scores are for 4 layers x 4 KV heads; the model has 4 layers x 2 KV heads of head_dim 64 ({model_folder})"
+    assert words in failure("solve", scores, "-o", out, "--model", source)
+    assert "nowhere" in failure("solve", scores, "-o", out, "--model", tmp_path / "nowhere")
+
+
 def test_solve_passes_every_option_on(scores, tmp_path):
     costs, out = tmp_path / "costs.json", tmp_path / "plan.json"
     costs.write_text('{"context": [10, 20], "retrieval": [1, 2], "streaming": [0.5, 0.5]}')

@@ -36,6 +36,40 @@ def test_chunks_of_a_prompt(kv_format):
         assert once.equal(generate(model, 10, ids, past_key_values=zz.ZigzagCache(model.config, plan, 400)))
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_formats_given_to_enable_take_the_place_of_the_plans(compile):
+    """In plans of layers and of heads, piece by piece; the plan itself stays what it was."""
+    mixed = zz.Plan([["retrieval", "streaming"], "retrieval", "streaming", "streaming"], sink=4, window=16)
+    formats = {"kv_format": "int8/int4", "ring_kv_format": "int8", "key_smoothing": True}
+    model, ids = new_model("llama"), prompt(40)
+    for plan in (PLAN, mixed):
+        answers = []
+        for own, given in ((formats, {}), ({}, formats), ({"kv_format": "fp8", "key_smoothing": True}, formats)):
+            before = replace(plan, **own)
+            with zz.zigzag(model, before, max_len=64, compile=compile, **given), torch.inference_mode():
+                cache = model(ids)[1]
+                assert {(bool(s.window), str(s.kv_format)) for s in cache.stores} == {(False, "int8/int4"), (True, "int8")}
+                answers.append(generate(model, 6, ids))
+            assert before == replace(plan, **own)
+        assert answers[0].equal(answers[1]) and answers[0].equal(answers[2])
+    plain = {"kv_format": "none", "ring_kv_format": "none", "key_smoothing": False}
+    with zz.zigzag(model, replace(PLAN, **formats), compile=compile, **plain), torch.inference_mode():
+        assert {str(store.kv_format) for store in model(ids)[1].stores} == {"none"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"kv_format": "int3"}, {"ring_kv_format": 8}, {"key_smoothing": True}, {"key_smoothing": 1}, {"kv_format": {"k": "int8"}}],
+)
+def test_formats_given_to_enable_are_refused_as_by_the_plan(given):
+    model = tiny_model()
+    with pytest.raises((TypeError, ValueError)) as of_plan:
+        replace(PLAN, **given)
+    with pytest.raises(type(of_plan.value)) as of_enable:
+        zz.enable(model, PLAN, **given)
+    assert str(of_enable.value) == str(of_plan.value) and model.config._attn_implementation == "sdpa"
+
+
 def allocated(function, device) -> int:
     """Bytes of the largest tensor that `function()` allocates, on a GPU of all that it holds at a time."""
     if device == "cuda":

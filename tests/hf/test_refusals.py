@@ -1,5 +1,8 @@
 """What cannot be computed exactly raises by name, before anything is written; nothing is silently ignored."""
 
+import inspect
+import warnings
+
 import pytest
 import torch
 from tiny_models import FULL, NUM_LAYERS, generate, new_model, padded_prompt, prompt, tiny_model
@@ -98,12 +101,21 @@ def test_arguments_of_the_wrong_type():
     for wrong in (True, 8.0, "8"):
         with pytest.raises(TypeError, match="max_len must be an integer number of tokens"):
             zz.enable(model, PLAN, max_len=wrong)
-    with pytest.raises(ValueError, match="max_len must be at least 1"):
-        zz.enable(model, PLAN, max_len=0)
+    for wrong in (0, -1, 2**31):
+        with pytest.raises(ValueError, match=f"max_len must be at least 1 token and at most 2\\^30, .*got {wrong}"):
+            zz.enable(model, PLAN, max_len=wrong)
     for wrong, name in ((torch.nn.Linear(2, 2), "Linear"), ("llama", "str"), (PLAN, "Plan")):
         with pytest.raises(TypeError, match=f"model must be a transformers language model .*got a {name}"):
             zz.enable(wrong, PLAN)
     assert not model._forward_hooks and model.config._attn_implementation == "sdpa"
+
+
+def test_options_are_keyword_only_and_prompts_are_cut_by_default():
+    parameters = list(inspect.signature(zz.enable).parameters.values())
+    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["model", "plan"]
+    assert inspect.signature(zz.enable).parameters["prefill_chunk"].default == "auto"
+    with pytest.raises(TypeError, match="positional arguments"):
+        zz.enable(tiny_model(), PLAN, 100)
 
 
 def test_arguments_of_a_call_as_python_checks_them():
@@ -230,6 +242,9 @@ def test_attention_dropout_and_gradients():
     model = new_model("llama", attention_dropout=0.1)
     with zz.zigzag(model, PLAN):
         with pytest.warns(UserWarning, match="no gradients are recorded"):
+            assert not model(prompt(5)).logits.requires_grad
+        with warnings.catch_warnings():  # once
+            warnings.simplefilter("error")
             assert not model(prompt(5)).logits.requires_grad
         with torch.no_grad(), pytest.raises(ValueError, match="dropout 0.1"):
             model.train()(prompt(5))

@@ -55,6 +55,9 @@ def test_model_runs_the_plan_it_is_given(calls, model, tokenizer, model_folder, 
         assert greedy(network.model, network.tokenizer, text) == expected
         assert (network.backend, network.batch_size) == ("causal", 3)
     assert make(model, tokenizer=tokenizer).model is model
+    network = make(str(model_folder), plan=PLAN, **options, kv_format="int4", ring_kv_format="int8", key_smoothing=True)
+    ids = network.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    assert {str(store.kv_format) for store in network.model(**ids)[1].stores} == {"int4", "int8"}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def test_model_runs_the_plan_it_is_given(calls, model, tokenizer, model_folder, 
     [
         ({"peft": "x"}, "peft"),
         ({"gguf_file": "x", "parallelize": True}, "gguf_file, parallelize"),
-        ({"compile": True}, "need a plan"),
+        ({"compile": True, "kv_format": "int8"}, "compile, kv_format need a plan"),
     ],
 )
 def test_model_refuses_what_it_would_ignore(calls, model, tokenizer, arguments, named):

@@ -35,7 +35,10 @@ def test_identify_solve_eval_plot(model, tokenizer, model_folder, tmp_path):
     assert np.array_equal(zz.load_scores(scores), expected) and expected.shape == (LAYERS, KV_HEADS)
     assert f"highest layers: {expected.mean(1).argmax()} " in result.output
 
+    recorded = zz.load_scores(scores).origin
+    assert (recorded["model"], recorded["method"], recorded["head_dim"]) == (str(model_folder), "ablation", 64)
     assert zigzag("solve", scores, "-o", plan, "--retrieval-layers", 1, "--sink", 4, "--window", 32).exit_code == 0
+    assert zz.Plan.load(plan).origin == recorded
     places = ["--length", 500, "--length", 600, "--depth", 0, "--depth", 1, "--prompts", 2, "--device", "cpu"]
     result = zigzag("eval", model_folder, "--plan", plan, "--task", "passkey", "--task", "perplexity", *places, "-o", rows)
     assert result.exit_code == 0, result.output
@@ -46,6 +49,15 @@ def test_identify_solve_eval_plot(model, tokenizer, model_folder, tmp_path):
     assert [row.logprob for row in found] == pytest.approx([row.logprob for row in again], rel=1e-5)
     shown = re.search(r"third +passkey +500 +4 +(\d+)% +(-[\d.]+)", result.output)
     assert float(shown[2]) == pytest.approx((again[0].logprob + again[1].logprob) / 2, abs=1e-3)
+
+    formats = ["--kv-format", "int4", "--ring-kv-format", "int8", "--key-smoothing"]
+    result = zigzag("eval", model_folder, "--plan", plan, "--no-full", *places, *formats, "-o", tmp_path / "int4.csv")
+    assert result.exit_code == 0, result.output
+    coarse = zz.Plan.load(plan).with_formats("int4", "int8", True)
+    again = evaluate.passkey(model, tokenizer, coarse, lengths=[500, 600], depths=[0.0, 1.0], prompts=2)
+    scored = [row.logprob for row in evaluate.read(tmp_path / "int4.csv")]
+    assert scored == pytest.approx([row.logprob for row in again], rel=1e-5)
+    assert scored != pytest.approx([row.logprob for row in found], rel=1e-5)
 
     pytest.importorskip("matplotlib")
     result = zigzag("plot", rows, "-o", tmp_path / "figures")

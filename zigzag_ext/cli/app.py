@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..planning import env
+from ..planning.kv_format import FORMATS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +26,12 @@ app = typer.Typer(
         "measure the plan with `zigzag eval`, use it with `zigzag generate`."
     ),
 )
+_FORMAT_HELP = f"How retrieval layers hold keys and values: {', '.join(FORMATS)}, or keys/values: int8/int4."
+KvFormat = Annotated[str | None, typer.Option("--kv-format", help=_FORMAT_HELP)]
+RingKvFormat = Annotated[str | None, typer.Option("--ring-kv-format", help="The same for streaming layers.")]
+KeySmoothing = Annotated[
+    bool | None, typer.Option("--key-smoothing/--no-key-smoothing", help="Quantise keys less the mean of the first ones.")
+]
 console = Console(soft_wrap=True)  # a long path stays one line, whatever the width of the terminal
 
 

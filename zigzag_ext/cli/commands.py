@@ -3,19 +3,16 @@
 import functools
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Column, Table
 
-from ..planning.kv_format import FORMATS
 from ..planning.solve import objectives
-from .app import app, console, one_line_errors, quiet_transformers
+from .app import KeySmoothing, KvFormat, RingKvFormat, app, console, one_line_errors, quiet_transformers
 
 _MIB = 1024**2
-_KV_FORMAT_HELP = f"How retrieval layers hold keys and values: {', '.join(FORMATS)}, or keys/values: int8/int4."
 
 
 @app.command()
@@ -85,21 +82,33 @@ def solve(
     sink: Annotated[int, typer.Option(help="First tokens that streaming layers keep.")] = 64,
     window: Annotated[int, typer.Option(help="Last tokens that streaming layers keep.")] = 256,
     context: Annotated[int, typer.Option(help="Context length for memory and time, in tokens.")] = 131072,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that the plan is for (folder, config.json, .gguf file or name): the memory is that of its config."
+        ),
+    ] = None,
     head_dim: Annotated[
-        int, typer.Option(help="Head size for the memory; 16-bit keys and values, but for the formats below.")
-    ] = 128,
-    kv_format: Annotated[str | None, typer.Option(help=_KV_FORMAT_HELP)] = None,
-    ring_kv_format: Annotated[str | None, typer.Option(help="The same for streaming layers.")] = None,
+        int | None, typer.Option(help="Head size for the memory; default the model's or the scores', or 128.")
+    ] = None,
+    kv_format: KvFormat = None,
+    ring_kv_format: RingKvFormat = None,
 ) -> None:
     """Choose which layers retrieve and which stream, from head scores alone: no weights, no GPU."""
     from ..planning.costs import kv_costs
     from ..planning.scores import load_scores
     from ..planning.solve import solve as solve_plan
 
+    config = None
+    if model is not None:
+        quiet_transformers()
+        from ..study.loading import load_config
+
+        config = load_config(model)
     matrix, stage_list = load_scores(scores), _layers("--stages", stages)
     plan = solve_plan(
         matrix, retrieval_ratio, objective, retrieval_layers=retrieval_layers, kv_bytes=kv_bytes, ms=ms, costs=costs,
-        context=context, head_dim=head_dim, force_retrieval=_layers("--force-retrieval", force_retrieval),
+        context=context, config=config, head_dim=head_dim, force_retrieval=_layers("--force-retrieval", force_retrieval),
         force_streaming=_layers("--force-streaming", force_streaming), max_streaming_run=max_streaming_run,
         stages=stage_list[0] if len(stage_list) == 1 else stage_list or None, threshold=threshold, sparsity=sparsity,
         top_heads=top_heads, level=level, sink=sink, window=window, kv_format=kv_format, ring_kv_format=ring_kv_format,
@@ -107,11 +116,12 @@ def solve(
     plan.save(output)
     console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
     console.print(plan.summary(), highlight=False)
-    retrieval, _ = kv_costs(*matrix.shape, head_dim, 2, context, sink=sink, window=window)
+    head_dim, element_bytes = plan.provenance["head_dim"], plan.provenance["element_bytes"]
+    retrieval, _ = kv_costs(*matrix.shape, head_dim, element_bytes, context, sink=sink, window=window)
     full, kept = sum(retrieval), plan.provenance["kv_bytes"]
     console.print(
         f"KV cache at {context} tokens: {kept / 2**30:.2f} GiB per sequence ({kept:,} bytes), {kept / full:.0%} of "
-        f"{full / 2**30:.2f} GiB with every layer whole and in 16 bits\n"
+        f"{full / 2**30:.2f} GiB with every layer whole and in {8 * element_bytes} bits\n"
         f"wrote {output}",
         highlight=False,
     )
@@ -126,11 +136,9 @@ def generate(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")] = 128,
-    kv_format: Annotated[str | None, typer.Option(help=_KV_FORMAT_HELP)] = None,
-    ring_kv_format: Annotated[str | None, typer.Option(help="The same for streaming layers.")] = None,
-    key_smoothing: Annotated[
-        bool | None, typer.Option("--key-smoothing/--no-key-smoothing", help="Quantise keys less the mean of the first ones.")
-    ] = None,
+    kv_format: KvFormat = None,
+    ring_kv_format: RingKvFormat = None,
+    key_smoothing: KeySmoothing = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens: less memory.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
@@ -139,20 +147,16 @@ def generate(
 ) -> None:
     """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
     quiet_transformers()
-    from ..planning.kv_format import parse_kv_format
     from ..planning.plan import Plan, full_plan
     from ..study.loading import load_model
     from .timing import generate as timed
 
     chosen = Plan.load(plan) if plan else None
-    formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
-    formats = {name: parse_kv_format(name, given) for name, given in formats.items() if given is not None}
-    formats |= {} if key_smoothing is None else {"key_smoothing": key_smoothing}
     text = prompt if prompt is not None else sys.stdin.read()
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = load_model(model, device, dtype)
     chosen = chosen or full_plan(network.config.get_text_config(decoder=True).num_hidden_layers)
-    chosen = replace(chosen, **formats)
+    chosen = chosen.with_formats(kv_format, ring_kv_format, key_smoothing)
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
     options = {"prefill_chunk_size": chunk} if chunk else {}

@@ -10,7 +10,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from ..study.identify import METHODS
-from .app import app, console, one_line_errors, quiet_transformers
+from .app import KeySmoothing, KvFormat, RingKvFormat, app, console, one_line_errors, quiet_transformers
 
 _MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
 _DEVICE = "auto, cpu, cuda or cuda:<number>."
@@ -74,18 +74,25 @@ def evaluate(
     prompts: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     full: Annotated[bool, typer.Option(help="Also evaluate full attention.")] = True,
+    kv_format: KvFormat = None,
+    ring_kv_format: RingKvFormat = None,
+    key_smoothing: KeySmoothing = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV file that the rows are added to.")] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = "auto",
     dtype: Annotated[str, typer.Option(help=_DTYPE)] = "auto",
 ) -> None:
-    """Measure what plans keep of a model's quality: needles over lengths and depths, perplexity of long text. Offline."""
+    """Measure what plans keep of a model's quality: needles over lengths and depths, perplexity of long text. Offline.
+
+    Formats of keys and values take the place of those in the plan files; full attention keeps the model's own.
+    """
     quiet_transformers()
     from ..planning.plan import Plan
     from ..study import evaluate as tasks
     from ..study.loading import load_model
 
     chosen = [_task(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
-    plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path) for path in plan or []}
+    formats = (kv_format, ring_kv_format, key_smoothing)
+    plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path).with_formats(*formats) for path in plan or []}
     if len(plans) != len(plan or []) + full:
         raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
     lengths, depths = length or [1024, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -4,6 +4,8 @@ No code of transformers is replaced. The attention and mask functions are regist
 `model.forward` and `model.generate` become objects in front of the former ones, see `session.py`.
 """
 
+import functools
+import warnings
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,6 +13,8 @@ from torch import nn
 from ..cache import ZigzagCache
 from ..cache.cache import check_lengths
 from ..cache.compression import PromptCompression
+from ..planning.kv_format import KvFormat
+from ..planning.origin import origin_of, other_model
 from ..planning.plan import Plan
 from .attention import NAME
 from .cache_argument import cache_parameter, warn_if_untested
@@ -29,12 +33,16 @@ def enable(
     prefill_chunk: int | str | None = "auto",
     compile: bool = False,
     compress: PromptCompression | None = None,
+    kv_format: KvFormat | str | dict[str, str] | None = None,
+    ring_kv_format: KvFormat | str | dict[str, str] | None = None,
+    key_smoothing: bool | None = None,
 ) -> nn.Module:
     """Makes `model` run the plan: after this `model.generate(...)` keeps full caches for retrieval layers, rings for the others.
 
     Args:
         model: a transformers decoder-only language model (`AutoModelForCausalLM`). Served exactly or refused: see Raises.
-        plan: `zigzag_ext.Plan` with one kind per layer.
+        plan: `zigzag_ext.Plan` with one kind per layer. Where it records what it was made for (`Plan.origin`), the model has to
+            have that geometry; a model of another name is warned of once.
         max_len: tokens per row of the caches made for calls without one; None lets them grow.
         rollback: tokens that these caches can take back (`ZigzagCache.crop`). Assisted and prompt-lookup decoding need it: 20
             is transformers' longest draft by default.
@@ -46,6 +54,8 @@ def enable(
             stay eager. See below.
         compress: let retrieval layers of these caches keep only a part of each prompt, for one `PromptWindows(budget=0.12)`.
             Memory and reads shrink; what a later question needs may be gone. None: they keep all.
+        kv_format, ring_kv_format, key_smoothing: in the place of the plan's, for the caches made for calls without one; None: the
+            plan's. "none" is the model's dtype.
 
     Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
     `cache=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. (`past_key_values=` means the same.)
@@ -62,11 +72,13 @@ def enable(
         The model, for chaining. `disable(model)` undoes it.
 
     Raises:
-        TypeError: `model` is no transformers model, `plan` no Plan, `max_len` or `prefill_chunk` no integer, `compile` no bool.
-        ValueError: layer counts differ, `max_len` or `prefill_chunk` < 1, the dtype is not supported, or the family cannot be
-            computed exactly (soft-capped logits, learned sink logits, native sliding windows, latent or linear attention,
-            shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE whose
-            frequencies follow the length ("dynamic", "longrope").
+        TypeError: `model` is no transformers model, `plan` no Plan, `max_len` or `prefill_chunk` no integer, `compile` no bool, a
+            format or `key_smoothing` of another type than in `Plan`.
+        ValueError: layer counts differ, or layers, KV heads or head_dim from those that the plan was made for; `max_len` or
+            `prefill_chunk` < 1, the dtype or a format is not supported, `key_smoothing` without quantised keys, or the family
+            cannot be computed exactly (soft-capped logits, learned sink logits, native sliding windows, latent or linear
+            attention, shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE
+            whose frequencies follow the length ("dynamic", "longrope").
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
             forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
             the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).
@@ -81,6 +93,7 @@ def enable(
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
     if not isinstance(compile, bool):
         raise TypeError(f"compile must be True or False, got {compile!r}")
+    plan = plan.with_formats(kv_format, ring_kv_format, key_smoothing)
     max_len, rollback = check_lengths(max_len, rollback)
     warn_if_untested()
     check_family(model)
@@ -90,12 +103,20 @@ def enable(
         check_compilable(model)
     cache_options = {"max_len": max_len, "rollback": rollback, "compress": compress}
     ZigzagCache(model.config, plan, **cache_options)
+    if other_model(plan.origin, origin := origin_of(model.config)):
+        _warn_of_other_model(plan.origin["model"], origin["model"])
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
     Session(model, plan, cache_options, prefill_chunk, compile, previous)
     return model
+
+
+@functools.cache
+def _warn_of_other_model(scored: str, name: str) -> None:
+    """Warns the caller of the caller, once per process and pair of models."""
+    warnings.warn(f"the plan is from scores of {scored}, the model is {name}: they say nothing about another model", stacklevel=3)
 
 
 def disable(model: nn.Module) -> nn.Module:

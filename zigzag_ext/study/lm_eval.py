@@ -20,6 +20,7 @@ _PASSED = (
     "batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "add_bos_token", "prefix_token_id",
     "softmax_dtype", "think_end_token", "enable_thinking", "chat_template_args",
 )  # fmt: skip
+_RUNNING = ("compile", "prefill_chunk", "kv_format", "ring_kv_format", "key_smoothing")  # of `enable`
 _NAME = "zigzag"
 
 
@@ -38,7 +39,7 @@ def register() -> type:
         plan: plan file, or a Plan; without one the model keeps its own full attention.
         device, dtype: as in `zigzag eval`; unused for a loaded model.
         tokenizer: folder, model name or object; default: the one beside the model.
-        compile, prefill_chunk: as in `zigzag_ext.enable`.
+        compile, prefill_chunk, kv_format, ring_kv_format, key_smoothing: as in `zigzag_ext.enable`.
         batch_size, max_length, chat_template_args ...: as in lm-eval's model `hf`; what concerns loading is refused.
     """
     require_lm_eval()
@@ -47,21 +48,20 @@ def register() -> type:
 
     @register_model(_NAME)
     class ZigzagLM(HFLM):
-        def __init__(
-            self, pretrained, plan=None, device=None, dtype="auto", tokenizer=None, compile=False, prefill_chunk=None, **options
-        ):
+        def __init__(self, pretrained, plan=None, device=None, dtype="auto", tokenizer=None, **options):
+            running = {name: options.pop(name) for name in _RUNNING if name in options}
             if unknown := sorted(options.keys() - set(_PASSED)):
-                known = ("pretrained", "plan", "device", "dtype", "tokenizer", "compile", "prefill_chunk", *_PASSED)
+                known = ("pretrained", "plan", "device", "dtype", "tokenizer", *_RUNNING, *_PASSED)
                 raise ValueError(f"lm-eval's model {_NAME} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
             plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
-            if plan is None and (compile or prefill_chunk is not None):
-                raise ValueError("compile and prefill_chunk need a plan: without one, the model keeps its own attention")
+            if plan is None and (given := [name for name, value in running.items() if value]):
+                raise ValueError(f"{', '.join(given)} need a plan: without one, the model keeps its own attention")
             if isinstance(pretrained, (str, Path)):
                 pretrained, beside = load_model(str(pretrained), device or "auto", dtype)
                 tokenizer = tokenizer or beside
             super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", **options)
             if plan is not None:
-                enable(self.model, plan, prefill_chunk=prefill_chunk, compile=compile)
+                enable(self.model, plan, **running)
 
     return ZigzagLM
 

@@ -28,6 +28,13 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto"):
     return model.to(device).eval(), tokenizer
 
 
+def load_config(source: str):
+    """The config alone of what `load_model` takes, or of a config.json; no weights are read."""
+    path = Path(source).expanduser()
+    folder, options = _locate(str(path.parent) if path.name == "config.json" else source)
+    return AutoConfig.from_pretrained(folder, **options)
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
