@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
+MAX_STATEMENT_LINES = 40
 INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
 # A folder of csrc/ may include itself and those of earlier floors.
 FLOORS = [{"core"}, {"cpu", "cuda", "solver"}, {"kv"}, {"kernels"}, {"engine"}, {"bindings"}]
@@ -92,6 +93,42 @@ def test_torch_and_pybind11_only_in_bindings(file):
 def test_files_stay_small(file):
     lines = len(file.read_text().splitlines())
     assert lines <= MAX_LINES, f"{relative(file)} has {lines} lines, the limit is {MAX_LINES}"
+
+
+def statement_lines(text: str) -> dict[str, int]:
+    """Lines of each function's body, by name: without its docstring and empty lines."""
+    lines, found = text.splitlines(), {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+            span = lines[body[0].lineno - 1 : body[-1].end_lineno] if body else []
+            found[f"{node.name}:{node.lineno}"] = sum(bool(line.strip()) for line in span)
+    return found
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.suffix == ".py"], ids=relative)
+def test_functions_stay_small(file):
+    long = {name: count for name, count in statement_lines(file.read_text()).items() if count > MAX_STATEMENT_LINES}
+    assert not long, f"{relative(file)}: {long} statement lines, the limit is {MAX_STATEMENT_LINES}"
+
+
+def test_the_function_check_itself():
+    text = '''@wraps
+def outer(
+    a,
+):
+    """Two
+    lines."""
+    x = [
+        1,
+    ]
+
+    def inner():
+        """Only."""
+
+    async def last(): return x
+'''
+    assert statement_lines(text) == {"outer:2": 6, "inner:11": 0, "last:14": 1}
 
 
 def test_sources_are_globbed():

@@ -1,5 +1,6 @@
 """Tables and figures of whole models (step*.csv, layers*.csv) and of prompt chunks (prefill*.csv). Called by __main__.py."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -123,35 +124,40 @@ def draw_steps(rows: list[StepRecord], folder: Path, name: str) -> list[Path]:
     contexts = sorted({row.context for points in series.values() for row in points})
     if len(series) < 2:  # nothing to compare
         return []
-    written = []
+    title = f"Decode step of a {model}-shaped model, batch 1, bf16\n{steps[0].gpu}"
+    compiled = {key: points for key, points in series.items() if key[0] in ("zigzag_compiled", "transformers_compiled")}
     panels = {
-        "latency": ("wall time per token, generate(), ms", lambda row: row.wall_ms, True),
-        "memory": ("KV cache, GB", lambda row: row.kv_bytes / GB, False),
+        "latency": ("wall time per token, generate(), ms", lambda row: row.wall_ms, series),
+        "memory": ("KV cache, GB", lambda row: row.kv_bytes / GB, compiled),
     }
-    for suffix, (label, value, every_impl) in panels.items():
-        with plt.rc_context(figures.STYLE):
-            figure, axes = plt.subplots(layout="constrained")
-            shown = {(i, p): r for (i, p), r in series.items() if every_impl or i in ("zigzag_compiled", "transformers_compiled")}
-            others = iter(zip(figures.PEER_COLORS, figures.PEER_MARKERS, strict=True))
-            for (impl, plan), points in sorted(shown.items(), key=lambda item: item[0] != ("zigzag_compiled", "exclusive_50")):
-                best = (impl, plan) == ("zigzag_compiled", "exclusive_50")
-                color, marker = (figures.OURS, "o") if best else next(others)
-                text = f"{IMPLS.get(impl, impl)}: {PLANS.get(plan, plan)}"
-                line = {"color": color, "marker": marker, "linewidth": 2.4 if best else 1.3, "markersize": 6 if best else 4.5}
-                axes.plot([row.context for row in points], [value(row) for row in points], label=text, **line)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(contexts, [tokens(n) for n in contexts])
-            axes.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.minorticks_off()
-            axes.set_xlabel("tokens in the cache")
-            axes.set_ylabel(label)
-            axes.set_title(f"Decode step of a {model}-shaped model, batch 1, bf16\n{steps[0].gpu}", fontsize=11, loc="left")
-            figure.legend(fontsize=8.5, loc="outside lower center", ncols=2)
-            target = folder / f"{name}_{suffix}.png"
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(target, bbox_inches="tight", facecolor="white", metadata={"Software": None})
-            plt.close(figure)
-        written.append(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, (label, value, shown) in panels.items():
+        written.append(folder / f"{name}_{suffix}.png")
+        _draw_panel(shown, value, contexts, (title, label), written[-1])
     return written
+
+
+def _draw_panel(series: dict, value: Callable, contexts: list[int], words: tuple[str, str], target: Path) -> None:
+    """One figure: `value` of each row over its context, a line per implementation and plan. `words`: title, label of the axis."""
+    with plt.rc_context(figures.STYLE):
+        figure, axes = plt.subplots(layout="constrained")
+        others = iter(zip(figures.PEER_COLORS, figures.PEER_MARKERS, strict=True))
+        for (impl, plan), points in sorted(series.items(), key=lambda item: item[0] != ("zigzag_compiled", "exclusive_50")):
+            best = (impl, plan) == ("zigzag_compiled", "exclusive_50")
+            color, marker = (figures.OURS, "o") if best else next(others)
+            text = f"{IMPLS.get(impl, impl)}: {PLANS.get(plan, plan)}"
+            line = {"color": color, "marker": marker, "linewidth": 2.4 if best else 1.3, "markersize": 6 if best else 4.5}
+            axes.plot([row.context for row in points], [value(row) for row in points], label=text, **line)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(contexts, [tokens(n) for n in contexts])
+        axes.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.minorticks_off()
+        axes.set_xlabel("tokens in the cache")
+        axes.set_ylabel(words[1])
+        axes.set_title(words[0], fontsize=11, loc="left")
+        figure.legend(fontsize=8.5, loc="outside lower center", ncols=2)
+        figure.savefig(target, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+        plt.close(figure)

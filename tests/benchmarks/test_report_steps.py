@@ -17,9 +17,8 @@ def step(phase, context, plan, impl, wall, kv):
     )
 
 
-def test_every_kind_of_result_gets_its_table(tmp_path):
-    results, docs = tmp_path / "benchmarks" / "results", tmp_path / "docs"
-    results.mkdir(parents=True), docs.mkdir()
+def write_results(results):
+    """A CSV of every kind of result."""
     rows = [
         step(phase, context, plan, impl, context / 1024 + index, context * 1000)
         for context in (4096, 131072)
@@ -48,6 +47,12 @@ def test_every_kind_of_result_gets_its_table(tmp_path):
             for impl, time in (("zigzag", 500.0), ("read", 400.0))
         ],
     )
+
+
+def test_every_kind_of_result_gets_its_table(tmp_path):
+    results, docs = tmp_path / "benchmarks" / "results", tmp_path / "docs"
+    results.mkdir(parents=True), docs.mkdir()
+    write_results(results)
     places = "\n".join("\n".join(documents.markers(kind)) for kind in ("layers", *report.KINDS))
     for name in report.DOCUMENTS:
         (tmp_path / name).write_text(places)

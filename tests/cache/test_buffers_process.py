@@ -92,58 +92,60 @@ def test_several_threads_grow_copy_and_release_one_buffer():
     """)
 
 
+INTERRUPTS = """
+from zigzag_ext.attention import buffers
+calls = {
+    "commit": lambda b: b.commit(900), "commit_row": lambda b: b.commit_row(1, 900), "release": lambda b: b.release(),
+    "release_row": lambda b: b.release_row(0), "shrink": lambda b: b.shrink(10), "extend": lambda b: b.extend(1 << 16),
+    "held": lambda b: b.held(), "deepcopy": copy.deepcopy,
+}
+total = 0
+for name, call in calls.items():
+    for line in range(1, 1000):
+        buffer = growing(1000)
+        buffer.commit(300)
+        values = torch.randn(2, 2, 300, 64)
+        buffer.tensor[:, :, :300] = values
+        left = line
+        def trace(frame, event, arg):
+            global left
+            if frame.f_code.co_filename != buffers.__file__:
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+        interrupted = False
+        try:
+            sys.settrace(trace)
+            call(buffer)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        for row, slots in enumerate(buffer.row_slots):
+            kept = min(slots, 300)
+            assert buffer.held(row=row)[:, :, :kept].equal(values[row : row + 1, :, :kept]), (name, line)
+            buffer.tensor[row, :, :slots] = 1
+        before = buffer.tensor.data_ptr()
+        buffer.commit(950)
+        buffer.tensor[:, :, :950] = 2
+        assert buffer.held().eq(2).all() and buffer.tensor.data_ptr() == before, (name, line)
+        buffer.release()
+        assert buffer.memory_bytes == 0 and buffer.slots == 0, (name, line)
+        if not interrupted:
+            break
+        total += 1
+    else:
+        raise AssertionError("the call never ended")
+print(total)
+"""
+
+
 def test_an_interrupt_at_any_line_leaves_a_buffer_that_can_be_used():
     """A trace function raises at the k-th line of a call, for every k: what counts as held has memory and its contents."""
-    output = run("""
-        from zigzag_ext.attention import buffers
-        calls = {
-            "commit": lambda b: b.commit(900), "commit_row": lambda b: b.commit_row(1, 900), "release": lambda b: b.release(),
-            "release_row": lambda b: b.release_row(0), "shrink": lambda b: b.shrink(10), "extend": lambda b: b.extend(1 << 16),
-            "held": lambda b: b.held(), "deepcopy": copy.deepcopy,
-        }
-        total = 0
-        for name, call in calls.items():
-            for line in range(1, 1000):
-                buffer = growing(1000)
-                buffer.commit(300)
-                values = torch.randn(2, 2, 300, 64)
-                buffer.tensor[:, :, :300] = values
-                left = line
-                def trace(frame, event, arg):
-                    global left
-                    if frame.f_code.co_filename != buffers.__file__:
-                        return None
-                    if event == "line":
-                        left -= 1
-                        if left == 0:
-                            raise KeyboardInterrupt
-                    return trace
-                interrupted = False
-                try:
-                    sys.settrace(trace)
-                    call(buffer)
-                except KeyboardInterrupt:
-                    interrupted = True
-                finally:
-                    sys.settrace(None)
-                for row, slots in enumerate(buffer.row_slots):
-                    kept = min(slots, 300)
-                    assert buffer.held(row=row)[:, :, :kept].equal(values[row : row + 1, :, :kept]), (name, line)
-                    buffer.tensor[row, :, :slots] = 1
-                before = buffer.tensor.data_ptr()
-                buffer.commit(950)
-                buffer.tensor[:, :, :950] = 2
-                assert buffer.held().eq(2).all() and buffer.tensor.data_ptr() == before, (name, line)
-                buffer.release()
-                assert buffer.memory_bytes == 0 and buffer.slots == 0, (name, line)
-                if not interrupted:
-                    break
-                total += 1
-            else:
-                raise AssertionError("the call never ended")
-        print(total)
-    """)
-    assert int(output) > 60
+    assert int(run(INTERRUPTS)) > 60
 
 
 def test_limits_of_the_process_are_named():
