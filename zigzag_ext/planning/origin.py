@@ -62,8 +62,8 @@ def check_geometry(origin: dict, model: dict, what: str) -> None:
 
 def other_model(origin: dict, model: dict) -> bool:
     """Whether two models are known to have different names. A hub name and a folder of that name are one model."""
-    names = [PurePath(of["model"]).name for of in (origin, model) if "model" in of]
-    return len(set(names)) > 1
+    names = {PurePath(of.get("model", "")).name for of in (origin, model)}
+    return "" not in names and len(names) > 1
 
 
 def _text_config(config):
