@@ -201,3 +201,6 @@ def test_duo_folders_keep_the_origin(tmp_path):
     again = from_duo(tmp_path / "pattern")
     assert again.kinds == plan.kinds and again.origin == ORIGIN
     assert from_duo(tmp_path / "pattern", sparsity=0.5).origin == ORIGIN
+    with pytest.raises(ValueError, match="the plan is for layers of 2 KV heads, these have 4"):
+        to_duo(plan, tmp_path / "other", kv_heads=4)
+    assert not (tmp_path / "other").exists()

@@ -23,7 +23,7 @@ def to_duo(plan: Plan, folder: str | os.PathLike, kv_heads: int) -> None:
         folder: made where it does not exist. kv_heads: KV heads of every layer, >= 1.
 
     Raises:
-        ValueError: kv_heads < 1, or the plan has mixed layers of another number of heads. Nothing was written.
+        ValueError: kv_heads < 1, or the plan is for another number of KV heads. Nothing was written.
 
     Source: https://github.com/mit-han-lab/duo-attention (duo_attn/utils.py, load_attn_pattern and sparsify_attention_heads).
     """

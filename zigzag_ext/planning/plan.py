@@ -139,9 +139,10 @@ class Plan:
         return tuple(tuple(kind == "retrieval" for kind in row) for row in rows)
 
     def check_kv_heads(self, kv_heads: int) -> None:
-        """Raises ValueError if the plan has mixed layers and is for another number of KV heads."""
-        if self.kv_heads not in (None, kv_heads):
-            raise ValueError(f"the plan is for layers of {self.kv_heads} KV heads, these have {kv_heads}")
+        """Raises ValueError if the plan is for another number of KV heads, by its mixed layers or its origin."""
+        for planned in (self.kv_heads, self.origin.get("kv_heads")):
+            if planned not in (None, kv_heads):
+                raise ValueError(f"the plan is for layers of {planned} KV heads, these have {kv_heads}")
 
     def require_whole_layers(self, use: str) -> None:
         """Raises ValueError if there are mixed layers, which `use` cannot express."""
