@@ -60,7 +60,7 @@ def test_a_plan_for_another_model_is_warned_of_once():
                 model(prompt(5))
         zz.disable(zz.enable(tiny_model(), plan_for("org/scored")))  # a model without a name
     assert [str(warning.message).split(":")[0] for warning in found] == [
-        "the plan is from scores of org/scored, the model is org/served"
+        "the plan was made for org/scored, the model is org/served"
     ]
     with warnings.catch_warnings(), pytest.raises(UserWarning):
         warnings.simplefilter("error")

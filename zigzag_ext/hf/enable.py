@@ -116,7 +116,7 @@ def enable(
 @functools.cache
 def _warn_of_other_model(scored: str, name: str) -> None:
     """Warns the caller of the caller, once per process and pair of models."""
-    warnings.warn(f"the plan is from scores of {scored}, the model is {name}: they say nothing about another model", stacklevel=3)
+    warnings.warn(f"the plan was made for {scored}, the model is {name}: scores say nothing about another model", stacklevel=3)
 
 
 def disable(model: nn.Module) -> nn.Module:
