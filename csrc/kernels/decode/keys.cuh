@@ -26,7 +26,8 @@
 
 namespace zigzag::attend {
 
-inline constexpr int kTileKeys = 16;  // keys of one warp step: M of mma.m16n8k16
+inline constexpr int kTileKeys = 16;                         // keys of one warp step: M of mma.m16n8k16
+inline constexpr unsigned kAllRows = (1u << kTileKeys) - 1;  // of a tile, as bits
 
 template <class S>
 struct NewPair;
@@ -173,10 +174,14 @@ __device__ __forceinline__ bool is_hidden(const KeyParams& p, const Keys& keys, 
   return slot >= p.sink && (turn < 0 ? turn + p.slots - p.sink : turn) < keys.hidden;
 }
 
-// Whether the one new token of a list in place attends a key of the list.
+// The rows of a tile, as bits, that hold no key: slots that are unused or hidden, and past the end of a list in place.
+// One new token attends all others, so that for a list in place this is the mask, too.
 template <class S>
-__device__ __forceinline__ bool is_attended(const KeyParams& p, const Keys& keys, int key) {
-  return key < keys.used && !(S::kRing && keys.hidden > 0 && is_hidden(p, keys, key));
+__device__ __forceinline__ unsigned vacant_rows(const KeyParams& p, const Keys& keys, int item) {
+  const int key = item * kTileKeys + threadIdx.x % kTileKeys;
+  const bool vacant =
+      key >= keys.used ? in_place<S>(p) || key < keys.stored : S::kRing && keys.hidden > 0 && is_hidden(p, keys, key);
+  return __ballot_sync(0xffffffffu, vacant) & kAllRows;
 }
 
 template <class S>

@@ -62,29 +62,25 @@ struct NewToken {
   }
 };
 
-// Brings a loaded tile of a list in place up to date: the new token in its slot's place, zeros for the values of unused
-// and of hidden slots. (Those may hold NaN, which a weight of zero would not silence; their keys do not matter, the
-// mask overwrites the logits.) The warp that replaces the slot in its tile also appends the token: nobody else reads
-// the slot. Past the capacity there is no slot, only a key.
+// Brings a loaded tile of slots up to date: zeros for the values of its vacant rows, and in a list in place the new
+// token in its slot's place. (Vacant rows may hold NaN, which a weight of zero would not silence; their keys do not
+// matter, the mask overwrites the logits.) The warp that replaces the slot in its tile also appends the token: nobody
+// else reads the slot. Past the capacity there is no slot, only a key.
 template <class S>
 __device__ __forceinline__ void repair_tile(const KeyParams& p, const Keys& keys, int item, char* stage,
-                                            const NewToken<S>& token) {
+                                            unsigned vacant, const NewToken<S>& token) {
+  using Lanes = TileLanes<S>;
   const int tile = item * kTileKeys;
-  const auto clear = [&](int from, int until) {
-#pragma unroll 1
-    for (int i = from * S::kChunks + threadIdx.x % 32; i < until * S::kChunks; i += 32) {
-      char* target = stage + S::kTileBytes + swizzled(i / S::kChunks, i % S::kChunks, S::kRowBytes);
-      *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
-    }
-  };
-  if (tile + kTileKeys > keys.used && tile < keys.stored) {
-    clear(max(keys.used - tile, 0), min(keys.stored - tile, kTileKeys));
-  }
-  if (S::kRing && keys.hidden > 0) {
-    const int row = threadIdx.x % kTileKeys;
-    for (unsigned rows = __ballot_sync(0xffffffffu, is_hidden(p, keys, tile + row)) & 0xffffu; rows != 0;
-         rows &= rows - 1) {
-      clear(__ffs(rows) - 1, __ffs(rows));
+  if (vacant != 0) {  // all rows at once: row by row, in a ring with slack they took longer than to load the tile
+    const int row = threadIdx.x % 32 / Lanes::kWide, column = threadIdx.x % 32 % Lanes::kWide;
+#pragma unroll
+    for (int i = 0; i < kTileKeys; i += Lanes::kTall) {
+      if ((vacant >> (row + i) & 1) == 0) continue;
+#pragma unroll
+      for (int j = 0; j < S::kChunks; j += Lanes::kWide) {
+        char* target = stage + S::kTileBytes + swizzled(row + i, column + j, S::kRowBytes);
+        *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
+      }
     }
   }
   if (keys.replaced >= tile && keys.replaced < tile + kTileKeys) {

@@ -215,35 +215,40 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
     for (int item = segment.begin + offset; item < segment.end; item += step) {
       const int key = item * kTileKeys + lane / 4;  // this lane's first key; the other is 8 further
       const bool masked = (item + 1) * kTileKeys > segment.keys.unmasked;
+      // What the mask needs is calculated while the tile is on its way.
+      unsigned vacant = 0;
+      if constexpr (S::kRing || S::kSingle) vacant = masked ? vacant_rows<S>(p, segment.keys, item) : 0;
       int position[2] = {-1, -1};
-      if (!S::kSingle && masked) {
+      if (!S::kSingle && masked && !in_place<S>(p)) {
         position[0] = key_position<S>(p, segment.keys, key);
         position[1] = key_position<S>(p, segment.keys, key + 8);
       }
       cuda::cp_async_wait<S::kStages - 1>();
       __syncwarp();
-      if constexpr (S::kRing || S::kSingle) {
-        repair_tile<S>(p, segment.keys, item, shared_memory + (stage - base), new_token);
-        __syncwarp();
-      }
-      if (!S::kSingle && rotate && masked) {
-        rotate_tile<S>(p, segment.keys, item, shared_memory + (stage - base));
-        __syncwarp();
-      }
-      const bool first = item == segment.begin + offset;
-      attend_tile<S>(state, queries, stage, scale_log2, first, [&](float (&s)[S::kRowTiles][4]) {
-        if (!masked) return;
-        const RingLayout layout = {p.sink, S::kRing ? p.window : 0, p.slots};
-#pragma unroll
-        for (int n = 0; n < S::kRowTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const bool visible = S::kSingle ? is_attended<S>(p, segment.keys, key + i / 2 * 8)
-                                            : layout.visible(position[i / 2], query_position[n][i % 2]);
-            if (!visible) s[n][i] = -INFINITY;
-          }
+      if (!S::kRing || vacant != kAllRows) {
+        if constexpr (S::kRing || S::kSingle) {
+          repair_tile<S>(p, segment.keys, item, shared_memory + (stage - base), vacant, new_token);
+          __syncwarp();
         }
-      });
+        if (!S::kSingle && rotate && masked) {
+          rotate_tile<S>(p, segment.keys, item, shared_memory + (stage - base));
+          __syncwarp();
+        }
+        const bool first = item == segment.begin + offset;
+        attend_tile<S>(state, queries, stage, scale_log2, first, [&](float (&s)[S::kRowTiles][4]) {
+          if (!masked) return;
+          const RingLayout layout = {p.sink, S::kRing ? p.window : 0, p.slots};
+#pragma unroll
+          for (int n = 0; n < S::kRowTiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const bool visible = in_place<S>(p) ? (vacant >> (lane / 4 + i / 2 * 8) & 1) == 0
+                                                  : layout.visible(position[i / 2], query_position[n][i % 2]);
+              if (!visible) s[n][i] = -INFINITY;
+            }
+          }
+        });
+      }
       __syncwarp();  // all lanes have read the stage before any lane loads into it again
       const int ahead = item + S::kStages * step;
       if (ahead < segment.end) load_tile<S>(p, segment.keys, ahead, stage);
