@@ -8,7 +8,6 @@ A cost table is a dict, or a JSON file of one: milliseconds of a decode step per
 is what a step takes beside these layers: one number, or one per context. Between two contexts, numbers are interpolated linearly.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from .. import _C
 from .kv_format import PLAIN, KvFormat
+from .reading import read_json, shown
 
 _REQUIRED = ("context", "retrieval", "streaming")
 
@@ -65,14 +65,18 @@ def ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int) -> t
         ValueError: the table lacks an entry, an entry has the wrong shape or a negative number, or `context` lies outside it.
     """
     if not isinstance(table, Mapping):
-        table = _read(Path(table))
+        path, table = Path(table), _read(Path(table))
+        try:
+            return ms_costs(table, context, layers)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if missing := [name for name in _REQUIRED if name not in table]:
         raise ValueError(f"cost table: missing {', '.join(missing)}; needed: {', '.join(_REQUIRED)}, and optionally other")
     if unknown := sorted(table.keys() - {*_REQUIRED, "other"}):
         raise ValueError(f"cost table: unknown {', '.join(unknown)}; known: {', '.join(_REQUIRED)}, other")
     contexts = _numbers("context", table["context"])
     if contexts.ndim != 1 or not contexts.size or (np.diff(contexts) <= 0).any():
-        raise ValueError(f"cost table: context must be a list of ascending token counts, got {table['context']!r}")
+        raise ValueError(f"cost table: context must be a list of ascending token counts, got {shown(table['context'])}")
     if not contexts[0] <= context <= contexts[-1]:
         raise ValueError(f"cost table: it covers contexts {contexts[0]:g} to {contexts[-1]:g}, not {context}")
 
@@ -93,12 +97,7 @@ def ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int) -> t
 
 
 def _read(path: Path) -> Mapping:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no cost table at {path}")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a cost table: it is not JSON ({error})") from error
+    table = read_json(path, "a cost table")
     if not isinstance(table, dict):
         raise ValueError(f"{path} is not a cost table: it must be a JSON object")
     return table
@@ -110,7 +109,7 @@ def _numbers(name: str, entry) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"cost table: {name} is ragged: {error}") from error
     if numbers.dtype.kind not in "fiu":
-        raise ValueError(f"cost table: {name} must hold numbers, got {entry!r}")
+        raise ValueError(f"cost table: {name} must hold numbers, got {shown(entry)}")
     if not (np.isfinite(numbers) & (numbers >= 0)).all():
-        raise ValueError(f"cost table: {name} must be finite and at least 0, got {entry!r}")
+        raise ValueError(f"cost table: {name} must be finite and at least 0, got {shown(entry)}")
     return numbers.astype(np.float64)

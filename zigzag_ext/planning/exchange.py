@@ -5,9 +5,11 @@ import os
 import warnings
 from pathlib import Path
 
-from .plan import Plan
+from .plan import Plan, token_count
+from .reading import read_json, shown
 from .scores import DUO_SCORES, Scores, load_scores, save_scores
 from .solve import solve
+from .writing import write
 
 
 def to_duo(plan: Plan, folder: str | os.PathLike, kv_heads: int) -> None:
@@ -34,7 +36,7 @@ def to_duo(plan: Plan, folder: str | os.PathLike, kv_heads: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_scores(Scores(scores, plan.origin), folder / DUO_SCORES)
     config = {"sink_size": plan.sink, "recent_size": plan.window, "sparsity": 1 - plan.retrieval_ratio}
-    (folder / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
+    write(folder / "config.json", (json.dumps(config) + "\n").encode())
 
 
 def from_duo(folder: str | os.PathLike, *, threshold: float | None = None, sparsity: float | None = None) -> Plan:
@@ -56,11 +58,13 @@ def from_duo(folder: str | os.PathLike, *, threshold: float | None = None, spars
     scores, config = load_scores(folder), folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} has no config.json with sink_size and recent_size")
+    sizes = read_json(config, "a JSON object with sink_size and recent_size")
+    if not isinstance(sizes, dict) or not {"sink_size", "recent_size"} <= sizes.keys():
+        raise ValueError(f"{config} must be a JSON object with sink_size and recent_size, got {shown(sizes)}")
     try:
-        sizes = json.loads(config.read_text(encoding="utf-8"))
-        sink, window = sizes["sink_size"], sizes["recent_size"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} must be a JSON object with sink_size and recent_size: {error!r}") from error
+        sink, window = token_count("sink_size", sizes["sink_size"]), token_count("recent_size", sizes["recent_size"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config}: {error}") from None
     if threshold is not None or sparsity is not None:
         return solve(scores, level="head", threshold=threshold, sparsity=sparsity, sink=sink, window=window)
     for layer, row in enumerate(scores.tolist()):

@@ -10,14 +10,15 @@ What the plan was made for (model, method, geometry: `origin.py`) stands in the 
 import json
 import operator
 import os
-import threading
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from .. import _C
 from .kv_format import PLAIN, KvFormat, parse_kv_format
 from .origin import known
+from .reading import MAX_TEXT, one_line, parse_json, read_json, shown
+from .writing import write
 
 FORMAT = "zigzag-plan"
 VERSION = 4  # the oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers, 4 with key smoothing
@@ -171,22 +172,17 @@ class Plan:
         return self.provenance.get("retained_score")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the plan file at `path`: whole or not at all, replacing an older one."""
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {path.parent} to save a plan in")
+        """Writes the plan file at `path`: whole or not at all (`writing.write`). ValueError if it is too large to be read."""
         formats = {name: getattr(self, name)._asdict() for name in _FORMATS if getattr(self, name) != PLAIN}
         version = 4 if self.key_smoothing else 3 if self.mixed_layers else 2 if formats else 1
         formats |= {"key_smoothing": True} if self.key_smoothing else {}
         content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window, **formats}
         content["provenance"] = self.provenance
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
-        partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-        try:
-            partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        file = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        if len(file) > MAX_TEXT:
+            raise ValueError(f"the plan takes {len(file)} bytes as a file; at most {MAX_TEXT} are read: shorten its provenance")
+        write(path, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
@@ -196,13 +192,7 @@ class Plan:
             FileNotFoundError: there is no file at `path`.
             ValueError: it is not a plan file, comes from a newer version, or holds no valid plan; the message says which.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"there is no plan file at {path}")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a plan file: it is not JSON ({error})") from error
+        content = read_json(path, "a plan file")
         try:
             _check_header(content)
             return cls(**{name: content[name] for name in content if name not in ("format", "version")})
@@ -223,7 +213,7 @@ class Plan:
             *([("key smoothing", "yes")] if self.key_smoothing else []),
         ]
         recorded = {key: value for key, value in self.provenance.items() if not isinstance(value, list)}
-        rows += [(key.replace("_", " "), _as_text(value)) for key, value in recorded.items()]
+        rows += [(one_line(key.replace("_", " "), 40), _as_text(value)) for key, value in recorded.items()]
         rows += _value_rows(self.kinds, self.provenance.get("layer_values"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -244,8 +234,8 @@ def full_plan(num_layers: int) -> Plan:
 
 def _checked_kinds(kinds) -> tuple[str | tuple[str, ...], ...]:
     """Kinds per layer, a tuple of kinds for a mixed one. The core checks the names, and that mixed layers have as many heads."""
-    if isinstance(kinds, str) or not hasattr(kinds, "__iter__"):
-        raise TypeError(f"kinds must be a list of 'retrieval' and 'streaming', one per layer, got {kinds!r}")
+    if isinstance(kinds, str | bytes | Mapping | Set) or not hasattr(kinds, "__iter__"):
+        raise TypeError(f"kinds must be a list of 'retrieval' and 'streaming', one per layer, got {shown(kinds)}")
     return tuple(_layer_kind(layer, kind) for layer, kind in enumerate(kinds))
 
 
@@ -253,7 +243,8 @@ def _layer_kind(layer: int, kind) -> str | tuple[str, ...]:
     if isinstance(kind, str):
         return kind
     if not isinstance(kind, list | tuple) or not all(isinstance(head, str) for head in kind):
-        raise TypeError(f"kinds must hold strings, or lists of them for the KV heads of a layer; got {kind!r} for layer {layer}")
+        expected = "kinds must hold strings, or lists of them for the KV heads of a layer"
+        raise TypeError(f"{expected}; got {shown(kind)} for layer {layer}")
     if not kind:
         raise ValueError(f"layer {layer} has no KV heads")
     return kind[0] if len(set(kind)) == 1 else tuple(kind)
@@ -266,18 +257,18 @@ def token_count(name: str, value) -> int:
             raise TypeError
         value = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer number of tokens, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer number of tokens, got {shown(value)}") from None
     if abs(value) >= 1 << 63:
-        raise ValueError(f"{name} does not fit 64 bits: {value}")
+        raise ValueError(f"{name} does not fit 64 bits: {shown(value)}")
     return value
 
 
 def _json_object(provenance) -> dict[str, Any]:
     """A deep copy in JSON's own types, so that a plan equals itself after saving and loading."""
     if not isinstance(provenance, dict):
-        raise TypeError(f"provenance must be a dict, got {provenance!r}")
+        raise TypeError(f"provenance must be a dict, got {shown(provenance)}")
     try:
-        return json.loads(json.dumps(provenance, allow_nan=False))
+        return parse_json(json.dumps(provenance, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"provenance must hold what JSON can hold: {error}") from error
 
@@ -288,29 +279,33 @@ def _check_header(content) -> None:
         raise ValueError(f'it is not a JSON object with "format": "{FORMAT}"')
     version = content.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"its version is {version!r}; supported: 1 to {VERSION}")
+        raise ValueError(f"its version is {shown(version)}; supported: 1 to {VERSION}")
     if version > VERSION:
-        raise ValueError(f"it has version {version}, from a newer zigzag_ext; this one supports versions up to {VERSION}")
+        raise ValueError(f"it has version {shown(version)}, from a newer zigzag_ext; this one supports versions up to {VERSION}")
     if missing := sorted(_REQUIRED - content.keys()):
         raise ValueError(f"missing fields: {', '.join(missing)}")
     if unknown := sorted(content.keys() - _KNOWN):
-        raise ValueError(f"unknown fields: {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}")
+        raise ValueError(f"unknown fields: {one_line(', '.join(unknown), 200)}; known: {', '.join(sorted(_KNOWN))}")
 
 
 def _as_text(value) -> str:
     """A recorded value on one line: numbers short, objects as name = value; lists of numbers as they are."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} = {_as_text(inner)}" for key, inner in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return one_line(", ".join(f"{key} = {_as_text(inner)}" for key, inner in value.items()))
+    return f"{value:.4g}" if isinstance(value, float) else one_line(str(value))
 
 
 def _value_rows(kinds: tuple, values) -> list[tuple[str, str]]:
     """Eight layers a row, retrieval layers marked; none unless there is one number per layer."""
-    if not isinstance(values, list) or len(values) != len(kinds) or not all(isinstance(value, int | float) for value in values):
+    if not isinstance(values, list) or len(values) != len(kinds) or not all(map(_is_number, values)):
         return []
     cells = [f"{value:>8.4g}{'*' if kind == 'retrieval' else ' '}" for kind, value in zip(kinds, values, strict=True)]
     rows = [(f"layers {i}-{min(i + 8, len(cells)) - 1}", "".join(cells[i : i + 8]).rstrip()) for i in range(0, len(cells), 8)]
     return [("layer values", "as the objective rates them; * retrieval"), *rows]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e100  # beyond, an integer has no float and a cell no room
 
 
 def _ranges(layers: tuple[int, ...]) -> str:

@@ -5,20 +5,23 @@ before the first row, `# zigzag-scores {"model": ..., "method": ...}`; .npy file
 that readers of the first one do not see. Files without that are read as they always were.
 """
 
+import io
 import json
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .arrays import MAX_ELEMENTS, parse_npy, read_npy, read_pt
 from .origin import known
+from .reading import one_line, parse_json, read_text, shown
+from .writing import check_writable, is_stream, write
 
 DUO_SCORES = "full_attention_heads.tsv"
 _ORIGIN_MARK = "zigzag-scores "
+_MAX_TEXT = 32 * MAX_ELEMENTS  # bytes; `save_scores` writes at most 26 per score
 _TOLERANCE = 0.01  # trained gates overshoot [0, 1] slightly: published files go down to -1.4e-3
 
 
@@ -46,7 +49,7 @@ def load_scores(path: str | os.PathLike) -> Scores:
         path: a folder as DuoAttention publishes them (`full_attention_heads.tsv` beside a `config.json`; the latter describes
             the identification run and is not needed), or a file:
             .npy: an array [layers, kv_heads];
-            .pt: a torch-saved tensor [layers, kv_heads], or [layers, 1, kv_heads] as KVzip saves it (loaded with
+            .pt: a torch-saved dense tensor [layers, kv_heads], or [layers, 1, kv_heads] as KVzip saves it (loaded with
             weights_only=True, so no code in it runs);
             .csv: text, one row per layer and one column per KV head, separated by commas;
             anything else: the same, separated by tabs or spaces. Empty lines and lines that start with # are skipped.
@@ -72,7 +75,7 @@ def load_scores(path: str | os.PathLike) -> Scores:
         raise FileNotFoundError(f"there are no scores at {path}")
     matrix, origin = _READERS.get(path.suffix.lower(), _read_text)(path)
     scores = Scores(np.clip(matrix, 0.0, 1.0), origin)
-    if changed := [f"{name} {value}" for name, value in origin.items() if scores.origin[name] != value]:
+    if changed := [f"{name} {shown(value)}" for name, value in origin.items() if scores.origin[name] != value]:
         raise ValueError(f"{path} says that it has {', '.join(changed)}, it holds scores {list(matrix.shape)}")
     return scores
 
@@ -86,77 +89,84 @@ def save_scores(scores: ArrayLike, path: str | os.PathLike, *, sink: int = 128, 
             `full_attention_heads.tsv` and a `config.json` with `sink` and `window` as its sink_size and recent_size.
 
     Raises:
-        ValueError: scores are not such a matrix, or the ending is another one.
+        ValueError: scores are not such a matrix, or the ending is another one. OSError: as `writing.write`, which writes each
+            file whole or not at all.
     """
-    path, matrix = Path(path), np.asarray(scores, dtype=np.float64)
+    matrix = np.asarray(scores, dtype=np.float64)
     _check_matrix(matrix, "scores to save")
-    suffix, origin = path.suffix.lower(), getattr(scores, "origin", {})
-    note = _ORIGIN_MARK + json.dumps(origin) if origin else ""
+    path, suffix, origin = Path(path), _ending(path), getattr(scores, "origin", {})
+    note, content = _ORIGIN_MARK + json.dumps(origin) if origin else "", io.BytesIO()
     if suffix == ".npy":
-        with path.open("wb") as file:
-            for array in (matrix, np.array(note)) if note else (matrix,):
-                np.save(file, array)
-    elif suffix in _SEPARATORS:
-        np.savetxt(path, matrix, delimiter=_SEPARATORS[suffix], fmt="%.18e", header=note)
-    elif not suffix or path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
-        np.savetxt(path / DUO_SCORES, matrix, delimiter="\t", fmt="%.18e", header=note)
-        (path / "config.json").write_text(json.dumps({"sink_size": sink, "recent_size": window}) + "\n", encoding="utf-8")
+        for array in (matrix, np.array(note)) if note else (matrix,):
+            np.save(content, array)
     else:
+        np.savetxt(content, matrix, delimiter=_SEPARATORS[suffix or ".tsv"], fmt="%.18e", header=note)
+    if suffix:
+        write(path, content.getvalue())
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    write(path / DUO_SCORES, content.getvalue())
+    write(path / "config.json", (json.dumps({"sink_size": sink, "recent_size": window}) + "\n").encode())
+
+
+def check_output(path: str | os.PathLike) -> None:
+    """Raises what `save_scores` would raise for `path`, before there are scores. Nothing is left there."""
+    path = Path(path)
+    if _ending(path) or not path.is_dir():
+        check_writable(path)  # of a folder that is to be made: whether something can be made beside it
+        return
+    for name in (DUO_SCORES, "config.json"):
+        check_writable(path / name)
+
+
+def _ending(path: str | os.PathLike) -> str:
+    """.tsv, .csv or .npy; empty for a DuoAttention folder. What is no file that can be replaced (/dev/stdout) gets a TSV."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in (*_SEPARATORS, ".npy") and not path.is_dir():
+        return suffix
+    if is_stream(path):
+        return ".tsv"
+    if path.is_file():
+        raise ValueError(f"cannot write scores to {path}: a file without the ending .tsv, .csv or .npy is in the way of a folder")
+    if suffix and not path.is_dir():
         raise ValueError(f"cannot write scores as {suffix}; supported: .tsv, .csv, .npy, or a folder (no ending)")
+    return ""
 
 
 def _read_text(path: Path) -> tuple[np.ndarray, dict]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file; supported: a DuoAttention folder, .tsv, .csv, .npy, .pt") from error
+    text = read_text(path, "a text file of scores; supported: a DuoAttention folder, .tsv, .csv, .npy, .pt", _MAX_TEXT)
+    lines = text.splitlines()
     comments = (line.lstrip()[1:].strip() for line in lines if line.lstrip().startswith("#"))
     return _parse_rows(lines, path), next((_parse_note(text, path) for text in comments if text.startswith(_ORIGIN_MARK)), {})
 
 
 def _parse_note(text: str, path: Path) -> dict:
     try:
-        return known(json.loads(text.removeprefix(_ORIGIN_MARK)))
+        return known(parse_json(text.removeprefix(_ORIGIN_MARK)))
     except ValueError as error:
-        raise ValueError(f"{path}: what follows {_ORIGIN_MARK.strip()!r} is not JSON: {error}") from error
+        raise ValueError(f"{path}: what follows {_ORIGIN_MARK.strip()!r} is not JSON: {error}") from None
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, dict]:
+    matrix, behind = read_npy(path, "an .npy file of numbers")
     try:
-        with path.open("rb") as file:
-            matrix = np.lib.format.read_array(file, allow_pickle=False)
-            note = _text_behind(file)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not an .npy file of numbers: {error}") from error
+        note = str(parse_npy(behind)[0])
+    except ValueError:
+        note = ""  # whatever another program has put there
     return _check_matrix(matrix, str(path)), _parse_note(note, path) if note.startswith(_ORIGIN_MARK) else {}
 
 
-def _text_behind(file: BinaryIO) -> str:
-    """The array that follows in an .npy file, as text; "" if what follows, if anything, is none."""
-    try:
-        return str(np.lib.format.read_array(file, allow_pickle=False))
-    except ValueError:
-        return ""
-
-
 def _read_pt(path: Path) -> tuple[np.ndarray, dict]:
-    import torch  # for this format only
-
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a torch-saved tensor: {str(error).splitlines()[0]}") from error
-    if not isinstance(tensor, torch.Tensor) or tensor.is_complex():
-        raise ValueError(f"{path} must hold one tensor of real numbers, got {type(tensor).__name__}")
-    if tensor.dim() == 3 and tensor.shape[1] == 1:
-        tensor = tensor[:, 0]
-    return _check_matrix(tensor.double().numpy(), str(path)), {}
+    matrix = read_pt(path, "a torch-saved tensor")
+    return _check_matrix(matrix[:, 0] if matrix.ndim == 3 and matrix.shape[1] == 1 else matrix, str(path)), {}
 
 
 def _check_matrix(matrix: np.ndarray, place: str) -> np.ndarray:
     if matrix.dtype.kind not in "fiub" or matrix.ndim != 2 or not matrix.size:
         raise ValueError(f"{place}: scores must be numbers [layers, kv_heads], got {matrix.dtype} {list(matrix.shape)}")
+    if matrix.size > MAX_ELEMENTS:
+        raise ValueError(f"{place}: {list(matrix.shape)} are more scores than {MAX_ELEMENTS}, the most that is read")
     matrix = matrix.astype(np.float64)
     outside = np.argwhere(~((matrix >= -_TOLERANCE) & (matrix <= 1.0 + _TOLERANCE)))
     if len(outside):
@@ -175,6 +185,8 @@ def _parse_rows(lines: list[str], path: Path) -> np.ndarray:
         if rows and len(row) != len(rows[0]):
             raise ValueError(f"{path}:{number}: {len(row)} values, but the rows above have {len(rows[0])}")
         rows.append(row)
+        if len(rows) * len(row) > MAX_ELEMENTS:
+            raise ValueError(f"{path}:{number}: there are more scores than {MAX_ELEMENTS}, the most that is read")
     if not rows:
         raise ValueError(f"{path} holds no scores")
     return np.array(rows, dtype=np.float64)
@@ -184,9 +196,9 @@ def _parse_score(text: str, place: str) -> float:
     try:
         score = float(text)
     except ValueError:
-        raise ValueError(f"{place}: {text!r} is not a number") from None
+        raise ValueError(f"{place}: {shown(text)} is not a number") from None
     if not -_TOLERANCE <= score <= 1.0 + _TOLERANCE:
-        raise ValueError(f"{place}: score {text} lies outside [0, 1]")
+        raise ValueError(f"{place}: score {one_line(text, 40)} lies outside [0, 1]")
     return score
 
 
