@@ -135,4 +135,4 @@ def test_without_lm_eval_the_command_that_installs_it_is_named(monkeypatch, mode
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     for arguments in (["lm-eval", "--tasks", "ruler_vt"], ["eval", str(model_folder), "--task", "ruler_vt", "--length", "60"]):
         result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 1 and "zigzag_ext[ruler]" in result.stderr
+        assert result.exit_code == 2 and "zigzag_ext[ruler]" in result.stderr

@@ -1,5 +1,6 @@
 """Loading a model of transformers from a folder, a .gguf file or a name."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,16 +16,18 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto"):
         dtype: "auto" (float32 on the CPU; on a GPU the dtype of the file, or bfloat16 for float32), bfloat16, float16 or float32.
 
     Raises:
-        ValueError: the folder holds no model, several .gguf files or a damaged file, or the device or dtype is unknown.
+        ValueError: the folder holds no model, several .gguf files or an unreadable one, or the device or dtype is unknown.
             OSError: not found.
     """
     device = _device(device)
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise ValueError(f"unsupported dtype '{dtype}'; use auto, bfloat16, float16 or float32")
     folder, options = _locate(source)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype, device, folder, options), **options)
-    except SafetensorError as error:
-        raise ValueError(f"a safetensors file of {source} is damaged or incomplete: {error}") from error
+    with _named(f"the tokenizer of {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    with _named(f"the model {source}"):
+        dtype = _dtype(dtype, device, folder, options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.to(device).eval(), tokenizer
 
 
@@ -32,7 +35,21 @@ def load_config(source: str):
     """The config alone of what `load_model` takes, or of a config.json; no weights are read."""
     path = Path(source).expanduser()
     folder, options = _locate(str(path.parent) if path.name == "config.json" else source)
-    return AutoConfig.from_pretrained(folder, **options)
+    with _named(f"the config of {source}"):
+        return AutoConfig.from_pretrained(folder, **options)
+
+
+@contextmanager
+def _named(part: str):
+    """Damaged files fail in transformers, tokenizers and gguf by errors of any type, which name no file."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, RuntimeError):
+        raise  # not found, not installed, out of memory: these say what they are about
+    except SafetensorError as error:
+        raise ValueError(f"a safetensors file of {part} is damaged or incomplete: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{part} cannot be read: {error} ({type(error).__name__})") from error
 
 
 def _device(name: str) -> torch.device:
@@ -49,8 +66,6 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device, folder: str, options: dict) -> torch.dtype:
     if name != "auto":
-        if name not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"unsupported dtype '{name}'; use auto, bfloat16, float16 or float32")
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32

@@ -1,18 +1,22 @@
 """Figures of evaluation rows: heat maps over length and depth, and quality over the share that streams. Needs matplotlib."""
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from urllib.parse import quote
 
+from ..planning.writing import write
 from .evaluate import Row
 
 # Okabe-Ito: told apart by colour-blind readers (https://jfly.uni-koeln.de/color/).
 _COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
 _MARKERS = "osD^vPX*"
-_STYLE = {"font.size": 11, "figure.dpi": 160, "axes.axisbelow": True, "legend.frameon": False}
+_STYLE = {"font.size": 11, "figure.dpi": 160, "axes.axisbelow": True, "text.parse_math": False, "legend.frameon": False}
 _LABEL = {"exact": "exact matches, %", "logprob": "log-probability of the answer per token"}
 _PANELS_A_ROW = 4
+_MAX_VALUES, _MAX_INCHES = 100, 60.0  # of each axis and of the plans; of a side of a figure
 
 Point = tuple[float, float, float, float]  # share that streams, value, and its 95% interval
 
@@ -20,18 +24,23 @@ Point = tuple[float, float, float, float]  # share that streams, value, and its 
 def draw_all(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     """Draws what the rows are enough for: a heat map per task with depths, curves per task with three budgets or more.
 
-    Returns the files written (`<task>_<quantity>.png`, `<task>_<quantity>_budget.png`), none if nothing could be drawn.
+    Returns the files written (`<task>_<quantity>.png`, `<task>_<quantity>_budget.png`), none if nothing could be drawn. In the
+    names, what is special in a path is percent-encoded.
+
+    Raises:
+        ValueError: there are more plans, lengths or depths than a figure has room for.
     """
     folder, written = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
+        name = quote(task, safe=" ")  # a task may be called anything: no folder, and no two tasks in one file
         for quantity in ("logprob",) if task == "perplexity" else ("exact", "logprob"):
             if any(row.depth is not None for row in mine):
-                written.append(heat_maps(mine, quantity, folder / f"{task}_{quantity}.png"))
+                written.append(heat_maps(mine, quantity, folder / f"{name}_{quantity}.png"))
             lines = by_series(mine, quantity)
             if len({share for points in lines.values() for share, *_ in points}) >= 3:
-                written.append(curves(lines, task, quantity, folder / f"{task}_{quantity}_budget.png"))
+                written.append(curves(lines, task, quantity, folder / f"{name}_{quantity}_budget.png"))
     return written
 
 
@@ -68,12 +77,14 @@ def heat_maps(rows: Sequence[Row], quantity: str, path: Path) -> Path:
     rows = [row for row in rows if row.depth is not None]
     names = list(dict.fromkeys(row.plan for row in rows))
     lengths, depths = sorted({row.length for row in rows}), sorted({row.depth for row in rows})
+    _check_room({"plans": names, "lengths": lengths, "depths": depths})
     across = min(len(names), _PANELS_A_ROW)
     down = -(-len(names) // across)
     scale = 100.0 if quantity == "exact" else 1.0
     ends = (0.0, 100.0) if quantity == "exact" else (min(row.logprob for row in rows), 0.0)
     with plt.rc_context(_STYLE):
         size = (1.6 + across * max(2.2, 0.55 * len(lengths)), down * max(2.6, 0.34 * len(depths) + 1.2))
+        size = tuple(min(side, _MAX_INCHES) for side in size)
         figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True)
         for axis, name in zip(axes.flat, names, strict=False):
             grid = [[float("nan")] * len(lengths) for _ in depths]
@@ -91,14 +102,14 @@ def heat_maps(rows: Sequence[Row], quantity: str, path: Path) -> Path:
         figure.supxlabel("tokens of the prompt", fontsize=11)
         figure.supylabel("depth of the needle", fontsize=11)
         figure.colorbar(image, ax=axes, label=f"{rows[0].task}: {_LABEL[quantity]}")
-        figure.savefig(path)
-        plt.close(figure)
+        _save(figure, path)
     return path
 
 
 def curves(lines: Mapping[str, Sequence[Point]], task: str, quantity: str, path: Path, unit: str = "layers") -> Path:
     """Quality over the share that streams, with 95% intervals. A line of one point, such as full attention, is dashed across."""
     plt = _pyplot()
+    _check_room({"plans": lines})
     scale = 100.0 if quantity == "exact" else 1.0
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
@@ -120,9 +131,21 @@ def curves(lines: Mapping[str, Sequence[Point]], task: str, quantity: str, path:
         axis.grid(color="#DDDDDD")
         axis.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", fontsize=9)
-        figure.savefig(path)
-        plt.close(figure)
+        _save(figure, path)
     return path
+
+
+def _check_room(counted: Mapping[str, Sequence | Mapping]) -> None:
+    for what, values in counted.items():
+        if len(values) > _MAX_VALUES:
+            raise ValueError(f"{len(values)} {what} are more than a figure has room for, {_MAX_VALUES}")
+
+
+def _save(figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:] or "png")
+    _pyplot().close(figure)
+    write(path, content.getvalue())
 
 
 def _pyplot():

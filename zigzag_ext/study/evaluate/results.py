@@ -1,14 +1,17 @@
 """The one CSV schema of all tasks: a row says how a plan did on a task at a length, with 95% confidence intervals."""
 
 import csv
+import io
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
 from statistics import fmean, stdev
 
 from ...planning.plan import Plan
+from ...planning.reading import MIB, decode, parse_csv, read_text, shown
+from ...planning.writing import is_stream, update, write
 from .scoring import Verdict
 
 _Z = 1.959964  # two-sided 95% of a normal distribution
@@ -85,39 +88,91 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 
 
 def append(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Adds rows to a CSV file, which is made with its header if need be. Raises ValueError if its columns are others."""
-    path = Path(path)
-    if path.exists():
-        _check_header(path)
+    """Adds rows to a CSV file, which is made with its header if need be: all of them or none, beside those of other processes.
+
+    What is not a regular file (a pipe, /dev/null) gets the rows alone, or the header if there are no rows.
+
+    Raises:
+        ValueError: the file has other columns, or its last line has no end; or a row is one that `read` would refuse. OSError: it
+            cannot be written. The file is then as it was.
+    """
+    lines, header = io.StringIO(), ",".join(COLUMNS) + "\n"
+    written = csv.writer(lines, lineterminator="\n")
+    for row in rows:
+        values = [f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value) for value in astuple(row)]
+        _row(values)
+        written.writerow(values)
+
+    def longer(old: bytes | None) -> bytes:
+        if not old:
+            return (header + lines.getvalue()).encode()
+        _check_table(path, decode(path, _WHAT, old))
+        return old + lines.getvalue().encode()
+
+    if is_stream(path):
+        write(path, (lines.getvalue() or header).encode())
     else:
-        path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        for row in rows:
-            lines.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in asdict(row).values())
+        update(path, longer, _WHAT, MAX_BYTES)
 
 
 def read(path: str | os.PathLike) -> list[Row]:
     """Rows of a CSV file. Raises ValueError naming the file if its columns are not `COLUMNS`, or the line that is damaged."""
-    _check_header(Path(path))
-    text, rows = Path(path).read_text(encoding="utf-8"), []
-    if not text.endswith("\n"):  # the last number may be half of one
-        raise ValueError(f"{path}:{len(text.splitlines())}: the line has no end, as an interrupted run may leave it")
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        for number, line in enumerate(csv.DictReader(file), start=2):
-            try:
-                rows.append(Row(**{name: _VALUE.get(kind, kind)(line[name]) for name, kind in _KINDS.items()}))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
-        return rows
+    rows = []
+    for number, values in _check_table(path, read_text(path, _WHAT, MAX_BYTES)):
+        try:
+            rows.append(_row(values))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return rows
 
 
-def _check_header(path: Path) -> None:
-    with path.open(newline="", encoding="utf-8") as file:
-        header = next(csv.reader(file), [])
+def _check_table(path: str | os.PathLike, text: str) -> list[tuple[int, list[str]]]:
+    """The numbered lines below the header. Raises ValueError if that is another, or a line is damaged as a whole."""
+    (_, header), *lines = parse_csv(path, text) or [(1, [])]
     if header != COLUMNS:
-        raise ValueError(f"{path}: columns are {header}, expected {COLUMNS}")
+        raise ValueError(f"{path}: columns are {shown(header)}, expected {COLUMNS}")
+    if not text.endswith("\n"):  # the last number may be half of one
+        count = len(text.splitlines())
+        raise ValueError(f"{path}:{count}: the line has no end, as an interrupted run may leave it; complete or delete it")
+    return lines
 
 
+def _row(values: Sequence[str]) -> Row:
+    """Raises ValueError that names the column whose value no row can have."""
+    if len(values) != len(COLUMNS):
+        raise ValueError(f"{len(values)} values, expected {len(COLUMNS)}")
+    found = {}
+    for (name, kind), text in zip(_KINDS.items(), values, strict=True):
+        try:
+            found[name] = _VALUE.get(kind, kind)(text)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {shown(text)}") from None
+        expected, holds = _RANGES[name]
+        if not holds(found[name]):
+            raise ValueError(f"{name} must be {expected}, got {shown(text)}")
+    return Row(**found)
+
+
+def _count(least: int) -> tuple[str, Callable[[int], bool]]:
+    return f"an integer from {least} to 2^53", lambda value: least <= value <= 1 << 53
+
+
+_WHAT = "a table of evaluation results"
+MAX_BYTES = 64 * MIB
 _KINDS = {field.name: field.type for field in fields(Row)}
 _VALUE = {float | None: lambda text: float(text) if text else None}
+_TEXT = "1 to 1000 printable characters", lambda text: 0 < len(text) <= 1000 and text.isprintable()
+_SHARE = "from 0 to 1", lambda value: 0 <= value <= 1
+_LOGPROB = "nan, inf or within 1e9 of 0", lambda value: not abs(value) > 1e9 or math.isinf(value)
+_RANGES: dict[str, tuple[str, Callable]] = {
+    **dict.fromkeys(("model", "device", "dtype", "task", "plan"), _TEXT),
+    "kinds": ("0 or 1 per layer, or per KV head with / between layers", re.compile(r"[01]+(/[01]+)*").fullmatch),
+    "sink": _count(0),
+    "window": _count(0),
+    "length": _count(1),
+    "seed": ("an integer within 2^63 of 0", lambda seed: abs(seed) < 1 << 63),
+    "prompts": _count(1),
+    "depth": ("from 0 to 1, or nothing", lambda depth: depth is None or 0 <= depth <= 1),
+    **dict.fromkeys(("exact", "exact_low", "exact_high"), _SHARE),
+    **dict.fromkeys(("logprob", "logprob_low", "logprob_high"), _LOGPROB),
+}

@@ -55,7 +55,9 @@ def identify(
 
     Raises:
         ValueError: the method or an option is unknown or out of range, the prompts do not fit the model's context, the partial
-            file belongs to other arguments, or the model's family cannot be computed exactly (see `zigzag_ext.enable`).
+            file belongs to other arguments, is damaged or was edited, or the model's family cannot be computed exactly (see
+            `zigzag_ext.enable`).
+        OSError: `output` cannot be written; found out before the first step.
 
     Sources: DuoAttention https://arxiv.org/abs/2410.10819, Retrieval Head https://arxiv.org/abs/2404.15574, LightTransfer
     https://arxiv.org/abs/2410.13846, LoZA https://arxiv.org/abs/2512.23966. Deviations are named in each method's file.
