@@ -1,6 +1,7 @@
 """The app that the commands of `commands.py` and `study.py` join. Heavy imports stand in commands, so that `--help` is quick."""
 
 import functools
+import io
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from rich.console import Console
 from .. import __version__
 from ..planning import env
 from ..planning.kv_format import FORMATS
+from ..planning.reading import one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,11 +34,12 @@ RingKvFormat = Annotated[str | None, typer.Option("--ring-kv-format", help="The 
 KeySmoothing = Annotated[
     bool | None, typer.Option("--key-smoothing/--no-key-smoothing", help="Quantise keys less the mean of the first ones.")
 ]
-console = Console(soft_wrap=True)  # a long path stays one line, whatever the width of the terminal
+# A long path stays one line, whatever the width of the terminal, and what a file's name or content says is never markup.
+console = Console(soft_wrap=True, markup=False, emoji=False)
 
 
 def one_line_errors(command):
-    """Expected failures (bad input, missing files or packages, full memory) become one line on stderr and exit code 1."""
+    """Expected failures (bad input, missing files or packages, full memory or disk) become one line on stderr and exit code 2."""
 
     @functools.wraps(command)
     def wrapper(*args, **kwargs):
@@ -44,12 +47,13 @@ def one_line_errors(command):
         try:
             traceback = env.read("ZIGZAG_TRACEBACK") == "1"
             return command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        except BrokenPipeError:
+            raise  # the reader of a pipe has gone: typer ends quietly
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:
             if traceback:
                 raise
-            text = " ".join(str(error).split()) or type(error).__name__
-            print(f"error: {text}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            print(f"error: {one_line(str(error), 2000) or type(error).__name__}", file=sys.stderr)
+            raise typer.Exit(2) from None
 
     return wrapper
 
@@ -65,7 +69,10 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-) -> None: ...
+) -> None:
+    for stream in (sys.stdout, sys.stderr):  # a name or text that the terminal's encoding lacks is shown escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quiet_transformers() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Column, Table
+from rich.text import Text
 
 from ..planning.solve import objectives
 from .app import KeySmoothing, KvFormat, RingKvFormat, app, console, one_line_errors, quiet_transformers
@@ -50,7 +51,8 @@ def demo(
     verdict, holds = _verdict(outcomes)
     console.print(verdict, highlight=False)
     if check and not holds:
-        raise ValueError("the demo did not show what it should: " + verdict)
+        print("error: the demo did not show what it should", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -215,7 +217,7 @@ def _demo_table(outcomes) -> Table:
             outcome.name,
             f"{len(outcome.plan.streaming_layers)} of {outcome.plan.num_layers}",
             _first_words(outcome.generations[0].text),
-            f"[{color}]{hits}[/{color}]",
+            Text(hits, style=color),
             f"{outcome.cache_bytes / _MIB:.1f} MiB",
             f"{outcome.cache_bytes / full:.0%}",
             f"{outcome.prefill_seconds:.2f} s",

