@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <set>
 
 #include "core/error.h"
 
@@ -63,11 +64,12 @@ class Parser {
     expect("{", "{");
     skip_space();
     if (accept("}")) return;
+    std::set<std::string> names;  // a search of the members for each would take minutes for a hostile file
     do {
       skip_space();
       if (peek() != '"') fail("a name in quotes");
       std::string name = read_string();
-      if (value.find(name) != nullptr) fail("a name that is new in its object");
+      if (!names.insert(name).second) fail("a name that is new in its object");
       skip_space();
       expect(":", ":");
       value.members.emplace_back(std::move(name), read(depth + 1));

@@ -14,7 +14,9 @@ namespace {
 
 using Type = Json::Type;
 
-constexpr int kVersion = 4;  // the newest that zigzag_ext/planning/plan.py writes
+constexpr int kVersion = 4;                 // the newest that zigzag_ext/planning/plan.py writes
+constexpr std::size_t kMaxBytes = 4 << 20;  // as in zigzag_ext/planning/reading.py
+constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 constexpr std::string_view kRequired[] = {"format", "version", "kinds", "sink", "window"};
 constexpr std::string_view kOptional[] = {"kv_format", "ring_kv_format", "key_smoothing", "provenance"};
 
@@ -85,7 +87,10 @@ std::string contents(const std::string& path) {
   ZZ_CHECK(file != nullptr, "there is no plan file at ", path);
   std::string text;
   char block[4096];
-  for (std::size_t got = 0; (got = std::fread(block, 1, sizeof(block), file.get())) > 0;) text.append(block, got);
+  for (std::size_t got = 0; (got = std::fread(block, 1, sizeof(block), file.get())) > 0;) {
+    text.append(block, got);
+    ZZ_CHECK(text.size() <= kMaxBytes, path, " is not a plan file: it has more than 4 MiB, the most that is read");
+  }
   ZZ_CHECK(std::ferror(file.get()) == 0, path, " could not be read");
   return text;
 }
@@ -93,7 +98,8 @@ std::string contents(const std::string& path) {
 }  // namespace
 
 PlanFile parse_plan(std::string_view text) {
-  const Json file = parse_json(text);
+  const bool marked = text.substr(0, kByteOrderMark.size()) == kByteOrderMark;
+  const Json file = parse_json(text.substr(marked ? kByteOrderMark.size() : 0));
   check_header(file);
   const KvFormats retrieval = formats_of(file.find("kv_format"), "kv_format");
   const KvFormats streaming = formats_of(file.find("ring_kv_format"), "ring_kv_format");

@@ -53,6 +53,13 @@ TEST_CASE("plan file: kinds, sizes, formats and smoothing") {
   CHECK(!plain.key_smoothing);
 }
 
+TEST_CASE("plan file: a byte-order mark is no content, and many names take no time") {
+  CHECK(parse_plan("\xef\xbb\xbf" + plan_with(kKinds)).plan.sink() == 4);
+  std::string names = "\"provenance\": {\"x\": 0";
+  for (int i = 0; i < 200000; ++i) names += ", \"" + std::to_string(i) + "\": 0";
+  CHECK(parse_plan(plan_with(kKinds + ", " + names + "}")).plan.num_layers() == 3);
+}
+
 TEST_CASE("plan file: an error says what is wrong") {
   const auto check = [](const std::string& text, const std::string& message) {
     CAPTURE(text);
@@ -76,6 +83,8 @@ TEST_CASE("plan file: an error says what is wrong") {
   check("{\"format\": \"zigzag-plan\", \"version\": 1, \"kinds\": [\"retrieval\"], \"sink\": 4.0, \"window\": 8}",
         "sink must be an integer");
   CHECK(error_of([] { read_plan_file("no/such/plan.json"); }) == "there is no plan file at no/such/plan.json");
+  CHECK(error_of([] { read_plan_file("/dev/zero"); }) ==
+        "/dev/zero is not a plan file: it has more than 4 MiB, the most that is read");
 }
 
 TEST_CASE("JSON: the standard and nothing beside it") {
