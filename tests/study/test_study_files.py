@@ -30,7 +30,7 @@ def stop_at(step: int):
     ("none/s.tsv", FileNotFoundError, "there is no folder"),
     ("s.pt", ValueError, "cannot write scores as .pt"),
     ("file", ValueError, "is in the way of a folder"),
-    ("folder.tsv/x/s.tsv", OSError, ""),
+    ("folder.tsv/x/s.tsv", FileNotFoundError, "there is no folder"),
 ])  # fmt: skip
 def test_identify_knows_before_its_first_step_that_it_cannot_write(model, tokenizer, tmp_path, output, error, message):
     (tmp_path / "file").touch()
