@@ -2,8 +2,9 @@
 #   make demo      a real model answers a passkey question with full attention, a good plan and a bad plan
 #   make test      C++ tests and Python tests
 #   make test-long    also with the oldest and the newest transformers that is supported (constraints-lower.txt, constraints-upper.txt)
+#   make fuzz      sequences of uses, failures and interrupts of caches for FUZZ_SECONDS, then 10,000 generate() calls, on the CPU
 #   make test-newest  Python tests with what the package index gives today, unpinned
-# Variables: PYTHON (>= 3.10), ZIGZAG_CUDA=auto|on|off, ZIGZAG_CUDA_ARCHS="80;90a", MAX_JOBS, PYTEST_ARGS, DEMO_ARGS.
+# Variables: PYTHON (>= 3.10), ZIGZAG_CUDA=auto|on|off, ZIGZAG_CUDA_ARCHS="80;90a", MAX_JOBS, PYTEST_ARGS, DEMO_ARGS, FUZZ_SECONDS.
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
@@ -30,10 +31,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' 'examples/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
-.PHONY: help demo test test-long test-newest pytest pytest-upper pytest-lower cpptest examples build lint format sanitize bench bench-build figures clean
+.PHONY: help demo test test-long test-newest fuzz pytest pytest-upper pytest-lower cpptest examples build lint format sanitize bench bench-build figures clean
 
 help:
-	@sed -n '2,6s/^# \{0,1\}//p' Makefile
+	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 	@echo '  other targets: build pytest cpptest examples lint format sanitize bench figures clean'
 
 demo: $(BUILT) $(VENV)/model
@@ -47,6 +48,10 @@ test-long: test pytest-lower pytest-upper
 # neighbours: one worker would still be at them when the others have nothing left.
 pytest: $(BUILT) $(VENV)/model
 	$(PYTEST) $(PYTEST_ARGS)
+
+FUZZ_SECONDS ?= 3600
+fuzz: $(BUILT)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) CUDA_VISIBLE_DEVICES= python -m pytest -q -s --long tests/fuzz
 
 # The same tests in another environment, "upper" or "lower": of transformers another version, of the rest what .venv has.
 pytest-upper pytest-lower: pytest-%: $(VENV)-%/ready $(VENV)/model

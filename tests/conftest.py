@@ -1,3 +1,5 @@
+import collections
+
 import pytest
 import torch
 from op_cases import DTYPES
@@ -28,3 +30,13 @@ def demo_model():
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="every place instead of some, in tests that go through many")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Sums of what tests have recorded as `record_property("count of ...", number)`, whichever process ran them."""
+    counts = collections.Counter()
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        if report.when == "call":
+            counts.update({name: number for name, number in report.user_properties if name.startswith("count of ")})
+    for name, number in counts.items():
+        terminalreporter.write_line(f"{name.removeprefix('count of ')}: {number:,}")

@@ -1,10 +1,8 @@
 """What could end the process, in a process of its own: reading what has no memory, threads, interrupts, limits, many caches."""
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
+import processes
 import pytest
 
 PREAMBLE = """
@@ -17,15 +15,7 @@ def growing(max_slots=1 << 17, batch=2):
 
 
 def run(program: str) -> str:
-    """The output of a program, which must end well; its last lines say how far it came."""
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", PREAMBLE + textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    return processes.run(program, PREAMBLE)
 
 
 def test_whatever_reads_a_cache_reads_what_it_holds():

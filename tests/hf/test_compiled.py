@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from dense_oracle import dense_oracle, next_logits
+from interrupts import Places
 from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt
 from torch._dynamo.utils import counters
 
@@ -244,3 +245,39 @@ def test_disable_restores_the_forward():
     with zz.zigzag(model, PLAN, compile=True):
         assert model.forward is not wrapped
     assert model.forward is wrapped
+
+
+@pytest.mark.slow
+def test_an_interrupt_within_a_compiled_step(request):
+    """The ring has no slot to spare: a token that was written and taken back has overwritten one that would show again."""
+    plan = zz.Plan(["streaming", "retrieval"], sink=4, window=16)
+    model = new_model("llama", num_hidden_layers=2)
+    zz.enable(model, plan, compile=True)
+    cache = zz.ZigzagCache(model.config, plan)
+    step, following = (lambda seed=seed: model(prompt(1, seed=seed), past_key_values=cache).logits for seed in (2, 9))
+
+    def fill():
+        cache.reset()
+        model(prompt(30), past_key_values=cache)
+
+    with torch.no_grad():
+        fill()
+        step()
+        done = following()
+        fill()
+        before = following()
+        fill()
+        counted = Places(own=True)
+        assert not counted.run(step)
+        marked = 0
+        for at in range(1, counted.count + 1, 1 if request.config.getoption("--long") else 3):
+            fill()
+            assert Places(at, own=True).run(step)
+            try:
+                found = following()
+            except RuntimeError as error:
+                assert "overwritten older ones" in str(error) or "while the lengths advanced" in str(error)
+                marked += 1
+                continue
+            assert any(torch.allclose(found, logits, atol=1e-5, rtol=1e-5) for logits in (before, done)), at
+        assert marked >= 3

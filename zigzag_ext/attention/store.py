@@ -129,7 +129,11 @@ class LayerStore:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.tensor for name, buffer in self.growing.items()} if self.growing else self.plain
+        if not self.growing:
+            return self.plain
+        tensors = {name: buffer.tensor for name, buffer in self.growing.items()}
+        slots = min(tensor.shape[2] for tensor in tensors.values())  # an extension that failed half-way leaves some longer
+        return {name: tensor if tensor.shape[2] == slots else tensor[:, :, :slots] for name, tensor in tensors.items()}
 
     @property
     def caches(self) -> ops.KvBuffers:
@@ -188,18 +192,26 @@ class LayerStore:
             return length >= self.compressed
         return ahead <= self.rollback or length + ahead <= self.ring_slots
 
+    def _addresses_for(self, capacity: int) -> int:
+        """Slots that every growing buffer has addresses for once it has memory for `capacity` of them."""
+        most = max(buffer.max_slots for buffer in self.growing.values())
+        return most if capacity <= most else max(capacity, 2 * most)
+
     def moves_for(self, tokens: int) -> bool:
-        """Whether `grow(tokens)` takes the buffers to new addresses, since there are none behind the old ones."""
-        return any(tokens - self.left_out > buffer.max_slots for buffer in self.growing.values())
+        """Whether `grow(tokens)` takes buffers to new addresses, since there are none behind the old ones."""
+        capacity = tokens - self.left_out
+        if not self.growing or capacity <= self.capacity:
+            return False
+        return any(buffer.max_slots < self._addresses_for(capacity) for buffer in self.growing.values())
 
     def grow(self, tokens: int) -> None:
         """Memory for rows of `tokens` tokens in a retrieval layer; fewer than before change nothing."""
         capacity = tokens - self.left_out
         if not self.growing or capacity <= self.capacity:
             return
+        slots = self._addresses_for(capacity)
         for buffer in self.growing.values():
-            if capacity > buffer.max_slots:
-                buffer.extend(max(capacity, 2 * buffer.max_slots))
+            buffer.extend(slots)
             buffer.commit(capacity)
         self.capacity = capacity
 

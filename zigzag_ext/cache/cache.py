@@ -20,7 +20,7 @@ from .compression import PromptCompression
 from .compression.apply import compress
 from .forward import Forward
 from .layer import ZigzagLayer
-from .state import Addresses, CacheState
+from .state import Addresses, CacheState, locked
 
 
 class ZigzagCache(Cache):
@@ -180,6 +180,7 @@ class ZigzagCache(Cache):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
+    @locked
     def reserve(self, tokens: int) -> None:
         """Memory for `tokens` more tokens per row, where buffers stand. Raises as a forward of as many would."""
         self.state.check()
@@ -204,6 +205,7 @@ class ZigzagCache(Cache):
             layer.grow(capacity)
         state.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
+    @locked
     def compress(self) -> None:
         """Thins out the prompt by the method that the cache was made with; else done before the first forward behind it.
 
@@ -225,6 +227,7 @@ class ZigzagCache(Cache):
         """Layers that no longer hold what rows of `length` tokens show, after `ahead` more were written and taken back."""
         return [layer.index for layer in self.layers if not layer.is_whole(length, ahead)] if length else []
 
+    @locked
     def reset(self) -> None:
         """Empties the cache, gives the memory of retrieval layers back and keeps all addresses; none of a marked cache."""
         whole, self.state.prompt_end = self.state.changing is None, 0
@@ -235,6 +238,7 @@ class ZigzagCache(Cache):
         for layer in self.layers:
             layer.release() if whole else layer.drop()
 
+    @locked
     def crop(self, tokens: int) -> None:
         """Takes the last tokens back: `-tokens` of them if negative; all but the first `tokens` if positive; none for 0.
 
@@ -279,6 +283,7 @@ class ZigzagCache(Cache):
                 "ZigzagCache or enable() rollback=20, or as many tokens as are drafted at once"
             )
 
+    @locked
     def keep_first(self, ids: Tensor, mask: Tensor | None = None) -> None:
         """Prepares for a call that brings the whole conversation `ids` [batch, n]: takes back what it does not begin with.
 
@@ -308,6 +313,7 @@ class ZigzagCache(Cache):
         else:
             self.reset()
 
+    @locked
     def _select_rows(self, index: Tensor, what: str) -> None:
         state = self.state
         state.check()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attention import ops
 from ..attention.store import Chunk, in_normal_mode
+from .state import locked
 from .tokens import raise_mask_error
 
 if TYPE_CHECKING:
@@ -23,15 +24,18 @@ def current():
     return getattr(_current, "entry", None)
 
 
-@contextmanager
-def attending(entry) -> Iterator[None]:
+class attending:
     """`with attending(entry):` makes `entry` the `current()` one. May be nested: a model may call another one."""
-    before = current()
-    _current.entry = entry
-    try:
-        yield
-    finally:
-        _current.entry = before
+
+    def __init__(self, entry):
+        self.entry = entry
+
+    def __enter__(self) -> None:
+        self.before = current()
+        _current.entry = self.entry
+
+    def __exit__(self, *error) -> None:
+        _current.entry = self.before
 
 
 class Forward:
@@ -53,10 +57,9 @@ class Forward:
         self.padding: Tensor | None = None  # [batch] int32, leading columns of this forward to skip
         self.pad: dict[torch.device, Tensor] = {}  # the same for the present piece
 
+    @locked
     def __enter__(self) -> "Forward":
         state = self.state
-        if state.forward is not None:  # interrupted between its opening and its body
-            state.forward._roll_back()
         state.check()
         state.tokens.raise_remembered()
         self._check_batch()
@@ -74,19 +77,18 @@ class Forward:
         state.forward = self
         return self
 
+    @locked
     def __exit__(self, kind, error, traceback) -> None:
-        if self.state.forward is not self:
-            return
         try:
             if kind is None:
+                self.state.check_open(self)
                 self._check_attended()
+                self._commit(last=True)
         except BaseException:
-            self._roll_back()
+            self.roll_back()
             raise
-        if kind is None:
-            self._commit(last=True)
-        else:
-            self._roll_back()
+        if kind is not None:
+            self.roll_back()
 
     @contextmanager
     def piece(self, q_len: int) -> Iterator["Forward"]:
@@ -98,7 +100,9 @@ class Forward:
         yield self
         self._check_attended()
         if self.done + q_len < self.total:
-            self._commit(last=False)
+            with self.state.lock:
+                self.state.check_open(self)
+                self._commit(last=False)
 
     @property
     def columns(self) -> int:
@@ -125,7 +129,9 @@ class Forward:
         return layer in self.given or not self.state.stores
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        return self.cache.layers[layer].attend(q, k, v, scale)
+        with self.state.lock:
+            self.state.check_open(self)
+            return self.cache.layers[layer].attend(q, k, v, scale)
 
     def chunk(self, layer: int, k: Tensor) -> Chunk:
         """What layer `layer` needs to attend new keys k [batch, num_kv_heads, q_len, head_dim]. Raises unless it may."""
@@ -164,10 +170,14 @@ class Forward:
             q = torch.cat([self.observed[layer][0][:, :, q.shape[2] - wanted :], q], 2)
         self.observed[layer] = q[:, :, -wanted:].clone(), scale
 
-    def mark_attended(self) -> None:
-        """Notes that every layer has appended this piece: a compiled step cannot note it layer by layer."""
-        self.written = self.done + self.q_len
-        self.attended.update(range(len(self.cache.layers)))
+    @contextmanager
+    def attending_all(self) -> Iterator[None]:
+        """Around what appends this piece in every layer: a compiled step cannot note it layer by layer."""
+        with self.state.lock:
+            self.state.check_open(self)
+            self.written = self.done + self.q_len
+            yield
+            self.attended.update(range(len(self.cache.layers)))
 
     def _check_batch(self) -> None:
         state = self.state
@@ -292,13 +302,16 @@ class Forward:
         tokens.note(ids, self.pad_on(device), self.batch, self.q_len, device, state.columns)
 
     @in_normal_mode
-    def _roll_back(self) -> None:
-        """The lengths of before. A ring that has overwritten what these show is marked."""
+    def roll_back(self) -> None:
+        """The lengths of before, unless this forward is over. A ring that has overwritten what these show is marked."""
         state = self.state
-        state.forward = None
+        if state.forward is not self:
+            return
         if self.committing and not self.lengths:
+            state.forward = None
             return  # nobody knows which lengths have advanced: `changing` says so
         state.changing = "a forward failed, and going back to what the cache held before was interrupted"
+        state.forward = None
         columns, longest, uniform, ahead = self.before
         for device, lengths in self.lengths.items():
             state.seq_lens[device].copy_(lengths)

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.store import LayerStore, attend
-from .state import CacheState
+from .state import CacheState, locked
 
 
 class ZigzagLayer(CacheLayerMixin):
@@ -94,22 +94,25 @@ class ZigzagLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Returns the new keys and values as they are; `attend` appends them. Raises outside an enabled model's forward."""
-        if self.state.forward is None:
+        forward = self.state.forward
+        if forward is None:
             raise RuntimeError("a ZigzagCache works only with zigzag attention: call zigzag_ext.enable(model, plan) first")
-        self.state.forward.given.add(self.index)
+        forward.given.add(self.index)
         return key_states, value_states
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
-        forward = self.state.forward
-        chunk = forward.chunk(self.index, k)
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
-        if forward.observes and not self.window:
-            forward.observe(self.index, q, q.shape[3] ** -0.5 if scale is None else scale)
-        out = attend(self.stores, q, k, v, scale, chunk)
-        forward.attended.add(self.index)
-        return out
+        with self.state.lock:  # until it has written where it may
+            forward = self.state.forward
+            self.state.check_open(forward)
+            chunk = forward.chunk(self.index, k)
+            if not self.is_initialized:
+                self.lazy_initialization(k, v)
+            if forward.observes and not self.window:
+                forward.observe(self.index, q, q.shape[3] ** -0.5 if scale is None else scale)
+            out = attend(self.stores, q, k, v, scale, chunk)
+            forward.attended.add(self.index)
+            return out
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.state.columns + query_length, 0
@@ -127,6 +130,7 @@ class ZigzagLayer(CacheLayerMixin):
         """See `LayerStore.is_whole`."""
         return all(store.is_whole(length, ahead) for store in self.stores)
 
+    @locked
     def reset(self) -> None:
         self.state.forget()
 
@@ -136,9 +140,9 @@ class ZigzagLayer(CacheLayerMixin):
             store.release()
 
     def drop(self) -> None:
+        self.is_initialized = False  # first: an interrupt below must not leave a layer that seems to have buffers
         for store in self.stores:
             store.drop()
-        self.is_initialized = False
 
     def grow(self, capacity: int) -> None:
         """Memory for `capacity` slots of a retrieval layer."""

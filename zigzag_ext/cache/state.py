@@ -1,5 +1,7 @@
 """CacheState: what all layers of a ZigzagCache share, tokens held per row above all, on the device with a host mirror."""
 
+import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +14,17 @@ from .compression import PromptCompression
 from .tokens import HeldTokens
 
 BROKEN = "call reset()"
+
+
+def locked(method):
+    """Of what has a `state`: one thread at a time changes a cache, so that none gives memory back that another writes to."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with self.state.lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Addresses:
@@ -34,7 +47,22 @@ class CacheState:
         self.max_len, self.stores, self.compression, self.num_lengths = max_len, stores, compression, num_lengths
         self.num_forwards = 0
         self.prompt_end = 0  # columns of a prompt that comes in several forwards
+        self.lock = threading.RLock()
         self.start(None)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, values: dict) -> None:
+        vars(self).update(values, lock=threading.RLock())
+
+    def check_open(self, forward) -> None:
+        """Raises RuntimeError unless `forward` is the one under way."""
+        if forward is None or self.forward is not forward:
+            raise RuntimeError(
+                "the ZigzagCache was emptied, changed or given to another forward while a forward on it was under way, which is "
+                "void: use a cache in one forward at a time"
+            )
 
     def start(self, batch: int | None) -> None:
         """Nothing is held and there are no buffers, for `batch` rows."""
@@ -50,8 +78,8 @@ class CacheState:
 
     def forget(self) -> None:
         """Nothing is held; buffers stay."""
-        self.forward = None  # the Forward under way
         self.changing = "reset() was interrupted"
+        self.forward = None  # the Forward under way
         self.capacity = self.columns = self.longest = self.ahead = 0
         self.uniform = True
         self.compressed = False
@@ -62,7 +90,9 @@ class CacheState:
         self.changing: str | None = None  # what was under way, and so why the contents are not whole
 
     def check(self) -> None:
-        """Raises RuntimeError if the contents are not whole."""
+        """Raises RuntimeError if the contents are not whole. Before anything but the forward under way uses the cache."""
+        if self.forward is not None:  # it was interrupted at its opening or its end, and nothing has closed it
+            self.forward.roll_back()
         if self.changing is not None:
             raise RuntimeError(f"{self.changing}, the ZigzagCache is not whole: {BROKEN}")
 

@@ -59,9 +59,8 @@ class CompiledDecoding:
         steps, signature = self.steps.setdefault(cache.addresses, {}), _signature(inputs, forward)
         if signature not in steps:
             steps[signature] = _Step(self.model, self.compiled, forward, inputs)
-        output = steps[signature](forward, inputs)
-        forward.mark_attended()
-        return output
+        with forward.attending_all():
+            return steps[signature](forward, inputs)
 
 
 class _Backend:

@@ -8,6 +8,8 @@ from ..attention.store import Chunk, attend
 from ..cache.forward import Forward
 from ..cache.layer import ZigzagLayer
 
+UNKNOWN = -1
+
 
 class _Shared:
     """Read by all layers: the chunk, whose lengths and padding are [batch] int32, and columns seen (0-d int64)."""
@@ -64,7 +66,7 @@ class StepCache(Cache):
         pad = torch.zeros_like(lengths[0]) if padding is None else padding
         shared = _Shared(Chunk(lengths, pad, state.workspace(self.device)))
         super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
-        self.num_columns = 0  # what `columns` is on the device
+        self.num_columns = 0  # what `columns` is on the device, UNKNOWN while it changes
 
     def was_given(self, layer: int) -> bool:
         return True
@@ -78,10 +80,12 @@ class StepCache(Cache):
         if padding is not None and padding is not shared.chunk.pad:
             shared.chunk.pad.copy_(padding)
         if columns != self.num_columns:
+            self.num_columns = UNKNOWN
             shared.columns.fill_(columns)
             self.num_columns = columns
 
     def advance(self) -> None:
         """Prepares the next step while the device is busy with this one."""
+        columns, self.num_columns = self.num_columns + 1, UNKNOWN
         self.layers[0].shared.columns.add_(1)
-        self.num_columns += 1
+        self.num_columns = columns

@@ -28,12 +28,6 @@ inline KvFormat cache_format(const char* name, const Tensor& cache, const Tensor
   }
 }
 
-inline void check_written(const char* name, const Tensor& tensor) {
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    ZZ_CHECK(tensor.size(dim) <= 1 || tensor.stride(dim) > 0, name, " is written to and must not be an expanded view");
-  }
-}
-
 // The sizes that both caches of a call have.
 struct CacheShape {
   int64_t rows, heads, slots;
@@ -48,7 +42,6 @@ inline void check_cache(const char* name, const Tensor& cache, const char* scale
   const int64_t row = format == KvFormat::kInt4 ? head_dim / 2 : head_dim;
   const bool plain = format == KvFormat::kPlain;
   stride = check_layout(name, cache, {shape.rows, shape.heads, shape.slots, row}, like, plain ? 8 : 16);
-  check_written(name, cache);
   store.format = format;
   ZZ_CHECK(scale.has_value() == !plain, scale_name,
            plain ? " belongs to a quantised cache, but " : " is missing: ", name, " holds ",
@@ -57,7 +50,6 @@ inline void check_cache(const char* name, const Tensor& cache, const char* scale
   check_shape(scale_name, *scale, {shape.rows, shape.heads, shape.slots});
   ZZ_CHECK(scale->scalar_type() == ScalarType::Float, scale_name, " must be float32");
   check_device(scale_name, *scale, "q", like);
-  check_written(scale_name, *scale);
   store.scale_stride = {scale->stride(0), scale->stride(1), scale->stride(2)};
 }
 

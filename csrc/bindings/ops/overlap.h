@@ -24,10 +24,12 @@ class [[gnu::visibility("hidden")]] MemoryCheck {  // as Tensor is
     if (tensor) add(name, *tensor, true);
   }
 
-  // Throws where something written shares memory with another argument. Most pairs lie in different ranges, which is
-  // all that is looked at then.
+  // Throws where something written shares memory with another argument, or elements of it do with each other. Most
+  // pairs lie in different ranges, which is all that is looked at then.
   void check() const {
     for (int i = 0; i < count_; ++i) {
+      ZZ_CHECK(!parts_[i].written || !overlaps_itself(*parts_[i].tensor), parts_[i].name,
+               " is written to and must have memory of its own for every element: no expanded or folded view");
       for (int j = 0; j < i; ++j) {
         const Part &a = parts_[j], &b = parts_[i];
         if (!(a.written || b.written) || a.end <= b.begin || b.end <= a.begin || are_interleaved(a, b)) continue;
@@ -54,6 +56,20 @@ class [[gnu::visibility("hidden")]] MemoryCheck {  // as Tensor is
     for (size_t dim = 0; dim < sizes.size(); ++dim) last += (sizes[dim] - 1) * strides[dim];
     const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
     parts_[count_++] = {name, &tensor, written, begin, begin + static_cast<uintptr_t>(last) * tensor.element_size()};
+  }
+
+  // Whether two elements may have one address: unless the dimensions nest, each within a step of the next larger one.
+  static bool overlaps_itself(const Tensor& tensor) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    for (size_t outer = 0; outer < sizes.size(); ++outer) {
+      int64_t extent = 1;  // elements that the smaller steps span
+      for (size_t dim = 0; dim < sizes.size(); ++dim) {
+        const bool smaller = strides[dim] < strides[outer] || (strides[dim] == strides[outer] && dim < outer);
+        if (smaller && sizes[dim] > 1) extent += (sizes[dim] - 1) * strides[dim];
+      }
+      if (sizes[outer] > 1 && strides[outer] < extent) return true;
+    }
+    return false;
   }
 
   // Bytes that one period of `pitch` bytes holds of the tensor, from its first byte on; 0 where it does not repeat so.

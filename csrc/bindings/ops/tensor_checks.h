@@ -121,6 +121,8 @@ inline void check_table(const char* name, const Tensor& table, const Tensor& q) 
   check_device(name, table, "q", q);
   ZZ_CHECK(table.size(2) <= 1 || table.stride(2) == 1, name, " must be contiguous in rotary_dim, its stride there is ",
            table.stride(2));
+  ZZ_CHECK(table.scalar_type() == ScalarType::Float || table.scalar_type() == q.scalar_type(), name,
+           " must be float32 or have the dtype of q, got ", torch::headeronly::toString(table.scalar_type()));
   const int64_t bytes = static_cast<int64_t>(element_size(to_dtype(table.scalar_type())));
   bool aligned = reinterpret_cast<uintptr_t>(table.const_data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim < 2; ++dim) aligned &= table.size(dim) <= 1 || table.stride(dim) * bytes % 16 == 0;

@@ -1,0 +1,1 @@
+from character_model import one_thread  # noqa: F401
