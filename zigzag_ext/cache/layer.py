@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.store import LayerStore, attend
-from .state import CacheState, locked
+from .state import Addresses, CacheState, locked
 
 
 class ZigzagLayer(CacheLayerMixin):
@@ -106,6 +106,8 @@ class ZigzagLayer(CacheLayerMixin):
             forward = self.state.forward
             self.state.check_open(forward)
             chunk = forward.chunk(self.index, k)
+            if self.is_initialized and (self.dtype, self.device) != (k.dtype, k.device):
+                self._follow(k)
             if not self.is_initialized:
                 self.lazy_initialization(k, v)
             if forward.observes and not self.window:
@@ -113,6 +115,16 @@ class ZigzagLayer(CacheLayerMixin):
             out = attend(self.stores, q, k, v, scale, chunk)
             forward.attended.add(self.index)
             return out
+
+    def _follow(self, k: Tensor) -> None:
+        """Lets go of buffers that are not of the dtype and device of new keys. Raises ValueError if they hold tokens."""
+        if self.state.columns:
+            raise ValueError(
+                f"layer {self.index} of the cache holds {str(self.dtype)[6:]} keys on {self.device}, the model now gives "
+                f"{str(k.dtype)[6:]} on {k.device}: reset() the cache, or use the model as it was"
+            )
+        self.drop()
+        self.state.addresses = Addresses()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.state.columns + query_length, 0

@@ -4,6 +4,7 @@ What attends is `zigzag_ext.cache.forward.current()`, one per thread: a keyword 
 (Nemotron, StableLM) do not hand theirs down to the attention.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
@@ -18,6 +19,7 @@ NAME = "zigzag"
 # that is not None or False raises: it may stand for softcap, learned sinks, packed sequences, position biases, sparse indices ...
 _HARMLESS = {
     "cache_position",
+    "ignore_index",
     "layer_idx",
     "num_items_in_batch",
     "output_hidden_states",
@@ -25,6 +27,7 @@ _HARMLESS = {
     "position_embeddings",
     "position_ids",
     "return_dict",
+    "shift_labels",
     "token_type_ids",
     "use_cache",
 }
@@ -63,7 +66,8 @@ def attention(
     if entry is None:
         raise RuntimeError(
             f"{name} runs zigzag attention without a zigzag cache: call the model that was given to zigzag_ext.enable(model, "
-            "plan), not a part of it, and do not set attn_implementation='zigzag' by hand"
+            "plan), not a part of it, and do not set attn_implementation='zigzag' by hand; a model made from the config of an "
+            "enabled one needs a copy.deepcopy of that config"
         )
     if attention_mask is not None:
         given = attention_mask.name if isinstance(attention_mask, UnsupportedMask) else f"a {type(attention_mask).__name__}"
@@ -80,7 +84,17 @@ def attention(
             f"{name}, layer {module.layer_idx}, attends without having been given the ZigzagCache of this forward: "
             f"the model does not hand it down to its layers ({tested_range()})"
         )
+    query, key, value = _autocast(query, key, value)
     return entry.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What torch.autocast does to the arguments of torch's own attention: RoPE leaves queries and keys in float32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) for t in tensors)
 
 
 AttentionInterface.register(NAME, attention)

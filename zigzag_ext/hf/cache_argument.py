@@ -29,11 +29,17 @@ def warn_if_untested() -> None:
         warnings.warn(f"{tested_range()}: what the newer one has changed may not be served", stacklevel=3)
 
 
-def cache_parameter(model: nn.Module) -> str:
-    """Name of the parameter of the model's forward that takes the KV cache. Raises RuntimeError if there is none."""
+def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of the model's forward."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     if [p.kind for p in parameters] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
-        parameters = list(inspect.signature(type(model).forward).parameters.values())  # a wrapper that hands all of it on
+        parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]  # a wrapper that hands all of it on
+    return parameters
+
+
+def cache_parameter(model: nn.Module) -> str:
+    """Name of the parameter of the model's forward that takes the KV cache. Raises RuntimeError if there is none."""
+    parameters = forward_parameters(model)
     typed = [p.name for p in parameters if "Cache" in str(p.annotation)]
     if found := typed or [p.name for p in parameters if p.name in _NAMES]:
         return found[0]

@@ -18,7 +18,7 @@ MAX_CHUNK = 8192  # tokens, over all rows: matrix products with as many rows fil
 MIN_CHUNK = 256  # tokens per row; smaller ones read the weights too often
 _MEMORY_SHARE = 0.5  # of what is free after the KV buffers
 _PER_TOKEN = (*TOKEN_ARGUMENTS, "position_ids", "cache_position", "token_type_ids")  # cut along the tokens
-_NEED_ALL = ("labels", "output_hidden_states", "output_router_logits")  # need every token in one forward
+_NEED_ALL = ("labels", "shift_labels", "output_hidden_states", "output_router_logits")  # need every token in one forward
 
 
 def check_chunk(model: nn.Module, chunk) -> int | str | None:

@@ -47,7 +47,9 @@ class CompiledDecoding:
         model, cache = self.model, None
         if self.spare:
             cache = ZigzagCache.on_memory_of(*self.spare.pop())
-        if cache is None or not cache.lives_on(model.device, model.dtype):
+        device = model.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        if cache is None or not cache.lives_on(model.device, dtype):
             cache = ZigzagCache(model.config, plan, **options)
         weakref.finalize(cache, _keep_spare, self.spare, cache.memory).atexit = False
         return cache

@@ -16,11 +16,11 @@ from ..cache.compression import PromptCompression
 from ..planning.kv_format import KvFormat
 from ..planning.origin import origin_of, other_model
 from ..planning.plan import Plan
-from .attention import NAME
 from .cache_argument import cache_parameter, warn_if_untested
 from .chunking import check_chunk
 from .compiled import check_compilable
 from .families import check_family
+from .own_config import use_former, use_zigzag
 from .session import Session, session_of
 
 
@@ -40,7 +40,8 @@ def enable(
     """Makes `model` run the plan: after this `model.generate(...)` keeps full caches for retrieval layers, rings for the others.
 
     Args:
-        model: a transformers decoder-only language model (`AutoModelForCausalLM`). Served exactly or refused: see Raises.
+        model: a transformers decoder-only language model (`AutoModelForCausalLM`), also inside PEFT's wrappers or
+            `torch.compile(model)`. Served exactly or refused: see Raises. It gets a config of its own.
         plan: `zigzag_ext.Plan` with one kind per layer. Where it records what it was made for (`Plan.origin`), the model has to
             have that geometry; a model of another name is warned of once.
         max_len: tokens per row of the caches made for calls without one; None lets them grow.
@@ -89,6 +90,7 @@ def enable(
         raise TypeError(f"model must be a transformers language model (AutoModelForCausalLM), got a {type(model).__name__}")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
+    given, model = model, _inner(model)
     if session_of(model) is not None:
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
     if not isinstance(compile, bool):
@@ -105,12 +107,9 @@ def enable(
     ZigzagCache(model.config, plan, **cache_options)
     if other_model(plan.origin, origin := origin_of(model.config)):
         _warn_of_other_model(plan.origin["model"], origin["model"])
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
-    Session(model, plan, cache_options, prefill_chunk, compile, previous)
-    return model
+    use_zigzag(given, model)
+    Session(model, plan, cache_options, prefill_chunk, compile)
+    return given
 
 
 @functools.cache
@@ -121,11 +120,29 @@ def _warn_of_other_model(scored: str, name: str) -> None:
 
 def disable(model: nn.Module) -> nn.Module:
     """Gives `model` its former attention back. Raises RuntimeError if `enable` was not called on it. Returns the model."""
-    session = session_of(model)
+    inner = _inner(model)
+    session = session_of(inner)
     if session is None:
         raise RuntimeError("zigzag attention is not enabled on this model")
     session.remove()
-    model.set_attn_implementation(session.previous)
+    use_former(inner)
+    return model
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model behind torch.compile(model) and PEFT's wrappers, which call its forward and its generate."""
+    while isinstance(model, nn.Module):
+        if (compiled := vars(model).get("_modules", {}).get("_orig_mod")) is not None:
+            model = compiled
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            kind = model.active_peft_config
+            if kind.is_prompt_learning:
+                raise ValueError(
+                    f"{kind.peft_type.value} adapters keep keys of their own; use LoRA, or merge the adapter"
+                )
+            model = model.get_base_model()
+        else:
+            break
     return model
 
 

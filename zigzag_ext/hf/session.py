@@ -7,15 +7,29 @@ import types
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cache import ZigzagCache
 from ..cache.forward import attending
-from .cache_argument import cache_parameter, split_cache
+from .cache_argument import cache_parameter, forward_parameters, split_cache
 from .chunking import TOKEN_ARGUMENTS, new_tokens, pieces_of
 from .compiled import CompiledDecoding
+from .own_config import use_zigzag
 
 _ATTRIBUTE = "_zigzag_session"
+_INSTEAD = {  # what an enabled model does not serve: what to do
+    "generate_batch": "use generate() with a left-padded batch, or disable() before",
+    "init_continuous_batching": "use generate() with a left-padded batch, or disable() before",
+    "continuous_batching_context_manager": "use generate() with a left-padded batch, or disable() before",
+    "set_attn_implementation": "call zigzag_ext.disable(model) before",
+    "_replicate_for_data_parallel": "torch.nn.DataParallel copies no cache; use device_map='auto' or tp_plan='auto'",
+}
+_OPTIONS = {  # of generate(), likewise
+    "assistant_early_exit": "leave it None",
+    "cache_implementation": "leave it None, the plan decides what is kept; enable(max_len=...) and Plan(kv_format=...) say how",
+    "output_attentions": "no weights are computed; call zigzag_ext.disable(model) and model.set_attn_implementation('eager') "
+    "to look at them, or `zigzag identify` to score heads",
+}
 
 
 def session_of(model: nn.Module) -> "Session | None":
@@ -26,54 +40,55 @@ def session_of(model: nn.Module) -> "Session | None":
 class Session:
     """Gives every forward of a model its cache and brackets it; undone by `remove`. A copy of the model has a copy of it."""
 
-    def __init__(
-        self, model: nn.Module, plan, cache_options: dict, prefill_chunk: int | str | None, compile: bool, previous: str
-    ):
-        self.model, self.plan, self.cache_options, self.previous = model, plan, cache_options, previous
+    def __init__(self, model: nn.Module, plan, cache_options: dict, prefill_chunk: int | str | None, compile: bool):
+        self.model, self.plan, self.cache_options = model, plan, cache_options
         self.prefill_chunk, self.compile = prefill_chunk, compile
-        self.replaced = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
         self.cache_name = cache_parameter(model)
-        parameters = inspect.signature(model.forward).parameters.values()
-        self.parameters = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self.start()
-        setattr(model, _ATTRIBUTE, self)
-        for name in ("forward", "generate"):
-            setattr(model, name, _InFront(self, name))
-
-    def start(self) -> None:
-        """What belongs to this model alone."""
-        self.compiled = CompiledDecoding(self.model, self.behind("forward")) if self.compile else None
-        self.warned = False
+        self.parameters = tuple(p.name for p in forward_parameters(model) if p.kind is p.POSITIONAL_OR_KEYWORD)
+        served = ("forward", "generate")
+        self.replaced = {name: vars(model)[name] for name in (*served, *_INSTEAD) if name in vars(model)}
+        self.attributes = {name: _InFront(self, name) for name in served if hasattr(model, name)}
+        self.attributes |= {name: _refusal(model, name) for name in _INSTEAD if hasattr(model, name)}
+        self.attributes |= {_ATTRIBUTE: self, "__reduce_ex__": self.reduce, "__deepcopy__": self.copy_model}
+        self.compiled = CompiledDecoding(model, self.behind("forward")) if compile else None
+        self.warned = self.is_removed = False
+        vars(model).update(self.attributes)
 
     def behind(self, name: str):
         """The model's own method `name`."""
         return self.replaced.get(name) or types.MethodType(getattr(type(self.model), name), self.model)
 
     def remove(self) -> None:
-        """Gives the model its former methods back."""
-        for name in ("forward", "generate"):
-            delattr(self.model, name)
-        for name, method in self.replaced.items():
-            setattr(self.model, name, method)
-        delattr(self.model, _ATTRIBUTE)
+        """Gives the model its former methods back. One that was wrapped since then stays, and what it wraps hands on."""
+        self.is_removed, self.compiled = True, None
+        before, after = vars(self.model), self._without(vars(self.model))
+        for name in self.attributes:
+            before.pop(name) if name not in after else before.update({name: after[name]})
 
-    def __deepcopy__(self, memo: dict) -> "Session":
-        other = memo[id(self)] = object.__new__(Session)
-        own = {name: value for name, value in vars(self).items() if name not in ("model", "replaced", "compiled", "warned")}
-        vars(other).update(own)
-        other.model = copy.deepcopy(self.model, memo)
-        other.replaced = copy.deepcopy(self.replaced, memo)
-        other.start()
+    def _without(self, state: dict) -> dict:
+        """A model's attributes as they are without this session's."""
+        own = {name for name, value in self.attributes.items() if state.get(name) is value}
+        return {name: value for name, value in state.items() if name not in own} | {
+            name: value for name, value in self.replaced.items() if name in own
+        }
+
+    def reduce(self, protocol: int):
+        """`model.__reduce_ex__`, for pickle and torch.save: what is saved is the model without this package."""
+        function, arguments, state, *rest = type(self.model).__reduce_ex__(self.model, protocol)
+        return function, arguments, self._without(state), *rest
+
+    def copy_model(self, memo: dict) -> nn.Module:
+        """`model.__deepcopy__`: a copy of the model, enabled like it."""
+        function, arguments, state, *_ = self.reduce(4)
+        other = memo[id(self.model)] = function(*arguments)
+        other.__setstate__(copy.deepcopy(state, memo))
+        use_zigzag(other, other)
+        Session(other, self.plan, self.cache_options, self.prefill_chunk, self.compile)
         return other
 
     def forward(self, *args, **kwargs):
         kwargs = self._by_name(args, kwargs)
-        if kwargs.get("output_attentions"):
-            raise ValueError("zigzag attention has no attention weights to return: output_attentions must be off")
-        if all(kwargs.get(name) is None for name in TOKEN_ARGUMENTS):
-            raise ValueError(
-                f"{type(self.model).__name__} was called without input_ids and without inputs_embeds; pass one of them"
-            )
+        self._check_arguments(kwargs)
         cache, kwargs = self._with_cache(kwargs)
         noted = (kwargs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
         forward = cache.forward(*new_tokens(kwargs), *noted)
@@ -90,11 +105,14 @@ class Session:
     def generate(self, *args, **kwargs):
         names = [name for name in inspect.signature(self.behind("generate")).parameters if name != "kwargs"]
         given = dict(zip(names, args, strict=False)) | kwargs
-        config = given.get("generation_config") or self.model.generation_config
-        wanted = lambda name: given.get(name) if given.get(name) is not None else getattr(config, name, None)  # noqa: E731
-        for name in ("assistant_early_exit", "cache_implementation"):
-            if wanted(name) is not None:
-                raise ValueError(f"zigzag attention does not serve {name}={wanted(name)!r}: leave it None")
+        configs = [given.get("generation_config"), self.model.generation_config]
+        named = [given, *(vars(config) for config in configs if config is not None)]  # in the order in which generate() looks
+        wanted = lambda name: next((each[name] for each in named if each.get(name) is not None), None)  # noqa: E731
+        for name, instead in _OPTIONS.items():
+            if wanted(name):
+                raise ValueError(f"zigzag attention does not serve {name}={wanted(name)!r}: {instead}")
+        if wanted("input_ids") is not None or wanted("inputs") is not None:
+            _check_tokens("input_ids", given["inputs"] if given.get("inputs") is not None else given["input_ids"], 2)
         cache, kwargs = split_cache(kwargs)
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if cache is None and wanted("use_cache") is not False:
@@ -110,6 +128,23 @@ class Session:
         if self.compiled is not None:
             return self.compiled.new_cache(self.plan, self.cache_options)
         return ZigzagCache(self.model.config, self.plan, **self.cache_options)
+
+    def _check_arguments(self, kwargs: dict) -> None:
+        """Raises TypeError or ValueError for what cannot be served as stock attention serves it."""
+        model, name = self.model, type(self.model).__name__
+        wants = kwargs.get("output_attentions")
+        if wants or (wants is None and getattr(model.config, "output_attentions", False)):
+            raise ValueError(f"zigzag attention does not serve output_attentions=True: {_OPTIONS['output_attentions']}")
+        given = [argument for argument in TOKEN_ARGUMENTS if kwargs.get(argument) is not None]
+        if len(given) != 1:
+            which = "without input_ids and without inputs_embeds" if not given else "with input_ids and with inputs_embeds"
+            raise ValueError(f"{name} was called {which}; you must specify exactly one of input_ids or inputs_embeds")
+        _check_tokens(given[0], kwargs[given[0]], 3 if given[0] == "inputs_embeds" else 2)
+        if model.training and getattr(model, "is_gradient_checkpointing", False):
+            raise ValueError(
+                f"{name} is in training mode with gradient checkpointing, which keeps no cache; zigzag attention is for "
+                "inference: call model.eval()"
+            )
 
     def _by_name(self, args: tuple, kwargs: dict) -> dict:
         """All arguments by name; TypeError as Python would raise it for the call."""
@@ -148,15 +183,33 @@ class Session:
         return torch.no_grad()
 
 
+def _check_tokens(name: str, tokens, dims: int) -> None:
+    shape = "[batch, tokens]" if dims == 2 else "[batch, tokens, hidden size]"
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got a {type(tokens).__name__}")
+    if tokens.dim() != dims:
+        raise ValueError(f"{name} must be {shape}, got {list(tokens.shape)}")
+
+
 class _InFront:
     """Stands in the place of a model's method; looks like it to `inspect.signature`, which generate() reads."""
 
     def __init__(self, session: Session, name: str):
+        functools.update_wrapper(self, session.behind(name))  # copies all attributes, a former one's session too
         self.session, self.name = session, name
-        functools.update_wrapper(self, session.behind(name))
 
     def __call__(self, *args, **kwargs):
-        return getattr(self.session, self.name)(*args, **kwargs)
+        session = self.session
+        return (session.behind(self.name) if session.is_removed else getattr(session, self.name))(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict) -> "_InFront":
-        return _InFront(copy.deepcopy(self.session, memo), self.name)
+    def __deepcopy__(self, memo: dict):
+        """Of one that another object holds, a wrapper put around it: the copied model has one of its own in front."""
+        return copy.deepcopy(self.session.behind(self.name), memo)
+
+
+def _refusal(model: nn.Module, name: str):
+    @functools.wraps(getattr(model, name))
+    def refuse(*args, **kwargs):
+        raise RuntimeError(f"a model with zigzag attention does not serve {name}(): {_INSTEAD[name]}")
+
+    return refuse

@@ -1,0 +1,56 @@
+"""The config of an enabled model: one of its own, which says "zigzag" and whose copies say what the model had before.
+
+A config may be shared by several models, and may be copied to make another model or to be saved; only the enabled one attends
+through this package.
+"""
+
+import copy
+
+from torch import nn
+
+from .attention import NAME
+
+
+class _Implementation(str):
+    """NAME, in a config; in its copies and in files: the former implementation."""
+
+    def __new__(cls, former: str | None):
+        self = super().__new__(cls, NAME)
+        self.former = former
+        return self
+
+    def __deepcopy__(self, memo: dict) -> str | None:
+        return self.former
+
+    def __reduce_ex__(self, protocol: int):
+        return copy.copy, (self.former,)
+
+
+def use_zigzag(given: nn.Module, model: nn.Module) -> None:
+    """Gives `model`, and `given`, which is the model or wraps it, a config of their own that says NAME.
+
+    Raises RuntimeError, and changes nothing, if the model does not take its attention from transformers' AttentionInterface.
+    """
+    shared, own = model.config, copy.deepcopy(model.config)
+    former = own._attn_implementation
+    _exchange(given, shared, own)
+    try:
+        model.set_attn_implementation(NAME)
+        if own._attn_implementation != NAME:
+            raise RuntimeError(f"{own.model_type} does not take its attention from transformers' AttentionInterface")
+    except BaseException:
+        _exchange(given, own, shared)
+        raise
+    own._attn_implementation = _Implementation(former)
+
+
+def use_former(model: nn.Module) -> None:
+    """Undoes `use_zigzag`; the config stays the model's own."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation(getattr(implementation, "former", implementation))
+
+
+def _exchange(given: nn.Module, old, new) -> None:
+    for module in given.modules():
+        for name in [name for name, value in vars(module).items() if value is old]:
+            setattr(module, name, new)
