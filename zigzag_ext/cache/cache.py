@@ -37,7 +37,8 @@ class ZigzagCache(Cache):
     as tokens come (`zigzag_ext.attention.buffers`): they never move and are never copied. Keys and values are held in the formats
     of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads, slots, head_dim] and live
     where the keys live.
-    Rows may be padded on the left (`attention_mask` of zeros, then ones). The cache may be given to several generate() calls:
+    Rows may be padded anywhere (`attention_mask` with 0 for padding, which is not stored); what is stored stays visible.
+    The cache may be given to several generate() calls:
     pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its
     addresses. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. A forward that fails, at
     whatever point, leaves the cache as it was, or marked: further use then raises RuntimeError with the reason until `reset()`.
@@ -107,7 +108,7 @@ class ZigzagCache(Cache):
     def forward(self, batch: int, q_len: int, attention_mask=None, ids=None, position_ids: Tensor | None = None) -> Forward:
         """`with cache.forward(...):` brackets a forward pass of `q_len` new columns, see `Forward`.
 
-        attention_mask: [batch, seen + q_len], zeros then ones per row; a zero in a step of one column: the row skips this token.
+        attention_mask: [batch, seen + q_len], 0 where a row has no token: such a column is not stored, its output means nothing.
         ids: [batch, q_len] of the tokens, None if they come as embeddings. position_ids: [batch or 1, q_len], only compared with
         the tokens held, and only without a mask, which tells more.
         """

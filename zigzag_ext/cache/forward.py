@@ -54,8 +54,11 @@ class Forward:
         self.written = self.done = 0  # columns that any layer, that all layers have appended
         self.committing = False
         self.q_len = q_len  # columns of the present piece
-        self.padding: Tensor | None = None  # [batch] int32, leading columns of this forward to skip
-        self.pad: dict[torch.device, Tensor] = {}  # the same for the present piece
+        self.padding: Tensor | None = None  # [batch] int32, columns of this forward to skip; `hidden` [batch, q_len] are which
+        self.hidden: Tensor | None = None
+        self.reorders = False  # whether columns to skip may stand behind others
+        self.pad: dict[torch.device, Tensor] = {}  # columns of the present piece to skip
+        self.order: dict[torch.device, Tensor] = {}  # [batch, q_len] int64, its columns with those to skip first
 
     @locked
     def __enter__(self) -> "Forward":
@@ -120,27 +123,28 @@ class Forward:
         return self.total == 1 and self.state.columns > 0 and self.state.stores and not self.observes
 
     def pad_on(self, device: torch.device) -> Tensor | None:
-        if self.pad and device not in self.pad:
-            self.pad[device] = in_normal_mode(next(iter(self.pad.values())).to)(device)
-        return self.pad.get(device)
+        return _copy_on(self.pad, device)
 
     def was_given(self, layer: int) -> bool:
         """Whether the cache got the new keys of a layer in this forward, or keeps none at all."""
         return layer in self.given or not self.state.stores
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Attention of a layer, then append. The ops skip leading columns: others to skip are brought there, and outputs back."""
         with self.state.lock:
             self.state.check_open(self)
-            return self.cache.layers[layer].attend(q, k, v, scale)
+            attend, order = self.cache.layers[layer].attend, _copy_on(self.order, q.device)
+            if order is None:
+                return attend(q, k, v, scale)
+            self.check_keys(layer, k)
+            index = order[:, None, :, None]
+            out = attend(*(t.gather(2, index.expand_as(t)) for t in (q, k, v)), scale)
+            return torch.empty_like(out).scatter_(2, index.expand_as(out), out)
 
     def chunk(self, layer: int, k: Tensor) -> Chunk:
         """What layer `layer` needs to attend new keys k [batch, num_kv_heads, q_len, head_dim]. Raises unless it may."""
         state, device = self.state, k.device
-        if k.shape[0] != self.batch or k.shape[2] != self.q_len:
-            raise ValueError(
-                f"layer {layer} was given keys of {k.shape[0]} rows x {k.shape[2]} tokens in a forward of "
-                f"{self.batch} rows x {self.q_len} tokens"
-            )
+        self.check_keys(layer, k)
         if layer in self.attended:
             raise RuntimeError(f"layer {layer} attended twice in one forward: shared KV caches are not supported")
         self.written = self.done + self.q_len
@@ -170,6 +174,13 @@ class Forward:
             q = torch.cat([self.observed[layer][0][:, :, q.shape[2] - wanted :], q], 2)
         self.observed[layer] = q[:, :, -wanted:].clone(), scale
 
+    def check_keys(self, layer: int, k: Tensor) -> None:
+        if k.shape[0] != self.batch or k.shape[2] != self.q_len:
+            raise ValueError(
+                f"layer {layer} was given keys of {k.shape[0]} rows x {k.shape[2]} tokens in a forward of "
+                f"{self.batch} rows x {self.q_len} tokens"
+            )
+
     @contextmanager
     def attending_all(self) -> Iterator[None]:
         """Around what appends this piece in every layer: a compiled step cannot note it layer by layer."""
@@ -196,7 +207,7 @@ class Forward:
     def _read_mask(self) -> tuple[int, bool]:
         """Tokens of the longest row after this forward, an upper bound, and whether all rows are known to hold as many.
 
-        mask [batch, seen + q_len], zeros then ones per row. A prompt waits for the device once. Up to `ops.MAX_DECODE_QUERIES`
+        mask [batch, seen + q_len], 0 where a row has no token. A prompt waits for the device once. Up to `ops.MAX_DECODE_QUERIES`
         tokens on a cache that holds some wait for nothing: a wrong mask raises at once on a CPU, in a later forward on a GPU.
         """
         state, mask, q_len = self.state, self.mask, self.total
@@ -205,17 +216,17 @@ class Forward:
             return state.longest + q_len, state.uniform
         if mask.dim() != 2 or tuple(mask.shape) != (self.batch, state.columns + q_len):
             raise ValueError(
-                f"attention_mask must be [batch, tokens seen + new tokens] = [{self.batch}, {state.columns + q_len}] of zeros "
-                f"(left padding), then ones; got {tuple(mask.shape)}{self._used()}"
+                f"attention_mask must be [batch, tokens seen + new tokens] = [{self.batch}, {state.columns + q_len}], "
+                f"0 for padding and 1 for tokens; got {tuple(mask.shape)}{self._used()}"
             )
         if self.short:
             return self._read_short_mask()
         return self._read_prompt_mask()
 
     def _check_positions(self) -> None:
-        """Raises ValueError if new tokens are said to stand among those held: a caller without a mask passes them once more.
+        """Raises ValueError for positions, of a forward without a mask, that stand among the tokens held or start again.
 
-        Positions [..., batch or 1, q_len] of a forward that waits for nothing are looked at on a CPU only.
+        Positions [..., batch or 1, q_len] of a short forward on a cache that holds tokens are looked at on a CPU only.
         """
         positions, held = self.positions, self.state.columns
         if positions is None:
@@ -224,10 +235,16 @@ class Forward:
             raise ValueError(
                 f"position_ids must be [batch, {self.total}], one per new token; got {tuple(positions.shape)}{self._used()}"
             )
-        looks = held > 0 and (not self.short or positions.device.type == "cpu")
-        if looks and (positions[..., 0] < self.state.lengths_on(positions.device)[0]).any():
+        if self.short and positions.device.type != "cpu":
+            return
+        if held and (positions[..., 0] < self.state.lengths_on(positions.device)[0]).any():
             first = positions[..., 0].min().item()
             raise ValueError(f"position_ids start at {first}, among the tokens that are held{self._used()}")
+        if (positions[..., 1:] <= positions[..., :-1]).any():
+            raise ValueError(
+                "position_ids go back within a row, as those of several documents packed into one do; tokens would attend to the "
+                "documents before their own: give each document a row, and an attention_mask with 0 for padding"
+            )
 
     def _used(self) -> str:
         """The end of a message about arguments that do not go on where the cache stopped."""
@@ -239,36 +256,49 @@ class Forward:
             "(prefill_chunk_size needs an empty cache)"
         )
 
+    @in_normal_mode
     def _read_short_mask(self) -> tuple[int, bool]:
         state, q_len, mask = self.state, self.total, self.mask
-        if mask.device.type == "cpu":
+        on_cpu = mask.device.type == "cpu"
+        if on_cpu:
             raise_mask_error(int(state.tokens.mask_fault(mask, q_len, bool(state.ahead))))
         if q_len == 1:
             self.padding = state.read_step(mask[:, -1])
+            self.hidden = self.padding[:, None] > 0
         else:
-            self.padding = in_normal_mode(lambda: (mask[:, -q_len:] == 0).sum(1, dtype=torch.int32))()
+            self.hidden = mask[:, -q_len:] == 0
+            self.padding = self.hidden.sum(1, dtype=torch.int32)
+            self.reorders = not on_cpu or bool(_is_mixed(self.hidden))
         return state.longest + q_len, False  # until the next prompt's mask is read
 
     @in_normal_mode
     def _read_prompt_mask(self) -> tuple[int, bool]:
         state, q_len, mask = self.state, self.total, self.mask
-        padding = (mask[:, -q_len:] == 0).sum(1, dtype=torch.int32)
+        hidden = mask[:, -q_len:] == 0
+        padding = hidden.sum(1, dtype=torch.int32)
         held = state.lengths_on(mask.device)[0] + (q_len - padding)
         fault = state.tokens.mask_fault(mask, q_len, False).to(mask.device)
-        code, least, most, padded = torch.stack([fault, held.min().long(), held.max().long(), padding.max().long()]).tolist()
+        facts = (fault, held.min(), held.max(), padding.max(), _is_mixed(hidden))
+        code, least, most, padded, mixed = torch.stack([fact.long() for fact in facts]).tolist()
         raise_mask_error(code)
-        self.padding = padding if padded else None
+        if padded:
+            self.padding, self.hidden, self.reorders = padding, hidden, bool(mixed)
         return most, least == state.columns + q_len
 
+    @in_normal_mode
     def _set_pad(self) -> None:
-        """Padding of the present piece."""
+        """What is to skip in the present piece."""
         if self.padding is None:
             return
-        if self.q_len == self.total:
-            pad = self.padding
-        else:
-            pad = in_normal_mode(lambda: (self.padding - self.done).clamp(0, self.q_len))()
+        hidden, pad = self._hidden_now(), self.padding
+        if self.q_len != self.total:
+            pad = hidden.sum(1, dtype=torch.int32)
         self.pad = {pad.device: pad}
+        if self.reorders:
+            self.order = {pad.device: (~hidden).byte().argsort(1, stable=True)}
+
+    def _hidden_now(self) -> Tensor | None:
+        return None if self.hidden is None else self.hidden[:, self.done : self.done + self.q_len]
 
     @in_normal_mode
     def _commit(self, last: bool) -> None:
@@ -299,7 +329,7 @@ class Forward:
             tokens.remember(tokens.mask_fault(self.mask, self.total, bool(state.ahead)))
         device = next(iter(state.seq_lens))
         ids = None if self.ids is None else self.ids[:, self.done : self.done + self.q_len]
-        tokens.note(ids, self.pad_on(device), self.batch, self.q_len, device, state.columns)
+        tokens.note(ids, self._hidden_now(), self.batch, self.q_len, device, state.columns)
 
     @in_normal_mode
     def roll_back(self) -> None:
@@ -322,3 +352,15 @@ class Forward:
         state.changing = None
         if lost:
             state.changing = f"a forward failed half-way, its tokens have overwritten older ones in the rings of layers {lost}"
+
+
+def _copy_on(copies: dict[torch.device, Tensor], device: torch.device) -> Tensor | None:
+    """The tensor of which `copies` are, on `device`; None if there is none."""
+    if copies and device not in copies:
+        copies[device] = in_normal_mode(next(iter(copies.values())).to)(device)
+    return copies.get(device)
+
+
+def _is_mixed(hidden: Tensor) -> Tensor:
+    """0-d bool: whether any row of `hidden` [batch, columns] has a column to skip behind another one."""
+    return (hidden[:, 1:] & ~hidden[:, :-1]).any()

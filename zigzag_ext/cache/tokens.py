@@ -6,9 +6,8 @@ from torch import Tensor
 from ..attention.store import in_normal_mode
 
 SKIPPED, UNKNOWN = -1, -2  # in the place of an id: a column that the row left out; a token that came as an embedding
-_INTERIOR, _CHANGED, _SKIPPED_AHEAD = 1, 2, 3
+_CHANGED, _SKIPPED_AHEAD = 1, 2
 _ERRORS = {
-    _INTERIOR: "attention_mask has zeros after ones: only left padding is supported (padding_side='left')",
     _CHANGED: "attention_mask masks other tokens than those the cache left out before: start from an empty cache",
     _SKIPPED_AHEAD: "attention_mask leaves new tokens out right after crop(), while rings still hold what was taken back",
 }
@@ -27,16 +26,16 @@ class HeldTokens:
         return {**self.__dict__, "fetched": None}  # an event cannot be copied; the next forward fetches again
 
     @in_normal_mode
-    def note(self, ids: Tensor | None, pad: Tensor | None, batch: int, q_len: int, device: torch.device, start: int) -> None:
-        """Columns from `start` on are `ids` [batch, q_len], None if they came as embeddings, less `pad` [batch] leading ones."""
+    def note(self, ids: Tensor | None, hidden: Tensor | None, batch: int, q_len: int, device: torch.device, start: int) -> None:
+        """Columns from `start` on are `ids` [batch, q_len], None if they came as embeddings, less those of `hidden`, likewise."""
         self._make_room(batch, start + q_len, device)
         place = self.ids[:, start : start + q_len]
         if ids is None:
             place.fill_(UNKNOWN)
         else:
             place.copy_(ids)
-        if pad is not None:
-            place.masked_fill_(torch.arange(q_len, device=place.device) < pad.to(place.device)[:, None], SKIPPED)
+        if hidden is not None:
+            place.masked_fill_(hidden.to(place.device), SKIPPED)
         self.columns = start + q_len
 
     def _make_room(self, batch: int, columns: int, device: torch.device) -> None:
@@ -83,8 +82,6 @@ class HeldTokens:
         """0-d int64, not waited for: what is wrong with `mask` [batch, columns + q_len], or 0. ahead: see `CacheState`."""
         visible, seen = mask != 0, self.columns
         tail, faults = visible[:, seen:], []
-        if q_len > 1:
-            faults.append((tail[:, :-1] & ~tail[:, 1:]).any() * _INTERIOR)
         if seen:
             faults.append((visible[:, :seen] != (self.ids[:, :seen] != SKIPPED).to(mask.device)).any() * _CHANGED)
         if ahead:

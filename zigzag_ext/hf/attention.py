@@ -71,7 +71,10 @@ def attention(
         )
     if attention_mask is not None:
         given = attention_mask.name if isinstance(attention_mask, UnsupportedMask) else f"a {type(attention_mask).__name__}"
-        raise ValueError(f"{name} needs the attention mask {given}; zigzag attention serves causal masks with left padding only")
+        raise ValueError(
+            f"{name} needs the attention mask {given}; zigzag attention serves causal masks with padding; several "
+            "documents need a row each, padded"
+        )
     if dropout:
         raise ValueError(f"{name} asks for attention dropout {dropout}; zigzag attention is for inference: call model.eval()")
     if is_causal is False or getattr(module, "is_causal", True) is False:

@@ -58,7 +58,7 @@ def enable(
         kv_format, ring_kv_format, key_smoothing: in the place of the plan's, for the caches made for calls without one; None: the
             plan's. "none" is the model's dtype.
 
-    Greedy search, sampling, beams, left-padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
+    Greedy search, sampling, beams, padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
     `cache=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. (`past_key_values=` means the same.)
     Inference only. Tested with transformers 5.4 to 5.24; a newer one is warned of once.
 
@@ -137,9 +137,7 @@ def _inner(model: nn.Module) -> nn.Module:
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             kind = model.active_peft_config
             if kind.is_prompt_learning:
-                raise ValueError(
-                    f"{kind.peft_type.value} adapters keep keys of their own; use LoRA, or merge the adapter"
-                )
+                raise ValueError(f"{kind.peft_type.value} adapters keep keys of their own; use LoRA, or merge the adapter")
             model = model.get_base_model()
         else:
             break
