@@ -295,7 +295,7 @@ class Forward:
             pad = hidden.sum(1, dtype=torch.int32)
         self.pad = {pad.device: pad}
         if self.reorders:
-            self.order = {pad.device: (~hidden).byte().argsort(1, stable=True)}
+            self.order = {pad.device: (~hidden).byte().argsort(dim=1, stable=True)}
 
     def _hidden_now(self) -> Tensor | None:
         return None if self.hidden is None else self.hidden[:, self.done : self.done + self.q_len]

@@ -24,6 +24,7 @@ _INSTEAD = {  # what an enabled model does not serve: what to do
     "set_attn_implementation": "call zigzag_ext.disable(model) before",
     "_replicate_for_data_parallel": "torch.nn.DataParallel copies no cache; use device_map='auto' or tp_plan='auto'",
 }
+_FOR_GENERATE = ("tokenizer", "assistant_tokenizer")  # arguments of generate() that it hands down to every forward
 _OPTIONS = {  # of generate(), likewise
     "assistant_early_exit": "leave it None",
     "cache_implementation": "leave it None, the plan decides what is kept; enable(max_len=...) and Plan(kv_format=...) say how",
@@ -87,7 +88,7 @@ class Session:
         return other
 
     def forward(self, *args, **kwargs):
-        kwargs = self._by_name(args, kwargs)
+        kwargs = {name: value for name, value in self._by_name(args, kwargs).items() if name not in _FOR_GENERATE}
         self._check_arguments(kwargs)
         cache, kwargs = self._with_cache(kwargs)
         noted = (kwargs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
