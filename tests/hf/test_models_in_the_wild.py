@@ -219,7 +219,9 @@ def test_autocast_over_a_float32_model(family, dtype):
     for tokens in (1, 20):
         with pytest.raises(ValueError, match=f"layer 0 of the cache holds {str(dtype)[6:]} keys .* gives float32 .*reset"):
             logits(model, prompt(tokens), past_key_values=cache)
-    assert cache.get_seq_length() == 40 and all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, before, strict=True))
+    assert cache.get_seq_length() == 40
+    for layer, keys in zip(cache.layers, before, strict=True):
+        assert layer.keys[:, :, :20].equal(keys[:, :, :20])  # slots behind what is held may hold anything
     cache.reset()
     assert logits(model, past_key_values=cache).dtype == torch.float32
 

@@ -125,7 +125,7 @@ def test_tokens_that_are_held_cannot_be_hidden(model):
     cache = zz.ZigzagCache(model.config, PLAN)
     ids, mask = prompt(WIDTH, 2), MASKS["random"]
     model(ids, attention_mask=mask, past_key_values=cache)
-    for change in (lambda m: m[1].zero_(), lambda m: m[0, mask[0].nonzero()[3]].zero_(), lambda m: m[:, :WIDTH].fill_(1)):
+    for change in (lambda m: m[1].zero_(), lambda m: m[0, int(mask[0].nonzero()[3])].zero_(), lambda m: m[:, :WIDTH].fill_(1)):
         for new in (1, 3, 30):
             wrong = torch.cat([mask, mask.new_ones(2, new)], 1)
             change(wrong[:, :WIDTH])

@@ -105,9 +105,9 @@ class ZigzagLayer(CacheLayerMixin):
         with self.state.lock:  # until it has written where it may
             forward = self.state.forward
             self.state.check_open(forward)
-            chunk = forward.chunk(self.index, k)
             if self.is_initialized and (self.dtype, self.device) != (k.dtype, k.device):
                 self._follow(k)
+            chunk = forward.chunk(self.index, k)
             if not self.is_initialized:
                 self.lazy_initialization(k, v)
             if forward.observes and not self.window:

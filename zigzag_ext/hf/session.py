@@ -116,7 +116,7 @@ class Session:
             _check_tokens("input_ids", given["inputs"] if given.get("inputs") is not None else given["input_ids"], 2)
         cache, kwargs = split_cache(kwargs)
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
-        if cache is None and wanted("use_cache") is not False:
+        if cache is None and (wanted("use_cache") is not False or given.get("inputs_embeds") is not None):  # these need one
             cache = self.new_cache()
         elif isinstance(cache, ZigzagCache) and ids is not None and not wanted("prefill_chunk_size"):
             cache.keep_first(ids, given.get("attention_mask"))
