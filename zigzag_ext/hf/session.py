@@ -62,9 +62,10 @@ class Session:
     def remove(self) -> None:
         """Gives the model its former methods back. One that was wrapped since then stays, and what it wraps hands on."""
         self.is_removed, self.compiled = True, None
-        before, after = vars(self.model), self._without(vars(self.model))
-        for name in self.attributes:
-            before.pop(name) if name not in after else before.update({name: after[name]})
+        attributes, former = vars(self.model), self._without(vars(self.model))
+        for name in self.attributes.keys() - former.keys():
+            del attributes[name]
+        attributes.update(former)
 
     def _without(self, state: dict) -> dict:
         """A model's attributes as they are without this session's."""
@@ -112,10 +113,10 @@ class Session:
         for name, instead in _OPTIONS.items():
             if wanted(name):
                 raise ValueError(f"zigzag attention does not serve {name}={wanted(name)!r}: {instead}")
-        if wanted("input_ids") is not None or wanted("inputs") is not None:
-            _check_tokens("input_ids", given["inputs"] if given.get("inputs") is not None else given["input_ids"], 2)
-        cache, kwargs = split_cache(kwargs)
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
+        if ids is not None:
+            _check_tokens("input_ids", ids, 2)
+        cache, kwargs = split_cache(kwargs)
         if cache is None and (wanted("use_cache") is not False or given.get("inputs_embeds") is not None):  # these need one
             cache = self.new_cache()
         elif isinstance(cache, ZigzagCache) and ids is not None and not wanted("prefill_chunk_size"):
