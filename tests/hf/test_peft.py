@@ -8,6 +8,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt
 
 import zigzag_ext as zz
+from zigzag_ext.hf.cache_argument import cache_argument
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 WHOLE = zz.Plan(["retrieval"] * NUM_LAYERS, sink=0, window=1)
@@ -75,8 +76,8 @@ def test_a_cache_and_several_turns_through_the_wrapper():
     model = zz.enable(with_adapter(new_model("llama"), "CAUSAL_LM"), PLAN)
     cache, ids = zz.ZigzagCache(model.config, PLAN), prompt(30)
     for _ in range(2):
-        fresh = generate(model, 5, input_ids=ids)
-        assert generate(model, 5, ids, past_key_values=cache).equal(fresh)
+        fresh, kept = generate(model, 5, ids), cache_argument(model.get_base_model(), cache)
+        assert model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, **kept)[:, ids.shape[1] :].equal(fresh)
         ids = torch.cat([ids, fresh, prompt(4, seed=3)], 1)
 
 
