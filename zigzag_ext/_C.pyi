@@ -23,7 +23,36 @@ class KvFormatInfo(TypedDict):
     code_dtype: str
     scale_bytes: int
 
+class DecodePlan(TypedDict):
+    gpu: str
+    kernel: str
+    blocks: int
+    sms: int
+    warps: int
+    stages: int
+    team: int
+    cluster: int
+    spread: int
+    merge: str
+    one_token: bool
+    shared_bytes: int
+    bytes: int
+    read_us: float
+
 def build_info() -> BuildInfo: ...
+def known_gpus() -> tuple[str, ...]: ...
+def decode_plan(
+    gpu: str,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_len: int,
+    q_len: int = 1,
+    batch: int = 1,
+    kv_format: str = "none",
+    sink: int = 0,
+    window: int = 0,
+) -> DecodePlan: ...
 def environment() -> dict[str, tuple[str, str]]: ...
 def readable_slots(length: int, batch: int, num_kv_heads: int) -> int: ...
 def formats() -> dict[str, KvFormatInfo]: ...

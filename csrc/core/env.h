@@ -5,7 +5,7 @@
 
 namespace zigzag {
 
-enum class Env { kCpuIsa, kForcePlain, kDependentLaunch, kCluster, kWarps, kBlocks };
+enum class Env { kCpuIsa, kForcePlain, kDependentLaunch, kCluster, kSpread, kWarps, kBlocks };
 
 struct EnvVariable {
   Env id;
@@ -24,6 +24,8 @@ inline constexpr EnvVariable kEnvVariables[] = {
      "1: programmatic dependent launch where the kernel supports it"},
     {Env::kCluster, "ZIGZAG_CLUSTER", "0, 1, 2, 4, 8, 16",
      "blocks per cluster; decode_full takes this size or no clusters, of a batch too; 0: as measured to be best"},
+    {Env::kSpread, "ZIGZAG_SPREAD", "0 to 16",
+     "clusters that share a KV head of decode_full, of a batch too; 0: as measured to be best"},
     {Env::kWarps, "ZIGZAG_WARPS", "0 to 8", "most warps per block of decode kernels; 0: as measured to be best"},
     {Env::kBlocks, "ZIGZAG_BLOCKS", "0 to 320",
      "blocks of decode_full's runs, which then serve one row, too, where clusters do not; 0: as measured to be best"},

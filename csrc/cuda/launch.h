@@ -13,6 +13,7 @@
 
 #include "core/env.h"
 #include "core/error.h"
+#include "cuda/device_facts.h"
 
 // Runs a CUDA runtime call and throws zigzag::Error with its text and the driver's reason on failure, which it does not
 // leave behind as the runtime's last error: the next call that asks for that one would report it as its own.
@@ -27,15 +28,9 @@
 
 namespace zigzag::cuda {
 
-struct DeviceInfo {
-  int sm_count;
-  int arch;          // 10 * major + minor: 90 for sm_90
-  int shared_bytes;  // dynamic shared memory a block may ask for, less 1 KB for what the kernel declares itself
-};
-
-// Properties of the current device. Asked for once per process, so that a launch costs no property query.
-inline const DeviceInfo& device_info() {
-  static const std::vector<DeviceInfo> devices = [] {
+// Facts of the current device. Asked for once per process, so that a launch costs no property query.
+inline const DeviceFacts& device_facts() {
+  static const std::vector<DeviceFacts> devices = [] {
     int count = 0;
     ZZ_CUDA(cudaGetDeviceCount(&count));
     const auto attribute = [](cudaDeviceAttr name, int device) {
@@ -43,12 +38,17 @@ inline const DeviceInfo& device_info() {
       ZZ_CUDA(cudaDeviceGetAttribute(&value, name, device));
       return value;
     };
-    std::vector<DeviceInfo> all;
+    std::vector<DeviceFacts> all(static_cast<size_t>(count));
     for (int i = 0; i < count; ++i) {
-      all.push_back(
-          {attribute(cudaDevAttrMultiProcessorCount, i),
-           10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i),
-           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i) - 1024});
+      DeviceFacts& facts = all[static_cast<size_t>(i)];
+      facts.arch =
+          10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i);
+      facts.sm_count = attribute(cudaDevAttrMultiProcessorCount, i);
+      facts.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
+      facts.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, i);
+      // Two transfers a clock, of which the attribute has thousands a second; the width is in bits.
+      facts.bandwidth = static_cast<int>(2.0 * attribute(cudaDevAttrMemoryClockRate, i) *
+                                         attribute(cudaDevAttrGlobalMemoryBusWidth, i) / 8 / 1e6);
     }
     return all;
   }();
@@ -57,17 +57,9 @@ inline const DeviceInfo& device_info() {
   return devices[static_cast<size_t>(device)];
 }
 
-// Overrides of the launch heuristics, read once from the environment (core/env.h): for tests of the paths that this GPU
-// would not take and for tuning. 0 means "as the heuristics say".
-struct LaunchOptions {
-  bool force_plain, dependent_launch;
-  int cluster, warps, blocks;
-};
-
+// Read once from the environment.
 inline const LaunchOptions& launch_options() {
-  static const LaunchOptions options = {env_integer(Env::kForcePlain) != 0, env_integer(Env::kDependentLaunch) != 0,
-                                        env_integer(Env::kCluster), env_integer(Env::kWarps),
-                                        env_integer(Env::kBlocks)};
+  static const LaunchOptions options = LaunchOptions::from_environment();
   return options;
 }
 
@@ -118,9 +110,9 @@ struct LaunchAttributes {
 // What is known of one kernel on one device: asked for once, so that a launch costs no query. Kept where the question
 // was answered only: a query that throws is asked again.
 struct KernelFacts {
-  int arch = 0;          // as in DeviceInfo, of the code that runs: below the device's own where the build has no newer
-  int shared_limit = 0;  // dynamic shared memory that was allowed so far, beyond the default
-  bool large_clusters = false;                         // clusters of more than 8 blocks were allowed
+  int arch = 0;  // of the code that runs, as in DeviceFacts: below the device's own where the build has no newer
+  int shared_limit = 0;         // dynamic shared memory that was allowed so far, beyond the default
+  bool large_clusters = false;  // clusters of more than 8 blocks were allowed
   std::map<std::pair<int, int>, int> active_clusters;  // {shared bytes, cluster} -> clusters that run at once
 };
 

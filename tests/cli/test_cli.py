@@ -228,6 +228,16 @@ def test_generate_names_a_truncated_file(model_folder, tmp_path, kept):
     assert "incomplete" in failure("generate", folder, "-p", "w1", "--device", "cpu")
 
 
+def test_info_explains_launches_of_known_gpus():
+    text = zigzag("info", "--explain", "32x4x128", "--kv-len", "32K").output
+    row = next(line.split() for line in text.splitlines() if line.startswith("H200"))
+    assert row[1] == "132" and "clusters" in row and "67.1" in row  # 2 x 32768 x 4 heads x 256 bytes
+    assert "memory" in next(line for line in text.splitlines() if line.startswith("A100"))
+    assert "--explain" in failure("info", "--explain", "32/4/128")
+    assert "--kv-len" in failure("info", "--explain", "32x4x128", "--kv-len", "lots")
+    assert "head_dim" in failure("info", "--explain", "32x4x100")
+
+
 def test_info_lists_what_is_supported(plan_file):
     text = zigzag("info").output
     assert all(str(head_dim) in text for head_dim in zz.ops.HEAD_DIMS)

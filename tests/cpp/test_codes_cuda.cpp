@@ -300,6 +300,9 @@ TEST_CASE("quantised caches long enough for several blocks and stages") {
     run({pair[0], pair[1], DType::kBFloat16, 1, 4, 1, 128, 3000, 0, 0, {2999, 100}, {}}, true);
     run({pair[0], pair[1], DType::kFloat16, 1, 12, 2, 128, 3000, 0, 0, {2900}, {}}, true);  // row tiles, row blocks
     run({pair[0], pair[1], DType::kBFloat16, 2, 1, 16, 64, 3000, 0, 0, {2985}, {}}, true);  // new tokens in two tiles
+    run({pair[0], pair[1], DType::kBFloat16, 1, 8, 1, 128, 20000, 0, 0, {19999}, {}},
+        true);  // several clusters per head
+    run({pair[0], pair[1], DType::kFloat16, 2, 4, 5, 64, 9000, 0, 0, {8990}, {}}, true);
     if (pair[0] == pair[1]) run({pair[0], pair[1], DType::kBFloat16, 1, 4, 2, 64, 1064, 64, 1000, {5000}, {}}, true);
   }
 }

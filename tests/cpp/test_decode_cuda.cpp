@@ -70,6 +70,25 @@ TEST_CASE("decode_full: clusters of 16 where there are few heads") {
   });
 }
 
+// Long enough that a head has tiles for several clusters, and warps whose first tile is asked for once the length is
+// known; then a few tokens only, so that most of them have nothing.
+TEST_CASE("decode_full: several clusters per head where there are few heads") {
+  check_both_dtypes({
+      {1, 8, 1, 128, 40000, 0, 0, {39999}, {}},
+      {1, 8, 1, 128, 40000, 0, 0, {5}, {}, 128, true},
+      {1, 8, 1, 128, 40000, 0, 0, {0}, {}},
+      {1, 8, 1, 128, 2048, 0, 0, {2048}, {}},  // no free slot
+      {2, 16, 1, 128, 20000, 0, 0, {19990}, {}, 64, false},
+      {4, 8, 1, 128, 9000, 0, 0, {8999}, {}},
+      {3, 5, 1, 64, 9000, 0, 0, {4097}, {}},
+      {2, 7, 1, 80, 9000, 0, 0, {8000}, {}},
+      {1, 12, 1, 96, 9000, 0, 0, {8191}, {}},
+      {1, 9, 1, 256, 9000, 0, 0, {8999}, {}},
+      {1, 4, 4, 128, 9000, 0, 0, {8990}, {2}},  // several new tokens: two row tiles
+      {1, 8, 8, 128, 9000, 0, 0, {8990}, {}},   // 64 rows
+  });
+}
+
 TEST_CASE("decode_full: many rows, padding, a full cache, no cache") {
   check_both_dtypes({
       {2, 16, 16, 64, 100, 0, 0, {60, 0}, {}},
@@ -135,6 +154,8 @@ TEST_CASE("decode_stream: slack of a rollback, a window over a buffer for every 
   check_both_dtypes({
       {8, 4, 1, 128, 340, 64, 256, {100}, {}, 128, true},
       {8, 4, 1, 128, 340, 64, 256, {330}, {}},
+      {8, 4, 1, 128, 384, 64, 256, {5000}, {}},  // tiles that hold nothing of the window
+      {64, 4, 1, 128, 384, 64, 256, {5003, 330}, {}, 128, false},
       {8, 4, 1, 128, 340, 64, 256, {5000}, {}, 128, false},
       {8, 4, 4, 128, 340, 64, 256, {5000, 339}, {}, 128, true},
       {2, 16, 16, 80, 340, 64, 256, {319, 5000}, {}, 80, false},

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..planning.solve import objectives
 from .app import KeySmoothing, KvFormat, RingKvFormat, app, console, one_line_errors, quiet_transformers
+from .explain import launch_table
 
 _MIB = 1024**2
 
@@ -176,10 +177,20 @@ def generate(
 
 @app.command()
 @one_line_errors
-def info(plan: Annotated[Path | None, typer.Argument(help="A plan file to describe.")] = None) -> None:
+def info(
+    plan: Annotated[Path | None, typer.Argument(help="A plan file to describe.")] = None,
+    explain: Annotated[
+        str, typer.Option(metavar="HEADSxKVxDIM", help="How a decode step's attention is launched, such as 32x8x128.")
+    ] = "",
+    kv_len: Annotated[str, typer.Option(help="With --explain: cached tokens, such as 32K.")] = "32K",
+    kv_format: Annotated[str, typer.Option(help="With --explain: none, fp8, int8 or int4.")] = "none",
+) -> None:
     """What this build supports and which GPUs it sees; with a plan file, what the plan says."""
     from ..planning.plan import Plan
 
+    if explain:
+        console.print(launch_table(explain, kv_len, kv_format), highlight=False)
+        return
     if plan is not None:
         console.print(Plan.load(plan).summary(), highlight=False)
         return

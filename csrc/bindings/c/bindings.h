@@ -6,6 +6,7 @@
 namespace zigzag::bindings {
 
 void bind_build_info(pybind11::module_& module);
+void bind_decode_plan(pybind11::module_& module);
 void bind_limits(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
 void bind_scheduler(pybind11::module_& module);

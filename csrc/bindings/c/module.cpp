@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, module) {
     }
   });
   bindings::bind_build_info(module);
+  bindings::bind_decode_plan(module);
   bindings::bind_limits(module);
   bindings::bind_plan(module);
   bindings::bind_scheduler(module);

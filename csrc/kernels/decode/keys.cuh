@@ -21,12 +21,12 @@
 
 #include "core/params.h"
 #include "cuda/ptx.cuh"
+#include "kernels/decode/geometry.h"
 #include "kernels/decode/rotary.cuh"
 #include "kv/ring.h"
 
 namespace zigzag::attend {
 
-inline constexpr int kTileKeys = 16;                         // keys of one warp step: M of mma.m16n8k16
 inline constexpr unsigned kAllRows = (1u << kTileKeys) - 1;  // of a tile, as bits
 
 template <class S>
@@ -46,18 +46,16 @@ struct Shape {
   using NewPiece = NewPair<Shape>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr int kRows = 8 * kRowTiles;   // rows of a block: N of the mma, times kRowTiles
-  static constexpr int kSteps = kHeadDim / 16;  // mma steps along head_dim
-  static constexpr int kChunks = kHeadDim / 8;  // 16-byte pieces of a row
-  static constexpr int kQuads = kHeadDim / 4;   // float4 pieces of an output row
-  // Pitch of a row in shared memory, a power of two: see swizzled().
-  static constexpr int kRowBytes = kHeadDim > 128 ? 512 : kHeadDim > 64 ? 256 : 128;
+  static constexpr BlockShape kBlock = {kHeadDim, kRowTiles, {}};
+  static constexpr int kRows = kBlock.rows();           // rows of a block: N of the mma, times kRowTiles
+  static constexpr int kSteps = kHeadDim / 16;          // mma steps along head_dim
+  static constexpr int kChunks = kHeadDim / 8;          // 16-byte pieces of a row
+  static constexpr int kQuads = kHeadDim / 4;           // float4 pieces of an output row
+  static constexpr int kRowBytes = kBlock.row_bytes();  // pitch in shared memory: see swizzled()
   static constexpr int kTileBytes = kTileKeys * kRowBytes;
-  static constexpr int kStageBytes = 2 * kTileBytes;  // K and V
-  // Ring depth per warp: one stage in use, the rest in flight. 64 to 100 KB in flight per SM saturate the memory of an
-  // H100.
-  static constexpr int kStages = kHeadDim > 64 ? 2 : 4;
-  static_assert(kHeadDim % 16 == 0);
+  static constexpr int kStageBytes = kBlock.stage_bytes();  // K and V
+  static constexpr int kStages = kBlock.stages();
+  static_assert(kHeadDim % 16 == 0 && kStageBytes == 2 * kTileBytes);
 
   // The dim that a lane of group g holds in State::out[step], in its elements 0, 1 (half 0) or 2, 3 (half 1).
   __device__ __forceinline__ static constexpr int out_dim(int step, int g, int half) {

@@ -9,6 +9,7 @@
 // rows 2t, 2t + 1.
 #pragma once
 
+#include "kernels/attention.h"
 #include "kernels/decode/cluster.cuh"
 #include "kernels/decode/keys.cuh"
 #include "kernels/decode/new_tokens.cuh"
@@ -163,7 +164,8 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
     SegmentTokens<S> appended;
     appended.load(p, segment);
     int item = segment.begin + offset;
-    if (item < segment.end) load_tile<S>(p, segment.keys, item, ring);
+    const bool early = item < segment.end;
+    if (early) load_tile<S>(p, segment.keys, item, ring);
     cuda::grid_dependency_wait();
     cuda::grid_dependency_launch();
     RotatedQueries<S> rotated;
@@ -174,9 +176,14 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
     } else {
       rotated.load_and_store(p, segment, shared_memory + (query_buffer - base));
     }
-    cuda::cp_async_commit();
+    constexpr bool kMayBeLate = S::kSingle && !S::kRing;  // the first tile lies past what may be read ahead
+    if (!kMayBeLate) cuda::cp_async_commit();
     if (in_place<S>(p)) new_token.load(p, segment.keys);
     if constexpr (S::kSingle) job.settle(segment);
+    if (kMayBeLate) {
+      if (!early && item < segment.end) load_tile<S>(p, segment.keys, item, ring);
+      cuda::cp_async_commit();
+    }
 #pragma unroll
     for (int i = 1; i < S::kStages; ++i) {
       item += step;
@@ -273,14 +280,14 @@ struct SingleJob {
   const Params& p;
   const Merge& merge;
 
-  // The first tile of each warp is known before the length: of a full cache it may turn out to lie past it. (`slots`
-  // may be the largest int.)
+  // The first tile of each warp is known before the length: of a full cache it may turn out to lie past it, and is
+  // asked for only where there is memory whatever the length. (`slots` may be the largest int.)
   __device__ __forceinline__ Segment start() const {
     Segment segment;
     segment.keys = locate_keys<S>(p, blockIdx.z, blockIdx.y);
     segment.row_block = 0;
     segment.begin = blockIdx.x;
-    segment.end = S::kRing ? count_items<S>(p, segment.keys) : p.slots / kTileKeys + 1;
+    segment.end = S::kRing ? count_items<S>(p, segment.keys) : min(p.slots / kTileKeys + 1, kReadAhead / kTileKeys);
     if (!S::kRing && p.length_first) settle(segment);
     return segment;
   }

@@ -8,43 +8,17 @@
 
 namespace zigzag::attend {
 
-inline constexpr int kMaxWarps = 8;
-inline constexpr int kMaxCluster = 16;     // more than 8 is beyond what CUDA promises: asked for and checked at launch
-inline constexpr int kMaxRingCluster = 8;  // of decode_stream, whose merge is on the critical path
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 inline constexpr float kEmptyMax = -3.4028234e38f;  // of an empty state: finite, so that differences are never NaN
 
-// Byte offsets in dynamic shared memory. What a block has for itself where it merges alone, it has for what the blocks
-// of its cluster send where it merges with them.
-struct SharedLayout {
-  int stages;   // stages of a warp's ring that exist: fewer than kStages where a warp never has more tiles
-  int ring;     // [warps][stages] K tile, V tile; before it, at 0, [warps][kRows] queries
-  int partial;  // block: [warps][kRows][kHeadDim + 4] fp32, O of each warp; cluster: [units of a block][sources][32]
-  int norm;     // {max, sum}; block: [warps][kRows]; cluster: [units of a block][sources]
-  int total;
-};
-
-// A cluster shares the output out by units: 32 floats of a row, which are what 8 lanes hold of two steps. A row has a
-// power of two of them, which keeps their addresses cheap; the last ones may be empty.
+// The units of BlockShape.
 template <class S>
 struct Units {
-  static constexpr int kUsed = (S::kSteps + 1) / 2;
-  static constexpr int kPerRow = kUsed > 4 ? 8 : kUsed > 2 ? 4 : 2;
-  static_assert(kUsed <= 8 && kUsed > 1);
+  static constexpr int kUsed = S::kBlock.used_units();
+  static constexpr int kPerRow = S::kBlock.row_units();
+  static_assert(kUsed == (S::kSteps + 1) / 2 && kUsed <= kPerRow && kUsed > 1);
 };
-
-template <class S>
-constexpr SharedLayout shared_layout(int warps, int tiles_per_warp, int cluster) {
-  const int units = (S::kRows * Units<S>::kPerRow + cluster - 1) / cluster, sources = warps * cluster;
-  SharedLayout layout = {};
-  layout.stages = tiles_per_warp < S::kStages ? tiles_per_warp : S::kStages;
-  layout.ring = warps * S::kRows * S::kRowBytes;
-  layout.partial = layout.ring + warps * layout.stages * S::kStageBytes;
-  layout.norm = layout.partial + (cluster > 1 ? units * sources * 128 : warps * S::kRows * (S::kHeadDim + 4) * 4);
-  layout.total = layout.norm + (cluster > 1 ? units * sources : warps * S::kRows) * 8;
-  return layout;
-}
 
 // What both decode kernels are told.
 struct Params : KeyParams {
@@ -52,7 +26,8 @@ struct Params : KeyParams {
   int group;         // query heads per KV head
   int row_blocks;    // row blocks per KV head
   int team;          // blocks along grid.x that share a row group; 0: the runs of decode_full
-  int cluster_log2;  // of a team that merges as a cluster: a power of two up to kMaxCluster; else 0
+  int cluster_log2;  // of a team that merges in clusters: a power of two up to kMaxCluster; else 0
+  int spread;        // clusters of a team
 
   __host__ __device__ __forceinline__ int cluster() const { return 1 << cluster_log2; }
 };

@@ -18,7 +18,7 @@ template <class T>
 void launch_prefill(const AttentionParams& p, void* stream) {
 #if ZIGZAG_SM90A
   // What is compiled for sm_90a runs on no other architecture, later ones included.
-  if (cuda::device_info().arch == 90 && !cuda::launch_options().force_plain && launch_prefill_wgmma<T>(p, stream))
+  if (cuda::device_facts().arch == 90 && !cuda::launch_options().force_plain && launch_prefill_wgmma<T>(p, stream))
     return;
 #endif
   launch_prefill_mma<T>(p, stream);

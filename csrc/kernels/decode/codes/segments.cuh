@@ -46,10 +46,10 @@ struct CodeShape : Shape<Element, kHeadDim, kRowTiles, kRing, false> {
   static constexpr bool kCodes = true;
   using NewPiece = NewVector<CodeShape>;
   static constexpr int kScales = KTile::kBytes + VTile::kBytes;  // where a stage has its scales
-  static constexpr int kStageBytes = kScales + 2 * kTileKeys * 4;
-  // As deep as shared memory of 8 warps allows beside queries and partial results, from 3 to 6 stages.
-  static constexpr int kFree = 227 * 1024 / kMaxWarps - Base::kRows * (Base::kRowBytes + 4 * (kHeadDim + 4) + 8);
-  static constexpr int kStages = kFree / kStageBytes < 3 ? 3 : kFree / kStageBytes > 6 ? 6 : kFree / kStageBytes;
+  static constexpr BlockShape kBlock = {kHeadDim, kRowTiles, {KFormat::kFormat, VFormat::kFormat}};
+  static constexpr int kStageBytes = kBlock.stage_bytes();
+  static constexpr int kStages = kBlock.stages();
+  static_assert(kStageBytes == kScales + 2 * kTileKeys * 4);
 
   // Where a stage has the scale of a row: those of keys g, g + 8 and values g, g + 8 side by side.
   __device__ __forceinline__ static int scale_at(bool is_v, int row) {

@@ -1,34 +1,18 @@
-// Split-KV decode over a full cache in one launch. Ways to spread a (batch, KV head, row block) -- a row group -- over
-// blocks:
-//
-//   team      as many blocks for each row group, where that leaves few SMs idle. For one row only: each row of a batch
-//             would get the same number of blocks, however different their lengths
-//   runs      the tiles of all row groups, laid end to end, are cut into equal runs, one per block: equal lengths give
-//             runs that align with the row groups, ragged batches stay balanced
-//
-// and two ways to make one result of a row group's parts:
-//
-//   cluster   through distributed shared memory: fastest where teams of 4 to 16 blocks fill nearly half of the GPU and
-//             need no second wave. Quantised caches, and several row groups per KV head, ask for 4 or 8 that fill
-//             nearly all of it
-//   memory    through the workspace: the block that comes last merges, in block order
-//
-// The grid depends on the geometry and the GPU, the cut on the lengths, which only the device knows.
+// Split-KV decode over a full cache in one launch. plan.h tells how row groups are spread over blocks and how their
+// parts are merged: the grid depends on the geometry and the GPU, the cut on the lengths, which only the device knows.
 #pragma once
 
-#include <algorithm>
-
 #include "core/dispatch.h"
-#include "cuda/launch.h"
 #include "kernels/attention.h"
 #include "kernels/decode/full/workspace.h"
+#include "kernels/decode/launch_plan.cuh"
 #include "kernels/decode/segments.cuh"
 
 namespace zigzag::decode_full {
 
 using namespace attend;
 
-static_assert(kTileKeys == kReadTile && kMaxCluster * kMaxWarps * kTileKeys <= kReadAhead, "readable_slots() says so");
+static_assert(kTileKeys == kReadTile, "readable_slots() says so");
 
 // How tiles are cut into runs of nearly the same size: those of all row groups, or those of a team's.
 struct Split {
@@ -207,83 +191,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
   }
 }
 
-// Blocks that share out runs: one per SM, or a few fewer if every head of every row then has whole blocks or every
-// block whole heads, as far as rows are equally long. A block that ends within a head has partial results to merge.
-inline int choose_blocks(const Params& p, int sm_count) {
-  const int groups = p.batch * p.num_kv_heads;
-  if (p.row_blocks > 1) return sm_count;  // they read the same keys: aligned runs, at the same time, were slower
-  for (int blocks = sm_count; blocks >= sm_count * 19 / 20; --blocks) {
-    if (blocks % groups == 0 || groups % blocks == 0) return blocks;
-  }
-  return sm_count;
-}
-
-// Fills `p` and `config` for teams of `team` blocks, which merge as clusters or through memory; team 0: runs.
-template <class S>
-void configure(Params& p, cuda::LaunchConfig& config, int team, bool cluster) {
-  const cuda::DeviceInfo& device = cuda::device_info();
-  const cuda::LaunchOptions& options = cuda::launch_options();
-  config.cluster = cluster ? team : 1;
-  // Twice the blocks of a head merge twice the partials, each of half as many warps: measured faster, on an H100.
-  const int most = config.cluster > 8 ? kMaxWarps / 2 : kMaxWarps;
-  int warps = options.warps > 0 ? std::min(options.warps, kMaxWarps) : most;
-  const auto layout = [&] { return shared_layout<S>(warps, S::kStages, config.cluster); };
-  while (warps > 1 && layout().total > device.shared_bytes) --warps;
-  p.layout = layout();
-  p.team = team;
-  p.cluster_log2 = cuda::floor_log2(config.cluster);
-  config.block = dim3(static_cast<unsigned>(32 * warps));
-  config.shared_bytes = p.layout.total;
-  if (team > 0) {
-    config.grid = dim3(static_cast<unsigned>(team), static_cast<unsigned>(p.num_kv_heads * p.row_blocks),
-                       static_cast<unsigned>(p.batch));
-  } else {
-    const int blocks = options.blocks > 0 ? options.blocks : choose_blocks(p, device.sm_count);
-    config.grid = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
-  }
-}
-
-// Launches `one_token` in clusters and where a team reads no further ahead than those, else `any`. (For several new
-// tokens, and for codes, they are the same kernel.)
-template <class S>
-void launch_kernels(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream) {
-  const cuda::DeviceInfo& device = cuda::device_info();
-  const cuda::LaunchOptions& options = cuda::launch_options();
-  const int group = a.num_q_heads / a.num_kv_heads, rows = group * a.q_len;
-  const bool length_first = a.cache_rows.of != nullptr;
-  Params p = {{a, false, length_first}, {}, group, (rows + S::kRows - 1) / S::kRows, 0, 0};
-  const int groups = a.batch * p.num_kv_heads * p.row_blocks;
-  const bool modern = cuda::code_arch(reinterpret_cast<const void*>(any)) >= 90 && !options.force_plain;
-  cuda::LaunchConfig config = {};
-  // A launch that reads what the one before it appended must not start early.
-  const bool whole = a.columns_before + a.columns_after == 0;
-  config.dependent_launch = modern && options.dependent_launch && whole;
-
-  // Blocks on at least nearly half of the SMs saturate the memory (in clusters of 2 they do not); a second wave of
-  // clusters would not. 16 comes last, for few row groups: few places of a GPU take such a cluster, and its blocks of
-  // half the warps share SMs. Two kinds of work want nearly all SMs to themselves: codes become operands first, and
-  // several row blocks read the same keys.
-  const bool computes = (S::kCodes || p.row_blocks > 1) && options.cluster == 0;
-  const int nearly_all = device.sm_count * 9 / 10, least = computes ? nearly_all : device.sm_count * 4 / 9;
-  for (const int cluster : {8, 4, 2, 16}) {
-    if (!modern || (options.cluster > 0 ? options.cluster != cluster : a.batch > 1 || cluster == 2)) continue;
-    if (groups * cluster < least || groups * cluster > device.sm_count || (computes && cluster > 8)) continue;
-    configure<S>(p, config, cluster, true);
-    if (groups <= cuda::max_active_clusters(one_token, config)) return cuda::launch(one_token, config, p, stream);
-  }
-
-  const int team = std::min(device.sm_count, kMaxBlocks) / groups;
-  const bool fills = a.batch == 1 && options.blocks == 0 && team * groups >= nearly_all;
-  configure<S>(p, config, fills ? team : 0, false);
-  cuda::launch(fills && team > 1 && team <= kMaxCluster ? one_token : any, config, p, stream);
-}
-
 template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
   using S = Shape<Element, kHeadDim, kRowTiles, false, false>;
   using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
-  launch_kernels<S>(a, decode_full_kernel<S>, a.q_len == 1 ? decode_full_kernel<Single> : decode_full_kernel<S>,
-                    stream);
+  launch_planned<S>(a, decode_full_kernel<S>, decode_full_kernel<Single>, stream);
 }
 
 template <class Element>

@@ -22,7 +22,7 @@ void launch_decode_full_codes(const AttentionParams& a, void* stream) {
   check_strides(a);
   dispatch_code_shape<KFormat, VFormat, false>(a, [&](auto shape) {
     using S = decltype(shape);
-    launch_kernels<S>(a, decode_full_codes_kernel<S>, decode_full_codes_kernel<S>, stream);
+    launch_planned<S>(a, decode_full_codes_kernel<S>, decode_full_codes_kernel<S>, stream);
   });
 }
 

@@ -6,17 +6,22 @@
 
 #include <cstdint>
 
+#include "kernels/decode/geometry.h"
+
 namespace zigzag::decode_full {
 
-inline constexpr int kMaxBlocks = 320;  // two per SM of the largest GPU
-inline constexpr int kMaxRows = 16;     // query rows of a block
-inline constexpr int64_t kCounterBytes = 2048;
-static_assert(kMaxBlocks * 4 <= kCounterBytes);
+using attend::kMaxBlocks;
+
+inline constexpr int kMaxRows = 16;  // query rows of a block
+// Per block, or per warp of half of the blocks: where several clusters share a row group, its warps count.
+inline constexpr int64_t kCounterBytes = 8192;
+static_assert(kMaxBlocks / 2 * attend::kMaxWarps * 4 <= kCounterBytes && kMaxBlocks * 4 <= kCounterBytes);
 
 // One partial result: [rows][head_dim] fp32, then [rows] {max, sum}.
 constexpr int64_t partial_bytes(int rows, int head_dim) { return static_cast<int64_t>(rows) * (head_dim + 2) * 4; }
 
 // A block has at most two row groups that it shares with other blocks: the one it begins in and the one it ends in.
+// (Clusters need less: two blocks or more have one row group together.)
 constexpr int64_t workspace_bytes(int head_dim) {
   return kCounterBytes + 2 * kMaxBlocks * partial_bytes(kMaxRows, head_dim);
 }

@@ -19,7 +19,7 @@ void launch_decode_stream_codes(const AttentionParams& a, void* stream) {
   check_strides(a);
   dispatch_code_shape<KFormat, VFormat, true>(a, [&](auto shape) {
     using S = decltype(shape);
-    launch_kernels<S>(a, decode_stream_codes_kernel<S>, decode_stream_codes_kernel<S>, stream);
+    launch_planned<S>(a, decode_stream_codes_kernel<S>, decode_stream_codes_kernel<S>, stream);
   });
 }
 
