@@ -205,6 +205,21 @@ __device__ __forceinline__ void cluster_store(uint32_t address, float4 x) {
 __device__ __forceinline__ void cluster_store(uint32_t address, float2 x) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
 }
+
+__device__ __forceinline__ float4 cluster_load4(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ float2 cluster_load2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
 #else
 inline constexpr bool kHasClusters = false;
 
@@ -215,6 +230,8 @@ __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, int) { return address; }
 __device__ __forceinline__ void cluster_store(uint32_t, float4) {}
 __device__ __forceinline__ void cluster_store(uint32_t, float2) {}
+__device__ __forceinline__ float4 cluster_load4(uint32_t) { return {}; }
+__device__ __forceinline__ float2 cluster_load2(uint32_t) { return {}; }
 #endif
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -89,6 +89,28 @@ TEST_CASE("decode_full: several clusters per head where there are few heads") {
   });
 }
 
+// One row of the batch, so that all query rows of a head share a read of its keys where the GPU has a kernel for that.
+TEST_CASE("decode_full: from 17 to 256 query rows over one read of the keys") {
+  check_both_dtypes({
+      {1, 3, 6, 128, 200, 0, 0, {0}, {}},
+      {1, 3, 6, 128, 200, 0, 0, {1}, {}, 128, true},
+      {8, 4, 8, 128, 2000, 0, 0, {1990}, {}},
+      {8, 4, 8, 128, 2000, 0, 0, {127}, {}, 128, false},  // new keys on both sides of a tile's border
+      {8, 4, 8, 64, 300, 0, 0, {63}, {3}, 64, true},
+      {4, 7, 8, 128, 9000, 0, 0, {8985}, {}, 64, false},
+      {2, 4, 16, 64, 9000, 0, 0, {8000}, {15}},
+      {2, 5, 13, 128, 700, 0, 0, {640}, {}, 128, true},  // 65 rows: both warpgroups
+      {4, 8, 16, 128, 5000, 0, 0, {4901}, {2}, 128, true},
+      {1, 16, 16, 128, 3000, 0, 0, {2900}, {}, 128, false},  // 256 rows: two tiles of them
+      {2, 16, 9, 64, 3000, 0, 0, {2047}, {9}},               // nothing but padding
+      {1, 8, 4, 128, 34, 0, 0, {32}, {}, 128, true},         // the last tokens find no slot
+      {1, 8, 4, 128, 34, 0, 0, {34}, {}, 32, false},
+      {2, 4, 6, 128, 0, 0, 0, {0}, {}, 128, true},
+      {32, 4, 8, 64, 100, 0, 0, {77}, {}},
+      {64, 4, 8, 64, 100, 0, 0, {77}, {}},  // more heads than clusters find a place
+  });
+}
+
 TEST_CASE("decode_full: many rows, padding, a full cache, no cache") {
   check_both_dtypes({
       {2, 16, 16, 64, 100, 0, 0, {60, 0}, {}},

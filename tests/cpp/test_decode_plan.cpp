@@ -201,6 +201,33 @@ TEST_CASE("decode plan: few KV heads take several clusters where one has too lit
   CHECK(plan(request(8, 1, 128, 512), known_device("H200")).spread == 1);
 }
 
+TEST_CASE("decode plan: many query rows over one read of the keys take nearly all SMs and find room in the workspace") {
+  for (const char* name : {"H100", "H200"}) {
+    const KnownDevice& device = known_device(name);
+    for (const int num_kv_heads : {1, 2, 3, 4, 5, 8, 16, 30, 40, 80}) {
+      for (const int head_dim : {64, 128}) {
+        for (const int rows : {32, 64, 112, 128, 256}) {
+          const DecodeRequest r = request(16 * num_kv_heads, num_kv_heads, head_dim, 1 << 17, rows / 16);
+          const int tile_rows = rows <= 64 ? 64 : 128, groups = num_kv_heads * ((rows + tile_rows - 1) / tile_rows);
+          const DecodePlan p = plan_rows(r, tile_rows, 224 * 1024, device.facts, {}, cluster_places(device));
+          INFO(text(r, device, p));
+          if (p.cluster == 1) {
+            CHECK(groups > 60);
+            continue;
+          }
+          CHECK(p.blocks() == p.team * groups);
+          CHECK(p.blocks() <= device.facts.sm_count);
+          CHECK((groups > 12 || p.blocks() >= device.facts.sm_count * 8 / 10));
+          CHECK(groups * p.spread <= cluster_places(device)(p));
+          CHECK(int64_t{groups} * tile_rows * p.spread * (head_dim + 2) * 4 <=
+                decode_full::workspace_bytes(head_dim) - decode_full::kCounterBytes);
+          CHECK(groups * p.cluster * 4 <= decode_full::kCounterBytes);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("decode plan: overrides that the GPU has a place for are taken") {
   const DecodeRequest r = request(32, 4, 128, 1 << 17);
   const auto with = [&](const char* device, const cuda::LaunchOptions& options) {

@@ -120,6 +120,28 @@ DecodePlan plan_full(const DecodeRequest& request, const cuda::DeviceFacts& devi
   return with(0, 1, options.blocks > 0 ? options.blocks : run_blocks(request, device.sm_count));
 }
 
+DecodePlan plan_rows(const DecodeRequest& request, int tile_rows, int shared_bytes, const cuda::DeviceFacts& device,
+                     const cuda::LaunchOptions& options, const ClusterPlaces& places) {
+  const int row_tiles = ceil_div(request.group * request.q_len, tile_rows);
+  const int groups = request.batch * request.num_kv_heads * row_tiles;
+  DecodePlan best;
+  // The products of many rows want all SMs. Of equally many blocks the largest clusters merge least through memory.
+  for (const int cluster : {8, 4, 2}) {
+    if (options.cluster > 0 && options.cluster != cluster) continue;
+    const int spread = options.spread > 0 ? options.spread : kMaxSpread;
+    DecodePlan plan;
+    plan.row_blocks = row_tiles, plan.warps = kMaxWarps, plan.cluster = cluster;
+    plan.layout.total = shared_bytes;
+    plan.grid[1] = request.num_kv_heads * row_tiles, plan.grid[2] = request.batch;
+    for (plan.spread = std::min(spread, device.sm_count / (groups * cluster)); plan.spread > 0; --plan.spread) {
+      plan.team = plan.grid[0] = cluster * plan.spread;
+      if (groups * plan.spread <= places(plan)) break;
+    }
+    if (plan.spread > 0 && plan.blocks() > (best.cluster > 1 ? best.blocks() : 0)) best = plan;
+  }
+  return best;
+}
+
 namespace {
 
 constexpr int kHiddenSlots = 64;  // four tiles: on top of a ring of 320 slots they cost less than to wait first

@@ -68,6 +68,11 @@ DecodePlan plan_full(const DecodeRequest& request, const cuda::DeviceFacts& devi
 DecodePlan plan_ring(const DecodeRequest& request, const cuda::DeviceFacts& device, const cuda::LaunchOptions& options,
                      const ClusterPlaces& places);
 
+// Of the kernel for many query rows over one read of the keys (full/rows.cuh), whose blocks serve `tile_rows` of them
+// and need `shared_bytes`; cluster 1 where there is no place for it.
+DecodePlan plan_rows(const DecodeRequest& request, int tile_rows, int shared_bytes, const cuda::DeviceFacts& device,
+                     const cuda::LaunchOptions& options, const ClusterPlaces& places);
+
 inline DecodeRequest decode_request(const AttentionParams& a) {
   const int group = a.num_q_heads / a.num_kv_heads;
   return {{a.head_dim, group * a.q_len > 8 ? 2 : 1, {a.k_store.format, a.v_store.format}},

@@ -25,7 +25,8 @@ struct PrefillState {
 // Row of the block's tile that this lane holds.
 template <class Block>
 __device__ __forceinline__ int lane_row(int row_tile, int half) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int kRowWarps = Block::kRows / (16 * Block::kRowTiles);
+  const int warp = threadIdx.x / 32 % kRowWarps, lane = threadIdx.x % 32;
   return (warp * Block::kRowTiles + row_tile) * 16 + half * 8 + lane / 4;
 }
 

@@ -47,14 +47,19 @@ struct QueryTile {
   // Blocks are numbered with the KV head fastest and the last columns, which see the most keys, first: heavy blocks
   // start early.
   static __device__ __forceinline__ QueryTile of_block(const AttentionParams& p, int rows_per_tile) {
-    QueryTile tile;
-    tile.group = p.num_q_heads / p.num_kv_heads;
-    const int num_tiles = (p.q_len * tile.group + rows_per_tile - 1) / rows_per_tile;
+    const int num_tiles = (p.q_len * (p.num_q_heads / p.num_kv_heads) + rows_per_tile - 1) / rows_per_tile;
     const int pair = blockIdx.x / p.num_kv_heads;
     const int cache_head = blockIdx.x - pair * p.num_kv_heads;
+    return of(p, pair % p.batch, cache_head, (num_tiles - 1 - pair / p.batch) * rows_per_tile, rows_per_tile);
+  }
+
+  // Rows [first_row, first_row + rows_per_tile) of a batch row and a KV head of the caches.
+  static __device__ __forceinline__ QueryTile of(const AttentionParams& p, int batch, int cache_head, int first_row,
+                                                 int rows_per_tile) {
+    QueryTile tile;
+    tile.group = p.num_q_heads / p.num_kv_heads;
     tile.kv_head = p.heads(cache_head);
-    tile.batch = pair % p.batch;
-    const int first_row = (num_tiles - 1 - pair / p.batch) * rows_per_tile;
+    tile.batch = batch;
     tile.first_column = first_row / tile.group;
     tile.first_member = first_row - tile.first_column * tile.group;
     tile.reciprocal = 65536 / tile.group + 1;

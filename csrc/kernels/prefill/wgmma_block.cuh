@@ -7,7 +7,8 @@
 
 namespace zigzag::prefill {
 
-template <class T, int kHeadDim_>
+// Where the warpgroups own fewer rows than they have, they take the same ones, over different keys.
+template <class T, int kHeadDim_, int kRowGroups = 2>
 struct WgmmaBlock {
   static_assert(kHeadDim_ % 64 == 0, "rows are cut into blocks of 128 bytes");
   using Element = T;
@@ -16,7 +17,7 @@ struct WgmmaBlock {
   static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlocksPerSm = kHeadDim <= 128 ? 2 : 1;  // one computes weights while the other multiplies
-  static constexpr int kRows = 16 * kWarps;
+  static constexpr int kRows = 64 * kRowGroups;
   static constexpr int kKeys = 64;
   static constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks per row
   static constexpr int kThreadsPerRow = 8;
@@ -43,7 +44,7 @@ struct WgmmaBlock {
 
   // scores = q . k for the warpgroup's rows.
   static __device__ __forceinline__ void multiply_queries(Scores& scores, uint32_t q_tile, uint32_t k_tile) {
-    const uint32_t q_group = q_tile + threadIdx.x / 128 * 64 * kRowBytes;
+    const uint32_t q_group = q_tile + threadIdx.x / 128 % kRowGroups * 64 * kRowBytes;
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {

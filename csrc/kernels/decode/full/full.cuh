@@ -198,11 +198,19 @@ void launch_shape(const AttentionParams& a, void* stream) {
   launch_planned<S>(a, decode_full_kernel<S>, decode_full_kernel<Single>, stream);
 }
 
+// Several new tokens on the warpgroup products of sm_90a (rows.cuh); false, and nothing launched, where that kernel
+// does not serve the call. Compiled where ZIGZAG_SM90A is 1.
+template <class Element>
+bool launch_decode_rows(const AttentionParams& a, void* stream);
+
 template <class Element>
 void launch_decode_full(const AttentionParams& a, void* stream) {
   ZZ_CHECK(a.workspace_bytes >= workspace_bytes(a.head_dim), "workspace of ", a.workspace_bytes,
            " bytes is too small; needed: ", workspace_bytes(a.head_dim));
   check_strides(a);
+#if ZIGZAG_SM90A
+  if (launch_decode_rows<Element>(a, stream)) return;
+#endif
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
     dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
       launch_shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>(a, stream);

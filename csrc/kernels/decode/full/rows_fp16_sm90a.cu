@@ -1,0 +1,7 @@
+#include "kernels/decode/full/rows.cuh"
+
+namespace zigzag::decode_full {
+
+template bool launch_decode_rows<__half>(const AttentionParams&, void*);
+
+}  // namespace zigzag::decode_full
