@@ -69,6 +69,9 @@ def ring(scenario: str, sink: int, window: int, batch: int = 1, **shape) -> Cell
     return Cell(scenario, (sink + window,) * batch, sink=sink, window=window, **shape)
 
 
+# Few KV heads, as recent models have them and tensor parallelism leaves them: (query heads, KV heads).
+FEW_HEADS = [(28, 4), (32, 4), (64, 4), (16, 2), (32, 2), (8, 1)]
+
 CUDA = [
     Cell("decode_1x1k", (K,)),
     Cell("decode_1x4k", (4 * K,), quick=True),
@@ -90,7 +93,10 @@ CUDA = [
     Cell("d96_1x32k", (32 * K,), head_dim=96),
     Cell("d256_1x32k", (32 * K,), head_dim=256),
     Cell("verify4_1x32k", (32 * K,), q_len=4),
-    Cell("verify8_1x32k", (32 * K,), q_len=8),
+    *(Cell(f"kv{kv}_{q}q_1x{n}k", (n * K,), num_q_heads=q, num_kv_heads=kv) for q, kv in FEW_HEADS for n in (8, 32, 128)),
+    *(Cell(f"verify{t}_1x{n}k", (n * K,), q_len=t) for t in (8, 16) for n in (32, 128)),
+    *(Cell(f"verify{t}_kv4_{q}q_1x128k", (128 * K,), q_len=t, num_q_heads=q, num_kv_heads=4) for t in (8, 16) for q in (28, 32)),
+    Cell("decode_1x8k_int4", (8 * K,), kv_format="int4"),
     *(Cell(f"decode_1x4k_{f}", (4 * K,), kv_format=f) for f in ("fp8", "int8", "int4")),
     *(Cell(f"decode_1x32k_{f}", (32 * K,), kv_format=f) for f in ("fp8", "int8", "int4")),
     *(Cell(f"decode_1x128k_{f.replace('/', '_')}", (128 * K,), kv_format=f) for f in QUANTISED),

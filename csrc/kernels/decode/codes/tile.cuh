@@ -139,9 +139,18 @@ struct TilePieces {
     }
   }
 
-  // The same for the first `rows` rows, row r from slot slot_of(r), where `codes` is the lane's first piece of the
-  // first 16 slots. The others become zeros, but for [encoded, encoded_end), which stay as they are. `nowhere` is an
-  // address that exists, also where there is no cache.
+  // The same, row r from slot slot_of(r), where `codes` is the lane's first piece of the first 16 slots.
+  template <class SlotOf>
+  __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile, const SlotOf& slot_of) {
+#pragma unroll
+    for (int i = 0; i < kTileKeys; i += kTall) {
+      const char* source = codes + static_cast<int64_t>(step) * (slot_of(row() + i) - row());
+      cuda::cp_async_16(tile + Tile::place(row() + i, byte()), source, true);
+    }
+  }
+
+  // The same for the first `rows` rows, row r from slot slot_of(r). The others become zeros, but for [encoded,
+  // encoded_end), which stay as they are. `nowhere` is an address that exists, also where there is no cache.
   template <class SlotOf>
   __device__ __forceinline__ static void load(const char* codes, int step, uint32_t tile, int rows,
                                               const SlotOf& slot_of, int encoded, int encoded_end,
@@ -197,10 +206,16 @@ __device__ __forceinline__ void load_code_tile(const KeyParams& p, const Keys& k
     cuda::cp_async_4(scale_stage, reader.scale + slot * reader.scale_step, true);
     return;
   }
+  const auto slot_of = [&](int at) { return key_slot<S>(p, keys, tile + at); };
+  if (S::kRing && tile + kTileKeys <= keys.used) {  // over the border of sinks and window, or where the window wraps
+    KPieces::load(reader.k, reader.k_step, stage, slot_of);
+    VPieces::load(reader.v, reader.v_step, v_stage, slot_of);
+    cuda::cp_async_4(scale_stage, reader.scale + static_cast<int64_t>(slot_of(row) - row) * reader.scale_step, true);
+    return;
+  }
   cuda::grid_dependency_wait();                 // the new tokens may come from the kernel in front
   const int cached = max(0, keys.used - tile);  // rows of the tile that the cache holds
   const int begin = max(0, keys.stored - tile), end = min(kTileKeys, keys.stored + keys.listed - tile);
-  const auto slot_of = [&](int at) { return key_slot<S>(p, keys, tile + at); };
   KPieces::load(reader.k, reader.k_step, stage, cached, slot_of, begin, end, p.q);
   VPieces::load(reader.v, reader.v_step, v_stage, cached, slot_of, begin, end, p.q);
   if (row < begin || row >= end) {
