@@ -87,8 +87,6 @@ CUDA = [
     Cell("ragged_uniform_32x6016", (6016,) * 32),  # the bytes of ragged_64k_31x4k in equal rows
     Cell("group2_1x32k", (32 * K,), num_q_heads=16),
     Cell("group5_1x32k", (32 * K,), num_q_heads=40),
-    Cell("group7_1x32k", (32 * K,), num_q_heads=28, num_kv_heads=4),
-    Cell("group16_1x32k", (32 * K,), num_q_heads=64, num_kv_heads=4),
     Cell("d64_1x32k", (32 * K,), head_dim=64),
     Cell("d96_1x32k", (32 * K,), head_dim=96),
     Cell("d256_1x32k", (32 * K,), head_dim=256),
