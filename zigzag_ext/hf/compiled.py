@@ -19,6 +19,7 @@ from ..cache import ZigzagCache
 from ..cache.forward import Forward, attending
 from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
+from .own_config import plain_name
 from .step_cache import StepCache
 
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -117,7 +118,7 @@ class _Step:
     @in_normal_mode
     def _run(self):
         try:
-            with attending(self.view):
+            with attending(self.view), plain_name(self.model):
                 return self.compiled(self.inputs)
         except TorchDynamoException as error:
             name = type(self.model).__name__

@@ -5,6 +5,8 @@ through this package.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -48,6 +50,17 @@ def use_former(model: nn.Module) -> None:
     """Undoes `use_zigzag`; the config stays the model's own."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation(getattr(implementation, "former", implementation))
+
+
+@contextmanager
+def plain_name(model: nn.Module) -> Iterator[None]:
+    """For the compiler, which takes a str for a constant and none of its subclasses."""
+    config, implementation = model.config, model.config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
 
 
 def _exchange(given: nn.Module, old, new) -> None:
