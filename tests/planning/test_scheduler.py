@@ -129,8 +129,9 @@ def test_stub_lists_what_the_module_has():
     def public(thing):
         return {name for name in dir(thing) if not name.startswith("_")}
 
-    assert names(stub.body) - {"BuildInfo", "KvFormatInfo"} == public(_C)
+    assert names(stub.body) - {"BuildInfo", "DecodePlan", "KvFormatInfo"} == public(_C)
     assert names(bodies["BuildInfo"]) == _C.build_info().keys()
     assert all(names(bodies["KvFormatInfo"]) == entry.keys() for entry in _C.formats().values())
+    assert names(bodies["DecodePlan"]) == _C.decode_plan("H200", 32, 8, 128, 4096).keys()
     for cls in (_C.Scheduler, _C.Solution):
         assert names(bodies[cls.__name__]) - {"__init__"} == public(cls)

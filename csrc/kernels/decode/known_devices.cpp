@@ -29,7 +29,7 @@ const std::vector<KnownDevice>& known_devices() {
   return devices;
 }
 
-const KnownDevice& known_device(const std::string& name) {
+const KnownDevice& known_device(const char* name) {
   std::string names;
   for (const KnownDevice& device : known_devices()) {
     if (lower(device.name) == lower(name)) return device;

@@ -20,7 +20,7 @@ struct KnownDevice {
 const std::vector<KnownDevice>& known_devices();
 
 // By name, in any case; throws on any other name.
-const KnownDevice& known_device(const std::string& name);
+const KnownDevice& known_device(const char* name);
 
 // Of kernels of up to 255 registers.
 ClusterPlaces cluster_places(const KnownDevice& device);
