@@ -30,6 +30,7 @@ _LAZY = {
     "enable": "hf",
     "identify": "study.identify",
     "prefill_options": "attention.routes",
+    "speculate": "speculation",
     "zigzag": "hf",
 }
 _LAZY_MODULES = {"evaluate": "study.evaluate", "ops": "attention.ops", "reference": "attention.reference"}
@@ -56,6 +57,7 @@ __all__ = [
     "reference",
     "save_scores",
     "solve",
+    "speculate",
     "zigzag",
 ]
 

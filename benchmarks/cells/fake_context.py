@@ -5,22 +5,23 @@ from transformers import DynamicCache, StaticCache
 
 import zigzag_ext as zz
 from zigzag_ext.attention import ops
+from zigzag_ext.cache.rows import Rows
 from zigzag_ext.hf.cache_argument import cache_argument
 
 MARGIN = 256  # tokens a cache can take beyond the context
 FILL_CHUNK = 16384  # tokens made at a time: 64 MiB of keys and values of 8 heads of 128
 
 
-def fake_zigzag(model, plan: zz.Plan, context: int, margin: int = MARGIN) -> zz.ZigzagCache:
+def fake_zigzag(model, plan: zz.Plan, context: int, margin: int = MARGIN, batch: int = 1, rollback: int = 0) -> zz.ZigzagCache:
     """A ZigzagCache as after a prompt of `context` tokens, of random contents: one real token allocates it."""
-    cache = zz.ZigzagCache(model.config, plan, max_len=context + margin)
-    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache_argument(model, cache))
+    cache = zz.ZigzagCache(model.config, plan, max_len=context + margin, rollback=rollback)
+    model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), **cache_argument(model, cache))
     state = cache.state
     cache.reserve(context - 1)
     for store in cache.stores:
         append_random(store, context)
-    state.tokens.note(None, None, 1, context, model.device, 0)
-    state.columns = state.longest = context
+    state.tokens.note(None, None, batch, context, model.device, 0)
+    state.rows = Rows.empty(batch).followed_by(context)
     cache.seq_lens.fill_(context)
     return cache
 
@@ -30,10 +31,10 @@ def append_random(store, context: int) -> None:
 
     By the append op, so in every format. A ring gets its first and its last tokens, which are all that it would keep.
     """
-    _, heads, _, width = store.keys.shape
+    batch, heads, _, width = store.keys.shape
     head_dim = width * 2 if store.keys.dtype == torch.uint8 else width  # int4: two codes a byte
-    new = torch.empty(2, 1, heads, min(FILL_CHUNK, context), head_dim, dtype=store.dtype, device=store.device)
-    held = torch.zeros(1, dtype=torch.int32, device=store.device)
+    new = torch.empty(2, batch, heads, min(FILL_CHUNK, context), head_dim, dtype=store.dtype, device=store.device)
+    held = torch.zeros(batch, dtype=torch.int32, device=store.device)
     caches = store.caches
     starts = {0, max(0, context - FILL_CHUNK)} if store.window else range(0, context, FILL_CHUNK)
     for start in sorted(starts):

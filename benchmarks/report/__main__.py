@@ -1,8 +1,8 @@
 """Results to tables and figures:  python -m benchmarks.report
 
-Reads benchmarks/results/*.csv, puts tables between the results markers (decode, layers, step, prefill, capacity) of documents,
-and draws docs/figures/*.png. benchmarks/results/README.md shows every row, README.md and docs/performance.md a few. Speed-ups
-compare rows of one file only, because one file is one run.
+Reads benchmarks/results/*.csv, puts tables between the results markers (decode, layers, step, prefill, capacity, speculate) of
+documents, and draws docs/figures/*.png. benchmarks/results/README.md shows every row, README.md and docs/performance.md a few.
+Speed-ups compare rows of one file only, because one file is one run.
 """
 
 import argparse
@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..cells.scenarios import BY_DEVICE
-from . import figures, steps
+from . import figures, rounds, steps
 from .documents import insert, markers, table
-from .records import CapacityRecord, PrefillRecord, Record, StepRecord, read
+from .records import CapacityRecord, PrefillRecord, Record, SpeculateRecord, StepRecord, read
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord}  # files that begin so; all others: Record
+KINDS = {  # files that begin so; all others: Record
+    "step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord, "speculate": SpeculateRecord,
+}  # fmt: skip
 QUICK = {cell.scenario for cells in BY_DEVICE.values() for cell in cells if cell.quick}
 TEN = {  # what docs/performance.md shows of a GPU: one token at three lengths, and one cell of every other kind
     "decode_1x4k", "decode_1x32k", "decode_1x128k", "decode_8x32k", "ragged_64k_31x4k", "mha_1x4k", "verify8_1x32k",
@@ -27,6 +29,7 @@ TEN = {  # what docs/performance.md shows of a GPU: one token at three lengths, 
 DOCUMENTS: dict[str, Callable[[Record], bool] | None] = {
     "README.md": lambda row: row.scenario in QUICK,
     "docs/performance.md": lambda row: row.scenario in TEN and row.driver != "-",
+    "docs/speculation.md": lambda row: False,
     "benchmarks/results/README.md": None,
 }
 Cells = dict[tuple, dict[str, Record]]  # shape -> impl -> row
@@ -107,7 +110,7 @@ def sections(sources: dict[Path, list[Record]], target: Path, shows: Callable[[R
 
 
 def model_sections(kind: str, sources: dict[Path, list], target: Path, complete: bool) -> str:
-    """What layers, step, prefill and capacity files say. The short form of steps shows one model at one context."""
+    """What layers, step, prefill, capacity and speculate files say. The short form of steps shows one model at one context."""
     parts = []
     for path, rows in sources.items():
         link = Path(os.path.relpath(path, target.parent)).as_posix()
@@ -116,6 +119,8 @@ def model_sections(kind: str, sources: dict[Path, list], target: Path, complete:
             parts += [title, steps.prefill_table(rows)]
         elif kind == "capacity":
             parts += [title, steps.capacity_table(rows)]
+        elif kind == "speculate":
+            parts += [title, rounds.table_of(rows)]
         elif kind == "layers":
             parts += [title, steps.layers_table(rows)]
         else:

@@ -74,6 +74,22 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class SpeculateRecord(StepRecord):
+    """Speculative decoding of a whole model. Written by speculate.py; its files are named speculate*.csv.
+
+    phase: round: rounds of a generate() call; verify: a forward of `tokens` new tokens per row; draft: a step of the streaming
+    draft; generate: plain generate(). wall_ms is that of a round, of a forward, of a step, of a token.
+    """
+
+    batch: int
+    draft: str  # what was drafted; "-" where nothing was
+    tokens: int  # most tokens of a draft; verify: new tokens per row
+    acceptance: float  # chance of a drafted token to be taken for right, whatever it is: random weights have no text
+    rounds: int
+    ms_per_token: float  # wall time per token of a row
+
+
+@dataclass(frozen=True)
 class PrefillRecord:
     """A chunk of a prompt through one layer. Written by prefill.py; its files are named prefill*.csv."""
 

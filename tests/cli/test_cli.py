@@ -210,6 +210,15 @@ def test_generate_with_quantised_keys(model_folder):
     assert "key_smoothing needs quantised keys" in failure(*options)
 
 
+def test_generate_speculates(model_folder, plan_file):
+    """The same text, and a report of what was drafted."""
+    options = ["generate", model_folder, "--plan", plan_file, "-n", 24, "--device", "cpu", "-p", " ".join(["w1 w2 w3 w4"] * 20)]
+    plain, drafted = zigzag(*options), zigzag(*options, "--speculate", "streaming")
+    assert generated(drafted)[0] == generated(plain)[0]
+    assert "draft=streaming: 24 tokens" in drafted.stderr and "draft=" not in plain.stderr
+    assert "got 'oracle'" in failure(*options, "--speculate", "oracle")
+
+
 def test_generate_refuses_by_one_line(model_folder, tmp_path):
     wrong = tmp_path / "wrong.json"
     zz.Plan(["retrieval"] * 3, sink=0, window=4).save(wrong)

@@ -65,6 +65,20 @@ def test_identify_solve_eval_plot(model, tokenizer, model_folder, tmp_path):
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"passkey_exact.png", "passkey_logprob.png"}
 
 
+def test_eval_reports_what_a_draft_keeps(model, tokenizer, model_folder, tmp_path):
+    plan = zz.Plan(["retrieval"] + ["streaming"] * (LAYERS - 1), sink=4, window=32)
+    plan.save(tmp_path / "one.json")
+    options = ["--length", 500, "--depth", 0.5, "--prompts", 2, "--no-full", "--device", "cpu", "--new-tokens", 12]
+    result = zigzag("eval", model_folder, "--plan", tmp_path / "one.json", *options, "--speculate", "streaming")
+    assert result.exit_code == 0, result.output
+    report = evaluate.accepted(model, evaluate.passkey.samples(tokenizer, 500, [0.5], 2), plan, "streaming", 12)
+    drafted, kept = sum(report.drafted.values()), report.acceptance()
+    assert (report.tokens, report.prompts) == (24, 2) and report.rounds <= 22
+    assert re.search(rf"one +passkey +500 +{drafted} +{kept:.0%} +{report.tokens_per_round:.2f}", result.output), result.output
+    with pytest.raises(ValueError, match="got none"):
+        evaluate.accepted(model, [], plan, "streaming", 12)
+
+
 def test_identify_passes_the_options_of_greedy(model_folder, tmp_path):
     options = ["--tokens", 1600, "--prompts", 1, "--sink", 4, "--window", 32, "--device", "cpu", "-o", tmp_path / "scores.tsv"]
     assert f"between 1 and {LAYERS - 1}" in failure("identify", model_folder, "--method", "greedy", "--keep", LAYERS, *options)
@@ -83,6 +97,7 @@ def test_expected_failures_are_one_line(model_folder, tmp_path):
     assert "folder" in failure("identify", model_folder, "-o", tmp_path / "none" / "x.tsv", "--tokens", 1600, *device)
     assert "passkey, multikey" in failure("eval", model_folder, "--task", "magic", *device)
     assert "at least" in failure("eval", model_folder, "--length", 10, *device)
+    assert "not of ruler_vt" in failure("eval", model_folder, "--task", "ruler_vt", "--speculate", "auto", *device)
     wrong = tmp_path / "full.json"
     zz.Plan(["retrieval"] * LAYERS, sink=0, window=4).save(wrong)
     assert "told apart" in failure("eval", model_folder, "--plan", wrong, *device)

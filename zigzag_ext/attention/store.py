@@ -27,7 +27,8 @@ class Chunk(NamedTuple):
 
     seq_lens: [batch] int32 each, tokens held per row before: of most stores the first, see `LayerStore`. pad: [batch] int32,
     leading columns to skip, or None. workspace: scratch of the ops. past: what every row has seen, if the host knows that it is
-    the same number; else None. started: whether no row can be empty. cos, sin: tables of RoPE, see `ops.attention`.
+    the same number; else None. started: whether no row can be empty. cos, sin: tables of RoPE, see `ops.attention`. decodes:
+    whether it continues texts rather than reads a prompt: it takes our kernels, and rules for prompts do not apply.
     """
 
     seq_lens: tuple[Tensor, ...]
@@ -37,6 +38,7 @@ class Chunk(NamedTuple):
     started: bool = True
     cos: Tensor | None = None
     sin: Tensor | None = None
+    decodes: bool = False
 
 
 class LayerStore:
@@ -90,7 +92,6 @@ class LayerStore:
 
     def _keep_all(self) -> None:
         self.left_out = 0  # tokens that the longest row holds elsewhere and not here, see `keep_slots`
-        self.compressed = 0  # tokens of the longest row when that was done: what is whole begins behind them
 
     @in_normal_mode
     def allocate(self, k: Tensor, capacity: int, max_len: int | None, keeps: bool = True, grows: bool = True) -> None:
@@ -187,9 +188,7 @@ class LayerStore:
         return sum(buffer.nbytes for buffer in self.plain.values())
 
     def is_whole(self, length: int, ahead: int) -> bool:
-        """Whether all that a row of `length` tokens shows is there, after `ahead` more tokens were written and taken back."""
-        if not self.window:
-            return length >= self.compressed
+        """Whether a ring holds all that a row of `length` tokens shows, after `ahead` more were written and taken back."""
         return ahead <= self.rollback or length + ahead <= self.ring_slots
 
     def _addresses_for(self, capacity: int) -> int:
@@ -221,10 +220,15 @@ class LayerStore:
         grows = capacity > self.capacity
         return [(buffer, capacity) for buffer in self.growing.values() if grows and capacity <= buffer.max_slots]
 
-    def for_compiler(self) -> "LayerStore":
-        """The same buffers as plain tensors, the only kind that the compiler knows, which every capacity shares a program for."""
+    def for_compiler(self, through: tuple[int, int] | None = None) -> "LayerStore":
+        """The same buffers as plain tensors, the only kind that the compiler knows, which every capacity shares a program for.
+
+        through: the sink and the window that a retrieval layer is read through; None: it is read in full.
+        """
         other = object.__new__(LayerStore)
         vars(other).update(vars(self))
+        if through is not None and not self.window:
+            other.sink, other.window = through
         other.plain, other.growing = {name: buffer.as_subclass(Tensor) for name, buffer in self.buffers.items()}, {}
         if not self.window:
             for buffer in other.plain.values():
@@ -270,7 +274,7 @@ class LayerStore:
             at = index.expand(-1, buffer.shape[1], -1)
             at = at if buffer.dim() == 3 else at[..., None].expand(-1, -1, -1, buffer.shape[3])
             buffer[:, :, :kept] = buffer[:, :, :tokens].gather(2, at)
-        self.left_out, self.compressed = self.left_out + tokens - kept, tokens
+        self.left_out += tokens - kept
         if self.growing:
             self.capacity = min(self.capacity, kept)
         for buffer in self.growing.values():
@@ -311,7 +315,7 @@ class LayerStore:
             caches = ops.KvBuffers(*(None if t is None else t[: q.shape[0]] for t in caches))
         options = {"pad": chunk.pad, "heads": self.head_numbers, "out": out, "sink": self.sink, "window": self.window}
         options |= {"scale": scale, "workspace": chunk.workspace}
-        if q.shape[2] > 1 and chunk.cos is None:
+        if q.shape[2] > 1 and chunk.cos is None and not chunk.decodes:
             past = None if chunk.past is None else chunk.past - self.left_out
             return routes.attend(q, k, v, caches, seq_lens, past=past, **options)
         rope = {"cos": chunk.cos, "sin": chunk.sin}

@@ -7,6 +7,7 @@ pass is one `Forward`: checks and memory come before anything is written, the le
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -20,6 +21,7 @@ from .compression import PromptCompression
 from .compression.apply import compress
 from .forward import Forward
 from .layer import ZigzagLayer
+from .rows import Rows
 from .state import Addresses, CacheState, locked
 
 
@@ -105,14 +107,17 @@ class ZigzagCache(Cache):
             layers=[ZigzagLayer(self.state, index, layer_stores(index, kind)) for index, kind in enumerate(plan.kinds)]
         )
 
-    def forward(self, batch: int, q_len: int, attention_mask=None, ids=None, position_ids: Tensor | None = None) -> Forward:
+    def forward(
+        self, batch: int, q_len: int, attention_mask=None, ids=None, position_ids: Tensor | None = None, counts=None
+    ) -> Forward:
         """`with cache.forward(...):` brackets a forward pass of `q_len` new columns, see `Forward`.
 
         attention_mask: [batch, seen + q_len], 0 where a row has no token: such a column is not stored, its output means nothing.
         ids: [batch, q_len] of the tokens, None if they come as embeddings. position_ids: [batch or 1, q_len], only compared with
-        the tokens held, and only without a mask, which tells more.
+        the tokens held, and only without a mask, which tells more. counts: [batch] on the host, instead of a mask: row i gets the
+        last counts[i] of the columns, behind its own last token; the columns before them are nothing.
         """
-        return Forward(self, batch, q_len, attention_mask, ids, position_ids)
+        return Forward(self, batch, q_len, attention_mask, ids, position_ids, counts)
 
     @property
     def seq_lens(self) -> Tensor | None:
@@ -187,6 +192,24 @@ class ZigzagCache(Cache):
         self.state.check()
         self.ensure_capacity(self.state.longest + tokens)
 
+    @locked
+    def write_ahead(self, tokens: Sequence[int]) -> None:
+        """Goes before ops that write tokens[i] tokens behind the end of row i without a forward: drafts, to be overwritten.
+
+        Gets memory for them, and keeps in mind that rings hold them. Raises RuntimeError where a ring has no slots for so many,
+        or as `reserve` does, before anything changes.
+        """
+        state = self.state
+        state.check()
+        rows = state.rows.with_ahead(np.asarray(tokens, dtype=np.int64))
+        if layers := self.incomplete_layers(rows):
+            raise RuntimeError(
+                f"{max(tokens)} tokens of a draft would overwrite what the rings of layers {layers} show: give ZigzagCache or "
+                f"enable() a rollback of as many (rollback={self.rollback})"
+            )
+        self.ensure_capacity(state.rows.grown_by(np.asarray(tokens, dtype=np.int64)).longest)
+        state.rows = rows
+
     def ensure_capacity(self, needed: int) -> None:
         """Memory for rows of `needed` tokens. Raises RuntimeError beyond `max_len`, MemoryError where there is none."""
         state = self.state
@@ -224,9 +247,9 @@ class ZigzagCache(Cache):
         stores = [(layer.index, store) for layer in self.layers for store in layer.stores if store.left_out]
         return {index: (self.state.longest - store.left_out, store.left_out) for index, store in stores}
 
-    def incomplete_layers(self, length: int, ahead: int) -> list[int]:
-        """Layers that no longer hold what rows of `length` tokens show, after `ahead` more were written and taken back."""
-        return [layer.index for layer in self.layers if not layer.is_whole(length, ahead)] if length else []
+    def incomplete_layers(self, rows: Rows) -> list[int]:
+        """Layers that no longer hold what `rows` show, after what was written ahead of them."""
+        return [layer.index for layer in self.layers if not layer.is_whole(rows)]
 
     @locked
     def reset(self) -> None:
@@ -240,28 +263,44 @@ class ZigzagCache(Cache):
             layer.release() if whole else layer.drop()
 
     @locked
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Sequence[int]) -> None:
         """Takes the last tokens back: `-tokens` of them if negative; all but the first `tokens` if positive; none for 0.
 
-        Columns are counted, padding included. Waits for nothing. Raises RuntimeError, before anything changes, if a ring has
-        overwritten what would show again: it can take `rollback` tokens back, or any number until it has been full.
+        A sequence has such a number for each row, counted from the row's own end. Columns are counted, padding included. Waits
+        for nothing. Rows that end before the longest one have left its last columns out: the next mask has zeros there.
+
+        Raises:
+            RuntimeError: a ring has overwritten what would show again: it can take `rollback` tokens back, or any number until it
+                has been full. Or more than all are to be taken back. Nothing was changed.
+            ValueError: a sequence has another length than the batch.
         """
         state = self.state
         state.check()
-        removed = -tokens if tokens < 0 else max(0, state.columns - tokens) if tokens else 0
-        if removed > state.columns:
-            raise RuntimeError(f"crop({tokens}) takes back more than the {state.columns} tokens that the cache holds")
-        left = max(0, state.longest - removed)
-        if removed and state.columns > removed and (layers := self.incomplete_layers(left, state.ahead + removed)):
+        before, after = state.rows.ends, self._cropped_ends(tokens)
+        if after is None or (after == before).all():
+            return
+        rows = state.rows.cut_at(after)
+        if layers := self.incomplete_layers(rows):
             self._refuse_compressed(layers, f"crop({tokens})")
             raise RuntimeError(
-                f"crop({tokens}) takes {removed} tokens back; the rings of layers {layers} can take back "
-                f"{max(0, self.rollback - state.ahead)} (rollback={self.rollback}); nothing was changed. Give ZigzagCache or "
-                "enable() a larger rollback"
+                f"crop({tokens}) takes {int((before - after).max())} tokens back; the rings of layers {layers} can take back "
+                f"{max(0, self.rollback - state.rows.furthest_ahead)} (rollback={self.rollback}); nothing was changed. Give "
+                "ZigzagCache or enable() a larger rollback"
             )
-        if removed:
-            with state.change("crop()"):
-                state.remove(removed)
+        with state.change("crop()"):
+            state.remove(rows)
+
+    def _cropped_ends(self, tokens: int | Sequence[int]) -> np.ndarray | None:
+        """[batch]: where rows end after `crop(tokens)`; None where nothing is held."""
+        rows, columns = self.state.rows, self.state.columns
+        given = np.asarray(tokens, dtype=np.int64)
+        if given.ndim and given.shape != rows.ends.shape:
+            raise ValueError(f"crop() takes one number or one per row of {len(rows.ends)}, got {given.shape}")
+        reference = rows.ends if given.ndim else columns
+        if (-given > reference).any():
+            raise RuntimeError(f"crop({tokens}) takes back more than the {columns} tokens that the cache holds")
+        ends = np.where(given < 0, reference + given, np.where(given > 0, given, reference))
+        return np.minimum(ends, rows.ends) if columns else None
 
     def _refuse_compressed(self, layers: list[int], what: str) -> None:
         """Raises RuntimeError if any of `layers`, which cannot take tokens back, has dropped some of a prompt."""
@@ -301,7 +340,7 @@ class ZigzagCache(Cache):
         same = min(state.tokens.first_difference(ids, mask), ids.shape[1] - 1)
         if same == state.columns:
             return
-        if layers := self.incomplete_layers(max(0, state.longest - state.columns + same), state.ahead + state.columns - same):
+        if layers := self.incomplete_layers(state.rows.cut_at(np.minimum(state.rows.ends, same))):
             self._refuse_compressed(layers, "generate()")
             shorter = same == ids.shape[1] - 1
             what = f"{state.columns - same} tokens beyond those given" if shorter else f"another token at position {same}"

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..attention import ops
 from ..attention.store import Chunk, in_normal_mode
+from .rows import Rows
 from .state import locked
-from .tokens import raise_mask_error
+from .tokens import raise_mask_error, to_device
 
 if TYPE_CHECKING:
     from .cache import ZigzagCache
@@ -46,9 +48,18 @@ class Forward:
     was, the cache holds what it held before; only where a ring has overwritten tokens for the new ones it is marked instead.
     """
 
-    def __init__(self, cache: "ZigzagCache", batch: int, q_len: int, mask=None, ids=None, positions: Tensor | None = None):
+    def __init__(
+        self,
+        cache: "ZigzagCache",
+        batch: int,
+        q_len: int,
+        mask: Tensor | None = None,
+        ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        counts: np.ndarray | None = None,
+    ):
         self.cache, self.state, self.batch, self.total = cache, cache.state, batch, q_len
-        self.mask, self.ids, self.positions = mask, ids, positions
+        self.mask, self.ids, self.positions, self.counts = mask, ids, positions, counts
         self.given: set[int] = set()  # layers whose new keys the cache was given in the present piece
         self.attended: set[int] = set()  # those that it has been through
         self.written = self.done = 0  # columns that any layer, that all layers have appended
@@ -66,15 +77,14 @@ class Forward:
         state.check()
         state.tokens.raise_remembered()
         self._check_batch()
-        self.before = state.columns, state.longest, state.uniform, state.ahead
+        self.before = state.rows
         if state.observed and self._follows_prompt():
             self.cache.compress()
-            self.before = state.columns, state.longest, state.uniform, state.ahead
+            self.before = state.rows
         self.observed = dict(state.observed)
-        longest, uniform = self._read_mask()
-        self.cache.ensure_capacity(longest)
+        self.after = self._read_counts() if self.counts is not None else self._read_mask()
+        self.cache.ensure_capacity(self.after.longest)
         self.lengths: dict[torch.device, Tensor] = {}  # before this forward; kept once a piece has advanced them
-        self.after = longest, uniform
         self._set_pad()
         state.num_forwards += 1
         state.forward = self
@@ -114,8 +124,10 @@ class Forward:
 
     @property
     def short(self) -> bool:
-        """Whether this forward waits for nothing, its mask included."""
-        return self.total == 1 or (self.before[0] > 0 and self.total <= ops.MAX_DECODE_QUERIES)
+        """Whether this forward waits for nothing, its mask included: not where that says which rows have ended before others."""
+        if self.mask is not None and self.before.ragged:
+            return False
+        return self.total == 1 or (self.before.columns > 0 and self.total <= ops.MAX_DECODE_QUERIES)
 
     @property
     def decodes(self) -> bool:
@@ -152,8 +164,9 @@ class Forward:
             state.lengths_on(device),
             self.pad_on(device),
             state.workspace(device),
-            past=state.columns if state.uniform else None,
-            started=state.columns > 0 and state.uniform,
+            past=state.columns if state.rows.uniform else None,
+            started=state.columns > 0 and state.rows.uniform,
+            decodes=self.counts is not None,
         )
 
     @property
@@ -164,7 +177,7 @@ class Forward:
 
     def _follows_prompt(self) -> bool:
         """Whether this is a short forward behind a prompt, which so has ended."""
-        return self.before[0] >= max(1, self.state.prompt_end) and self.total <= ops.MAX_DECODE_QUERIES
+        return self.before.columns >= max(1, self.state.prompt_end) and self.total <= ops.MAX_DECODE_QUERIES
 
     @in_normal_mode
     def observe(self, layer: int, q: Tensor, scale: float) -> None:
@@ -204,8 +217,21 @@ class Forward:
         if missed:
             raise RuntimeError(f"layers {missed} never called zigzag attention: this model's layers are not all plain attention")
 
-    def _read_mask(self) -> tuple[int, bool]:
-        """Tokens of the longest row after this forward, an upper bound, and whether all rows are known to hold as many.
+    def _read_counts(self) -> Rows:
+        """The rows after this forward, where each gets the last `counts` [batch] columns, behind its own end."""
+        counts = self.counts = np.asarray(self.counts, dtype=np.int64)
+        if self.mask is not None:
+            raise ValueError("a forward takes an attention_mask or the counts of its rows, not both")
+        if self.total > ops.MAX_DECODE_QUERIES:
+            raise ValueError(f"counts go with up to {ops.MAX_DECODE_QUERIES} new columns, got {self.total}")
+        if counts.shape != (self.batch,) or (counts < 0).any() or (counts > self.total).any():
+            raise ValueError(f"counts must be [{self.batch}] numbers of 0 to {self.total} new tokens, got {counts.tolist()}")
+        device = next((layer.device for layer in self.cache.layers if layer.is_initialized), torch.device("cpu"))
+        self.padding = in_normal_mode(lambda: to_device((self.total - counts).astype(np.int32), device))()
+        return self.state.rows.grown_by(counts)
+
+    def _read_mask(self) -> Rows:
+        """The rows after this forward.
 
         mask [batch, seen + q_len], 0 where a row has no token. A prompt waits for the device once. Up to `ops.MAX_DECODE_QUERIES`
         tokens on a cache that holds some wait for nothing: a wrong mask raises at once on a CPU, in a later forward on a GPU.
@@ -213,7 +239,7 @@ class Forward:
         state, mask, q_len = self.state, self.mask, self.total
         if mask is None:
             self._check_positions()
-            return state.longest + q_len, state.uniform
+            return state.rows.followed_by(q_len)
         if mask.dim() != 2 or tuple(mask.shape) != (self.batch, state.columns + q_len):
             raise ValueError(
                 f"attention_mask must be [batch, tokens seen + new tokens] = [{self.batch}, {state.columns + q_len}], "
@@ -257,11 +283,11 @@ class Forward:
         )
 
     @in_normal_mode
-    def _read_short_mask(self) -> tuple[int, bool]:
+    def _read_short_mask(self) -> Rows:
         state, q_len, mask = self.state, self.total, self.mask
         on_cpu = mask.device.type == "cpu"
         if on_cpu:
-            raise_mask_error(int(state.tokens.mask_fault(mask, q_len, bool(state.ahead))))
+            raise_mask_error(int(state.tokens.mask_fault(mask, q_len, state.rows.furthest_ahead > 0)))
         if q_len == 1:
             self.padding = state.read_step(mask[:, -1])
             self.hidden = self.padding[:, None] > 0
@@ -269,21 +295,21 @@ class Forward:
             self.hidden = mask[:, -q_len:] == 0
             self.padding = self.hidden.sum(1, dtype=torch.int32)
             self.reorders = not on_cpu or bool(_is_mixed(self.hidden))
-        return state.longest + q_len, False  # until the next prompt's mask is read
+        return state.rows.with_some_left_out(q_len)  # until the next prompt's mask is read
 
     @in_normal_mode
-    def _read_prompt_mask(self) -> tuple[int, bool]:
+    def _read_prompt_mask(self) -> Rows:
         state, q_len, mask = self.state, self.total, self.mask
         hidden = mask[:, -q_len:] == 0
         padding = hidden.sum(1, dtype=torch.int32)
         held = state.lengths_on(mask.device)[0] + (q_len - padding)
         fault = state.tokens.mask_fault(mask, q_len, False).to(mask.device)
-        facts = (fault, held.min(), held.max(), padding.max(), _is_mixed(hidden))
-        code, least, most, padded, mixed = torch.stack([fact.long() for fact in facts]).tolist()
+        code, mixed, *known = torch.cat([fault.reshape(1), _is_mixed(hidden).reshape(1), held.long(), padding.long()]).tolist()
         raise_mask_error(code)
-        if padded:
+        held_then, left_out = np.array(known, dtype=np.int64).reshape(2, self.batch)
+        if left_out.any():
             self.padding, self.hidden, self.reorders = padding, hidden, bool(mixed)
-        return most, least == state.columns + q_len
+        return state.rows.with_padding(q_len, left_out, held_then, leads=not mixed)
 
     @in_normal_mode
     def _set_pad(self) -> None:
@@ -312,12 +338,10 @@ class Forward:
             lengths.add_(self.q_len)
             if self.pad:
                 lengths.sub_(self.pad_on(device))
-        state.columns += self.q_len
-        state.longest = self.after[0] if last else min(self.after[0], state.longest + self.q_len)
-        state.ahead = max(0, state.ahead - self.q_len)
+        state.rows = self.after if last else state.rows.followed_by(self.q_len)
         self.done += self.q_len
         if last:
-            state.uniform, state.forward, state.observed = self.after[1], None, self.observed
+            state.forward, state.observed = None, self.observed
         self.committing = state.changing = None
 
     def _note_tokens(self, last: bool) -> None:
@@ -326,9 +350,11 @@ class Forward:
         if not state.stores or not state.seq_lens:
             return
         if last and self.short and self.mask is not None and self.mask.is_cuda:
-            tokens.remember(tokens.mask_fault(self.mask, self.total, bool(state.ahead)))
+            tokens.remember(tokens.mask_fault(self.mask, self.total, state.rows.furthest_ahead > 0))
         device = next(iter(state.seq_lens))
         ids = None if self.ids is None else self.ids[:, self.done : self.done + self.q_len]
+        if self.counts is not None:
+            return tokens.note_rows(ids, self.counts, self.q_len, device, state.rows)
         tokens.note(ids, self._hidden_now(), self.batch, self.q_len, device, state.columns)
 
     @in_normal_mode
@@ -342,13 +368,14 @@ class Forward:
             return  # nobody knows which lengths have advanced: `changing` says so
         state.changing = "a forward failed, and going back to what the cache held before was interrupted"
         state.forward = None
-        columns, longest, uniform, ahead = self.before
         for device, lengths in self.lengths.items():
             state.seq_lens[device].copy_(lengths)
-        state.columns, state.longest, state.uniform = columns, longest, uniform
-        state.ahead = max(ahead, self.written) if columns else 0
-        state.tokens.cut(columns)
-        lost = self.cache.incomplete_layers(longest, state.ahead) if columns else []
+        state.rows = self.before.with_ahead(self.written) if self.before.columns else self.before
+        if self.counts is None:
+            state.tokens.cut(state.columns)
+        else:
+            state.tokens.take_back(self.after.ends, self.before.ends)
+        lost = self.cache.incomplete_layers(state.rows)
         state.changing = None
         if lost:
             state.changing = f"a forward failed half-way, its tokens have overwritten older ones in the rings of layers {lost}"

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.store import LayerStore, attend
+from .rows import Rows
 from .state import Addresses, CacheState, locked
 
 
@@ -138,9 +139,11 @@ class ZigzagLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
-    def is_whole(self, length: int, ahead: int) -> bool:
-        """See `LayerStore.is_whole`."""
-        return all(store.is_whole(length, ahead) for store in self.stores)
+    def is_whole(self, rows: Rows) -> bool:
+        """Whether all that `rows` show is there, after what was written ahead of them."""
+        if rows.lack_compressed and any(store.left_out for store in self.stores):
+            return False
+        return all(store.is_whole(*pair) for store in self.stores if store.window for pair in rows.shown)
 
     @locked
     def reset(self) -> None:

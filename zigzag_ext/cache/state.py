@@ -11,6 +11,7 @@ from torch import Tensor
 from ..attention import ops
 from ..attention.store import in_normal_mode
 from .compression import PromptCompression
+from .rows import Rows
 from .tokens import HeldTokens
 
 BROKEN = "call reset()"
@@ -37,10 +38,9 @@ class Addresses:
 class CacheState:
     """Tokens held per row, never waited for: `seq_lens` on the devices, bounds of them on the host.
 
-    batch: rows, None before the first forward. columns: tokens seen per row, padding included. longest: tokens of the longest
-    row, an upper bound. ahead: columns written behind the present end and taken back since, which rings may still hold.
-    capacity: tokens that retrieval layers have memory for. uniform: whether every row is known to hold `columns` tokens.
-    tokens: which tokens they are. observed: by layer, the last queries of a prompt that is to be compressed, and their scale.
+    batch: rows, None before the first forward. rows: what the host knows of each. capacity: tokens that retrieval layers have
+    memory for. tokens: which tokens are held. observed: by layer, the last queries of a prompt that is to be compressed, and
+    their scale.
     """
 
     def __init__(self, max_len: int | None, stores: bool, compression: PromptCompression | None = None, num_lengths: int = 1):
@@ -80,14 +80,23 @@ class CacheState:
         """Nothing is held; buffers stay."""
         self.changing = "reset() was interrupted"
         self.forward = None  # the Forward under way
-        self.capacity = self.columns = self.longest = self.ahead = 0
-        self.uniform = True
+        self.capacity, self.rows = 0, Rows.empty(self.batch)
         self.compressed = False
         self.observed: dict[int, tuple[Tensor, float]] = {}
         self.tokens.cut(0)
         for lengths in self.seq_lens.values():
             lengths.zero_()
         self.changing: str | None = None  # what was under way, and so why the contents are not whole
+
+    @property
+    def columns(self) -> int:
+        """Tokens seen per row, padding included, up to the end of the longest row."""
+        return self.rows.columns
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, an upper bound."""
+        return self.rows.longest
 
     def check(self) -> None:
         """Raises RuntimeError if the contents are not whole. Before anything but the forward under way uses the cache."""
@@ -132,16 +141,14 @@ class CacheState:
         return torch.eq(visible, 0, out=pad)
 
     @in_normal_mode
-    def remove(self, columns: int) -> None:
-        """Takes the last `columns` columns back on host and devices; the layers have been asked."""
-        removed = self.tokens.count(self.columns - columns, self.columns)
+    def remove(self, rows: Rows) -> None:
+        """Takes back on host and devices what `rows`, cut from the present ones, lack; the layers have been asked."""
+        removed = self.tokens.take_back(self.rows.ends, rows.ends)
         for device, lengths in self.seq_lens.items():
-            lengths.sub_(columns if removed is None else removed.to(device))
-        self.columns -= columns
-        self.longest = max(0, self.longest - columns)
-        self.ahead += columns
-        self.tokens.cut(self.columns)
-        self.observed = {layer: (q[:, :, :-columns], scale) for layer, (q, scale) in self.observed.items()}
+            lengths.sub_(removed.to(device) if removed is not None else self.columns - rows.columns)
+        if columns := self.columns - rows.columns:
+            self.observed = {layer: (q[:, :, :-columns], scale) for layer, (q, scale) in self.observed.items()}
+        self.rows = rows
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
@@ -150,6 +157,8 @@ class CacheState:
             self.seq_lens[device] = lengths.copy_(chosen) if len(index) == self.batch else chosen
         self.tokens.select_rows(index)
         self.observed = {layer: (q.index_select(0, index.to(q.device)), scale) for layer, (q, scale) in self.observed.items()}
+        known = not index.is_cuda or self.rows.ragged  # else this would wait for the GPU
+        self.rows = self.rows.select(index.cpu().numpy() if known else None, len(index))
         if len(index) != self.batch:
             self.batch = len(index)
             self.addresses = Addresses()

@@ -1,9 +1,11 @@
 """HeldTokens: which token stands in each column of a cache, and what masks of short forwards got wrong, without waiting."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..attention.store import in_normal_mode
+from .rows import Rows
 
 SKIPPED, UNKNOWN = -1, -2  # in the place of an id: a column that the row left out; a token that came as an embedding
 _CHANGED, _SKIPPED_AHEAD = 1, 2
@@ -46,15 +48,41 @@ class HeldTokens:
             new[:, : self.columns] = self.ids[:, : self.columns]
         self.ids = new
 
+    @in_normal_mode
+    def note_rows(self, ids: Tensor | None, counts: np.ndarray, q_len: int, device: torch.device, rows: Rows) -> None:
+        """As `note`, where row i gets the last counts[i] of its `q_len` columns, behind its own end in `rows`.
+
+        Columns that only longer rows have are SKIPPED.
+        """
+        self._make_room(len(counts), rows.columns + q_len, device)
+        self.ids[:, rows.columns : rows.columns + q_len] = SKIPPED
+        ends, new = to_device(np.stack([rows.ends, counts]), device)[:, :, None]
+        column = torch.arange(q_len, device=device)
+        if ids is None:
+            tokens = torch.full((len(counts), q_len), UNKNOWN, dtype=torch.int32, device=device)
+        else:
+            tokens = ids.to(device, torch.int32).gather(1, (column + q_len - new) % q_len)
+        self.ids.scatter_(1, ends + column, tokens.masked_fill_(column >= new, SKIPPED))
+        self.columns = rows.grown_by(counts).columns
+
     def cut(self, columns: int) -> None:
         """Forgets all columns from `columns` on."""
         self.columns = min(self.columns, columns)
         if not columns:
             self.fault = self.fetched = None
 
-    def count(self, start: int, end: int) -> Tensor | None:
-        """[batch] int32: tokens that rows hold of columns [start, end); None if nothing was noted."""
-        return None if self.ids is None else (self.ids[:, start:end] != SKIPPED).sum(1, dtype=torch.int32)
+    @in_normal_mode
+    def take_back(self, before: np.ndarray, after: np.ndarray) -> Tensor | None:
+        """Row i ends at column after[i] instead of before[i]. Returns [batch] int32, tokens it held there; None: no ids noted."""
+        removed = None
+        if self.ids is not None:
+            start, end = int(np.where(after < before, after, before.max()).min()), int(before.max())
+            tail = self.ids[:, start:end]
+            gone = torch.arange(start, end, device=tail.device) >= to_device(after, tail.device)[:, None]
+            removed = (gone & (tail != SKIPPED)).sum(1, dtype=torch.int32)
+            tail.masked_fill_(gone, SKIPPED)
+        self.cut(int(after.max()))
+        return removed
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
@@ -106,6 +134,12 @@ class HeldTokens:
             if code:
                 self.fault = None
                 raise ValueError(f"in an earlier step, whose output is wrong: {_ERRORS[code]}")
+
+
+def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Integers as a tensor on the device, without waiting for it."""
+    host = torch.from_numpy(numbers.copy())
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def raise_mask_error(code: int) -> None:

@@ -145,6 +145,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens: less memory.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
+    speculate: Annotated[
+        str | None, typer.Option(help="Draft tokens and verify several at once: auto, lookup, streaming.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
 ) -> None:
@@ -166,11 +169,12 @@ def generate(
     if temperature:
         options |= {"do_sample": True, "temperature": temperature}
     show = functools.partial(print, end="", flush=True)
-    result = timed(network, tokenizer, text, chosen, max_new_tokens, show, **options)
+    result = timed(network, tokenizer, text, chosen, max_new_tokens, show, draft=speculate, **options)
     speed = f"{1 / result.seconds_per_token:.1f} tokens/s" if result.new_tokens > 1 else "one token"
     print(
         f"\n\nprompt {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; {result.new_tokens} new tokens, {speed}; "
-        f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{result.cache_report}\n{chosen!r}",
+        f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{result.cache_report}\n{chosen!r}"
+        + ("" if result.speculation is None else f"\n{result.speculation}"),
         file=sys.stderr,
     )
 

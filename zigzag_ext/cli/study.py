@@ -77,6 +77,10 @@ def evaluate(
     kv_format: KvFormat = None,
     ring_kv_format: RingKvFormat = None,
     key_smoothing: KeySmoothing = None,
+    speculate: Annotated[
+        str | None, typer.Option(help="Also continue each prompt by speculative decoding: auto, lookup or streaming drafts.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Of --speculate: tokens that a prompt is continued by.")] = 64,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV file that the rows are added to.")] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = "auto",
     dtype: Annotated[str, typer.Option(help=_DTYPE)] = "auto",
@@ -98,6 +102,8 @@ def evaluate(
     if len(plans) != len(plan or []) + full:
         raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
     lengths, depths = length or [1024, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]
+    if speculate is not None and (other := [each.name for each in chosen if each.name in tasks.RULER]):
+        raise ValueError(f"--speculate continues the prompts of {', '.join(tasks.TASKS)}; not of {', '.join(other)}")
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = load_model(model, device, dtype)
     if output is not None:
@@ -115,6 +121,14 @@ def evaluate(
             if output is not None:
                 tasks.append(output, found)
     console.print(_table(rows))
+    if speculate is not None:
+        grid = [(name, each, tokens) for name in plans for each in chosen for tokens in lengths]
+        found = []
+        for name, each, tokens in grid:
+            samples = each.samples(tokenizer, tokens, depths if each.has_depth else [None], prompts, seed)
+            report = tasks.accepted(network, samples, plans[name], speculate, new_tokens)
+            found.append((name, each.name, str(tokens), report))
+        console.print(_speculation_table(found))
     if output is not None:
         console.print(f"wrote {output}", highlight=False)
 
@@ -169,6 +183,16 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True)
+
+
+def _speculation_table(found) -> Table:
+    headers = ("plan", "task", "tokens", "drafted", "kept", "per round", "ms per token")
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 2, 0, 0))
+    for *names, report in found:
+        drafted = sum(report.drafted.values())
+        ms = report.rounds_ms / max(1, report.tokens - report.prompts)
+        table.add_row(*names, str(drafted), f"{report.acceptance():.0%}", f"{report.tokens_per_round:.2f}", f"{ms:.2f}")
+    return table
 
 
 def _table(rows) -> Table:

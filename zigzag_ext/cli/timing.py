@@ -11,6 +11,7 @@ from ..cache import ZigzagCache
 from ..hf import zigzag
 from ..hf.cache_argument import cache_argument
 from ..planning.plan import Plan
+from ..speculation import speculate
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Generation:
     seconds_per_token: float  # of the tokens after the first; NaN if there is only one
     cache_bytes: int
     cache_report: str  # bytes by kind of layer and format
+    speculation: str | None = None  # what speculative decoding did
 
 
 class _Clock(TextStreamer):
@@ -51,7 +53,15 @@ class _Clock(TextStreamer):
 
 @torch.inference_mode()
 def generate(
-    model, tokenizer, prompt: str, plan: Plan, max_new_tokens: int, show=None, compile: bool = False, **options
+    model,
+    tokenizer,
+    prompt: str,
+    plan: Plan,
+    max_new_tokens: int,
+    show=None,
+    compile: bool = False,
+    draft: str | None = None,
+    **options,
 ) -> Generation:
     """Continues `prompt` with `plan`, greedily unless `options` for `model.generate` say otherwise.
 
@@ -60,6 +70,7 @@ def generate(
     Args:
         show: called with pieces of text as they are finished.
         compile: as in `zigzag_ext.enable`; the times then include that of compiling.
+        draft: as in `zigzag_ext.speculate`; None: plain decoding.
 
     Raises:
         ValueError: plan and model do not fit, or the prompt is empty. What `zigzag_ext.enable` raises.
@@ -68,13 +79,15 @@ def generate(
     prompt_tokens = inputs["input_ids"].shape[1]
     if not prompt_tokens:
         raise ValueError("the prompt is empty")
-    cache = ZigzagCache(model.config, plan, max_len=prompt_tokens + max_new_tokens)
     clock = _Clock(tokenizer, show)
+    speculation = None if draft is None else speculate(draft, streamer=clock)
+    cache = ZigzagCache(model.config, plan, max_len=prompt_tokens + max_new_tokens, rollback=getattr(speculation, "rollback", 0))
     options = {"do_sample": False} | options
+    options |= {"streamer": clock} if speculation is None else {"custom_generate": speculation}
     with zigzag(model, plan, compile=compile):
         start = time.perf_counter()
         options |= cache_argument(model, cache)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=clock, **options)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     new = output[0, prompt_tokens:]
     steps = len(clock.arrivals) - 1
     return Generation(
@@ -85,4 +98,5 @@ def generate(
         seconds_per_token=(clock.arrivals[-1] - clock.arrivals[0]) / steps if steps else float("nan"),
         cache_bytes=cache.memory_bytes(),
         cache_report=cache.memory_report(),
+        speculation=None if speculation is None else str(speculation.report),
     )

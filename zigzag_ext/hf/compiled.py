@@ -1,4 +1,4 @@
-"""Compiled decoding: a forward of one token per row runs as one compiled graph, on a GPU as one captured CUDA graph.
+"""Compiled decoding: a forward of few tokens per row runs as one compiled graph, on a GPU as one captured CUDA graph.
 
 torch.compile sees the model's own forward with a StepCache in place of the cache; no copy of a family's code, no second path.
 The CUDA graph is captured here rather than by mode="reduce-overhead": one graph per cache instead of one tree per function that
@@ -29,19 +29,13 @@ class CompiledDecoding:
     """Runs the decode steps of one model, each as its compiled `_Step`."""
 
     def __init__(self, model: nn.Module, forward: Callable):
-        def step(inputs: dict):
-            return forward(**inputs)
-
-        # Compiled code is filed under its code object, and only a few variants of one are allowed: each model gets its own.
-        own = types.FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
-        # Tuning writes products of one row as reductions, which reach the bandwidth that cuBLAS leaves, and fuses what surrounds
-        # them: 88 kernels instead of 155 in a step of 8 Llama-3-8B layers on an H100, 2.57 ms instead of 2.84.
-        options = {"triton.cudagraphs": False, "coordinate_descent_tuning": True}
-        self.compiled = torch.compile(own, fullgraph=True, backend=_Backend(options))
-        self.model = model
+        self.model, self.forward = model, forward
+        self.compiled: dict[Hashable, Callable] = {}  # by what a step is: its columns, how it reads a cache
         # By the addresses that they were made for. A cache must not keep a model alive, nor a model the buffers of a cache.
         self.steps: weakref.WeakKeyDictionary[object, dict] = weakref.WeakKeyDictionary()
         self.spare: list[tuple] = []  # memory of the last cache that is gone
+        self.model_is: tuple | None = None  # its fingerprint, as of `last`
+        self.last: tuple | None = None  # the cache's addresses and number of the latest forward that was a compiled step
 
     def new_cache(self, plan, options: dict) -> ZigzagCache:
         """An empty cache, on the memory of the last one that is gone if it fits: what was compiled on it goes on serving."""
@@ -50,7 +44,7 @@ class CompiledDecoding:
             cache = ZigzagCache.on_memory_of(*self.spare.pop())
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-        if cache is None or not cache.lives_on(model.device, dtype):
+        if cache is None or not cache.lives_on(model.device, dtype) or cache.rollback < options["rollback"]:
             cache = ZigzagCache(model.config, plan, **options)
         weakref.finalize(cache, _keep_spare, self.spare, cache.memory).atexit = False
         return cache
@@ -59,11 +53,51 @@ class CompiledDecoding:
         cache = forward.cache
         _, inputs = split_cache(kwargs)
         inputs.pop("attention_mask", None)
-        steps, signature = self.steps.setdefault(cache.addresses, {}), _signature(inputs, forward)
-        if signature not in steps:
-            steps[signature] = _Step(self.model, self.compiled, forward, inputs)
+        kind = (forward.total, None, forward.padding is None)
+        step = self._step(cache, kind, inputs, lambda: StepCache.of(forward))
         with forward.attending_all():
-            return steps[signature](forward, inputs)
+            step.view.refresh(forward)
+            output = step(inputs, self._fingerprint(cache, forward.state.num_forwards - 1))
+            step.view.advance()
+        return tree_map(lambda leaf: cache if leaf is step.view else step.to_caller(leaf), output)
+
+    def draft(self, cache: ZigzagCache, view: StepCache, inputs: dict) -> Tensor:
+        """Logits [batch, vocab] of a step on a view of a cache, which no forward of it counts. One view per reading and cache."""
+        step = self._step(cache, (1, view.through, False), inputs, lambda: view)
+        if step.view is not view:
+            raise ValueError("a cache is drafted on through one view for each sink and window")
+        return step.to_caller(step(inputs, self._fingerprint(cache, cache.state.num_forwards)).logits[:, -1])
+
+    def _step(self, cache: ZigzagCache, kind: tuple, inputs: dict, view: Callable[[], StepCache]) -> "_Step":
+        steps = self.steps.setdefault(cache.addresses, {})
+        signature = (kind, *_signature(inputs, cache.layers[0].device.type))
+        if signature not in steps:
+            steps[signature] = _Step(self.model, self._compiled(kind[:2]), view(), inputs)
+        return steps[signature]
+
+    def _compiled(self, kind: tuple) -> Callable:
+        forward = self.forward
+
+        def step(inputs: dict):
+            return forward(**inputs)
+
+        if kind not in self.compiled:
+            # Compiled code is filed under its code object, and only a few variants of one are allowed: each gets its own.
+            own = types.FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
+            # Tuning writes products of one row as reductions, which reach the bandwidth that cuBLAS leaves, and fuses what
+            # surrounds them: 88 kernels instead of 155 in a step of 8 Llama-3-8B layers on an H100, 2.57 ms instead of 2.84.
+            options = {"triton.cudagraphs": False, "coordinate_descent_tuning": True}
+            self.compiled[kind] = torch.compile(own, fullgraph=True, backend=_Backend(options))
+        return self.compiled[kind]
+
+    def _fingerprint(self, cache: ZigzagCache, before: int) -> tuple | None:
+        """Of the model, looked at again unless the forward `before` this step was a compiled one; None on a CPU."""
+        if cache.layers[0].device.type != "cuda":
+            return None
+        if self.last != (weakref.ref(cache.addresses), before):
+            self.model_is = _fingerprint(self.model)
+        self.last = weakref.ref(cache.addresses), cache.state.num_forwards
+        return self.model_is
 
 
 class _Backend:
@@ -87,9 +121,8 @@ class _Step:
     """
 
     @in_normal_mode
-    def __init__(self, model: nn.Module, compiled: Callable, forward: Forward, inputs: dict):
-        self.model, self.compiled = model, compiled
-        self.view = StepCache(forward)
+    def __init__(self, model: nn.Module, compiled: Callable, view: StepCache, inputs: dict):
+        self.model, self.compiled, self.view = model, compiled, view
         self.tensors = {
             name: value.clone(memory_format=torch.contiguous_format)  # strides of a slice would be compiled for
             for name, value in inputs.items()
@@ -97,23 +130,22 @@ class _Step:
         }
         self.inputs = inputs | self.tensors | cache_argument(model, self.view)
         self.graph = self.output = self.captured_on = None
-        self.last_forward = -1
 
     @torch.no_grad()
-    def __call__(self, forward: Forward, inputs: dict):
+    def __call__(self, inputs: dict, model_is: tuple | None):
+        """The model's output, on a GPU at the addresses of the graph. model_is: the model's fingerprint; None on a CPU."""
         for name, static in self.tensors.items():
             static.copy_(inputs[name])
-        self.view.refresh(forward)
-        on_gpu = self.view.device.type == "cuda"
-        output = self._replay(forward.state.num_forwards) if on_gpu else self._run()
-        self.view.advance()
+        if model_is is None:
+            return self._run()
+        if self.captured_on != model_is:
+            self._capture()
+            self.captured_on = model_is
+        self.graph.replay()
+        return self.output
 
-        def to_caller(leaf):
-            if leaf is self.view:
-                return forward.cache
-            return leaf.clone() if on_gpu and isinstance(leaf, Tensor) else leaf  # the next replay overwrites it
-
-        return tree_map(to_caller, output)
+    def to_caller(self, leaf):
+        return leaf.clone() if self.graph is not None and isinstance(leaf, Tensor) else leaf  # the next replay overwrites it
 
     @in_normal_mode
     def _run(self):
@@ -124,16 +156,7 @@ class _Step:
             name = type(self.model).__name__
             raise RuntimeError(f"{name} cannot decode as one compiled graph; enable it without compile=True. {error}") from error
 
-    def _replay(self, forward: int):
-        if self.last_forward + 1 != forward:  # the first step after a prompt
-            self._capture_if_needed()
-        self.last_forward = forward
-        self.graph.replay()
-        return self.output
-
-    def _capture_if_needed(self) -> None:
-        if self.captured_on == (now := _fingerprint(self.model)):
-            return
+    def _capture(self) -> None:
         self.graph = self.output = self.captured_on = None
         device = self.view.device
         graph, stream, caller = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -144,7 +167,7 @@ class _Step:
         caller.wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.output = self._run()
-        self.graph, self.captured_on = graph, now
+        self.graph = graph
 
 
 def check_compilable(model: nn.Module) -> None:
@@ -164,15 +187,14 @@ def _keep_spare(spare: list, memory: tuple) -> None:
     spare[:] = [memory]
 
 
-def _signature(inputs: dict, forward: Forward) -> Hashable:
+def _signature(inputs: dict, device: str) -> tuple:
     """What a captured step depends on besides the values of tensors. Raises TypeError for an input that cannot be compared."""
-    device = forward.cache.layers[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     given = tuple((n, v.shape, v.dtype, v.device) if isinstance(v, Tensor) else (n, v) for n, v in inputs.items())
     for name, value, *_ in given:
         if not isinstance(value, Hashable):
             raise TypeError(f"a compiled decode step takes tensors and plain values, {name} is a {type(value).__name__}")
-    return given, forward.padding is None, autocast
+    return given, autocast
 
 
 def _fingerprint(model: nn.Module) -> tuple:

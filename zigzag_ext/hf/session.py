@@ -104,6 +104,20 @@ class Session:
             with forward.piece(new_tokens(last)[1]):
                 return self.behind("forward")(**last)
 
+    def step(self, cache: ZigzagCache, counts, **inputs):
+        """A forward of up to 16 columns, of which row i has the last counts[i], see `ZigzagCache.forward`. Returns its output.
+
+        inputs: arguments of the model's forward, `position_ids` among them, no mask. One compiled graph where steps are compiled.
+        """
+        batch, q_len = new_tokens(inputs)
+        forward = cache.forward(batch, q_len, ids=inputs.get("input_ids"), counts=counts)
+        inputs = {name: value for name, value in inputs.items() if name not in _FOR_GENERATE} | {self.cache_name: cache}
+        with self._without_gradients(), forward, attending(forward):
+            if self.compiled is not None:
+                return self.compiled(forward, inputs)
+            with forward.piece(q_len):
+                return self.behind("forward")(**inputs)
+
     def generate(self, *args, **kwargs):
         names = [name for name in inspect.signature(self.behind("generate")).parameters if name != "kwargs"]
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -113,12 +127,17 @@ class Session:
         for name, instead in _OPTIONS.items():
             if wanted(name):
                 raise ValueError(f"zigzag attention does not serve {name}={wanted(name)!r}: {instead}")
+        own_loop = given.get("custom_generate")
+        for name in ("streamer", "assistant_model") if callable(own_loop) else ():
+            if given.get(name) is not None:
+                where = "give it to zz.speculate(streamer=...)" if name == "streamer" else "leave one of them out"
+                raise ValueError(f"generate() does not hand its {name} to custom_generate: {where}")
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if ids is not None:
             _check_tokens("input_ids", ids, 2)
         cache, kwargs = split_cache(kwargs)
         if cache is None and (wanted("use_cache") is not False or given.get("inputs_embeds") is not None):  # these need one
-            cache = self.new_cache()
+            cache = self.new_cache(rollback=getattr(own_loop, "rollback", 0))
         elif isinstance(cache, ZigzagCache) and ids is not None and not wanted("prefill_chunk_size"):
             cache.keep_first(ids, given.get("attention_mask"))
         if isinstance(cache, ZigzagCache):
@@ -126,10 +145,12 @@ class Session:
         kwargs |= {} if cache is None else {self.cache_name: cache}
         return self.behind("generate")(*args, **kwargs)
 
-    def new_cache(self) -> ZigzagCache:
+    def new_cache(self, rollback: int = 0) -> ZigzagCache:
+        """An empty cache that can take back at least `rollback` tokens."""
+        options = self.cache_options | {"rollback": max(rollback, self.cache_options["rollback"])}
         if self.compiled is not None:
-            return self.compiled.new_cache(self.plan, self.cache_options)
-        return ZigzagCache(self.model.config, self.plan, **self.cache_options)
+            return self.compiled.new_cache(self.plan, options)
+        return ZigzagCache(self.model.config, self.plan, **options)
 
     def _check_arguments(self, kwargs: dict) -> None:
         """Raises TypeError or ValueError for what cannot be served as stock attention serves it."""

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention.store import Chunk, attend
+from ..cache import ZigzagCache
 from ..cache.forward import Forward
 from ..cache.layer import ZigzagLayer
 
@@ -24,9 +25,9 @@ class StepLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, layer: ZigzagLayer, shared: _Shared):
+    def __init__(self, layer: ZigzagLayer, shared: _Shared, through: tuple[int, int] | None):
         super().__init__()
-        self.stores, self.shared = [store.for_compiler() for store in layer.stores], shared
+        self.stores, self.shared = [store.for_compiler(through) for store in layer.stores], shared
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -54,19 +55,26 @@ class StepLayer(CacheLayerMixin):
 class StepCache(Cache):
     """The buffers of a cache, after its first forward. `refresh` goes before a step, `advance` behind it.
 
-    Steps without a mask have padding too, of zeros: they share their compiled graph with steps that have one. transformers leaves
-    a mask of ones out, or does not.
+    seq_lens, pad: [batch] int32 each on the device, what the steps read, see `Chunk`. through: sink and window that retrieval
+    layers are read through; None: in full.
     """
 
-    def __init__(self, forward: Forward):
-        cache, state = forward.cache, forward.state
-        self.device = cache.layers[0].device
-        padding = forward.pad_on(self.device)
-        lengths = state.lengths_on(self.device)
-        pad = torch.zeros_like(lengths[0]) if padding is None else padding
-        shared = _Shared(Chunk(lengths, pad, state.workspace(self.device)))
-        super().__init__(layers=[StepLayer(layer, shared) for layer in cache.layers])
+    def __init__(self, cache: ZigzagCache, seq_lens: tuple[Tensor, ...], pad: Tensor, through: tuple[int, int] | None = None):
+        self.device, self.through = cache.layers[0].device, through
+        shared = _Shared(Chunk(seq_lens, pad, cache.state.workspace(self.device), decodes=True))
+        super().__init__(layers=[StepLayer(layer, shared, through) for layer in cache.layers])
         self.num_columns = 0  # what `columns` is on the device, UNKNOWN while it changes
+
+    @classmethod
+    def of(cls, forward: Forward) -> "StepCache":
+        """For steps like `forward`.
+
+        Steps without a mask have padding too, of zeros: they share their compiled graph with steps that have one. transformers
+        leaves a mask of ones out, or does not.
+        """
+        cache, device = forward.cache, forward.cache.layers[0].device
+        lengths, padding = forward.state.lengths_on(device), forward.pad_on(device)
+        return cls(cache, lengths, torch.zeros_like(lengths[0]) if padding is None else padding)
 
     def was_given(self, layer: int) -> bool:
         return True

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,8 @@ def compress(cache: "ZigzagCache") -> bool:
             store.keep_slots(index, max(lengths))
             for device in state.seq_lens:
                 state.lengths_on(device)[store.lengths].copy_(torch.tensor(kept, dtype=torch.int32))
-        state.longest = state.capacity = max(lengths)  # what layers have memory for beyond it they keep
+        state.rows = state.rows.compressed(np.array(lengths, dtype=np.int64))
+        state.capacity = max(lengths)  # what layers have memory for beyond it they keep
         state.compressed, state.observed = True, {}
     return True
 

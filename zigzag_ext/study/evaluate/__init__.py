@@ -4,6 +4,7 @@ rows = zz.evaluate.passkey(model, tokenizer, plan, lengths=[1024, 4096], prompts
 zz.evaluate.append("rows.csv", rows)
 """
 
+from .acceptance import accepted
 from .multikey import multikey
 from .multivalue import multivalue
 from .passkey import passkey
@@ -16,5 +17,6 @@ from .task import Task
 TASKS: dict[str, Task] = {task.name: task for task in (passkey, multikey, multivalue, perplexity)}
 
 __all__ = [
-    "RULER", "TASKS", "Row", "RulerTask", "Task", "append", "multikey", "multivalue", "passkey", "perplexity", "read", "score",
+    "RULER", "TASKS", "Row", "RulerTask", "Task", "accepted", "append", "multikey", "multivalue", "passkey", "perplexity", "read",
+    "score",
 ]  # fmt: skip

@@ -1,0 +1,110 @@
+"""Rows: what the host knows of each row of a cache, so that nothing waits for the device."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Five numbers per row, [batch] int64 each. Rows end at different columns after each took back a number of its own.
+
+    ends: columns up to the row's last one. held: tokens, an upper bound. solid: of the row's last columns, how many are known to
+    be tokens, without one that it left out. ahead: columns behind its end that were written and taken back, which rings may
+    still hold. prompt: tokens of a prompt that was compressed, which layers may have dropped some of; 0 without.
+    """
+
+    ends: np.ndarray
+    held: np.ndarray
+    solid: np.ndarray
+    ahead: np.ndarray
+    prompt: np.ndarray
+
+    @classmethod
+    def empty(cls, batch: int | None) -> "Rows":
+        zeros = np.zeros(batch or 0, dtype=np.int64)
+        return cls(zeros, zeros, zeros, zeros, zeros)
+
+    @cached_property
+    def columns(self) -> int:
+        return int(self.ends.max(initial=0))
+
+    @cached_property
+    def longest(self) -> int:
+        return int(self.held.max(initial=0))
+
+    @cached_property
+    def furthest_ahead(self) -> int:
+        return int(self.ahead.max(initial=0))
+
+    @cached_property
+    def shown(self) -> set[tuple[int, int]]:
+        """Tokens held and written ahead, of rows that hold some."""
+        return {pair for pair in zip(self.held.tolist(), self.ahead.tolist(), strict=True) if pair[0]}
+
+    @property
+    def lack_compressed(self) -> bool:
+        """Whether a row has fewer tokens than its prompt had when that was compressed."""
+        return bool((self.held < self.prompt).any())
+
+    @cached_property
+    def ragged(self) -> bool:
+        """Whether rows end at different columns."""
+        return bool((self.ends != self.columns).any())
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether every row is known to hold one token per column."""
+        return bool((self.solid == self.columns).all())
+
+    def followed_by(self, columns: int) -> "Rows":
+        """Behind `columns` more, which begin for all rows where the longest one ends: tokens all of them."""
+        gap, end = self.ends != self.columns, np.full_like(self.ends, self.columns + columns)
+        solid = np.where(gap, 0, self.solid) + columns
+        return Rows(end, self.held + columns, solid, self._overwritten(columns), self.prompt)
+
+    def with_some_left_out(self, columns: int) -> "Rows":
+        """As `followed_by`, where nobody knows which of the new columns a row has left out."""
+        return replace(self.followed_by(columns), solid=np.zeros_like(self.solid))
+
+    def with_padding(self, columns: int, padding: np.ndarray, held: np.ndarray, leads: bool = True) -> "Rows":
+        """As `followed_by`, where `padding` of the new columns are left out, and rows then hold `held` tokens.
+
+        leads: whether those are the first ones.
+        """
+        rows = self.followed_by(columns)
+        solid = np.where(padding > 0, columns - padding if leads else 0, rows.solid)
+        ahead = self._overwritten(columns - padding)
+        return replace(rows, held=held, solid=np.where(held == rows.ends, held, solid), ahead=ahead)
+
+    def grown_by(self, tokens: np.ndarray) -> "Rows":
+        """Behind `tokens` [batch] more, which follow each row's own last one."""
+        ends, held, solid = self.ends + tokens, self.held + tokens, self.solid + tokens
+        return Rows(ends, held, solid, self._overwritten(tokens), self.prompt)
+
+    def cut_at(self, ends: np.ndarray) -> "Rows":
+        """Without the columns of each row from `ends` [batch] on."""
+        removed = self.ends - ends
+        known = np.minimum(removed, self.solid)
+        held = np.where(removed > known, np.minimum(self.held - known, ends), self.held - known)
+        return Rows(ends, held, self.solid - known, self.ahead + removed, self.prompt)
+
+    def with_ahead(self, ahead: np.ndarray | int) -> "Rows":
+        """After at least `ahead` tokens were written behind the end of each row."""
+        return replace(self, ahead=np.maximum(self.ahead, ahead))
+
+    def compressed(self, held: np.ndarray) -> "Rows":
+        """After the prompt was compressed, where rows hold `held` tokens."""
+        return replace(self, held=held, prompt=held)
+
+    def select(self, index: np.ndarray | None, batch: int) -> "Rows":
+        """Row i becomes what row index[i] was; None: `batch` rows, nobody knows which, of rows that all end together."""
+        if index is not None:
+            return Rows(*(each[index] for each in (self.ends, self.held, self.solid, self.ahead, self.prompt)))
+        bounds = (self.columns, self.longest, self.solid.min(initial=self.columns), self.furthest_ahead)
+        bounds = (*bounds, self.prompt.max(initial=0))
+        return Rows(*(np.full(batch, bound, dtype=np.int64) for bound in bounds))
+
+    def _overwritten(self, columns: np.ndarray | int) -> np.ndarray:
+        return np.maximum(self.ahead - columns, 0)
