@@ -183,7 +183,7 @@ DecodePlan plan_ring(const DecodeRequest& request, const cuda::DeviceFacts& devi
   }
   plan.team = plan.grid[0] = plan.cluster;
   plan.grid[1] = request.num_kv_heads, plan.grid[2] = request.batch;
-  plan.one_token = in_place && plan.cluster > 1 && !plan.by_position;
+  plan.one_token = in_place && has_clusters && !plan.by_position;
 
   // Shares the tiles out to at most `most` warps of each block, and lays out their shared memory.
   const auto share_out = [&](int most) {

@@ -226,13 +226,13 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
       unsigned vacant = 0;
       if constexpr (S::kRing || S::kSingle) vacant = masked ? vacant_rows<S>(p, segment.keys, item) : 0;
       int position[2] = {-1, -1};
-      if (!S::kSingle && masked) {
+      if (!S::kSingle && masked && !in_place<S>(p)) {
         position[0] = key_position<S>(p, segment.keys, key);
         position[1] = key_position<S>(p, segment.keys, key + 8);
       }
       cuda::cp_async_wait<S::kStages - 1>();
       __syncwarp();
-      if (!S::kSingle || !S::kRing || vacant != kAllRows) {
+      if (!S::kRing || vacant != kAllRows) {
         if constexpr (S::kRing || S::kSingle) {
           repair_tile<S>(p, segment.keys, item, shared_memory + (stage - base), vacant, new_token);
           __syncwarp();
@@ -249,8 +249,8 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
           for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const bool visible = S::kSingle ? (vacant >> (lane / 4 + i / 2 * 8) & 1) == 0
-                                              : layout.visible(position[i / 2], query_position[n][i % 2]);
+              const bool visible = in_place<S>(p) ? (vacant >> (lane / 4 + i / 2 * 8) & 1) == 0
+                                                  : layout.visible(position[i / 2], query_position[n][i % 2]);
               if (!visible) s[n][i] = -INFINITY;
             }
           }

@@ -34,7 +34,7 @@ struct Params : KeyParams {
 
 template <class S>
 __device__ __forceinline__ bool in_cluster(const Params& p) {
-  return cuda::kHasClusters && ((S::kRing && S::kSingle) || p.cluster_log2 > 0);
+  return cuda::kHasClusters && p.cluster_log2 > 0;
 }
 
 // Strides that the kernels may multiply in 32 bits.

@@ -13,7 +13,7 @@ namespace zigzag::decode_stream {
 
 using namespace attend;
 
-// Anything but the one new token that a cluster attends: see SingleJob.
+// Anything but one new token over a list of all slots: see SingleJob.
 template <class S>
 struct Job {
   const Params& p;
@@ -49,7 +49,13 @@ struct Job {
 template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_kernel(const __grid_constant__ Params p) {
   if constexpr (S::kSingle) {
-    run_single<S>(p, [&](const Segment& segment, State<S>& state) { finish_in_cluster<S>(p, segment, state, false); });
+    run_single<S>(p, [&](const Segment& segment, State<S>& state) {
+      if (in_cluster<S>(p)) {
+        finish_in_cluster<S>(p, segment, state, false);
+      } else {
+        finish_in_block<S>(p, segment, state);
+      }
+    });
   } else {
     if (in_cluster<S>(p)) cuda::cluster_arrive_relaxed();
     Job<S> job = {p, in_cluster<S>(p) ? cuda::cluster_rank() : 0};
