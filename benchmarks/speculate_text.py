@@ -26,7 +26,6 @@ from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes
 
 DRAFTS = ("off", "lookup", "streaming", "auto")
 TOKENS, WINDOW, NEW = 7, 256, 192  # of a draft, of the streaming draft's view, new tokens per call
-ROUNDS = 3  # calls of each draft, in turns; the fastest counts
 
 
 def prompts(tokenizer, tokens: int) -> dict[str, torch.Tensor]:
@@ -53,7 +52,7 @@ def run(model, plan: zz.Plan, ids: torch.Tensor, draft: str, new: int) -> tuple:
     cache = ZigzagCache(model.config, plan, max_len=ids.shape[1] + new, rollback=TOKENS)
     speculation = zz.speculate(draft, TOKENS, WINDOW)
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
         custom_generate=speculation, **cache_argument(model, cache),
     )  # fmt: skip
     return output[0, ids.shape[1] :], speculation.report, cache
@@ -63,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1500, help="of a prompt, about (default 1500)")
     parser.add_argument("--new-tokens", type=int, default=NEW, help=f"of an answer (default {NEW})")
+    parser.add_argument("--repeats", type=int, default=3, help="calls of each draft, in turns; the fastest counts (default 3)")
     parser.add_argument("--csv", type=Path, help="file for the results, to which rows are added; name it speculate*.csv")
     parser.add_argument("--commit", default=machine.commit(), help="name of the measured source")
     args = parser.parse_args(argv)
@@ -73,13 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     with writer(args.csv, SpeculateRecord, go_on=True) as add, torch.no_grad(), zz.zigzag(model, plan):
         for task, ids in prompts(tokenizer, args.tokens).items():
             found: dict[str, list] = {draft: [] for draft in DRAFTS}
-            for _ in range(ROUNDS):
+            for _ in range(args.repeats):
                 for draft in DRAFTS:
                     found[draft].append(run(model, plan, ids, draft, args.new_tokens))
             plain = found["off"][0][0]
             for draft, calls in found.items():
                 tokens, report, cache = min(calls, key=lambda call: call[1].rounds_ms)
-                ms = report.rounds_ms / (args.new_tokens - 1)
+                ms = report.rounds_ms / (len(tokens) - 1)
                 add(
                     SpeculateRecord(
                         **origin, phase=task, context=ids.shape[1], wall_ms=report.ms_per_round, gpu_ms=0.0, launches=0.0,
@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
                         ms_per_token=ms,
                     )
                 )  # fmt: skip
-                differ = int((tokens != plain).sum())
-                print(f"{task} ({ids.shape[1]} tokens), {differ} tokens differ from plain decoding\n{report}", flush=True)
+                same = "the tokens" if tokens.equal(plain) else "NOT the tokens"
+                print(f"{task}, {ids.shape[1]} tokens: {same} of plain decoding\n{report}", flush=True)
     return 0
 
 

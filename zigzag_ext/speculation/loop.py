@@ -51,6 +51,7 @@ class Decoding:
         self.report.prompt_ms = (time.perf_counter() - started) * 1e3
         while any(self.active):
             self._round()
+        self._hold_last_tokens()
         self.streamer.end()
         self.report.tokens, self.report.prompts = sum(map(len, self.text.emitted)), batch
         self.report.kv_bytes = self.cache.kv_bytes()
@@ -103,6 +104,14 @@ class Decoding:
             raise
         self.report.row_rounds += sum(n > 0 for n in counts)
         self._account((time.perf_counter() - started) * 1e3, tokens.shape[1], looked_up, streamed, kept)
+
+    def _hold_last_tokens(self) -> None:
+        """Rows that ended before the longest one hold their last token, too, since the next turn begins behind the longest."""
+        widths = self.text.widths
+        counts = [int(width < max(widths)) for width in widths]
+        if any(counts):
+            last = torch.tensor([[row[-1]] for row in self.text.emitted])
+            self._verify(to_device(last.numpy(), self.text.prompt.device), counts)
 
     @property
     def active(self) -> list[bool]:
