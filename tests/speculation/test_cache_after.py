@@ -31,62 +31,63 @@ def shown(store, lengths):
     return rows
 
 
+class Caches:
+    """Keys and values of two rows, padded on the left, in one format, for the ops."""
+
+    def __init__(self, kv_format, slots, rings):
+        shape = (2, 2, slots, 64, torch.float32, torch.device("cpu"), kv_format)
+        self.keys, self.values, self.rings = ops.new_cache(*shape), ops.new_cache(*shape), rings
+
+    def options(self, row=slice(None)) -> dict:
+        scales = {"k_scale": self.keys[1], "v_scale": self.values[1]}
+        return {name: scale if scale is None else scale[row] for name, scale in scales.items()}
+
+    def append(self, k, v, pad):
+        lengths = torch.zeros(2, dtype=torch.int32)
+        ops.append(k, v, self.keys[0], self.values[0], lengths, pad=pad, **self.rings, **self.options())
+
+    def attend(self, q, k, v, lengths, row=slice(None), rings=None, pad=None):
+        caches = self.keys[0][row], self.values[0][row]
+        return ops.attention(q, k, v, *caches, lengths, pad=pad, **(rings or self.rings), **self.options(row))[0]
+
+    def shown(self, row, end) -> list[torch.Tensor]:
+        """Bytes that a query behind `end` tokens can see."""
+        slots = positions = torch.arange(end)
+        if self.rings:
+            positions = positions[(positions < SINK) | (positions > end - WINDOW)]
+            ring = SINK + (positions - SINK) % (self.keys[0].shape[2] - SINK)
+            slots = torch.where(positions < SINK, positions, ring)
+        return [t[row][:, slots].view(torch.uint8) for pair in (self.keys, self.values) for t in pair if t is not None]
+
+
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("window", [0, WINDOW])
 def test_bits_after_a_draft_in_place_a_verification_and_a_cut(kv_format, window):
     """At op level, with the same keys and values: bit for bit. The draft reads a full buffer through a window."""
     generator = torch.Generator().manual_seed(1)
-    slots = SINK + WINDOW + SLACK if window else 128
-    shape = (2, 2, slots, 64)
-    caches = [ops.new_cache(*shape, torch.float32, torch.device("cpu"), kv_format) for _ in range(4)]
-    keys, values, other_keys, other_values = caches[0], caches[1], caches[2], caches[3]
-    lengths = torch.tensor([40, 29], dtype=torch.int32)
-    rings = {"sink": SINK, "window": window} if window else {}
+    slots, rings = (SINK + WINDOW + SLACK, {"sink": SINK, "window": WINDOW}) if window else (128, {})
+    drafted, plain = Caches(kv_format, slots, rings), Caches(kv_format, slots, rings)
+    lengths, counts, kept = torch.tensor([40, 29], dtype=torch.int32), torch.tensor([SLACK + 1, 4]), [3, 2]
 
-    def new(n, scale=1.0):
-        return (torch.randn(2, 2, n, 64, generator=generator) * scale for _ in range(2))
+    def new(n):
+        return [torch.randn(2, heads, n, 64, generator=generator) for heads in (4, 2, 2)]
 
-    k, v = new(40)
-    for cache in ((keys, values), (other_keys, other_values)):
-        pad = torch.tensor([0, 11], dtype=torch.int32)
-        scales = {"k_scale": cache[0][1], "v_scale": cache[1][1]}
-        ops.append(k, v, cache[0][0], cache[1][0], torch.zeros(2, dtype=torch.int32), pad=pad, **rings, **scales)
-    scales = {"k_scale": keys[1], "v_scale": values[1]}
-    ahead = lengths.clone()
-    through = rings or {"sink": SINK, "window": 8}
-    for _ in range(SLACK):  # the draft, in place
-        k, v = new(1, 3.0)
-        ops.attention(torch.randn(2, 4, 1, 64, generator=generator), k, v, keys[0], values[0], ahead, **through, **scales)
-        ahead += 1
-    k, v = new(SLACK + 1)
-    query = torch.randn(2, 4, SLACK + 1, 64, generator=generator)
-    counts = torch.tensor([SLACK + 1, 4])
-    verified = ops.attention(query, k, v, keys[0], values[0], lengths, pad=(SLACK + 1 - counts).int(), **rings, **scales)[0]
-    kept = [3, 2]
+    _, k, v = new(40)
+    for cache in (drafted, plain):
+        cache.append(k, v, 40 - lengths)
+    for step in range(SLACK):
+        drafted.attend(*new(1), lengths + step, rings=rings or {"sink": SINK, "window": 8})
+    q, k, v = new(SLACK + 1)
+    verified = drafted.attend(q, k, v, lengths, pad=(SLACK + 1 - counts).int())
     for row, n in enumerate(kept):  # the cache that never drafted takes the tokens that were kept, one by one
+        row_of = slice(row, row + 1)
         for token in range(n):
             column = SLACK + 1 - int(counts[row]) + token
-            args = (t[row : row + 1, :, column : column + 1] for t in (query, k, v))
-            own = {name: None if t[1] is None else t[1][row : row + 1] for name, t in
-                   (("k_scale", other_keys), ("v_scale", other_values))}  # fmt: skip
-            out = ops.attention(
-                *args,
-                other_keys[0][row : row + 1],
-                other_values[0][row : row + 1],
-                lengths[row : row + 1] + token,
-                **rings,
-                **own,
-            )[0]
+            one = [t[row_of, :, column : column + 1] for t in (q, k, v)]
+            out = plain.attend(*one, lengths[row_of] + token, row=row_of)
             torch.testing.assert_close(out[0, :, 0], verified[row, :, column], atol=1e-5, rtol=1e-4)
-    for row, n in enumerate(kept):
         end = int(lengths[row]) + n
-        positions = torch.arange(end)
-        seen = positions[(positions < SINK) | (positions > end - WINDOW)] if window else positions
-        ring = SINK + (seen - SINK) % (slots - SINK)
-        slot = torch.where(seen < SINK, seen, ring) if window else seen
-        for found, expected in ((keys, other_keys), (values, other_values)):
-            for a, b in zip(found, expected, strict=True):
-                assert a is b is None or a[row][:, slot].view(torch.uint8).equal(b[row][:, slot].view(torch.uint8))
+        assert all(a.equal(b) for a, b in zip(drafted.shown(row, end), plain.shown(row, end), strict=True))
 
 
 @pytest.mark.parametrize("draft", ["lookup", "streaming"])

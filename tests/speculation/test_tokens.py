@@ -187,6 +187,16 @@ def test_a_tight_max_len_is_enough():
             assert speculate(model, inputs(5), zz.speculate(draft=draft, window=24)) == 0
 
 
+@pytest.mark.parametrize("max_len", [None, 69, 1088, 1089])
+def test_a_window_that_is_longer_than_the_cache(max_len):
+    """Is one that shows all of it: drafts are what the target says where only retrieval layers are there."""
+    plan = PLANS["retrieval"]
+    with zz.zigzag(tiny_model(), plan, max_len=max_len) as model:
+        speculation = zz.speculate("streaming")
+        assert speculate(model, inputs(5), speculation) == 0
+        assert speculation.report.acceptance("streaming") == 1
+
+
 def test_prompts_as_embeddings():
     with zz.zigzag(new_model("llama"), PLAN) as model:
         given = inputs(5)

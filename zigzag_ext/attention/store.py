@@ -223,11 +223,11 @@ class LayerStore:
     def for_compiler(self, through: tuple[int, int] | None = None) -> "LayerStore":
         """The same buffers as plain tensors, the only kind that the compiler knows, which every capacity shares a program for.
 
-        through: the sink and the window that a retrieval layer is read through; None: it is read in full.
+        through: the sink and the window that a retrieval layer is read through, if it has slots for more; None: in full.
         """
         other = object.__new__(LayerStore)
         vars(other).update(vars(self))
-        if through is not None and not self.window:
+        if through is not None and not self.window and self.buffers["keys"].shape[2] > sum(through):
             other.sink, other.window = through
         other.plain, other.growing = {name: buffer.as_subclass(Tensor) for name, buffer in self.buffers.items()}, {}
         if not self.window:

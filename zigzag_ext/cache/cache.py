@@ -276,31 +276,19 @@ class ZigzagCache(Cache):
         """
         state = self.state
         state.check()
-        before, after = state.rows.ends, self._cropped_ends(tokens)
-        if after is None or (after == before).all():
+        rows = state.rows.cropped(tokens)
+        removed = int((state.rows.ends - rows.ends).max(initial=0))
+        if not removed:
             return
-        rows = state.rows.cut_at(after)
         if layers := self.incomplete_layers(rows):
             self._refuse_compressed(layers, f"crop({tokens})")
             raise RuntimeError(
-                f"crop({tokens}) takes {int((before - after).max())} tokens back; the rings of layers {layers} can take back "
+                f"crop({tokens}) takes {removed} tokens back; the rings of layers {layers} can take back "
                 f"{max(0, self.rollback - state.rows.furthest_ahead)} (rollback={self.rollback}); nothing was changed. Give "
                 "ZigzagCache or enable() a larger rollback"
             )
         with state.change("crop()"):
             state.remove(rows)
-
-    def _cropped_ends(self, tokens: int | Sequence[int]) -> np.ndarray | None:
-        """[batch]: where rows end after `crop(tokens)`; None where nothing is held."""
-        rows, columns = self.state.rows, self.state.columns
-        given = np.asarray(tokens, dtype=np.int64)
-        if given.ndim and given.shape != rows.ends.shape:
-            raise ValueError(f"crop() takes one number or one per row of {len(rows.ends)}, got {given.shape}")
-        reference = rows.ends if given.ndim else columns
-        if (-given > reference).any():
-            raise RuntimeError(f"crop({tokens}) takes back more than the {columns} tokens that the cache holds")
-        ends = np.where(given < 0, reference + given, np.where(given > 0, given, reference))
-        return np.minimum(ends, rows.ends) if columns else None
 
     def _refuse_compressed(self, layers: list[int], what: str) -> None:
         """Raises RuntimeError if any of `layers`, which cannot take tokens back, has dropped some of a prompt."""

@@ -1,5 +1,6 @@
 """Rows: what the host knows of each row of a cache, so that nothing waits for the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -89,6 +90,17 @@ class Rows:
         known = np.minimum(removed, self.solid)
         held = np.where(removed > known, np.minimum(self.held - known, ends), self.held - known)
         return Rows(ends, held, self.solid - known, self.ahead + removed, self.prompt)
+
+    def cropped(self, tokens: int | Sequence[int]) -> "Rows":
+        """Cut by `ZigzagCache.crop(tokens)`. Raises RuntimeError, ValueError as that does."""
+        given = np.asarray(tokens, dtype=np.int64)
+        if given.ndim and given.shape != self.ends.shape:
+            raise ValueError(f"crop() takes one number or one per row of {len(self.ends)}, got {given.shape}")
+        ends = self.ends if given.ndim else np.full_like(self.ends, self.columns)
+        if (-given > (ends if given.ndim else self.columns)).any():
+            raise RuntimeError(f"crop({tokens}) takes back more than the {self.columns} tokens that the cache holds")
+        kept = np.where(given < 0, ends + given, np.where(given > 0, given, ends))
+        return self.cut_at(np.minimum(kept, self.ends))
 
     def with_ahead(self, ahead: np.ndarray | int) -> "Rows":
         """After at least `ahead` tokens were written behind the end of each row."""

@@ -1,5 +1,6 @@
 """`zigzag identify`, `eval`, `lm-eval` and `plot`: which layers of a model may stream, and what a plan costs in quality."""
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -122,13 +123,8 @@ def evaluate(
                 tasks.append(output, found)
     console.print(_table(rows))
     if speculate is not None:
-        grid = [(name, each, tokens) for name in plans for each in chosen for tokens in lengths]
-        found = []
-        for name, each, tokens in grid:
-            samples = each.samples(tokenizer, tokens, depths if each.has_depth else [None], prompts, seed)
-            report = tasks.accepted(network, samples, plans[name], speculate, new_tokens)
-            found.append((name, each.name, str(tokens), report))
-        console.print(_speculation_table(found))
+        asked = functools.partial(tasks.accepted, network, draft=speculate, new_tokens=new_tokens)
+        console.print(_speculation_table(asked, tokenizer, plans, chosen, lengths, depths, prompts, seed))
     if output is not None:
         console.print(f"wrote {output}", highlight=False)
 
@@ -185,13 +181,24 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _speculation_table(found) -> Table:
+def _speculation_table(accepted, tokenizer, plans, chosen, lengths, depths, prompts, seed) -> Table:
+    """What `accepted` reports of each plan, task and length."""
     headers = ("plan", "task", "tokens", "drafted", "kept", "per round", "ms per token")
     table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 2, 0, 0))
-    for *names, report in found:
+    for name, task, tokens in ((n, t, x) for n in plans for t in chosen for x in lengths):
+        samples = task.samples(tokenizer, tokens, depths if task.has_depth else [None], prompts, seed)
+        report = accepted(samples=samples, plan=plans[name])
         drafted = sum(report.drafted.values())
         ms = report.rounds_ms / max(1, report.tokens - report.prompts)
-        table.add_row(*names, str(drafted), f"{report.acceptance():.0%}", f"{report.tokens_per_round:.2f}", f"{ms:.2f}")
+        table.add_row(
+            name,
+            task.name,
+            str(tokens),
+            str(drafted),
+            f"{report.acceptance():.0%}",
+            f"{report.tokens_per_round:.2f}",
+            f"{ms:.2f}",
+        )
     return table
 
 
