@@ -24,6 +24,7 @@ from .report.records import SpeculateRecord, writer
 from .timing import machine
 from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes
 
+TASKS = ("continuation", "quotes", "code_edit")
 DRAFTS = ("off", "lookup", "streaming", "auto")
 TOKENS, WINDOW, NEW = 7, 256, 192  # of a draft, of the streaming draft's view, new tokens per call
 
@@ -35,14 +36,12 @@ def prompts(tokenizer, tokens: int) -> dict[str, torch.Tensor]:
     code = "\n".join(inspect.getsource(textwrap).splitlines()[60:])
     code = tokenizer.decode(tokenizer(code, verbose=False).input_ids[: min(900, tokens - 100)])
     asked = {
-        "continuation": f"Write a summary of this text, and then go on in its style.\n\n{text}",
         "quotes": f"{text}\n\nRepeat the first paragraphs of the text above word for word.",
         "code_edit": f"```python\n{code}\n```\n\nWrite this code again, with the variable `chunks` renamed to `pieces`.",
     }
     chats = {name: [{"role": "user", "content": content}] for name, content in asked.items()}
-    texts = {
-        name: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for name, chat in chats.items()
-    }
+    options = {"tokenize": False, "add_generation_prompt": True}
+    texts = {"continuation": text} | {name: tokenizer.apply_chat_template(chat, **options) for name, chat in chats.items()}
     starts = {"continuation": "", "quotes": text[:60], "code_edit": "```python\n"}
     return {name: tokenizer(text + starts[name], return_tensors="pt", verbose=False).input_ids for name, text in texts.items()}
 
@@ -63,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1500, help="of a prompt, about (default 1500)")
     parser.add_argument("--new-tokens", type=int, default=NEW, help=f"of an answer (default {NEW})")
     parser.add_argument("--repeats", type=int, default=3, help="calls of each draft, in turns; the fastest counts (default 3)")
+    parser.add_argument("--task", choices=TASKS, action="append", help="may be repeated; default: all")
     parser.add_argument("--csv", type=Path, help="file for the results, to which rows are added; name it speculate*.csv")
     parser.add_argument("--commit", default=machine.commit(), help="name of the measured source")
     args = parser.parse_args(argv)
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     origin |= {"transformers": transformers.__version__, "model": "smollm2-135m", "impl": "zigzag_eager", "plan": "exclusive_50"}
     with writer(args.csv, SpeculateRecord, go_on=True) as add, torch.no_grad(), zz.zigzag(model, plan):
         for task, ids in prompts(tokenizer, args.tokens).items():
+            if task not in (args.task or TASKS):
+                continue
             found: dict[str, list] = {draft: [] for draft in DRAFTS}
             for _ in range(args.repeats):
                 for draft in DRAFTS:

@@ -197,6 +197,16 @@ def test_a_window_that_is_longer_than_the_cache(max_len):
         assert speculation.report.acceptance("streaming") == 1
 
 
+@pytest.mark.parametrize("draft,window", [("streaming", 24), ("streaming", 1024), ("lookup", 24)])
+def test_compressed_prompts(draft, window):
+    """A compressed layer is read through a window of the tokens that it holds, which is a draft like any other."""
+    with zz.zigzag(tiny_model(), PLAN, compress=zz.PromptWindows(budget=60, window=4, observe=8)) as model:
+        given, options = padded_prompt([200, 90, 150]), GREEDY | {"max_new_tokens": 30}
+        expected = model.generate(**given, **options)
+        found = model.generate(**given, **options, custom_generate=zz.speculate(draft, window=window))
+        assert found.equal(expected)
+
+
 def test_prompts_as_embeddings():
     with zz.zigzag(new_model("llama"), PLAN) as model:
         given = inputs(5)
