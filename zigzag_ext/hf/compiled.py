@@ -68,6 +68,7 @@ class CompiledDecoding:
             raise ValueError("a cache is drafted on through one view for each sink and window")
         return step.to_caller(step(inputs, self._fingerprint(cache, cache.state.num_forwards)).logits[:, -1])
 
+    @in_normal_mode
     def _step(self, cache: ZigzagCache, kind: tuple, inputs: dict, view: Callable[[], StepCache]) -> "_Step":
         steps = self.steps.setdefault(cache.addresses, {})
         signature = (kind, *_signature(inputs, cache.layers[0].device.type))
