@@ -10,6 +10,7 @@ from importlib import import_module
 
 from . import _C
 from .planning import exchange
+from .planning.native import native_windows
 from .planning.plan import Plan
 from .planning.scores import load_scores, save_scores
 from .planning.solve import objectives, solve
@@ -51,6 +52,7 @@ __all__ = [
     "exchange",
     "identify",
     "load_scores",
+    "native_windows",
     "objectives",
     "ops",
     "prefill_options",

@@ -25,7 +25,7 @@ class Named:
 
     @property
     def kinds(self) -> str:
-        return kinds_of(self.plan, 0)
+        return kinds_of(self.plan)
 
     @property
     def name(self) -> str:

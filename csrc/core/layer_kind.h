@@ -15,23 +15,29 @@ namespace zigzag {
 enum class LayerKind : int8_t {
   kRetrieval,  // every token, for ever: a full cache
   kStreaming,  // the first `sink` and the last `window` tokens: a ring
+  kNative,     // the last `window` tokens, by the model itself: a ring of sink 0 that loses nothing
 };
+
+inline constexpr LayerKind kLayerKinds[] = {LayerKind::kRetrieval, LayerKind::kStreaming, LayerKind::kNative};
+
+constexpr bool is_ring(LayerKind kind) { return kind != LayerKind::kRetrieval; }
 
 constexpr const char* name(LayerKind kind) {
   switch (kind) {
     case LayerKind::kRetrieval: return "retrieval";
     case LayerKind::kStreaming: return "streaming";
+    case LayerKind::kNative: return "native";
   }
   return "unknown";
 }
 
 // The kind of that name; throws on any other one, with `what` ("layer 3 has the") in front.
 inline LayerKind parse_layer_kind(const std::string& given, const std::string& what) {
-  for (const LayerKind kind : {LayerKind::kRetrieval, LayerKind::kStreaming}) {
+  for (const LayerKind kind : kLayerKinds) {
     if (given == name(kind)) return kind;
   }
   throw Error(concat(what, " kind \"", given, "\"; supported: ", name(LayerKind::kRetrieval), ", ",
-                     name(LayerKind::kStreaming)));
+                     name(LayerKind::kStreaming), ", ", name(LayerKind::kNative)));
 }
 
 // What the KV heads of one layer keep: one kind for all of them, or a kind for each. A layer with heads of both kinds

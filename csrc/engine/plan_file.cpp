@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -14,11 +15,11 @@ namespace {
 
 using Type = Json::Type;
 
-constexpr int kVersion = 4;                 // the newest that zigzag_ext/planning/plan.py writes
+constexpr int kVersion = 5;                 // the newest that zigzag_ext/planning/plan.py writes
 constexpr std::size_t kMaxBytes = 4 << 20;  // as in zigzag_ext/planning/reading.py
 constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 constexpr std::string_view kRequired[] = {"format", "version", "kinds", "sink", "window"};
-constexpr std::string_view kOptional[] = {"kv_format", "ring_kv_format", "key_smoothing", "provenance"};
+constexpr std::string_view kOptional[] = {"layer_sizes", "kv_format", "ring_kv_format", "key_smoothing", "provenance"};
 
 template <class Names>
 bool contains(const Names& names, std::string_view name) {
@@ -28,11 +29,12 @@ bool contains(const Names& names, std::string_view name) {
   return false;
 }
 
-int64_t integer(const Json& file, std::string_view name) {
-  const Json& value = *file.find(name);
+int64_t as_integer(const Json& value, std::string_view name) {
   ZZ_CHECK(value.type == Type::kInteger && std::abs(value.number) < 0x1p53, name, " must be an integer below 2^53");
   return static_cast<int64_t>(value.number);
 }
+
+int64_t integer(const Json& file, std::string_view name) { return as_integer(*file.find(name), name); }
 
 void check_header(const Json& file) {
   const Json* format = file.find("format");
@@ -66,6 +68,20 @@ std::vector<HeadKinds> kinds_of(const Json& kinds) {
     }
   }
   return parse_head_kinds(names);
+}
+
+// A list of null or [sink, window] per layer, or nothing.
+std::vector<std::optional<RingSize>> sizes_of(const Json* sizes) {
+  std::vector<std::optional<RingSize>> all;
+  if (sizes == nullptr) return all;
+  ZZ_CHECK(sizes->type == Type::kArray, "layer_sizes must be a list, null or [sink, window] per layer");
+  for (const Json& size : sizes->items) {
+    all.emplace_back();
+    if (size.type == Type::kNull) continue;
+    ZZ_CHECK(size.type == Type::kArray && size.items.size() == 2, "layer_sizes must hold null or [sink, window]");
+    all.back() = RingSize{as_integer(size.items[0], "layer_sizes"), as_integer(size.items[1], "layer_sizes")};
+  }
+  return all;
 }
 
 // null, "int8", "int8/int4" or {"k": "int8", "v": "int4"}.
@@ -108,8 +124,9 @@ PlanFile parse_plan(std::string_view text) {
   const bool smooth = smoothing != nullptr && smoothing->boolean;
   ZZ_CHECK(!smooth || retrieval.k != KvFormat::kPlain || streaming.k != KvFormat::kPlain,
            "key_smoothing needs quantised keys: kv_format or ring_kv_format must name a format for them");
-  return {LayerPlan(kinds_of(*file.find("kinds")), integer(file, "sink"), integer(file, "window")), retrieval,
-          streaming, smooth};
+  return {LayerPlan(kinds_of(*file.find("kinds")), integer(file, "sink"), integer(file, "window"),
+                    sizes_of(file.find("layer_sizes"))),
+          retrieval, streaming, smooth};
 }
 
 PlanFile read_plan_file(const std::string& path) {

@@ -12,7 +12,7 @@ namespace zigzag {
 
 struct PlanFile {
   LayerPlan plan;
-  KvFormats retrieval, streaming;  // of the caches of each kind of layer
+  KvFormats retrieval, streaming;  // of full caches, of rings
   bool key_smoothing;              // keys are cached less an offset per head: the caller's to subtract
 };
 

@@ -22,8 +22,7 @@ void check_tensors(const CacheSpec& spec, const CacheTensors& tensors, int layer
              " cache holds ", format == KvFormat::kPlain ? "elements" : name(format),
              scale == nullptr ? " codes and needs scales" : " of the model's dtype and takes no scales");
   }
-  ZZ_CHECK(spec.kind == LayerKind::kStreaming ||
-               (tensors.capacity >= 0 && tensors.capacity <= std::numeric_limits<int32_t>::max()),
+  ZZ_CHECK(is_ring(spec.kind) || (tensors.capacity >= 0 && tensors.capacity <= std::numeric_limits<int32_t>::max()),
            "layer ", layer, ": capacity must lie in [0, 2^31), got ", tensors.capacity);
 }
 
@@ -34,20 +33,21 @@ Scheduler::Scheduler(const LayerPlan& plan, const ModelGeometry& geometry, int64
   ZZ_CHECK(plan.num_kv_heads() == 0 || plan.num_kv_heads() == geometry.num_kv_heads, "the plan is for layers of ",
            plan.num_kv_heads(), " KV heads, these have ", geometry.num_kv_heads);
   constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();
-  ZZ_CHECK(rollback >= 0 && rollback <= kMaxSlots - plan.sink() - plan.window(),
-           "rollback must be >= 0 tokens, and sink + window + rollback < 2^31; got ", rollback);
   layers_.reserve(plan.layers().size());
   for (const HeadKinds& layer : plan.layers()) {
+    const RingSize size = plan.size(num_layers());
+    ZZ_CHECK(rollback >= 0 && rollback <= kMaxSlots - size.sink - size.window,
+             "rollback must be >= 0 tokens, and sink + window + rollback < 2^31; got ", rollback);
     std::vector<CacheSpec>& caches = layers_.emplace_back();
-    for (const LayerKind kind : {LayerKind::kRetrieval, LayerKind::kStreaming}) {
+    for (const LayerKind kind : kLayerKinds) {
       std::vector<int32_t> heads = heads_of(layer, kind);
       if (heads.empty()) continue;
       if (!layer.mixed()) heads.clear();
       const int count = layer.mixed() ? static_cast<int>(heads.size()) : geometry.num_kv_heads;
-      caches.push_back(kind == LayerKind::kRetrieval
-                           ? CacheSpec{kind, 0, 0, 0, geometry.retrieval, count, std::move(heads)}
-                           : CacheSpec{kind, plan.sink(), plan.window(), static_cast<int>(rollback), geometry.streaming,
-                                       count, std::move(heads)});
+      caches.push_back(is_ring(kind)
+                           ? CacheSpec{kind, static_cast<int>(size.sink), static_cast<int>(size.window),
+                                       static_cast<int>(rollback), geometry.streaming, count, std::move(heads)}
+                           : CacheSpec{kind, 0, 0, 0, geometry.retrieval, count, std::move(heads)});
     }
   }
 }
@@ -71,14 +71,14 @@ int64_t Scheduler::cache_bytes(const CacheSpec& cache, int64_t batch, int64_t ma
 }
 
 KvBytes Scheduler::kv_bytes(int64_t batch, int64_t max_len) const {
-  KvBytes bytes{0, 0};
+  KvBytes bytes{0, 0, 0};
   for (const std::vector<CacheSpec>& caches : layers_) {
     for (const CacheSpec& cache : caches) {
-      int64_t& sum = cache.kind == LayerKind::kRetrieval ? bytes.retrieval : bytes.streaming;
+      int64_t& sum = bytes.of(cache.kind);
       sum = detail::checked_sum(sum, cache_bytes(cache, batch, max_len));
     }
   }
-  detail::checked_sum(bytes.retrieval, bytes.streaming);
+  detail::checked_sum(detail::checked_sum(bytes.retrieval, bytes.streaming), bytes.native);
   return bytes;
 }
 

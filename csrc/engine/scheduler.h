@@ -21,13 +21,13 @@ struct ModelGeometry {
   int head_dim;
   DType dtype;  // of q, k, v, plain caches and the output
   KvFormats retrieval = {};
-  KvFormats streaming = {};
+  KvFormats streaming = {};  // of all rings
 };
 
 // The cache of the KV heads of one kind in a layer: of all its heads, or of those that a mixed layer has of that kind.
 struct CacheSpec {
   LayerKind kind;
-  int sink;      // 0 for retrieval
+  int sink;      // 0 for retrieval and native
   int window;    // 0 for retrieval: marks a full cache
   int rollback;  // 0 for retrieval
   KvFormats formats;
@@ -42,7 +42,11 @@ struct CacheSpec {
 struct KvBytes {
   int64_t retrieval;
   int64_t streaming;
-  int64_t total() const { return retrieval + streaming; }
+  int64_t native;
+  int64_t& of(LayerKind kind) {
+    return kind == LayerKind::kRetrieval ? retrieval : kind == LayerKind::kStreaming ? streaming : native;
+  }
+  int64_t total() const { return retrieval + streaming + native; }
 };
 
 // What all layers of a step share.

@@ -6,6 +6,7 @@
 //
 // The "model" is its attention alone: queries of the first layer, keys and values are numbers of a generator (a real
 // engine's projections), and a layer's output is the next layer's queries.
+#include <cctype>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
@@ -125,7 +126,7 @@ void print_plan(const std::string& path, const Scheduler& scheduler) {
   std::string layers;
   for (int layer = 0; layer < scheduler.num_layers(); ++layer) {
     const std::vector<CacheSpec>& caches = scheduler.caches(layer);
-    layers += caches.size() > 1 ? 'M' : caches[0].kind == LayerKind::kRetrieval ? 'R' : 'S';
+    layers += static_cast<char>(caches.size() > 1 ? 'M' : std::toupper(*name(caches[0].kind)));
   }
   std::printf("%s: layers %s, %d launches a step, %" PRId64 " bytes of caches for %d x %d tokens\n", path.c_str(),
               layers.c_str(), scheduler.launches_per_step(), scheduler.kv_bytes(kBatch, kMaxLen).total(), kBatch,

@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "engine/json.h"
 #include "engine/plan_file.h"
+#include "engine/scheduler.h"
 
 namespace {
 
@@ -60,6 +61,27 @@ TEST_CASE("plan file: a byte-order mark is no content, and many names take no ti
   CHECK(parse_plan(plan_with(kKinds + ", " + names + "}")).plan.num_layers() == 3);
 }
 
+TEST_CASE("plan file: native layers and sizes of layers") {
+  const std::string kinds = "\"kinds\": [\"native\", \"retrieval\", \"streaming\", \"streaming\"], ";
+  const LayerPlan plan = parse_plan(plan_with(kinds + "\"layer_sizes\": [[0, 16], null, null, [2, 5]]")).plan;
+  CHECK(plan.layers()[0].kinds == std::vector<LayerKind>{LayerKind::kNative});
+  CHECK(plan.size(0).window == 16);
+  CHECK(plan.size(2).sink == 4);
+  CHECK(plan.size(3).window == 5);
+  const Scheduler scheduler(plan, {4, 2, 64, DType::kBFloat16}, 3);
+  CHECK(scheduler.caches(0)[0].slots(1000) == 19);
+  CHECK(scheduler.caches(3)[0].slots(1000) == 10);
+  CHECK(scheduler.kv_bytes(1, 1000).native == 19 * 2 * 2 * 64 * 2);
+  const auto error = [&](const std::string& sizes) { return error_of([&] { parse_plan(plan_with(kinds + sizes)); }); };
+  CHECK(error("\"provenance\": {}").find("layer 0 is native and needs a size") != std::string::npos);
+  CHECK(error("\"layer_sizes\": 3").find("layer_sizes must be a list") != std::string::npos);
+  CHECK(error("\"layer_sizes\": [[0, 16]]").find("layer_sizes has 1 entries, the plan has 4") != std::string::npos);
+  CHECK(error("\"layer_sizes\": [[0, 16, 1], null, null, null]").find("null or [sink, window]") != std::string::npos);
+  CHECK(error("\"layer_sizes\": [[1, 16], null, null, null]").find("its sink must be 0, got 1") != std::string::npos);
+  CHECK(error("\"layer_sizes\": [[0, 16], [0, 1], null, null]").find("layer 1 retrieves") != std::string::npos);
+  CHECK(error("\"layer_sizes\": [[0, 0.5], null, null, null]").find("must be an integer") != std::string::npos);
+}
+
 TEST_CASE("plan file: an error says what is wrong") {
   const auto check = [](const std::string& text, const std::string& message) {
     CAPTURE(text);
@@ -67,8 +89,8 @@ TEST_CASE("plan file: an error says what is wrong") {
   };
   check("[]", "not a JSON object with \"format\"");
   check("{\"format\": \"zigzag-plan\"}", "missing field: version");
-  check("{\"format\": \"zigzag-plan\", \"version\": 5}", "version 5, from a newer zigzag_ext");
-  check("{\"format\": \"zigzag-plan\", \"version\": 0}", "its version is 0; supported: 1 to 4");
+  check("{\"format\": \"zigzag-plan\", \"version\": 6}", "version 6, from a newer zigzag_ext");
+  check("{\"format\": \"zigzag-plan\", \"version\": 0}", "its version is 0; supported: 1 to 5");
   check("{\"format\": \"zigzag-plan\", \"version\": true}", "version must be an integer");
   check("{\"format\": \"zigzag-plan\", \"version\": 1}", "missing field: kinds");
   check(plan_with(kKinds + ", \"color\": 1"), "unknown field: color");

@@ -167,7 +167,7 @@ def content(**changes) -> dict:
         ("3", '"format": "zigzag-plan"'),
         (content(format=...), '"format": "zigzag-plan"'),
         (content(format="zigzag-scores"), '"format": "zigzag-plan"'),
-        (content(version=5), "version 5, from a newer zigzag_ext; this one supports versions up to 4"),
+        (content(version=6), "version 6, from a newer zigzag_ext; this one supports versions up to 5"),
         (content(version=...), "version is None; supported: 1"),
         (content(version=0), "version is 0; supported: 1"),
         (content(version="1"), "version is '1'"),
@@ -176,7 +176,7 @@ def content(**changes) -> dict:
         (content(sink=..., window=...), "missing fields: sink, window"),
         (
             content(layers=3),
-            "unknown fields: layers; known: format, key_smoothing, kinds, kv_format, provenance, ring_kv_format, sink, version",
+            "unknown fields: layers; known: format, key_smoothing, kinds, kv_format, layer_sizes, provenance, ring_kv_format, ",
         ),
         (content(kinds=[]), "at least one layer"),
         (content(kinds=["full"]), '"full"; supported: retrieval, streaming'),

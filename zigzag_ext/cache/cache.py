@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore, in_normal_mode
 from ..planning.kv_format import PLAIN
+from ..planning.native import check_native, native_windows, whole_plan
 from ..planning.origin import check_geometry, origin_of
 from ..planning.plan import Plan, token_count
 from .compression import PromptCompression
@@ -29,16 +30,17 @@ class ZigzagCache(Cache):
     """KV cache of a plan, for `model.generate(..., cache=cache)` on a model prepared by `zigzag_ext.enable`.
 
     Args:
-        config: the model's config; a retrieval, streaming or mixed layer is made for each of its `num_hidden_layers`.
-        plan: `zigzag_ext.Plan`. The plan of the cache wins over the plan given to `enable`.
+        config: the model's config; a retrieval, streaming, native or mixed layer is made for each of its `num_hidden_layers`.
+        plan: `zigzag_ext.Plan`, native layers as the config has them (`Plan.with_native`). The plan of the cache wins over the
+            plan given to `enable`. None: the model as it is, rings for native windows and every token in the other layers.
         max_len: most tokens a row may hold (padding does not count), up to 2^30. None: as many as there is memory for.
         rollback: tokens that `crop` can take back once a ring is full: rings hold as many more.
         compress: how retrieval layers thin out the prompt once it has been read, for one `PromptWindows`; None: not at all.
 
-    Rings always take sink + window + rollback tokens. Retrieval layers reserve addresses for all tokens to come and take memory
-    as tokens come (`zigzag_ext.attention.buffers`): they never move and are never copied. Keys and values are held in the formats
-    of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads, slots, head_dim] and live
-    where the keys live.
+    Rings always take sink + window + rollback tokens, each layer its own. Retrieval layers reserve addresses for all tokens to
+    come and take memory as tokens come (`zigzag_ext.attention.buffers`): they never move and are never copied. Keys and values
+    are held in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads, slots,
+    head_dim] and live where the keys live.
     Rows may be padded anywhere (`attention_mask` with 0 for padding, which is not stored); what is stored stays visible.
     The cache may be given to several generate() calls:
     pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its
@@ -47,8 +49,8 @@ class ZigzagCache(Cache):
 
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
-        ValueError: layer or KV head counts differ, the plan was made for another geometry (`Plan.origin`), layers share KV
-            caches, or `max_len` or `rollback` is out of range.
+        ValueError: layer or KV head counts or native windows differ, the plan was made for another geometry (`Plan.origin`),
+            layers share KV caches, or `max_len` or `rollback` is out of range.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
         MemoryError: no memory for the tokens of a forward; what is held stays as it was.
 
@@ -59,7 +61,9 @@ class ZigzagCache(Cache):
         >>> cache.memory_bytes()
     """
 
-    def __init__(self, config, plan, max_len: int | None = None, rollback: int = 0, compress: PromptCompression | None = None):
+    def __init__(
+        self, config, plan=None, max_len: int | None = None, rollback: int = 0, compress: PromptCompression | None = None
+    ):
         self._build(config, plan, *check_lengths(max_len, rollback), stores=True, compress=compress)
 
     @classmethod
@@ -72,13 +76,8 @@ class ZigzagCache(Cache):
     def _build(
         self, config, plan, max_len: int | None, rollback: int, stores: bool, compress: PromptCompression | None = None
     ) -> None:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
         config = config.get_text_config(decoder=True)
-        model = origin_of(config)
-        check_geometry(plan.origin, model, "the plan is for")
-        if len(plan.kinds) != config.num_hidden_layers:
-            raise ValueError(f"the plan has {len(plan.kinds)} layers, the model has {config.num_hidden_layers}")
+        plan = plan_for(config, plan)
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
         if compress is not None:
@@ -89,22 +88,24 @@ class ZigzagCache(Cache):
             compress = compress.with_sink(plan.sink)
         num_lengths = 1 + len(plan.kinds) if compress else 1
         self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths), rollback
-        plan.check_kv_heads(model["kv_heads"])
+        plan.check_kv_heads(origin_of(config)["kv_heads"])
         formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
         smooth = plan.key_smoothing
-        kinds = {
-            "retrieval": (0, 0, 0, formats[0], smooth),
-            "streaming": (plan.sink, plan.window, rollback, formats[1], smooth),
-        }
+
+        def store(kind: str, layer: int, heads: tuple[int, ...] | None = None) -> LayerStore:
+            if kind == "retrieval":
+                return LayerStore(0, 0, 0, formats[0], smooth, heads, layer + 1 if compress else 0)
+            return LayerStore(*plan.size(layer), rollback, formats[1], smooth, heads)
 
         def layer_stores(layer: int, kind: str | tuple[str, ...]) -> list[LayerStore]:
-            names = [kind] if isinstance(kind, str) else list(kinds)
-            heads = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in names}
-            lengths = {"retrieval": layer + 1 if compress else 0, "streaming": 0}
-            return [LayerStore(*kinds[n], None if len(names) == 1 else heads[n], lengths[n]) for n in names]
+            if isinstance(kind, str):
+                return [store(kind, layer)]
+            numbers = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in ("retrieval", "streaming")}
+            return [store(name, layer, heads) for name, heads in numbers.items()]
 
+        layers = zip(plan.kinds, plan.native_windows, strict=True)
         super().__init__(
-            layers=[ZigzagLayer(self.state, index, layer_stores(index, kind)) for index, kind in enumerate(plan.kinds)]
+            layers=[ZigzagLayer(self.state, i, layer_stores(i, kind), window or 0) for i, (kind, window) in enumerate(layers)]
         )
 
     def forward(
@@ -167,9 +168,10 @@ class ZigzagCache(Cache):
     def memory_report(self) -> str:
         """A small table of text: layers, bytes of tokens (`kv_bytes`) and bytes of memory, by kind and format, with scales."""
         groups: dict[tuple[str, str], list] = {}
-        for store in self.stores:
-            kind = ("streaming" if store.window else "retrieval") + (" heads" if store.heads else "")
-            groups.setdefault((kind, str(store.kv_format)), []).append(store)
+        for layer in self.layers:
+            for store in layer.stores:
+                kind = "native" if layer.native_window else "streaming" if store.window else "retrieval"
+                groups.setdefault((kind + (" heads" if store.heads else ""), str(store.kv_format)), []).append(store)
         held = self.state.longest
         sums = [
             (*key, len(group), sum(store.kv_bytes(held) for store in group), sum(store.memory_bytes for store in group))
@@ -381,6 +383,17 @@ class ZigzagCache(Cache):
         """Most tokens a row can hold: `max_len`, or -1 (no limit) for a growing cache or a plan of streaming layers only."""
         lengths = [layer.get_max_length() for layer in self.layers]
         return max(lengths) if layer_idx is None else lengths[layer_idx]
+
+
+def plan_for(config, plan: Plan | None) -> Plan:
+    """`plan` checked against a text config, or the model as it is for None. Raises as `ZigzagCache`."""
+    if plan is None:
+        return whole_plan(native_windows(config))
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
+    check_geometry(plan.origin, origin_of(config), "the plan is for")
+    check_native(plan, native_windows(config))
+    return plan
 
 
 def check_lengths(max_len, rollback) -> tuple[int | None, int]:

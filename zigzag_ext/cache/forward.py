@@ -22,7 +22,8 @@ _current = threading.local()  # .entry: what attends in this thread, None or abs
 
 
 def current():
-    """What attends in this thread: an object with `was_given(layer)` and `attend(layer, q, k, v, scale)`, or None."""
+    """What attends in this thread, or None: an object with `was_given(layer)`, `attend(layer, q, k, v, scale)` and
+    `native_window(layer)`, the window that the model itself must ask for, 0: none."""
     return getattr(_current, "entry", None)
 
 
@@ -140,6 +141,9 @@ class Forward:
     def was_given(self, layer: int) -> bool:
         """Whether the cache got the new keys of a layer in this forward, or keeps none at all."""
         return layer in self.given or not self.state.stores
+
+    def native_window(self, layer: int) -> int:
+        return self.cache.layers[layer].native_window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Attention of a layer, then append. The ops skip leading columns: others to skip are brought there, and outputs back."""

@@ -19,9 +19,10 @@ class ZigzagLayer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False  # mask sizes are the same for every layer: masks are never built
 
-    def __init__(self, state: CacheState, index: int, stores: list[LayerStore]):
+    def __init__(self, state: CacheState, index: int, stores: list[LayerStore], native_window: int = 0):
         self.is_initialized = False  # instead of the base class, whose constructor sets keys and values
         self.state, self.index, self.stores = state, index, stores
+        self.native_window = native_window  # of the model itself, in tokens; 0: its attention is full
 
     def __repr__(self) -> str:
         if len(self.stores) == 1:

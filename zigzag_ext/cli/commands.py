@@ -153,7 +153,8 @@ def generate(
 ) -> None:
     """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
     quiet_transformers()
-    from ..planning.plan import Plan, full_plan
+    from ..planning.native import native_windows, whole_plan
+    from ..planning.plan import Plan
     from ..study.loading import load_model
     from .timing import generate as timed
 
@@ -161,7 +162,7 @@ def generate(
     text = prompt if prompt is not None else sys.stdin.read()
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = load_model(model, device, dtype)
-    chosen = chosen or full_plan(network.config.get_text_config(decoder=True).num_hidden_layers)
+    chosen = chosen or whole_plan(native_windows(network.config))
     chosen = chosen.with_formats(kv_format, ring_kv_format, key_smoothing)
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)

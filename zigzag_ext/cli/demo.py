@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
-from ..planning.plan import Plan, full_plan
+from ..planning.native import whole_plan
+from ..planning.plan import Plan
 from ..planning.writing import locked
 from ..study.evaluate.passkey import PasskeyPrompt, build_prompt, is_hit
 from ..study.loading import load_model
@@ -56,7 +57,7 @@ class Outcome:
 def demo_plans() -> dict[str, Plan]:
     """Full attention and the two plans that ship with the package, by the name that the demo prints."""
     plans = {name: Plan.load(str(files("zigzag_ext") / "planning" / "bundled" / file)) for name, file in BUNDLED_PLANS.items()}
-    return {"full": full_plan(plans["good plan"].num_layers)} | plans
+    return {"full": whole_plan(plans["good plan"].native_windows)} | plans
 
 
 def model_folder() -> Path:

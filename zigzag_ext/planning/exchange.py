@@ -25,12 +25,14 @@ def to_duo(plan: Plan, folder: str | os.PathLike, kv_heads: int) -> None:
         folder: made where it does not exist. kv_heads: KV heads of every layer, >= 1.
 
     Raises:
-        ValueError: kv_heads < 1, or the plan is for another number of KV heads. Nothing was written.
+        ValueError: kv_heads < 1, or the plan is for another number of KV heads, or has native layers or layers of their own size.
+            Nothing was written.
 
     Source: https://github.com/mit-han-lab/duo-attention (duo_attn/utils.py, load_attn_pattern and sparsify_attention_heads).
     """
     if kv_heads < 1:
         raise ValueError(f"kv_heads must be at least 1, got {kv_heads}")
+    plan.require_one_size("a DuoAttention pattern")
     scores = [[float(head) for head in layer] for layer in plan.retrieval_heads(kv_heads)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,36 +83,42 @@ def to_layer_types(plan: Plan) -> dict:
     Returns:
         {"layer_types": ["full_attention" or "sliding_attention", ...], "sliding_window": plan.window, "use_sliding_window": ...},
         as transformers (https://huggingface.co/docs/transformers/main_classes/configuration), vLLM and SGLang read them for
-        families with sliding windows, Qwen2 for one. A window counts the newest token there as here.
+        families with sliding windows, Qwen2 for one. A window counts the newest token there as here. Native layers slide as
+        streaming ones do.
 
     Raises:
-        ValueError: the plan has mixed layers.
+        ValueError: the plan has mixed layers, or windows of several sizes.
 
     Warns:
         UserWarning: the plan has sink tokens. Such engines drop them, and quality beyond the window usually collapses without
         them (https://arxiv.org/abs/2309.17453).
     """
     plan.require_whole_layers("layer_types")
-    if plan.sink and plan.streaming_layers:
+    sizes = [plan.size(layer) for layer, kind in enumerate(plan.kinds) if kind != "retrieval"]
+    windows = sorted({window for _, window in sizes}) or [plan.window]
+    if len(windows) > 1:
+        raise ValueError(f"layer_types have one window for all sliding layers, the plan has {' and '.join(map(str, windows))}")
+    if sinks := [sink for sink, _ in sizes if sink]:
         warnings.warn(
-            f"layer_types have no sink tokens: {len(plan.streaming_layers)} layers lose the first {plan.sink} tokens and keep "
-            f"only the last {plan.window}; expect worse output than with this plan",
+            f"layer_types have no sink tokens: {len(sinks)} layers lose the first {max(sinks)} tokens and keep "
+            f"only the last {windows[0]}; expect worse output than with this plan",
             stacklevel=2,
         )
-    names = {"retrieval": "full_attention", "streaming": "sliding_attention"}
+    names = {"retrieval": "full_attention", "streaming": "sliding_attention", "native": "sliding_attention"}
     return {
         "layer_types": [names[kind] for kind in plan.kinds],
-        "sliding_window": plan.window,
-        "use_sliding_window": bool(plan.streaming_layers),
+        "sliding_window": windows[0],
+        "use_sliding_window": bool(sizes),
     }
 
 
 def to_layer_string(plan: Plan) -> str:
     """One character per layer, "1" for streaming: `layer_type` of LongCat's `streaming_sparse_attention` configuration.
 
-    Raises ValueError for a plan with mixed layers. Source: https://arxiv.org/abs/2512.23966 (LoZA).
+    Raises ValueError for mixed layers, native ones, or sizes of their own. Source: LoZA, https://arxiv.org/abs/2512.23966.
     """
     plan.require_whole_layers("a layer string")
+    plan.require_one_size("a layer string")
     return "".join("1" if kind == "streaming" else "0" for kind in plan.kinds)
 
 

@@ -32,10 +32,10 @@ def origin_of(config) -> dict:
         TypeError: `config` is a name or path.
         ValueError: a size is missing, or not one positive number for all layers; the message names the field.
     """
-    text = _text_config(config)
+    text = text_config(config)
     query_heads = _size(text, "num_attention_heads")
-    kv_heads = 1 if _get(text, "multi_query") else _size(text, "num_key_value_heads", query_heads)
-    name = _get(config, "_name_or_path") or _get(text, "_name_or_path")
+    kv_heads = 1 if field_of(text, "multi_query") else _size(text, "num_key_value_heads", query_heads)
+    name = field_of(config, "_name_or_path") or field_of(text, "_name_or_path")
     return {
         **({"model": str(name)} if name else {}),
         "layers": _size(text, "num_hidden_layers"),
@@ -47,8 +47,8 @@ def origin_of(config) -> dict:
 
 def element_bytes_of(config) -> int:
     """Bytes of an element in the dtype that the config names; 2 where it names none that a cache can have."""
-    for place in (_text_config(config), config):
-        dtype = _get(place, "dtype") or (place.get("torch_dtype") if isinstance(place, Mapping) else None)
+    for place in (text_config(config), config):
+        dtype = field_of(place, "dtype") or (place.get("torch_dtype") if isinstance(place, Mapping) else None)
         if dtype is not None:
             return _BYTES.get(str(dtype).removeprefix("torch."), 2)
     return 2
@@ -66,7 +66,7 @@ def other_model(origin: dict, model: dict) -> bool:
     return "" not in names and len(names) > 1
 
 
-def _text_config(config):
+def text_config(config):
     if config is None or isinstance(config, str | os.PathLike):
         raise TypeError(f"config must be a model's config (model.config, or AutoConfig.from_pretrained), got {config!r}")
     if isinstance(config, Mapping):
@@ -74,12 +74,12 @@ def _text_config(config):
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def _get(config, name: str):
+def field_of(config, name: str):
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def _size(config, name: str, default: int | None = None) -> int:
-    value = _get(config, name)
+    value = field_of(config, name)
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -4,28 +4,30 @@ A plan file is JSON: `{"format": "zigzag-plan", "version": 1, "kinds": [...], "s
 A plan with quantised caches has version 2 and `"kv_format": {"k": "int8", "v": "int4"}`, `"ring_kv_format": ...`.
 A plan with layers of both kinds of heads has version 3; such a layer is a list of kinds, one per KV head.
 A plan with key smoothing has version 4 and `"key_smoothing": true`.
+A plan with native layers, or layers of their own size, has version 5 and `"layer_sizes"`: null or [sink, window] per layer.
 What the plan was made for (model, method, geometry: `origin.py`) stands in the provenance, as "origin", in every version.
 """
 
 import json
 import operator
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import _C
 from .kv_format import PLAIN, KvFormat, parse_kv_format
 from .origin import known
+from .plan_text import FORMAT_FIELDS, counts_of, ranges, summary
 from .reading import MAX_TEXT, one_line, parse_json, read_json, shown
 from .writing import write
 
 FORMAT = "zigzag-plan"
-VERSION = 4  # the oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers, 4 with key smoothing
-KINDS = ("retrieval", "streaming")
+# The oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers, 4 with key smoothing, 5 with layer sizes.
+VERSION = 5
+KINDS = ("retrieval", "streaming", "native")
 _REQUIRED = {"format", "version", "kinds", "sink", "window"}
-_FORMATS = ("kv_format", "ring_kv_format")
-_KNOWN = _REQUIRED | {"provenance", "key_smoothing", *_FORMATS}
+_KNOWN = _REQUIRED | {"provenance", "key_smoothing", "layer_sizes", *FORMAT_FIELDS}
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,8 +35,9 @@ class Plan:
     """The kind of every layer of a model, with the cache size of its streaming layers. Immutable and hashable.
 
     Args:
-        kinds: "retrieval" (keeps every token) or "streaming" (keeps `sink` + `window` tokens) for each layer, in order. A list of
-            kinds, one per KV head, makes a *mixed* layer: two caches and two attention calls instead of one, as in DuoAttention
+        kinds: for each layer, in order, "retrieval" (keeps every token), "streaming" (keeps `sink` + `window` tokens) or "native"
+            (the model itself gives the layer a sliding window, so that a ring of it loses nothing). A list of kinds, one per KV
+            head, makes a *mixed* layer: two caches and two attention calls instead of one, as in DuoAttention
             (https://arxiv.org/abs/2410.10819). A list of one kind only becomes that kind.
         sink: first tokens that streaming layers and heads keep for ever, >= 0.
         window: last tokens that streaming layers and heads keep, the newest one included, >= 1.
@@ -44,7 +47,13 @@ class Plan:
         ring_kv_format: the same for streaming layers and heads, whose few tokens rarely are worth it.
         key_smoothing: subtract a constant from the keys of each head before they are quantised, in every layer whose keys are
             (`zigzag_ext.attention.smoothing`). Attention stays what it was; the codes of few bits get finer.
+        layer_sizes: (sink, window) of layers that have another size than `sink` and `window`, None for others; empty where none
+            has. A native layer needs one, with sink 0.
         provenance: where the plan comes from; any JSON object.
+
+    A plan names every layer of its model, native ones too, with their windows: it is then checked against the model's config
+    instead of being completed from it, and one file says what each layer keeps, for C++ as for Python. `with_native` makes such a
+    plan from one over the full-attention layers, which is what `solve` chooses for.
 
     Raises:
         TypeError: an argument has the wrong type. ValueError: it has a value that no plan can have; or `key_smoothing` is asked
@@ -62,14 +71,20 @@ class Plan:
     kv_format: KvFormat = field(default=PLAIN, kw_only=True)
     ring_kv_format: KvFormat = field(default=PLAIN, kw_only=True)
     key_smoothing: bool = field(default=False, kw_only=True)
+    layer_sizes: tuple[tuple[int, int] | None, ...] = field(default=(), kw_only=True)
     provenance: dict[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self):
         kinds = _checked_kinds(self.kinds)
         sink, window = token_count("sink", self.sink), token_count("window", self.window)
-        _C.check_plan(kinds, sink, window)
-        values = {"kinds": kinds, "sink": sink, "window": window, "provenance": _json_object(self.provenance)}
-        values |= {name: parse_kv_format(name, getattr(self, name)) for name in _FORMATS}
+        sizes = _checked_sizes(self.layer_sizes)
+        _C.check_plan(kinds, sink, window, sizes)
+        sizes = tuple(
+            None if kind != "native" and own == (sink, window) else own for kind, own in zip(kinds, sizes, strict=False)
+        )
+        values = {"kinds": kinds, "sink": sink, "window": window, "layer_sizes": sizes if any(sizes) else ()}
+        values["provenance"] = _json_object(self.provenance)
+        values |= {name: parse_kv_format(name, getattr(self, name)) for name in FORMAT_FIELDS}
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._check_key_smoothing()
@@ -129,6 +144,64 @@ class Plan:
         return tuple(layer for layer, kind in enumerate(self.kinds) if not isinstance(kind, str))
 
     @property
+    def native_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose window is the model's own, ascending."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == "native")
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Indices of the other layers, ascending: full attention in the model, retrieval or streaming by choice."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind != "native")
+
+    @property
+    def native_windows(self) -> tuple[int | None, ...]:
+        """The window of each native layer in tokens, None for every other layer."""
+        return tuple(self.size(layer)[1] if kind == "native" else None for layer, kind in enumerate(self.kinds))
+
+    def size(self, layer: int) -> tuple[int, int]:
+        """(sink, window) in tokens of the ring of `layer`; of its streaming heads if it is mixed; (0, 0) if it retrieves."""
+        if self.kinds[layer] == "retrieval":
+            return 0, 0
+        return (self.layer_sizes[layer] if self.layer_sizes else None) or (self.sink, self.window)
+
+    def with_native(self, windows: Sequence[int | None]) -> "Plan":
+        """The plan of a whole model, from this one over its full-attention layers.
+
+        Args:
+            windows: for each layer of the model its own window in tokens, the newest token included; None: full attention,
+                the next layer of this plan. `zigzag_ext.native_windows(config)` reads them.
+
+        Raises:
+            ValueError: this plan has native layers, or another number of layers than `windows` has Nones.
+
+        Example:
+            >>> Plan(["retrieval", "streaming"], sink=4, window=8).with_native([64, None, 64, None]).kinds
+            ('native', 'retrieval', 'native', 'streaming')
+        """
+        windows = tuple(windows)
+        full = tuple(layer for layer, window in enumerate(windows) if window is None)
+        if self.native_layers:
+            raise ValueError(f"the plan has native layers already: {ranges(self.native_layers)}")
+        if len(full) != self.num_layers:
+            raise ValueError(
+                f"the plan has {self.num_layers} layers, the model has {len(full)} full-attention layers: {ranges(full)}"
+            )
+        if len(full) == len(windows):
+            return self
+        own = dict(zip(full, zip(self.kinds, self.layer_sizes or (None,) * len(full), strict=True), strict=True))
+        layers = [own.get(layer, ("native", (0, window))) for layer, window in enumerate(windows)]
+        kinds, sizes = zip(*layers, strict=True)
+        provenance = dict(self.provenance)
+        if "layers" in self.origin:  # of the scores: a row per full-attention layer
+            provenance["origin"] = provenance["origin"] | {"layers": len(windows)}
+        return replace(self, kinds=kinds, layer_sizes=sizes, provenance=provenance)
+
+    def require_one_size(self, use: str) -> None:
+        """Raises ValueError if there are layers of their own size, native ones too, which `use` cannot express."""
+        if own := tuple(layer for layer, size in enumerate(self.layer_sizes) if size):
+            raise ValueError(f"{use} needs one sink and window for all layers; layers {ranges(own)} have their own")
+
+    @property
     def kv_heads(self) -> int | None:
         """KV heads per layer of the models that the plan fits; None without mixed layers, when it fits any number."""
         return next((len(self.kinds[layer]) for layer in self.mixed_layers), None)
@@ -148,13 +221,17 @@ class Plan:
     def require_whole_layers(self, use: str) -> None:
         """Raises ValueError if there are mixed layers, which `use` cannot express."""
         if self.mixed_layers:
-            raise ValueError(f"{use} needs layers of one kind; layers {_ranges(self.mixed_layers)} mix heads of both kinds")
+            raise ValueError(f"{use} needs layers of one kind; layers {ranges(self.mixed_layers)} mix heads of both kinds")
 
     @property
     def retrieval_ratio(self) -> float:
-        """Share of the KV heads that keep every token, 0 to 1. Without mixed layers that is the share of retrieval layers."""
-        shares = [kind == "retrieval" if isinstance(kind, str) else kind.count("retrieval") / len(kind) for kind in self.kinds]
-        return sum(shares) / self.num_layers
+        """Share of the KV heads of full-attention layers that keep every token, 0 to 1; 1 where all layers are native.
+
+        Without mixed layers that is the share of retrieval layers among them.
+        """
+        kinds = [self.kinds[layer] for layer in self.full_layers]
+        shares = [kind == "retrieval" if isinstance(kind, str) else kind.count("retrieval") / len(kind) for kind in kinds]
+        return sum(shares) / len(shares) if shares else 1.0
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -173,9 +250,10 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan file at `path`: whole or not at all (`writing.write`). ValueError if it is too large to be read."""
-        formats = {name: getattr(self, name)._asdict() for name in _FORMATS if getattr(self, name) != PLAIN}
-        version = 4 if self.key_smoothing else 3 if self.mixed_layers else 2 if formats else 1
+        formats = {name: getattr(self, name)._asdict() for name in FORMAT_FIELDS if getattr(self, name) != PLAIN}
+        version = 5 if self.layer_sizes else 4 if self.key_smoothing else 3 if self.mixed_layers else 2 if formats else 1
         formats |= {"key_smoothing": True} if self.key_smoothing else {}
+        formats |= {"layer_sizes": self.layer_sizes} if self.layer_sizes else {}
         content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window, **formats}
         content["provenance"] = self.provenance
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
@@ -201,35 +279,16 @@ class Plan:
 
     def summary(self) -> str:
         """A small table of text: the layers of each kind, sink, window, and what `solve` recorded."""
-        mixed, share = self.mixed_layers, len(self.retrieval_layers) / self.num_layers
-        rows = [
-            ("layers", str(self.num_layers)),
-            ("retrieval", f"{len(self.retrieval_layers)} ({share:.0%}): {_ranges(self.retrieval_layers)}"),
-            ("streaming", f"{len(self.streaming_layers)}: {_ranges(self.streaming_layers)}"),
-            *([("mixed", f"{len(mixed)}: {_ranges(mixed)}"), ("heads", f"{self.retrieval_ratio:.1%} retrieve")] if mixed else []),
-            ("sink", f"{self.sink} tokens"),
-            ("window", f"{self.window} tokens"),
-            *((name.replace("_", " "), str(getattr(self, name))) for name in _FORMATS if getattr(self, name) != PLAIN),
-            *([("key smoothing", "yes")] if self.key_smoothing else []),
-        ]
-        recorded = {key: value for key, value in self.provenance.items() if not isinstance(value, list)}
-        rows += [(one_line(key.replace("_", " "), 40), _as_text(value)) for key, value in recorded.items()]
-        rows += _value_rows(self.kinds, self.provenance.get("layer_values"))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return summary(self)
 
     def __repr__(self) -> str:
         pattern = "".join(kind[0].upper() if isinstance(kind, str) else "M" for kind in self.kinds)
         counts = f"{len(self.retrieval_layers)} retrieval, {len(self.streaming_layers)} streaming"
         counts += f", {len(self.mixed_layers)} mixed" if self.mixed_layers else ""
-        formats = "".join(f", {name} {getattr(self, name)}" for name in _FORMATS if getattr(self, name) != PLAIN)
+        counts = counts_of(self) if self.native_layers else counts
+        formats = "".join(f", {name} {getattr(self, name)}" for name in FORMAT_FIELDS if getattr(self, name) != PLAIN)
         formats += ", key_smoothing" if self.key_smoothing else ""
         return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}{formats}>"
-
-
-def full_plan(num_layers: int) -> Plan:
-    """Every layer keeps every token: full attention through the same kernels, to compare a plan with."""
-    return Plan(["retrieval"] * num_layers, sink=0, window=1, provenance={"source": "full attention"})
 
 
 def _checked_kinds(kinds) -> tuple[str | tuple[str, ...], ...]:
@@ -248,6 +307,18 @@ def _layer_kind(layer: int, kind) -> str | tuple[str, ...]:
     if not kind:
         raise ValueError(f"layer {layer} has no KV heads")
     return kind[0] if len(set(kind)) == 1 else tuple(kind)
+
+
+def _checked_sizes(sizes) -> tuple[tuple[int, int] | None, ...]:
+    if isinstance(sizes, str) or not hasattr(sizes, "__iter__"):
+        raise TypeError(f"layer_sizes must be a list of (sink, window) or None, one per layer, got {shown(sizes)}")
+    return tuple(None if size is None else _layer_size(layer, size) for layer, size in enumerate(sizes))
+
+
+def _layer_size(layer: int, size) -> tuple[int, int]:
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise TypeError(f"layer_sizes must hold (sink, window) or None, got {shown(size)} for layer {layer}")
+    return token_count(f"layer {layer}: sink", size[0]), token_count(f"layer {layer}: window", size[1])
 
 
 def token_count(name: str, value) -> int:
@@ -286,34 +357,3 @@ def _check_header(content) -> None:
         raise ValueError(f"missing fields: {', '.join(missing)}")
     if unknown := sorted(content.keys() - _KNOWN):
         raise ValueError(f"unknown fields: {one_line(', '.join(unknown), 200)}; known: {', '.join(sorted(_KNOWN))}")
-
-
-def _as_text(value) -> str:
-    """A recorded value on one line: numbers short, objects as name = value; lists of numbers as they are."""
-    if isinstance(value, dict):
-        return one_line(", ".join(f"{key} = {_as_text(inner)}" for key, inner in value.items()))
-    return f"{value:.4g}" if isinstance(value, float) else one_line(str(value))
-
-
-def _value_rows(kinds: tuple, values) -> list[tuple[str, str]]:
-    """Eight layers a row, retrieval layers marked; none unless there is one number per layer."""
-    if not isinstance(values, list) or len(values) != len(kinds) or not all(map(_is_number, values)):
-        return []
-    cells = [f"{value:>8.4g}{'*' if kind == 'retrieval' else ' '}" for kind, value in zip(kinds, values, strict=True)]
-    rows = [(f"layers {i}-{min(i + 8, len(cells)) - 1}", "".join(cells[i : i + 8]).rstrip()) for i in range(0, len(cells), 8)]
-    return [("layer values", "as the objective rates them; * retrieval"), *rows]
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e100  # beyond, an integer has no float and a cell no room
-
-
-def _ranges(layers: tuple[int, ...]) -> str:
-    """Layer indices as text, runs shortened: (0, 1, 2, 5) -> '0-2 5'."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _C
-from .costs import kv_costs, ms_costs
+from .costs import ms_costs
 from .kv_format import KvFormat, parse_kv_format
+from .native import native_windows
 from .origin import check_geometry, element_bytes_of, known, origin_of
 from .plan import Plan
 from .solve_heads import solve_heads
+from .solve_native import Layers
 
 _TICKS = 10_000  # per millisecond: costs are compared in whole steps of 0.1 us, finer than a measurement resolves
 _MOST = {"kv_bytes": 2**52, "ms": 2**52 / _TICKS}
@@ -54,6 +56,7 @@ def solve(
     level: str = "layer",
     sink: int = 64,
     window: int = 256,
+    native: Sequence[int | None] = (),
 ) -> Plan:
     """Makes the best layers under `objective` retrieval layers and lets the others stream. Exact and deterministic.
 
@@ -89,6 +92,9 @@ def solve(
             `sparsity` are budgets of their own; the other budgets, objectives and constraints are for layers. Heads are taken by
             score, of equal ones the lower layer first, then the lower head.
         sink, window: tokens that streaming layers keep, see `Plan`.
+        native: the windows of a model's own, None for layers without one; by default what `config` says. Scores then have
+            a row per full-attention layer, which are what is chosen and what ratios, `values`, the lists of a cost table and
+            the record speak of. Layer numbers, `stages` and `head_dim` are the model's, KV bytes those of the whole model.
 
     Under kv_bytes and ms, the best set of layers that fits is chosen. "even", "count" and "transport" can compare sets of one
     size only: they get as many retrieval layers as fit at the layers' average cost, or the next smaller possible number, or the
@@ -117,10 +123,11 @@ def solve(
     matrix = _matrix(scores)
     layers, kv_heads = matrix.shape if matrix.ndim == 2 else (0, 0)
     origin = _origin(scores, layers, kv_heads, config)
+    model = Layers(native or (() if config is None else native_windows(config)), layers)
     mask = {"threshold": threshold, "sparsity": sparsity}
     given = {"retrieval_ratio": retrieval_ratio, "retrieval_layers": retrieval_layers, "kv_bytes": kv_bytes, "ms": ms}
     budget = _budget(given | (mask if level == "head" else {}), costs)
-    constraints = _constraints(layers, force_retrieval, force_streaming, max_streaming_run, stages)
+    constraints = _constraints(len(model), force_retrieval, force_streaming, max_streaming_run, stages)
     own = {name: _optional(_number, name, value) for name, value in mask.items()}
     own["top_heads"] = _optional(_integer, "top_heads", top_heads)
     own["values"] = [] if values is None else [_number("values", value) for value in values]
@@ -128,14 +135,17 @@ def solve(
     _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
     formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
     shape = {name: parse_kv_format(name, value) for name, value in formats.items()} | {"sink": sink, "window": window}
-    bytes_of = kv_costs(layers, kv_heads, **sizes, **shape, rollback=_integer("rollback", rollback))
+    bytes_of = model.kv_costs(kv_heads, **sizes, **shape, rollback=_integer("rollback", rollback))
     sizes |= {"rollback": rollback} if rollback else {}
     ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
     if level == "head":
         for_layers = {"objective": objective != "mean", "ms": ms, "retrieval_layers": retrieval_layers, **constraints}
         _refuse_for_heads(for_layers | {"top_heads": top_heads, "values": own["values"], "costs": costs})
-        return solve_heads(matrix, budget, bytes_of, {**sizes, "origin": origin, "scores": _fingerprint(matrix)}, shape)
-    solution = _C.solve(matrix, _options(objective, {**constraints, **own}, budget, layers, bytes_of, ticks_of))
+        plan = solve_heads(matrix, budget, bytes_of, {**sizes, "origin": origin, "scores": _fingerprint(matrix)}, shape)
+        return plan.with_native(model.windows)
+    solution = _C.solve(
+        matrix, _options(objective, {**constraints, **model.rows(constraints), **own}, budget, layers, bytes_of, ticks_of)
+    )
     provenance = {
         "objective": objective,
         "budget": budget,
@@ -148,7 +158,7 @@ def solve(
         "layer_values": solution.layer_values,
     }
     recorded = {name: value for name, value in provenance.items() if value != {}}
-    return Plan(solution.kinds, **shape, provenance=recorded)
+    return Plan(solution.kinds, **shape, provenance=recorded).with_native(model.windows)
 
 
 def _refuse_for_heads(settings: dict) -> None:
@@ -161,7 +171,7 @@ def _origin(scores, layers: int, kv_heads: int, config) -> dict:
     recorded = known(getattr(scores, "origin", None)) | {"layers": layers, "kv_heads": kv_heads}
     model = {} if config is None else origin_of(config)
     if model and layers:
-        check_geometry(recorded, model, "scores are for")
+        check_geometry(recorded, model | {"layers": native_windows(config).count(None)}, "scores are for")
     return known(model | recorded)
 
 

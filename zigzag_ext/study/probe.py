@@ -1,4 +1,4 @@
-"""Runs a Hugging Face model with one's own attention function, the same in every layer: for scoring heads and head-level plans.
+"""Runs a Hugging Face model with one's own attention function in every full-attention layer, for scores and plans of heads.
 
 It goes through the "zigzag" attention interface: a stand-in for the cache hands each layer's queries, keys and values on. So
 everything that `enable` refuses is refused here too, and gradients flow, since nothing below is a compiled kernel.
@@ -13,14 +13,17 @@ from ..cache.forward import attending
 from ..hf.attention import NAME
 from ..hf.cache_argument import split_cache
 from ..hf.families import check_family
+from ..planning.native import native_windows
+from .torch_attention import banded
 
+# layer: its number among the full-attention layers.
 # attend(layer, query [batch, num_q_heads, n, head_dim], key and value [batch, num_kv_heads, n, head_dim], scale) -> like query
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @contextmanager
 def probe(model: nn.Module, attend: Attend):
-    """`with probe(model, attend): model(ids, use_cache=False)`: every layer's attention is `attend`, without cache or padding.
+    """`with probe(model, attend): model(ids, use_cache=False)`: full attention is `attend`, without cache or padding.
 
     Raises:
         RuntimeError: zigzag attention is enabled on the model already.
@@ -35,7 +38,7 @@ def probe(model: nn.Module, attend: Attend):
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
     hook = model.register_forward_pre_hook(_check_arguments, with_kwargs=True)
     try:
-        with attending(_Probe(attend)):
+        with attending(_Probe(attend, native_windows(model.config))):
             yield model
     finally:
         hook.remove()
@@ -43,14 +46,23 @@ def probe(model: nn.Module, attend: Attend):
 
 
 class _Probe:
-    def __init__(self, function: Attend):
-        self.function = function
+    """Native windows attend by themselves; the full-attention layers, numbered without them, by `function`."""
+
+    def __init__(self, function: Attend, windows: tuple[int | None, ...]):
+        self.function, self.windows = function, windows
+        self.rows = [sum(window is None for window in windows[:layer]) for layer in range(len(windows))]
+
+    def native_window(self, layer: int) -> int:
+        return self.windows[layer] or 0
 
     def was_given(self, layer: int) -> bool:
         return True
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        return self.function(layer, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if window := self.windows[layer]:
+            return banded(query, key, value, scale, 0, window)
+        return self.function(self.rows[layer], query, key, value, scale)
 
 
 def _check_arguments(model: nn.Module, args: tuple, kwargs: dict) -> None:

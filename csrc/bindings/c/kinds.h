@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
@@ -25,6 +26,18 @@ inline std::vector<HeadKinds> parse_kinds(const KindNames& layers) {
     names.push_back(whole ? std::vector<std::string>{*whole} : std::get<std::vector<std::string>>(layer));
   }
   return parse_head_kinds(names);
+}
+
+// Of each layer (sink, window), or None; empty where no layer has a size of its own.
+using LayerSizes = std::vector<std::optional<std::pair<int64_t, int64_t>>>;
+
+inline LayerPlan make_plan(const KindNames& kinds, int64_t sink, int64_t window, const LayerSizes& given) {
+  std::vector<std::optional<RingSize>> sizes;
+  sizes.reserve(given.size());
+  for (const auto& size : given) {
+    sizes.push_back(size ? std::optional(RingSize{size->first, size->second}) : std::nullopt);
+  }
+  return LayerPlan(parse_kinds(kinds), sink, window, std::move(sizes));
 }
 
 using FormatNames = std::pair<std::string, std::string>;  // of keys, of values

@@ -5,13 +5,16 @@ namespace py = pybind11;
 namespace zigzag::bindings {
 namespace {
 
-void check_plan(const KindNames& kinds, int64_t sink, int64_t window) { LayerPlan(parse_kinds(kinds), sink, window); }
+void check_plan(const KindNames& kinds, int64_t sink, int64_t window, const LayerSizes& sizes) {
+  make_plan(kinds, sink, window, sizes);
+}
 
 }  // namespace
 
 void bind_plan(py::module_& module) {
   module.def("check_plan", &check_plan, py::arg("kinds"), py::arg("sink"), py::arg("window"),
-             "Raises ValueError unless kinds, sink and window make a valid plan.");
+             py::arg("layer_sizes") = LayerSizes(),
+             "Raises ValueError unless kinds, sink, window and the sizes of layers make a valid plan.");
 }
 
 }  // namespace zigzag::bindings

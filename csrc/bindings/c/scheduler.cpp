@@ -14,8 +14,8 @@ namespace {
 
 Scheduler make_scheduler(const KindNames& kinds, int64_t sink, int64_t window, int num_q_heads, int num_kv_heads,
                          int head_dim, const std::string& dtype, const FormatNames& kv_format,
-                         const FormatNames& ring_kv_format, int64_t rollback) {
-  return Scheduler(LayerPlan(parse_kinds(kinds), sink, window),
+                         const FormatNames& ring_kv_format, int64_t rollback, const LayerSizes& layer_sizes) {
+  return Scheduler(make_plan(kinds, sink, window, layer_sizes),
                    ModelGeometry{num_q_heads, num_kv_heads, head_dim, parse_dtype(dtype), parse_kv_formats(kv_format),
                                  parse_kv_formats(ring_kv_format)},
                    rollback);
@@ -59,9 +59,8 @@ py::dict heads(const Scheduler& scheduler, int layer) {
 
 int64_t kv_bytes_of(const Scheduler& scheduler, int64_t batch, int64_t max_len,
                     const std::optional<std::string>& kind) {
-  const KvBytes bytes = scheduler.kv_bytes(batch, max_len);
-  if (!kind) return bytes.total();
-  return parse_layer_kind(*kind, "the cache has the") == LayerKind::kRetrieval ? bytes.retrieval : bytes.streaming;
+  KvBytes bytes = scheduler.kv_bytes(batch, max_len);
+  return kind ? bytes.of(parse_layer_kind(*kind, "the cache has the")) : bytes.total();
 }
 
 int64_t kv_bytes_of_shape(int64_t slots, int64_t num_kv_heads, int64_t head_dim, int64_t element_bytes,
@@ -75,16 +74,18 @@ int64_t slots_of_kind(const std::string& kind, int64_t sink, int64_t window, int
 }
 
 std::string repr(const Scheduler& scheduler) {
-  int retrieval = 0, mixed = 0;
+  int retrieval = 0, mixed = 0, native = 0;
   for (int layer = 0; layer < scheduler.num_layers(); ++layer) {
     const std::vector<CacheSpec>& caches = scheduler.caches(layer);
     mixed += caches.size() > 1;
     retrieval += caches.size() == 1 && caches[0].kind == LayerKind::kRetrieval;
+    native += caches[0].kind == LayerKind::kNative;
   }
   const ModelGeometry& geometry = scheduler.geometry();
   return concat("Scheduler(", scheduler.num_layers(), " layers: ", retrieval, " retrieval, ",
-                scheduler.num_layers() - retrieval - mixed, " streaming", mixed ? concat(", ", mixed, " mixed") : "",
-                "; ", geometry.num_q_heads, " query heads, ", geometry.num_kv_heads, " KV heads, head_dim ",
+                scheduler.num_layers() - retrieval - mixed - native, " streaming",
+                mixed ? concat(", ", mixed, " mixed") : "", native ? concat(", ", native, " native") : "", "; ",
+                geometry.num_q_heads, " query heads, ", geometry.num_kv_heads, " KV heads, head_dim ",
                 geometry.head_dim, ", ", name(geometry.dtype), ")");
 }
 
@@ -95,7 +96,7 @@ void bind_scheduler(py::module_& module) {
       .def(py::init(&make_scheduler), py::arg("kinds"), py::arg("sink"), py::arg("window"), py::arg("num_q_heads"),
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"),
            py::arg("kv_format") = FormatNames("none", "none"), py::arg("ring_kv_format") = FormatNames("none", "none"),
-           py::arg("rollback") = 0)
+           py::arg("rollback") = 0, py::arg("layer_sizes") = LayerSizes())
       .def_property_readonly("num_layers", &Scheduler::num_layers)
       .def_property_readonly("launches_per_step", &Scheduler::launches_per_step,
                              "Attention launches in one decode step: one per layer, two where it is mixed.")

@@ -26,7 +26,7 @@ class Row:
     dtype: str
     task: str
     plan: str  # its name; "full" is full attention
-    kinds: str  # per layer 0 (retrieval) or 1 (streaming); per KV head, layers separated by "/", for a head-level plan
+    kinds: str  # per full-attention layer 0 (retrieval) or 1 (streaming); for a head-level plan per KV head, "/" between layers
     sink: int
     window: int
     length: int  # tokens of a sample, answers included
@@ -50,13 +50,12 @@ class Row:
 COLUMNS = [field.name for field in fields(Row)]
 
 
-def kinds_of(plan: Plan | None, layers: int) -> str:
-    """A plan as a string, see `Row.kinds`."""
-    if plan is None:
-        return "0" * layers
+def kinds_of(plan: Plan) -> str:
+    """A plan as a string, see `Row.kinds`. Native layers are not told: they belong to the model."""
     if plan.mixed_layers:
-        return "/".join("".join("10"[head] for head in layer) for layer in plan.retrieval_heads(plan.kv_heads))
-    return "".join("1" if kind == "streaming" else "0" for kind in plan.kinds)
+        heads = plan.retrieval_heads(plan.kv_heads)
+        return "/".join("".join("10"[head] for head in heads[layer]) for layer in plan.full_layers)
+    return "".join("1" if plan.kinds[layer] == "streaming" else "0" for layer in plan.full_layers)
 
 
 def statistics(verdicts: Sequence[Verdict]) -> dict:

@@ -64,6 +64,7 @@ class RulerTask:
         if not 1 <= prompts <= _SAMPLES:
             raise ValueError(f"prompts of {self.name} must be 1 to {_SAMPLES}, got {prompts}")
         check_length(model, max(lengths))
+        described = describe(model) | describe_plan(plan, name, model)
         rows = []
         for length in lengths:
             scores = self._scores(model, tokenizer, plan, length, prompts, seed, batch_tokens, advance)
@@ -71,8 +72,7 @@ class RulerTask:
             low, high = wilson(sum(scores), len(scores))
             rows.append(
                 Row(
-                    **describe(model),
-                    **describe_plan(plan, name, model.config.num_hidden_layers),
+                    **described,
                     task=self.name,
                     length=length,
                     depth=None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...planning.native import native_windows, whole_plan
 from ...planning.plan import Plan
 from .haystack import Sample
 from .results import Row, kinds_of, statistics
@@ -65,6 +66,7 @@ class Task:
         if prompts < 1:
             raise ValueError(f"prompts must be at least 1, got {prompts}")
         check_length(model, max(lengths))
+        described = describe(model) | describe_plan(plan, name, model)
         grid = list(depths) if self.has_depth else [None]
         rows = []
         for length in lengths:
@@ -73,8 +75,7 @@ class Task:
             groups = [(None, verdicts)] if pooled else [(d, verdicts[i * prompts :][:prompts]) for i, d in enumerate(grid)]
             rows += [
                 Row(
-                    **describe(model),
-                    **describe_plan(plan, name, model.config.num_hidden_layers),
+                    **described,
                     task=self.name,
                     length=length,
                     depth=depth,
@@ -99,7 +100,12 @@ def describe(model: nn.Module) -> dict[str, str]:
     return {"model": source or model.config.model_type, "device": model.device.type, "dtype": str(model.dtype)[6:]}
 
 
-def describe_plan(plan: Plan | None, name: str | None, num_layers: int) -> dict[str, str | int]:
-    """The columns that name a plan; None is full attention."""
+def describe_plan(plan: Plan | None, name: str | None, model: nn.Module) -> dict[str, str | int]:
+    """The columns that name a plan; None is the model as it is. Raises ValueError for streaming layers of several sizes."""
+    if plan is not None and any(
+        plan.size(layer) != (plan.sink, plan.window) for layer in plan.streaming_layers + plan.mixed_layers
+    ):
+        raise ValueError("a row of results names one sink and window; streaming layers of the plan have sizes of their own")
     sizes = {"sink": getattr(plan, "sink", 0), "window": getattr(plan, "window", 0)}
-    return {"plan": name or ("full" if plan is None else "plan"), "kinds": kinds_of(plan, num_layers), **sizes}
+    kinds = kinds_of(whole_plan(native_windows(model.config)) if plan is None else plan)
+    return {"plan": name or ("full" if plan is None else "plan"), "kinds": kinds, **sizes}

@@ -50,8 +50,9 @@ def identify(
             to stop), exhaustive=False; gates: level="head" or "layer", learning_rate=0.02, regularizer=0.05, batch=1.
 
     Returns:
-        float64 [layers, kv_heads] in [0, 1]. Only the order and the gaps within one matrix mean something. Array and file record
-        model, method and geometry (`origin`), which plans hand on and `zigzag_ext.enable` compares with the model.
+        float64 [layers, kv_heads] in [0, 1], a row per full-attention layer: native windows are no plan's to choose. Only the
+        order and the gaps within one matrix mean something. Array and file record model, method and geometry (`origin`), which
+        plans hand on and `zigzag_ext.enable` compares with the model.
 
     Raises:
         ValueError: the method or an option is unknown or out of range, the prompts do not fit the model's context, the partial

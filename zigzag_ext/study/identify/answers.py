@@ -22,5 +22,5 @@ class Answers(Method):
     def logprob(self, retrieval: np.ndarray) -> float:
         """Natural log-probability per token of an answer, mean over all answers. retrieval: bool [layers, kv_heads]."""
         plan = Plan.from_heads(retrieval, sink=self.settings.sink, window=self.settings.window)
-        verdicts = score(self.model, self.samples, plan, self.batch_tokens)
+        verdicts = score(self.model, self.samples, plan.with_native(self.native), self.batch_tokens)
         return float(np.mean([verdict.answers for verdict in verdicts]))

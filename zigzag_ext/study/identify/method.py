@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...planning.native import native_windows
 from ...planning.origin import origin_of
 from ..evaluate.haystack import Sample
 from ..evaluate.scoring import check_length
@@ -46,8 +47,10 @@ class Method(ABC):
     def __init__(self, model: nn.Module, tokenizer, settings: Settings):
         check_length(model, settings.tokens)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.native = native_windows(model.config)
+        self.layers = self.native.count(None)  # with full attention: those that a plan chooses for
         geometry = origin_of(model.config)
-        self.layers, self.q_heads, self.kv_heads = (geometry[name] for name in ("layers", "query_heads", "kv_heads"))
+        self.q_heads, self.kv_heads = geometry["query_heads"], geometry["kv_heads"]
         self.steps = settings.prompts
         self.state: dict[str, Tensor] = {}
 
@@ -57,7 +60,7 @@ class Method(ABC):
 
     @abstractmethod
     def scores(self) -> np.ndarray:
-        """float64 [layers, kv_heads] in [0, 1], after all steps."""
+        """float64 [full-attention layers, kv_heads] in [0, 1], after all steps."""
 
     def sample(self, number: int, tokens: int | None = None) -> Sample:
         rng = random.Random(f"identify/{self.settings.seed}/{number}")

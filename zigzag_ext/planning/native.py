@@ -1,0 +1,63 @@
+"""Native windows: layers to which a model's own config gives a sliding window. Their rings are exact: no plan chooses them."""
+
+from collections.abc import Sequence
+
+from .origin import field_of, text_config
+from .plan import Plan
+from .plan_text import ranges
+
+SLIDING = "sliding_attention"
+
+
+def native_windows(config) -> tuple[int | None, ...]:
+    """The window of each layer that has one of its own, in tokens, the newest one included; None: the layer sees every token.
+
+    Args:
+        config: of a model of transformers, or of one with a text decoder inside; or a dict as in config.json, whose layers must
+            all be alike or named by `layer_types`.
+
+    A query at position q then sees positions above q - window, as in transformers' `sliding_window_overlay`. What a config says
+    is compared with the mask that the model asks for, in every forward.
+
+    Raises:
+        ValueError: a layer slides and `config.sliding_window` is no number of tokens.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> native_windows(SimpleNamespace(num_hidden_layers=2, sliding_window=64, layer_types=[SLIDING, "full_attention"]))
+        (64, None)
+    """
+    config = text_config(config)
+    window, kinds = field_of(config, "sliding_window"), field_of(config, "layer_types")
+    if kinds is None:
+        slides = window is not None and field_of(config, "use_sliding_window") is not False
+        kinds = [SLIDING if slides else None] * field_of(config, "num_hidden_layers")
+    if SLIDING in kinds and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"config.sliding_window must be a number of tokens, as layers slide; got {window!r}")
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def check_native(plan: Plan, windows: Sequence[int | None]) -> None:
+    """Raises ValueError unless `plan` names the layers of a model with these `native_windows`, and their windows."""
+    windows = tuple(windows)
+    full = tuple(layer for layer, window in enumerate(windows) if window is None)
+    layers = f"the model has {len(windows)}"
+    if len(full) < len(windows):
+        layers += (
+            f", of which {ranges(full)} are full-attention layers and the others native windows; "
+            "plan.with_native(zz.native_windows(model.config)) makes such a plan from one over the full-attention layers"
+        )
+    if plan.num_layers != len(windows):
+        raise ValueError(f"the plan has {plan.num_layers} layers, {layers}")
+    for layer, pair in enumerate(zip(plan.native_windows, windows, strict=True)):
+        if pair[0] != pair[1]:
+            planned, own = ("full attention" if each is None else f"a native window of {each}" for each in pair)
+            raise ValueError(f"layer {layer} has {own} in the model, {planned} in the plan; layers: {layers}")
+
+
+def whole_plan(windows: Sequence[int | None]) -> Plan:
+    """The model as it is: full-attention layers keep every token, native windows are rings."""
+    windows = tuple(windows)
+    source = {"source": "full attention" if set(windows) <= {None} else "full attention and native windows"}
+    kinds = ["retrieval" if window is None else "native" for window in windows]
+    return Plan(kinds, sink=0, window=1, layer_sizes=[window and (0, window) for window in windows], provenance=source)
