@@ -72,6 +72,43 @@ FAMILIES: dict[str, dict] = {
     "stablelm": {},
     "starcoder2": {"sliding_window": None},
 }
+# Families with sliding windows of their own, and what makes half of the tiny model's layers slide by the config's own rule.
+_EVERY_OTHER = {"layer_types": None, "sliding_window_pattern": 2}
+_LATER_HALF = {"use_sliding_window": True, "max_window_layers": 2}
+WINDOWED: dict[str, dict] = {
+    "afmoe": {"global_attn_every_n_layers": 2, **_EXPERTS},
+    "cohere2": _EVERY_OTHER,
+    "cohere2_moe": _EVERY_OTHER | _EXPERTS,
+    "cwm": {},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 2,
+        **_EXPERTS,
+        **_LATER_HALF,
+    },
+    "exaone4": {"layer_types": None, "sliding_window_pattern": 4},
+    "exaone_moe": _EXPERTS,
+    "gemma3_text": _EVERY_OTHER,
+    "laguna": {"layer_types": ["full_attention", "sliding_attention"] * 2, **_EXPERTS},
+    "mellum": {"layer_types": ["sliding_attention", "full_attention"] * 2, **_EXPERTS},
+    "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "ministral3": {},
+    "mistral": {},
+    "mixtral": _EXPERTS,
+    "modernbert-decoder": {"local_attention": 16, "global_attn_every_n_layers": 2},
+    "olmo3": {"layer_types": None},
+    "phi3": {},
+    "phimoe": _EXPERTS,
+    "qwen2": _LATER_HALF,
+    "qwen2_moe": {"shared_expert_intermediate_size": 64, **_EXPERTS, **_LATER_HALF},
+    "qwen3": _LATER_HALF,
+    "qwen3_moe": _EXPERTS | _LATER_HALF,
+    "smollm3": {"use_sliding_window": True, "no_rope_layer_interval": 2},
+    "starcoder2": {},
+}
 if Version(transformers.__version__) < Version("5.13"):
     del FAMILIES["nemotron"]  # refused there: its attention does not go through transformers' AttentionInterface
 
@@ -96,6 +133,11 @@ def new_model(family: str, **overrides):
         options = {name: value for name, value in options.items() if name not in ("head_dim", "num_key_value_heads")}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**options), dtype=torch.float32).eval()
+
+
+def windowed_model(family: str, window: int, **overrides):
+    """A model of its own whose sliding layers see `window` tokens."""
+    return new_model(family, **{"sliding_window": window} | WINDOWED[family] | overrides)
 
 
 def prompt(length: int, batch: int = 1, seed: int = 1) -> torch.Tensor:

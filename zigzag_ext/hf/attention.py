@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
 from ..cache.forward import current
 from .cache_argument import tested_range
@@ -28,21 +28,47 @@ _HARMLESS = {
     "position_ids",
     "return_dict",
     "shift_labels",
+    "sliding_window",  # what the mask says is compared
     "token_type_ids",
     "use_cache",
 }
 
 
-class UnsupportedMask:
-    """Stands in for a mask that is not plainly causal. Some models make such masks and use none, so only its use raises."""
+class MaskNote:
+    """Stands in for a mask that is not plainly causal: a sliding window of `window` tokens, or one that no kernel serves.
 
-    def __init__(self, mask_function):
-        self.name = getattr(mask_function, "__qualname__", repr(mask_function))
+    Some models make masks and use none, so only its use raises.
+    """
+
+    def __init__(self, name: str, window: int = 0):
+        self.name, self.window = name, window
 
 
-def mask(*args, mask_function=causal_mask_function, **kwargs) -> UnsupportedMask | None:
-    """Builds nothing: causality and windows are in the kernels, padding is read from the 2-D mask by `Forward`."""
-    return None if mask_function is causal_mask_function else UnsupportedMask(mask_function)
+_SLIDING = sliding_window_overlay(1).__code__
+
+
+def window_of(mask_function) -> int:
+    """Tokens that a query sees under "causal and a sliding window" as transformers composes the two; 0 for anything else."""
+    code, cells = getattr(mask_function, "__code__", None), getattr(mask_function, "__closure__", None) or ()
+    if code is None or code.co_freevars != ("mask_functions",):
+        return 0
+    both = cells[0].cell_contents
+    sliding = [each for each in both if getattr(each, "__code__", None) is _SLIDING]
+    if len(both) != 2 or len(sliding) != 1 or causal_mask_function not in both:
+        return 0
+    return sliding[0].__closure__[0].cell_contents
+
+
+def mask(*args, mask_function=causal_mask_function, local_size: int | None = None, **kwargs) -> MaskNote | None:
+    """Builds nothing: causality and windows are in the kernels, padding is read from the 2-D mask by `Forward`.
+
+    The compiler cannot look into a mask function. What it traces is a step behind a prompt, whose mask was looked into.
+    """
+    if mask_function is causal_mask_function:
+        return None
+    if torch.compiler.is_compiling():
+        return MaskNote("of a compiled step", local_size or 0)
+    return MaskNote(getattr(mask_function, "__qualname__", repr(mask_function)), window_of(mask_function))
 
 
 def attention(
@@ -69,12 +95,7 @@ def attention(
             "plan), not a part of it, and do not set attn_implementation='zigzag' by hand; a model made from the config of an "
             "enabled one needs a copy.deepcopy of that config"
         )
-    if attention_mask is not None:
-        given = attention_mask.name if isinstance(attention_mask, UnsupportedMask) else f"a {type(attention_mask).__name__}"
-        raise ValueError(
-            f"{name} needs the attention mask {given}; zigzag attention serves causal masks with padding; several "
-            "documents need a row each, padded"
-        )
+    _check_mask(name, module.layer_idx, attention_mask, entry.native_window(module.layer_idx))
     if dropout:
         raise ValueError(f"{name} asks for attention dropout {dropout}; zigzag attention is for inference: call model.eval()")
     if is_causal is False or getattr(module, "is_causal", True) is False:
@@ -98,6 +119,19 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) for t in tensors)
+
+
+def _check_mask(name: str, layer: int, given, window: int) -> None:
+    """Raises ValueError unless the model asks for the mask that the cache has the layer for: causal, within `window` if not 0."""
+    if given is not None and not getattr(given, "window", 0):
+        what = given.name if isinstance(given, MaskNote) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"{name} needs the attention mask {what}; zigzag attention serves causal masks with padding, and sliding windows; "
+            "several documents need a row each, padded"
+        )
+    if (asked := 0 if given is None else given.window) != window:
+        own, planned = (f"a sliding window of {each} tokens" if each else "full causal attention" for each in (asked, window))
+        raise ValueError(f"{name}, layer {layer}, asks for {own}, its config says {planned}")
 
 
 AttentionInterface.register(NAME, attention)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..cache import ZigzagCache
-from ..cache.cache import check_lengths
+from ..cache.cache import check_lengths, plan_for
 from ..cache.compression import PromptCompression
 from ..planning.kv_format import KvFormat
 from ..planning.origin import origin_of, other_model
@@ -26,7 +26,7 @@ from .session import Session, session_of
 
 def enable(
     model: nn.Module,
-    plan,
+    plan: Plan | None = None,
     *,
     max_len: int | None = None,
     rollback: int = 0,
@@ -42,8 +42,9 @@ def enable(
     Args:
         model: a transformers decoder-only language model (`AutoModelForCausalLM`), also inside PEFT's wrappers or
             `torch.compile(model)`. Served exactly or refused: see Raises. It gets a config of its own.
-        plan: `zigzag_ext.Plan` with one kind per layer. Where it records what it was made for (`Plan.origin`), the model has to
-            have that geometry; a model of another name is warned of once.
+        plan: `zigzag_ext.Plan` with one kind per layer, sliding windows of the model's own as native layers (`Plan.with_native`).
+            None: the model as it is, exactly, with rings for its native windows. Where a plan records what it was made for
+            (`Plan.origin`), the model has to have that geometry; a model of another name is warned of once.
         max_len: tokens per row of the caches made for calls without one; None lets them grow.
         rollback: tokens that these caches can take back (`ZigzagCache.crop`). Assisted and prompt-lookup decoding need it: 20
             is transformers' longest draft by default.
@@ -75,11 +76,11 @@ def enable(
     Raises:
         TypeError: `model` is no transformers model, `plan` no Plan, `max_len` or `prefill_chunk` no integer, `compile` no bool, a
             format or `key_smoothing` of another type than in `Plan`.
-        ValueError: layer counts differ, or layers, KV heads or head_dim from those that the plan was made for; `max_len` or
-            `prefill_chunk` < 1, the dtype or a format is not supported, `key_smoothing` without quantised keys, or the family
-            cannot be computed exactly (soft-capped logits, learned sink logits, native sliding windows, latent or linear
-            attention, shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE
-            whose frequencies follow the length ("dynamic", "longrope").
+        ValueError: layer counts or native windows differ, or layers, KV heads or head_dim from those that the plan was made for;
+            `max_len` or `prefill_chunk` < 1, the dtype or a format is not supported, `key_smoothing` without quantised keys, or
+            the family cannot be computed exactly (soft-capped logits, learned sink logits, chunked, latent or linear attention,
+            shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE whose
+            frequencies follow the length ("dynamic", "longrope").
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
             forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
             the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).
@@ -88,14 +89,13 @@ def enable(
     """
     if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "set_attn_implementation")):
         raise TypeError(f"model must be a transformers language model (AutoModelForCausalLM), got a {type(model).__name__}")
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
+    if not isinstance(plan, Plan | None):
+        raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file) or None, got {plan!r}")
     given, model = model, _inner(model)
     if session_of(model) is not None:
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
     if not isinstance(compile, bool):
         raise TypeError(f"compile must be True or False, got {compile!r}")
-    plan = plan.with_formats(kv_format, ring_kv_format, key_smoothing)
     max_len, rollback = check_lengths(max_len, rollback)
     warn_if_untested()
     check_family(model)
@@ -103,6 +103,7 @@ def enable(
     prefill_chunk = check_chunk(model, prefill_chunk)
     if compile:
         check_compilable(model)
+    plan = plan_for(model.config, plan).with_formats(kv_format, ring_kv_format, key_smoothing)
     cache_options = {"max_len": max_len, "rollback": rollback, "compress": compress}
     ZigzagCache(model.config, plan, **cache_options)
     if other_model(plan.origin, origin := origin_of(model.config)):
@@ -145,7 +146,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def zigzag(model: nn.Module, plan, **options):
+def zigzag(model: nn.Module, plan: Plan | None = None, **options):
     """`with zigzag(model, plan): model.generate(...)`: `enable` at the start, `disable` at the end. Options as in `enable`."""
     enable(model, plan, **options)
     try:

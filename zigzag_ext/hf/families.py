@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..attention.ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
+from ..planning.native import SLIDING, native_windows
 from ..planning.origin import origin_of
 
 
@@ -36,20 +37,15 @@ def _dtype(model, config):
 def _layer_kinds(model, config):
     for field in ("layer_types", "layers_block_type"):
         for index, kind in enumerate(getattr(config, field, None) or ()):
-            if kind not in ("full_attention", "attention"):
-                return (
-                    f"layer {index} is '{kind}' in config.{field}; only full attention is served. If the checkpoint works "
-                    f"without, set config.{field} to all 'full_attention' before loading"
-                )
+            if kind not in ("full_attention", "attention", SLIDING):
+                return f"layer {index} is '{kind}' in config.{field}; full attention and sliding windows are served"
 
 
-def _sliding_window(model, config):
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "layer_types", None) is None and getattr(config, "use_sliding_window", True):
-        return (
-            f"all layers use a native sliding window of {window} tokens. If you never run past it, or the checkpoint works "
-            "without, load the model with sliding_window=None"
-        )
+def _windows(model, config):
+    try:
+        native_windows(config)
+    except ValueError as error:
+        return str(error)
 
 
 def _softcap(model, config):
@@ -89,7 +85,7 @@ def _geometry(model, config):
 _CHECKS = (
     _composition,
     _layer_kinds,
-    _sliding_window,
+    _windows,
     _softcap,
     _learned_sinks,
     _latent_attention,

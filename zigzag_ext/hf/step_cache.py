@@ -28,6 +28,7 @@ class StepLayer(CacheLayerMixin):
     def __init__(self, layer: ZigzagLayer, shared: _Shared, through: tuple[int, int] | None):
         super().__init__()
         self.stores, self.shared = [store.for_compiler(through) for store in layer.stores], shared
+        self.native_window = layer.native_window
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -78,6 +79,9 @@ class StepCache(Cache):
 
     def was_given(self, layer: int) -> bool:
         return True
+
+    def native_window(self, layer: int) -> int:
+        return self.layers[layer].native_window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return self.layers[layer].attend(q, k, v, scale)

@@ -1,0 +1,185 @@
+"""Models with sliding windows of their own: exact without a plan, and under one that streams some of their full layers.
+
+Compared with stock eager attention on the model's own masks, in float32.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from dense_oracle import dense_oracle, next_logits
+from tiny_models import WINDOWED, generate, new_model, padded_prompt, prompt, windowed_model
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+import zigzag_ext as zz
+from zigzag_ext.hf import attention, compiled
+from zigzag_ext.hf.cache_argument import cache_argument
+from zigzag_ext.planning.native import whole_plan
+
+WINDOW = 8
+TRACED = ["afmoe", "cohere2", "exaone4", "smollm3"]  # gates, interleaved RoPE, norms and layers without RoPE, mixed RoPE
+
+
+def pytest_generate_tests(metafunc):
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", WINDOWED)
+    if "traced_family" in metafunc.fixturenames:
+        metafunc.parametrize("traced_family", WINDOWED if metafunc.config.getoption("--long") else TRACED)
+
+
+@pytest.fixture
+def model(family):
+    return windowed_model(family, WINDOW)
+
+
+@contextmanager
+def stock(model):
+    """The model's own eager attention."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    yield
+    model.set_attn_implementation(before)
+
+
+def close(got, expected) -> bool:
+    return torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def logits_of(model, tokens: int, **batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens and the logits they were chosen from."""
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    output = model.generate(**batch, max_new_tokens=tokens, **options)
+    return output.sequences[:, batch["input_ids"].shape[1] :], torch.stack(output.logits, 1)
+
+
+def streaming_plan(model) -> zz.Plan:
+    """Every other full layer streams, the first one too, with a sink and a window shorter than the model's own."""
+    windows = zz.native_windows(model.config)
+    kinds = ["retrieval" if place % 2 else "streaming" for place in range(windows.count(None))]
+    return zz.Plan(kinds, sink=2, window=5).with_native(windows) if kinds else whole_plan(windows)
+
+
+def test_one_shot_and_every_chunking(model):
+    assert set(zz.native_windows(model.config)) - {None} == {WINDOW}
+    ids = prompt(61, batch=2)
+    with torch.no_grad():
+        with stock(model):
+            expected = model(ids).logits
+        with zz.zigzag(model):
+            assert close(model(ids, use_cache=False).logits, expected)
+            for chunk in (61, 23, 5):
+                given = cache_argument(model, zz.ZigzagCache(model.config))
+                parts = [model(part, **given).logits for part in ids.split(chunk, 1)]
+                assert close(torch.cat(parts, 1), expected), f"chunks of {chunk}"
+
+
+@pytest.mark.parametrize("plan_of", [lambda model: None, streaming_plan], ids=["as_it_is", "streaming"])
+def test_padded_batch_over_five_windows_of_decoding(model, plan_of):
+    plan, batch = plan_of(model), padded_prompt([30, 17, 3])
+    with zz.zigzag(model, plan):
+        answer, logits = logits_of(model, 5 * WINDOW + 3, **batch)
+    kinds = (plan or whole_plan(zz.native_windows(model.config))).kinds
+    for reference in (stock(model), dense_oracle(model, kinds, 2, 5)) if plan is None else (dense_oracle(model, kinds, 2, 5),):
+        with reference:
+            assert close(logits, next_logits(model, answer, **batch))
+
+
+def test_beams(model):
+    batch = padded_prompt([20, 11])
+    with stock(model):
+        expected = generate(model, 2 * WINDOW, num_beams=3, **batch)
+    with zz.zigzag(model):
+        assert generate(model, 2 * WINDOW, num_beams=3, **batch).equal(expected)
+
+
+def traced_only(self, module, inputs):
+    """What a compiled step does before the compiler of kernels: tracing the model, and RoPE that goes into the op."""
+    compiled.fuse_rope(module.graph)
+    module.recompile()
+    return module.forward
+
+
+@pytest.mark.parametrize("batch", [padded_prompt([30]), padded_prompt([30, 17, 3])], ids=["one_row", "padded"])
+def test_traced_steps(traced_family, batch, monkeypatch):
+    monkeypatch.setattr(compiled._Backend, "__call__", traced_only)
+    model = windowed_model(traced_family, WINDOW)
+    plan = streaming_plan(model)
+    with zz.zigzag(model, plan, compile=True):
+        answer, logits = logits_of(model, 3 * WINDOW, **batch)
+    with dense_oracle(model, plan.kinds, 2, 5):
+        assert close(logits, next_logits(model, answer, **batch))
+
+
+def test_compiled_steps():
+    """Two tables of cosines and sines, norms of queries and keys, a scale of its own."""
+    model = windowed_model("gemma3_text", WINDOW, num_hidden_layers=2)
+    batch = padded_prompt([30, 17])
+    with zz.zigzag(model, compile=True):
+        answer, logits = logits_of(model, 5 * WINDOW, **batch)
+    with stock(model):
+        assert close(logits, next_logits(model, answer, **batch))
+
+
+def test_native_layers_are_rings_and_are_reported():
+    model = windowed_model("gemma3_text", WINDOW)
+    cache = zz.ZigzagCache(model.config, rollback=3)
+    with zz.zigzag(model), torch.no_grad():
+        model(prompt(61), **cache_argument(model, cache))
+    assert [layer.slots for layer in cache.layers] == [11, 256, 11, 256]
+    token = 2 * 2 * 64 * 4  # keys and values of two heads in float32
+    assert cache.kv_bytes() == (2 * 11 + 2 * 61) * token
+    assert "native     2 layers" in cache.memory_report() and "streaming" not in cache.memory_report()
+    assert not cache.is_croppable or cache.rollback
+
+
+def test_a_plan_must_name_the_windows_of_the_model():
+    model = windowed_model("gemma3_text", WINDOW)
+    for plan, words in [
+        (zz.Plan(["retrieval"] * 2, sink=2, window=5), "the plan has 2 layers, the model has 4, of which 1 3 are full-attention"),
+        (zz.Plan(["streaming"] * 4, sink=0, window=WINDOW), "layer 0 has a native window of 8 in the model, full attention in"),
+    ]:
+        for make in (lambda plan=plan: zz.enable(model, plan), lambda plan=plan: zz.ZigzagCache(model.config, plan)):
+            with pytest.raises(ValueError, match=words):
+                make()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_config_that_does_not_say_what_the_model_does():
+    model = new_model("llama")
+    model.config.sliding_window = WINDOW
+    with (
+        zz.zigzag(model),
+        torch.no_grad(),
+        pytest.raises(ValueError, match="LlamaAttention, layer 0, asks for full causal attention, its config says a sliding"),
+    ):
+        model(prompt(20))
+    model = windowed_model("mistral", WINDOW)
+    plan = zz.Plan(["retrieval"] * 4, sink=2, window=5)
+    with pytest.raises(ValueError, match="layer 0 has a native window of 8 in the model"):
+        zz.enable(model, plan)
+    with zz.zigzag(model), torch.no_grad():
+        model.config.sliding_window = WINDOW + 1
+        with pytest.raises(ValueError, match="layer 0 has a native window of 9 in the model"):
+            model(prompt(20))
+
+
+@pytest.mark.parametrize(
+    "function, window",
+    [
+        (sliding_window_causal_mask_function(5), 5),
+        (causal_mask_function, 0),
+        (chunked_causal_mask_function(5, torch.zeros(1)), 0),
+        (sliding_window_bidirectional_mask_function(5), 0),
+        (or_masks(sliding_window_causal_mask_function(5), causal_mask_function), 0),
+        (lambda *indices: True, 0),
+        (None, 0),
+    ],
+)
+def test_masks_that_are_sliding_windows(function, window):
+    assert attention.window_of(function) == window
