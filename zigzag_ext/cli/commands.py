@@ -183,21 +183,34 @@ def generate(
 @app.command()
 @one_line_errors
 def info(
-    plan: Annotated[Path | None, typer.Argument(help="A plan file to describe.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="A plan file to describe; or a model: a folder, a config.json, or a Hugging Face name.")
+    ] = None,
     explain: Annotated[
         str, typer.Option(metavar="HEADSxKVxDIM", help="How a decode step's attention is launched, such as 32x8x128.")
     ] = "",
     kv_len: Annotated[str, typer.Option(help="With --explain: cached tokens, such as 32K.")] = "32K",
     kv_format: Annotated[str, typer.Option(help="With --explain: none, fp8, int8 or int4.")] = "none",
 ) -> None:
-    """What this build supports and which GPUs it sees; with a plan file, what the plan says."""
-    from ..planning.plan import Plan
+    """What this build supports and which GPUs it sees; or what a plan says; or what a model's config alone tells.
 
+    Of a model: whether it is served, which layers have a window of their own, which ones a plan may choose, and KV memory.
+    """
     if explain:
         console.print(launch_table(explain, kv_len, kv_format), highlight=False)
         return
-    if plan is not None:
-        console.print(Plan.load(plan).summary(), highlight=False)
+    if what is not None and what.endswith(".json") and Path(what).name != "config.json":
+        from ..planning.plan import Plan
+
+        console.print(Plan.load(what).summary(), highlight=False)
+        return
+    if what is not None:
+        quiet_transformers()
+        from transformers import AutoConfig
+
+        from ..hf.served import report
+
+        _print_rows(report(AutoConfig.from_pretrained(what)))
         return
     import torch
 
@@ -216,6 +229,10 @@ def info(
         ("dtypes", "float16, bfloat16; float32 on the CPU"),
         ("query heads per KV head", f"1 to {ops.MAX_GROUP_SIZE}"),
     ]
+    _print_rows(rows)
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
     table = Table.grid(padding=(0, 2))
     for row in rows:
         table.add_row(*row)

@@ -1,5 +1,7 @@
 """Which model families zigzag attention serves exactly, decided from the config and the parameters. All others raise by name."""
 
+from operator import itemgetter
+
 from torch import nn
 
 from ..attention.ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
@@ -70,16 +72,36 @@ def _shared_caches(model, config):
         return f"its last {config.num_kv_shared_layers} layers share the KV caches of others"
 
 
+def _configs(config) -> list:
+    """The configs of layers, where a family has one for each; else the one of all."""
+    return list(getattr(config, "per_layer_config", None) or [config])
+
+
 def _geometry(model, config):
     try:
-        geometry = origin_of(config)
+        sizes = [origin_of(each) for each in _configs(config)]
     except ValueError as error:
         return str(error)
-    num_q_heads, num_kv_heads, head_dim = (geometry[name] for name in ("query_heads", "kv_heads", "head_dim"))
-    if head_dim not in HEAD_DIMS:
-        return f"its head_dim is {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}"
-    if num_q_heads % num_kv_heads or num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
-        return f"{num_q_heads} query heads share {num_kv_heads} KV heads; supported: groups of 1 to {MAX_GROUP_SIZE}"
+    for num_q_heads, num_kv_heads, head_dim in dict.fromkeys(itemgetter("query_heads", "kv_heads", "head_dim")(s) for s in sizes):
+        if head_dim not in HEAD_DIMS:
+            return f"its head_dim is {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}"
+        if num_q_heads % num_kv_heads or num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
+            return f"{num_q_heads} query heads share {num_kv_heads} KV heads; supported: groups of 1 to {MAX_GROUP_SIZE}"
+        if (value_dim := getattr(config, "v_head_dim", None)) not in (None, head_dim):
+            return f"its values have {value_dim} elements, its keys {head_dim}; one number is served"
+
+
+_OWN_ATTENTION = {
+    "diffllama": "its layers attend twice, with the halves of their values",
+    "doge": "its attention takes a mask that depends on the values",
+    "hrm_text": "its layers run several times in one forward",
+}
+
+
+def _own_attention(model, config):
+    if getattr(config, "cross_attention_layers", None):
+        return f"layers {config.cross_attention_layers} attend to images"
+    return _OWN_ATTENTION.get(config.model_type)
 
 
 _CHECKS = (
@@ -90,6 +112,7 @@ _CHECKS = (
     _learned_sinks,
     _latent_attention,
     _shared_caches,
+    _own_attention,
     _geometry,
     _not_causal,
     _dtype,

@@ -1,0 +1,51 @@
+"""Every causal language model of transformers, and what becomes of it:  python -m benchmarks.report.families
+
+Writes docs/models.md: families with the default config of each, served or refused and why. No weights are made.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import logging
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from zigzag_ext.hf.served import Served, served
+
+from .documents import insert, table
+
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+# What the default configs of some families leave open.
+COMPLETED = {
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"), {"head_dim": 128, "num_key_value_heads": 8}),
+}
+HEADER = ["family", "served", "native layers", "why not"]
+
+
+def families() -> list[str]:
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def line(family: str) -> list[str]:
+    """The row of a family."""
+    try:
+        found = served(CONFIG_MAPPING[family](**COMPLETED.get(family, {})))
+    except Exception as error:  # whatever a config's constructor raises
+        found = Served(f"it has no default config ({type(error).__name__})", ())
+    windows = [window for window in found.windows if window is not None]
+    sizes = " and ".join(str(window) for window in dict.fromkeys(windows))
+    native = f"{len(windows)} of {len(found.windows)}, {sizes} tokens" if windows and not found.refusal else ""
+    return [family, "no" if found.refusal else "yes", native, (found.refusal or "").replace("|", "/")]
+
+
+def main() -> int:
+    logging.set_verbosity_error()
+    lines = [line(family) for family in families()]
+    count = sum(row[1] == "yes" for row in lines)
+    text = f"{count} of {len(lines)} families are served.\n\n{table(HEADER, lines, len(HEADER))}"
+    return 0 if insert(TARGET, "families", text) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
