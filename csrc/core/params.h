@@ -100,6 +100,10 @@ struct AttentionParams {
   int sink;       // first tokens that a ring keeps for ever; ignored when window == 0
   int window;     // last tokens that a ring keeps, the newest one included; 0 marks a full cache
   float scale;    // factor on q . k before the softmax
+  float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay what they are
+  // Logits of keys without a value, one per query head of the layer: a term in the softmax's denominator, counted in
+  // lse. nullptr: none.
+  const float* sink_logits;
   DType dtype;    // of q, k, v, plain caches and out
   Rotary rotary;  // what is attended and appended are the rotated keys; q_len <= kMaxDecodeQueries only
   KvStore k_store, v_store;

@@ -26,7 +26,8 @@ struct RowBlock {
   float* q;
   float* out;  // sum of 2^(score - max) * value
   float* max;
-  float* sum;  // sum of 2^(score - max)
+  float* sum;     // sum of 2^(score - max)
+  float softcap;  // of scores, in units of log2 as they are; 0: none
   // Scratch of one tile.
   float* scores;           // [rows, kScorePitch], then the weights 2^(score - max)
   float* decay;            // [rows] what the tile's new maximum multiplies the earlier sums by
@@ -174,6 +175,21 @@ inline void for_row_groups(const RowBlock& block, F&& f) {
   }
 }
 
+// softcap * tanh(score / softcap), with tanh(x) = (1 - e^-2x) / (1 + e^-2x), near 0 by its series: the difference there
+// would cancel.
+inline void cap_scores(float softcap, float* scores, TileInterval keys) {
+  const Vec factor = Vec::fill(2 * 1.44269504088896341f / softcap), most = Vec::fill(-60.0f);
+  float powers[kScorePitch];  // below 2^60: beyond that tanh is 1 to the last bit
+  for (int i = keys.begin; i < keys.end; i += Vec::kWidth) {
+    exp2(Vec::fill(0.0f) - Vec::max(most, Vec::load(scores + i) * factor)).store(powers + i);
+  }
+  for (int i = keys.begin; i < keys.end; ++i) {
+    const float x = scores[i] / softcap, square = x * x;
+    const float series = x * (1.0f - square * (1.0f / 3 - square * (2.0f / 15)));
+    scores[i] = softcap * (square < 0.01f ? series : (1.0f - powers[i]) / (1.0f + powers[i]));
+  }
+}
+
 // Turns the scores of the keys in [keys.begin, keys.end) into weights, 0 outside the row's own interval, and folds the
 // tile into the row's maximum and sum.
 inline void softmax_row(const RowBlock& block, int r, TileInterval keys) {
@@ -184,6 +200,7 @@ inline void softmax_row(const RowBlock& block, int r, TileInterval keys) {
     std::fill(scores + keys.begin, scores + keys.end, 0.0f);
     return;
   }
+  if (block.softcap > 0) cap_scores(block.softcap, scores, seen);
   const int end = (keys.end + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
   std::fill(scores + keys.begin, scores + seen.begin, -INFINITY);
   std::fill(scores + seen.end, scores + end, -INFINITY);

@@ -109,6 +109,7 @@ AttentionParams Scheduler::params(int layer, int cache, const Step& step, const 
   p.slots = static_cast<int>(spec.slots(store.capacity));
   p.sink = spec.sink, p.window = spec.window;
   p.scale = tensors.scale;
+  p.softcap = tensors.softcap, p.sink_logits = tensors.sink_logits;
   p.dtype = geometry_.dtype;
   p.rotary = tensors.rotary;
   p.k_store = {spec.formats.k, store.k_scale, store.k_scale_stride};

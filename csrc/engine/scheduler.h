@@ -79,9 +79,11 @@ struct LayerTensors {
   void* out;                      // like q
   float* lse;                     // [batch, num_q_heads, q_len] contiguous
   Strides q_stride, k_new_stride, v_new_stride, out_stride;
-  float scale;                  // on q . k before the softmax
-  Rotary rotary = {};           // nothing, or the tables of the positions of this step
-  CacheTensors caches[2] = {};  // one per CacheSpec of the layer, in that order
+  float scale;                         // on q . k before the softmax
+  float softcap = 0.0f;                // as in AttentionParams
+  const float* sink_logits = nullptr;  // [num_q_heads] or nothing
+  Rotary rotary = {};                  // nothing, or the tables of the positions of this step
+  CacheTensors caches[2] = {};         // one per CacheSpec of the layer, in that order
 };
 
 class Scheduler {

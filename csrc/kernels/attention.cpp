@@ -2,6 +2,7 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <limits>
 #include <string>
@@ -100,6 +101,7 @@ void check_geometry(int num_q_heads, int num_kv_heads, int head_dim) {
 }
 
 void check_params(const AttentionParams& p) {
+  ZZ_CHECK(std::isfinite(p.softcap) && p.softcap >= 0, "softcap must be finite and >= 0 (0: no cap), got ", p.softcap);
   check_geometry(p.num_q_heads, p.num_kv_heads, p.head_dim);
   check_layout(p.slots, p.sink, p.window);
   check_rotary(p);

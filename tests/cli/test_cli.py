@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import zigzag_ext as zz
@@ -94,6 +94,22 @@ def test_solve_reckons_with_the_model(scores, tmp_path, model_folder, config_onl
     words = f"scores are for 4 layers x 4 KV heads; the model has 4 layers x 2 KV heads of head_dim 64 ({model_folder})"
     assert words in failure("solve", scores, "-o", out, "--model", source)
     assert "nowhere" in failure("solve", scores, "-o", out, "--model", tmp_path / "nowhere")
+
+
+def test_solve_chooses_among_the_full_layers_of_a_hybrid_model(tmp_path):
+    sizes = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6}
+    Gemma3TextConfig(sliding_window=16, sliding_window_pattern=2, dtype="float16", **sizes).save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "scores.npy", np.array([[0.9, 0.8], [0.1, 0.2], [0.5, 0.4]]))
+    out, source = tmp_path / "plan.json", tmp_path / "model"
+    result = zigzag(
+        "solve", tmp_path / "scores.npy", "-o", out, "--model", source, "--context", 1000, "--sink", 4, "--window", 12
+    )
+    assert "6: 3 native windows of 16, 3 full: 2 retrieve, 1 stream" in result.output
+    token = 2 * 2 * 64 * 2
+    kept, full = (2 * 1000 + 16 + 3 * 16) * token, (3 * 1000 + 3 * 16) * token
+    assert f"({kept:,} bytes), {kept / full:.0%} of" in result.output
+    plan = zz.Plan.load(out)
+    assert plan.native_windows == (16, None) * 3 and plan.retrieval_layers == (1, 5)
 
 
 def test_solve_passes_every_option_on(scores, tmp_path):

@@ -13,7 +13,7 @@ from transformers.masking_utils import eager_mask
 _active = {}
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
     kind, sink, window = _active["kinds"][module.layer_idx], _active["sink"], _active["window"]
     seen = attention_mask == 0  # [batch, 1, q_len, kv_len]: causal and not padding
     kinds = [kind] * key.shape[1] if isinstance(kind, str) else kind  # of the KV heads
@@ -26,8 +26,13 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         near = (position_k < sink) | (position_q - position_k < window)
         seen = seen & (near[:, None] | ~streams[:, None, None])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, torch.finfo(query.dtype).min)
-    return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    logits = query @ key.transpose(2, 3) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~seen, torch.finfo(query.dtype).min)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+    weights = logits.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("dense_oracle", _attention)

@@ -23,7 +23,8 @@ from zigzag_ext.hf.cache_argument import cache_argument
 from zigzag_ext.planning.native import whole_plan
 
 WINDOW = 8
-TRACED = ["afmoe", "cohere2", "exaone4", "smollm3"]  # gates, interleaved RoPE, norms and layers without RoPE, mixed RoPE
+# Gates, interleaved RoPE, norms and layers without RoPE, a soft cap, learned sinks, mixed RoPE.
+TRACED = ["afmoe", "cohere2", "exaone4", "gemma2", "gpt_oss", "smollm3"]
 
 
 def pytest_generate_tests(metafunc):
@@ -153,12 +154,14 @@ def test_a_plan_must_name_the_windows_of_the_model():
 def test_a_config_that_does_not_say_what_the_model_does():
     model = new_model("llama")
     model.config.sliding_window = WINDOW
-    with (
-        zz.zigzag(model),
-        torch.no_grad(),
-        pytest.raises(ValueError, match="LlamaAttention, layer 0, asks for full causal attention, its config says a sliding"),
-    ):
-        model(prompt(20))
+    with pytest.raises(ValueError, match="llama .*names a sliding window of 8 tokens, and its code makes no such mask"):
+        zz.enable(model)
+    model = windowed_model("mistral", WINDOW, sliding_window=None)
+    cache = zz.ZigzagCache(model.config)
+    with zz.zigzag(model), torch.no_grad():
+        model.config.sliding_window = WINDOW
+        with pytest.raises(ValueError, match="layer 0, asks for a sliding window of 8 tokens, its config says full causal"):
+            model(prompt(20), **cache_argument(model, cache))
     model = windowed_model("mistral", WINDOW)
     plan = zz.Plan(["retrieval"] * 4, sink=2, window=5)
     with pytest.raises(ValueError, match="layer 0 has a native window of 8 in the model"):

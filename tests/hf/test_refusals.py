@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import FULL, NUM_LAYERS, generate, new_model, padded_prompt, prompt, tiny_model
+from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt, tiny_model
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -23,8 +23,6 @@ _MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_
 
 # family, what is changed in its config, words of the error
 REFUSED = {
-    "softcap": ("gemma2", {"layer_types": FULL}, "gemma2 .*soft-capped"),
-    "learned_sinks": ("gpt_oss", {"layer_types": FULL, "num_local_experts": 4}, "gpt_oss .*learned sink logits .*layers.0"),
     "chunked": ("llama4_text", {"layer_types": ["chunked_attention"] * 4}, "llama4_text .*layer 0 is 'chunked_attention'"),
     "linear": (
         "qwen3_next",

@@ -91,7 +91,15 @@ WINDOWED: dict[str, dict] = {
     },
     "exaone4": {"layer_types": None, "sliding_window_pattern": 4},
     "exaone_moe": _EXPERTS,
+    "gemma2": {"layer_types": None, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 2.0},
     "gemma3_text": _EVERY_OTHER,
+    "gpt_oss": {"layer_types": None, **_EXPERTS},
+    "granite_swa": {"layer_types": ["full_attention", "sliding_attention"] * 2, "attention_multiplier": 0.125},
+    "granitemoe_swa": {
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "attention_multiplier": 0.125,
+        **_EXPERTS,
+    },
     "laguna": {"layer_types": ["full_attention", "sliding_attention"] * 2, **_EXPERTS},
     "mellum": {"layer_types": ["sliding_attention", "full_attention"] * 2, **_EXPERTS},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -108,6 +116,7 @@ WINDOWED: dict[str, dict] = {
     "qwen3_moe": _EXPERTS | _LATER_HALF,
     "smollm3": {"use_sliding_window": True, "no_rope_layer_interval": 2},
     "starcoder2": {},
+    "vaultgemma": {"layer_types": None, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 2.0},
 }
 if Version(transformers.__version__) < Version("5.13"):
     del FAMILIES["nemotron"]  # refused there: its attention does not go through transformers' AttentionInterface

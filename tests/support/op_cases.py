@@ -29,6 +29,8 @@ class Case:
     spare_slots: int = 3  # free slots of a full cache after the call
     strided: bool = False  # caches and q are views into larger, differently ordered memory
     rotary_dim: int = 0  # > 0: the op applies RoPE, by random tables whose halves differ
+    softcap: float = 0.0  # of logits
+    sink_logits: bool = False  # random ones per query head
     table_dtype: torch.dtype | None = None  # of cos and sin; None: that of q
     shared_table: bool = False  # one table for all rows of the batch
     dtype: torch.dtype = torch.float32
@@ -85,6 +87,8 @@ class Case:
         built["pad"] = None if self.pad is None else torch.tensor(self.pad, dtype=torch.int32, device=self.device)
         if self.cache_rows is not None:
             built["cache_rows"] = torch.tensor(self.cache_rows, dtype=torch.int32, device=self.device)
+        if self.sink_logits:
+            built["sink_logits"] = (torch.randn(num_q_heads, generator=rng) * 4).to(self.device)
         if self.rotary_dim:
             for name in ("cos", "sin"):
                 size = (1 if self.shared_table else batch, self.q_len, self.rotary_dim + 8)  # rows apart by more than they hold
@@ -97,7 +101,7 @@ class Case:
 
 
 def call(op_inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops.attention(**op_inputs, sink=case.sink, window=case.window, scale=case.head_dim**-0.5)
+    return ops.attention(**op_inputs, sink=case.sink, window=case.window, scale=case.head_dim**-0.5, softcap=case.softcap)
 
 
 def lengths_after(inputs: dict, tokens: int) -> torch.Tensor:
@@ -123,6 +127,7 @@ def specification(inputs: dict, case: Case) -> tuple[torch.Tensor, torch.Tensor,
     inputs = after_rope(inputs)  # before the step to float64: rotated queries and keys are rounded to the dtype
     wide = {n: None if t is None else t.cpu() if t.dtype == torch.int32 else t.cpu().double() for n, t in inputs.items()}
     options = {"sink": case.sink, "window": case.window, "scale": case.head_dim**-0.5, "cache_rows": wide.get("cache_rows")}
+    options |= {"softcap": case.softcap, "sink_logits": wide.get("sink_logits")}
     out, lse = reference.attention(*(wide[n] for n in TENSORS), pad=wide["pad"], **options)
     return out, lse, wide["k_cache"], wide["v_cache"]
 
@@ -142,9 +147,23 @@ def torch_error(inputs: dict, case: Case, expected: torch.Tensor) -> float:
         k, v = (torch.cat([inputs[f"{n}_cache"][row][:, held >= 0], inputs[f"{n}_new"][b, :, first:]], 1) for n in "kv")
         mask = reference.visible(key, query[:, None], case.sink, case.window)
         k, v = (t.repeat_interleave(case.group, 0)[None] for t in (k, v))
-        out = F.scaled_dot_product_attention(inputs["q"][b : b + 1, :, first:], k, v, mask, scale=case.head_dim**-0.5)
+        q, sinks = inputs["q"][b : b + 1, :, first:], inputs.get("sink_logits")
+        if case.softcap or sinks is not None:
+            out = _eager(q, k, v, mask, case.head_dim**-0.5, case.softcap, sinks)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=case.head_dim**-0.5)
         worst = max(worst, relative_error(out[0].cpu().double(), expected[b, :, first:]))
     return worst
+
+
+def _eager(q, k, v, mask, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
+    """As eager attention of transformers computes caps and learned sinks, logits in the dtype of q."""
+    logits = q @ k.transpose(2, 3) * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.to(q.dtype).reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+    return logits.softmax(-1)[..., : k.shape[2]] @ v
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

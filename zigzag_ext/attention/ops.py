@@ -96,6 +96,8 @@ def attention(
     workspace: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends `q_len` new tokens to the cache and to themselves, then appends their keys and values to the cache, in place.
 
@@ -133,10 +135,14 @@ def attention(
         workspace: from `new_workspace`; a fresh one is made if None, which costs an allocation per call on CUDA.
         k_scale, v_scale: [batch, num_kv_heads, slots] float32, one scale per vector of a quantised cache; written to. On a GPU,
             v_scale of a head may go 2^110 up from its smallest; beyond that tokens of tiny values may be left out.
+        softcap: scaled logits become softcap * tanh(logit / softcap), as in Gemma 2; 0: they stay as they are.
+        sink_logits: [num_q_heads] float32 on the device of q: learned logits of gpt-oss, each of a key that has no value: a term
+            more in the softmax's denominator, neither scaled nor capped, in every row that is not padding.
 
     Returns:
         out: [batch, num_q_heads, q_len, head_dim] in the dtype of q (memory order: tokens before heads).
-        lse: [batch, num_q_heads, q_len] float32, natural log of the sum of exponentials of the scaled logits.
+        lse: [batch, num_q_heads, q_len] float32, natural log of the sum of exponentials of the scaled and capped logits, sink
+            logits among them: of partial results that are merged, one may have them.
 
     Raises:
         RuntimeError: a shape, dtype, device, stride or range is not supported; the message names it. Nothing was written.
@@ -155,7 +161,7 @@ def attention(
         workspace = new_workspace(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = (q, k_new, v_new, k_cache, v_cache, seq_lens, pad, cos, sin, heads, cache_rows, out, lse, workspace)
-    torch.ops.zigzag.attention_(*tensors, sink, window, scale, k_scale, v_scale)
+    torch.ops.zigzag.attention_(*tensors, sink, window, scale, k_scale, v_scale, softcap, sink_logits)
     return out, lse
 
 

@@ -165,6 +165,8 @@ def attention(
     workspace: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ops.attention`: attention of the new tokens over the cache and themselves, then append. Computes in float64.
 
@@ -193,7 +195,11 @@ def attention(
         )
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
         logits = q[b, :, first:].double() @ k.transpose(1, 2) * scale
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         logits = logits.masked_fill(~visible(key, query[:, None], sink, window), -torch.inf)
+        if sink_logits is not None:  # a key without a value
+            logits = torch.cat([logits, sink_logits[own].double()[:, None, None].expand(-1, logits.shape[1], 1)], 2)
+            v = torch.nn.functional.pad(v, (0, 0, 0, 1))
         lse[b, own, first:] = logits.logsumexp(-1).to(lse.dtype)
         out[b, own, first:] = (logits.softmax(-1) @ v).to(out.dtype)
     rows = {"pad": pad, "cache_rows": cache_rows}

@@ -97,12 +97,15 @@ def attend(
     window: int = 0,
     scale: float | None = None,
     workspace: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`ops.attention` without its lse, through the chosen backend. Attends, then appends, in place.
 
     Args:
         past: tokens that every row holds before the call, if the host knows that they are equally many; None if it does not.
-        others: as in `ops.attention`. A call with `heads`, `cache_rows` or `out` always takes our kernels.
+        others: as in `ops.attention`. A call with `heads`, `cache_rows`, `out`, `softcap` or `sink_logits` always takes our
+            kernels.
 
     Returns:
         out [batch, num_q_heads, q_len, head_dim] in the dtype of q, memory order tokens before heads; or the given one.
@@ -121,13 +124,13 @@ def attend(
     if past is not None and pad is None and not window and slots and past + q_len > slots:
         raise ValueError(f"a full cache of {slots} slots cannot take {q_len} tokens after {past}; nothing was written")
     name = "zigzag"
-    simple = past is not None and all(t is None for t in (pad, heads, cache_rows, out))
+    simple = past is not None and not softcap and all(t is None for t in (pad, heads, cache_rows, out, sink_logits))
     if q_len > ops.MAX_DECODE_QUERIES and (whole_chunk or not window) and simple and not _is_captured(q):
         name = choose(q, k_new, min(past, slots), caches.is_quantised) if _is_regular(q, k_new, v_new) else name
     if name != "zigzag":
         return _attend_by(BACKENDS[name], q, k_new, v_new, caches, seq_lens, min(past, slots), sink, window, scale)
     options = {"pad": pad, "heads": heads, "cache_rows": cache_rows, "out": out, "scale": scale, "workspace": workspace}
-    new, options = (q, k_new, v_new), options | caches.scales
+    new, options = (q, k_new, v_new), options | {"softcap": softcap, "sink_logits": sink_logits} | caches.scales
     if whole_chunk:
         # A ring is a full cache in another order. What this call appends to free slots is where the ring wants it.
         out, _ = ops.attention(*new, *caches[:2], seq_lens.clamp(max=slots), **options)
@@ -137,7 +140,8 @@ def attend(
     # The op itself slices over a quantised cache.
     few = ops.MAX_DECODE_QUERIES < q_len <= SLICED_CHUNK and slots >= LONG_CACHE and not caches.is_quantised
     if q.is_cuda and few and not window and heads is None and cache_rows is None and out is None and _is_regular(*new):
-        return attend_in_slices(*new, caches, seq_lens, pad=pad, scale=scale, workspace=workspace)
+        softmax = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        return attend_in_slices(*new, caches, seq_lens, pad=pad, workspace=workspace, **softmax)
     return ops.attention(*new, *caches[:2], seq_lens, sink=sink, window=window, **options)[0]
 
 
@@ -149,12 +153,12 @@ def attend_in_slices(
     seq_lens: Tensor,
     *,
     pad: Tensor | None = None,
-    scale: float | None = None,
     workspace: Tensor | None = None,
+    **softmax,
 ) -> Tensor:
     """`attend` over a full cache by the decode kernel, `ops.MAX_DECODE_QUERIES` tokens a call."""
     q_len, (out, _) = q.shape[2], ops.new_output(q)
-    options = {"scale": scale, "workspace": workspace, **caches.scales}
+    options = {"workspace": workspace, **softmax, **caches.scales}
     for start in range(0, q_len, ops.MAX_DECODE_QUERIES):
         piece = slice(start, min(start + ops.MAX_DECODE_QUERIES, q_len))
         held, skipped = seq_lens + start, None

@@ -41,6 +41,16 @@ class Chunk(NamedTuple):
     decodes: bool = False
 
 
+class LogitTerms(NamedTuple):
+    """What a family does to logits beside scaling them, see `ops.attention`."""
+
+    softcap: float = 0.0
+    sink_logits: Tensor | None = None
+
+
+NO_TERMS = LogitTerms()
+
+
 class LayerStore:
     """Key and value buffers of one kind, plain or quantised: a full buffer (`window` 0) or a ring.
 
@@ -299,12 +309,23 @@ class LayerStore:
                     buffer = self.plain[name] = buffer.new_empty(len(index), *buffer.shape[1:])
             buffer[:, :, :held] = chosen
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, chunk: Chunk, out: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        chunk: Chunk,
+        out: Tensor | None = None,
+        terms: LogitTerms = NO_TERMS,
+    ) -> Tensor:
         """Attention of the chunk over the store and itself, then append.
 
         q [batch, num_q_heads, q_len, head_dim], k, v [batch, num_kv_heads, q_len, head_dim]: all heads of the layer. out: where
         the results of `heads` go, see `ops.new_output`.
         """
+        if self.key_offset is not None and terms != NO_TERMS:
+            raise ValueError("key_smoothing moves all logits of a query alike, which soft caps and sink logits would notice")
         seq_lens = chunk.seq_lens[self.lengths]
         if self.key_offset is not None:
             if smoothing.sets_offsets(k.shape[2], chunk.started):
@@ -314,7 +335,7 @@ class LayerStore:
         if q.shape[0] < caches.keys.shape[0]:  # the first rows only
             caches = ops.KvBuffers(*(None if t is None else t[: q.shape[0]] for t in caches))
         options = {"pad": chunk.pad, "heads": self.head_numbers, "out": out, "sink": self.sink, "window": self.window}
-        options |= {"scale": scale, "workspace": chunk.workspace}
+        options |= {"scale": scale, "workspace": chunk.workspace, **terms._asdict()}
         if q.shape[2] > 1 and chunk.cos is None and not chunk.decodes:
             past = None if chunk.past is None else chunk.past - self.left_out
             return routes.attend(q, k, v, caches, seq_lens, past=past, **options)
@@ -322,11 +343,19 @@ class LayerStore:
         return ops.attention(q, k, v, *caches[:2], seq_lens, **rope, **options, **caches.scales)[0]
 
 
-def attend(stores: Sequence[LayerStore], q: Tensor, k: Tensor, v: Tensor, scale: float | None, chunk: Chunk) -> Tensor:
+def attend(
+    stores: Sequence[LayerStore],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    chunk: Chunk,
+    terms: LogitTerms = NO_TERMS,
+) -> Tensor:
     """Attention of one layer, then append: out [batch, num_q_heads, q_len, head_dim]. One call per store, each for its heads."""
     if len(stores) == 1:
-        return stores[0].attend(q, k, v, scale, chunk)
+        return stores[0].attend(q, k, v, scale, chunk, None, terms)
     out, _ = ops.new_output(q)
     for store in stores:
-        store.attend(q, k, v, scale, chunk, out)
+        store.attend(q, k, v, scale, chunk, out, terms)
     return out

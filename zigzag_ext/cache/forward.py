@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention import ops
-from ..attention.store import Chunk, in_normal_mode
+from ..attention.store import Chunk, LogitTerms, in_normal_mode
 from .rows import Rows
 from .state import locked
 from .tokens import raise_mask_error, to_device
@@ -22,7 +22,7 @@ _current = threading.local()  # .entry: what attends in this thread, None or abs
 
 
 def current():
-    """What attends in this thread, or None: an object with `was_given(layer)`, `attend(layer, q, k, v, scale)` and
+    """What attends in this thread, or None: an object with `was_given(layer)`, `attend(layer, q, k, v, scale, terms)` and
     `native_window(layer)`, the window that the model itself must ask for, 0: none."""
     return getattr(_current, "entry", None)
 
@@ -145,16 +145,16 @@ class Forward:
     def native_window(self, layer: int) -> int:
         return self.cache.layers[layer].native_window
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms) -> Tensor:
         """Attention of a layer, then append. The ops skip leading columns: others to skip are brought there, and outputs back."""
         with self.state.lock:
             self.state.check_open(self)
             attend, order = self.cache.layers[layer].attend, _copy_on(self.order, q.device)
             if order is None:
-                return attend(q, k, v, scale)
+                return attend(q, k, v, scale, terms)
             self.check_keys(layer, k)
             index = order[:, None, :, None]
-            out = attend(*(t.gather(2, index.expand_as(t)) for t in (q, k, v)), scale)
+            out = attend(*(t.gather(2, index.expand_as(t)) for t in (q, k, v)), scale, terms)
             return torch.empty_like(out).scatter_(2, index.expand_as(out), out)
 
     def chunk(self, layer: int, k: Tensor) -> Chunk:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..attention.store import LayerStore, attend
+from ..attention.store import NO_TERMS, LayerStore, LogitTerms, attend
 from .rows import Rows
 from .state import Addresses, CacheState, locked
 
@@ -102,7 +102,7 @@ class ZigzagLayer(CacheLayerMixin):
         forward.given.add(self.index)
         return key_states, value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms = NO_TERMS) -> Tensor:
         """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
         with self.state.lock:  # until it has written where it may
             forward = self.state.forward
@@ -113,8 +113,10 @@ class ZigzagLayer(CacheLayerMixin):
             if not self.is_initialized:
                 self.lazy_initialization(k, v)
             if forward.observes and not self.window:
+                if terms.softcap:
+                    raise ValueError("prompts of layers with soft-capped logits cannot be compressed")
                 forward.observe(self.index, q, q.shape[3] ** -0.5 if scale is None else scale)
-            out = attend(self.stores, q, k, v, scale, chunk)
+            out = attend(self.stores, q, k, v, scale, chunk, terms)
             forward.attended.add(self.index)
             return out
 

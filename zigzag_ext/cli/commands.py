@@ -98,9 +98,9 @@ def solve(
     ring_kv_format: RingKvFormat = None,
 ) -> None:
     """Choose which layers retrieve and which stream, from head scores alone: no weights, no GPU."""
-    from ..planning.costs import kv_costs
     from ..planning.scores import load_scores
     from ..planning.solve import solve as solve_plan
+    from ..planning.solve_native import Layers
 
     config = None
     if model is not None:
@@ -120,11 +120,12 @@ def solve(
     console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
     console.print(plan.summary(), highlight=False)
     head_dim, element_bytes = plan.provenance["head_dim"], plan.provenance["element_bytes"]
-    retrieval, _ = kv_costs(*matrix.shape, head_dim, element_bytes, context, sink=sink, window=window)
+    layers = Layers(plan.native_windows, len(matrix))
+    retrieval, _ = layers.kv_costs(matrix.shape[1], head_dim, element_bytes, context, sink=sink, window=window)
     full, kept = sum(retrieval), plan.provenance["kv_bytes"]
     console.print(
         f"KV cache at {context} tokens: {kept / 2**30:.2f} GiB per sequence ({kept:,} bytes), {kept / full:.0%} of "
-        f"{full / 2**30:.2f} GiB with every layer whole and in {8 * element_bytes} bits\n"
+        f"{full / 2**30:.2f} GiB with every full-attention layer whole and in {8 * element_bytes} bits\n"
         f"wrote {output}",
         highlight=False,
     )
@@ -206,11 +207,10 @@ def info(
         return
     if what is not None:
         quiet_transformers()
-        from transformers import AutoConfig
-
         from ..hf.served import report
+        from ..study.loading import load_config
 
-        _print_rows(report(AutoConfig.from_pretrained(what)))
+        _print_rows(report(load_config(what)))
         return
     import torch
 

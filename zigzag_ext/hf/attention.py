@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
+from ..attention.store import LogitTerms
 from ..cache.forward import current
 from .cache_argument import tested_range
 
@@ -80,9 +81,13 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """One launch: attention over the layer's cache and the new tokens, and the append of the new tokens.
+
+    softcap, s_aux: as families hand them to attention functions, the cap of logits and one sink logit per query head.
 
     query [batch, num_q_heads, q_len, head_dim]; key, value [batch, num_kv_heads, q_len, head_dim], the new tokens only.
     Returns [batch, q_len, num_q_heads, head_dim] and no weights.
@@ -108,8 +113,12 @@ def attention(
             f"{name}, layer {module.layer_idx}, attends without having been given the ZigzagCache of this forward: "
             f"the model does not hand it down to its layers ({tested_range()})"
         )
+    for term, given in (("sinks", s_aux), ("attn_logit_softcapping", softcap)):
+        if getattr(module, term, None) is not None and given is None:
+            raise ValueError(f"{name} has {term} and does not hand them to its attention function")
     query, key, value = _autocast(query, key, value)
-    return entry.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+    terms = LogitTerms(softcap or 0.0, None if s_aux is None else s_aux.detach().float().contiguous())
+    return entry.attend(module.layer_idx, query, key, value, scaling, terms).transpose(1, 2), None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from ..planning.plan import Plan
 from .cache_argument import cache_parameter, warn_if_untested
 from .chunking import check_chunk
 from .compiled import check_compilable
-from .families import check_family
+from .families import check_family, check_smoothing
 from .own_config import use_former, use_zigzag
 from .session import Session, session_of
 
@@ -78,8 +78,8 @@ def enable(
             format or `key_smoothing` of another type than in `Plan`.
         ValueError: layer counts or native windows differ, or layers, KV heads or head_dim from those that the plan was made for;
             `max_len` or `prefill_chunk` < 1, the dtype or a format is not supported, `key_smoothing` without quantised keys, or
-            the family cannot be computed exactly (soft-capped logits, learned sink logits, chunked, latent or linear attention,
-            shared KV caches, encoders, unsupported head_dim or group size). With `compile`: several devices, or RoPE whose
+            the family cannot be computed exactly (chunked, latent or linear attention, shared KV caches, encoders, unsupported
+            head_dim or group size, key_smoothing with soft caps or learned sinks). With `compile`: several devices, or RoPE whose
             frequencies follow the length ("dynamic", "longrope").
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
             forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
@@ -104,6 +104,7 @@ def enable(
     if compile:
         check_compilable(model)
     plan = plan_for(model.config, plan).with_formats(kv_format, ring_kv_format, key_smoothing)
+    check_smoothing(model, plan)
     cache_options = {"max_len": max_len, "rollback": rollback, "compress": compress}
     ZigzagCache(model.config, plan, **cache_options)
     if other_model(plan.origin, origin := origin_of(model.config)):

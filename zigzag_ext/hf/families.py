@@ -1,5 +1,6 @@
 """Which model families zigzag attention serves exactly, decided from the config and the parameters. All others raise by name."""
 
+import sys
 from operator import itemgetter
 
 from torch import nn
@@ -45,21 +46,22 @@ def _layer_kinds(model, config):
 
 def _windows(model, config):
     try:
-        native_windows(config)
+        windows = set(native_windows(config)) - {None}
     except ValueError as error:
         return str(error)
+    if windows and not hasattr(sys.modules[type(model).__module__], "create_sliding_window_causal_mask"):
+        return f"its config names a sliding window of {windows.pop()} tokens, and its code makes no such mask"
 
 
 def _softcap(model, config):
-    for field in ("attn_logit_softcapping", "attention_logit_cap"):
-        if getattr(config, field, None):
-            return f"its attention logits are soft-capped (config.{field} = {getattr(config, field)}) in all layers"
+    if getattr(config, "attention_logit_cap", None):
+        return f"its attention logits are capped (config.attention_logit_cap = {config.attention_logit_cap}) by a rule of its own"
 
 
 def _learned_sinks(model, config):
     for name, _ in model.named_parameters():
-        if name.endswith((".sinks", "attention_sink_bias")):
-            return f"it has learned sink logits ({name})"
+        if name.endswith("attention_sink_bias"):
+            return f"it has learned sink logits by a rule of its own ({name})"
 
 
 def _latent_attention(model, config):
@@ -102,6 +104,16 @@ def _own_attention(model, config):
     if getattr(config, "cross_attention_layers", None):
         return f"layers {config.cross_attention_layers} attend to images"
     return _OWN_ATTENTION.get(config.model_type)
+
+
+def check_smoothing(model: nn.Module, plan) -> None:
+    """Raises ValueError if keys are smoothed whose logits meet others than each other: a cap or a learned sink."""
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    if plan.key_smoothing and (capped or any(name.endswith(".sinks") for name, _ in model.named_parameters())):
+        raise ValueError(
+            f"{model.config.model_type}: key_smoothing moves all logits of a query alike, which soft caps and learned sinks "
+            "would notice; use a plan without it"
+        )
 
 
 _CHECKS = (

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..attention.store import Chunk, attend
+from ..attention.store import Chunk, LogitTerms, attend
 from ..cache import ZigzagCache
 from ..cache.forward import Forward
 from ..cache.layer import ZigzagLayer
@@ -37,8 +37,8 @@ class StepLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        return attend(self.stores, q, k, v, scale, self.shared.chunk)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms) -> Tensor:
+        return attend(self.stores, q, k, v, scale, self.shared.chunk, terms)
 
     def get_seq_length(self) -> Tensor:
         """A tensor: right in arithmetic on the device, and the compiler's error where a model wants it on the host."""
@@ -83,8 +83,8 @@ class StepCache(Cache):
     def native_window(self, layer: int) -> int:
         return self.layers[layer].native_window
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        return self.layers[layer].attend(q, k, v, scale)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms) -> Tensor:
+        return self.layers[layer].attend(q, k, v, scale, terms)
 
     def refresh(self, forward: Forward) -> None:
         """Copies in what the forward under way has noted. A step that follows another finds all of it in place."""

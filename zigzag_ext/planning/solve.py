@@ -128,9 +128,7 @@ def solve(
     given = {"retrieval_ratio": retrieval_ratio, "retrieval_layers": retrieval_layers, "kv_bytes": kv_bytes, "ms": ms}
     budget = _budget(given | (mask if level == "head" else {}), costs)
     constraints = _constraints(len(model), force_retrieval, force_streaming, max_streaming_run, stages)
-    own = {name: _optional(_number, name, value) for name, value in mask.items()}
-    own["top_heads"] = _optional(_integer, "top_heads", top_heads)
-    own["values"] = [] if values is None else [_number("values", value) for value in values]
+    own = _own_options(mask, top_heads, values)
     sizes = _sizes(context, head_dim, element_bytes, origin, config)
     _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
     formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
@@ -143,9 +141,8 @@ def solve(
         _refuse_for_heads(for_layers | {"top_heads": top_heads, "values": own["values"], "costs": costs})
         plan = solve_heads(matrix, budget, bytes_of, {**sizes, "origin": origin, "scores": _fingerprint(matrix)}, shape)
         return plan.with_native(model.windows)
-    solution = _C.solve(
-        matrix, _options(objective, {**constraints, **model.rows(constraints), **own}, budget, layers, bytes_of, ticks_of)
-    )
+    settings = {**model.rows(constraints), **own}
+    solution = _C.solve(matrix, _options(objective, settings, budget, layers, bytes_of, ticks_of))
     provenance = {
         "objective": objective,
         "budget": budget,
@@ -159,6 +156,14 @@ def solve(
     }
     recorded = {name: value for name, value in provenance.items() if value != {}}
     return Plan(solution.kinds, **shape, provenance=recorded).with_native(model.windows)
+
+
+def _own_options(mask: dict, top_heads: int | None, values: Sequence[float] | None) -> dict:
+    """What single objectives take, checked."""
+    own = {name: _optional(_number, name, value) for name, value in mask.items()}
+    own["top_heads"] = _optional(_integer, "top_heads", top_heads)
+    own["values"] = [] if values is None else [_number("values", value) for value in values]
+    return own
 
 
 def _refuse_for_heads(settings: dict) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ..attention.store import NO_TERMS, LogitTerms
 from ..cache.forward import attending
 from ..hf.attention import NAME
 from ..hf.cache_argument import split_cache
@@ -58,7 +59,11 @@ class _Probe:
     def was_given(self, layer: int) -> bool:
         return True
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, terms: LogitTerms) -> Tensor:
+        if terms != NO_TERMS:
+            raise ValueError(
+                "soft-capped logits and learned sink logits are not computed here: use a method that asks for answers"
+            )
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if window := self.windows[layer]:
             return banded(query, key, value, scale, 0, window)

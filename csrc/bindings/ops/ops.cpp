@@ -104,7 +104,7 @@ void attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const
                 const std::optional<Tensor>& sin, const std::optional<Tensor>& heads,
                 const std::optional<Tensor>& cache_rows, const Tensor& out, const Tensor& lse, const Tensor& workspace,
                 int64_t sink, int64_t window, double scale, const std::optional<Tensor>& k_scale,
-                const std::optional<Tensor>& v_scale) {
+                const std::optional<Tensor>& v_scale, double softcap, const std::optional<Tensor>& sink_logits) {
   ZZ_CHECK(q.dim() == 4, "q must be [batch, num_q_heads, q_len, head_dim], got ", shape_string(q));
   check_dims(k_new, k_cache);
   const int64_t batch = q.size(0), q_heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
@@ -119,6 +119,8 @@ void attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const
   check_geometry(to_int("num_q_heads", q_heads), to_int("num_kv_heads", kv_heads), p.head_dim);
   p.num_q_heads = to_int("num_q_heads", q_heads / kv_heads * shape.heads);
   p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  p.sink_logits = check_sink_logits(sink_logits, q_heads, q);
   p.rotary = check_rotary(cos, sin, q);
   check_params(p);
   if (q.is_cuda()) {
@@ -139,6 +141,7 @@ void attention_(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const
   memory.reads("cos", cos);
   memory.reads("sin", sin);
   memory.reads("heads", heads);
+  memory.reads("sink_logits", sink_logits);
   memory.writes("out", out);
   memory.writes("lse", lse);
   memory.writes("workspace", workspace);
@@ -196,8 +199,8 @@ STABLE_TORCH_LIBRARY(zigzag, m) {
   m.def(
       "attention_(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
       "Tensor? pad, Tensor? cos, Tensor? sin, Tensor? heads, Tensor? cache_rows, Tensor(c!) out, Tensor(d!) lse, "
-      "Tensor(e!) workspace, int sink, int window, float scale, Tensor(f!)? k_scale=None, Tensor(g!)? v_scale=None) "
-      "-> ()");
+      "Tensor(e!) workspace, int sink, int window, float scale, Tensor(f!)? k_scale=None, Tensor(g!)? v_scale=None, "
+      "float softcap=0., Tensor? sink_logits=None) -> ()");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 }
 

@@ -107,6 +107,16 @@ inline HeadMap check_heads_served(const Tensor& heads, int64_t cache_heads, int6
   return {numbers, to_int("num_kv_heads", total)};
 }
 
+// A logit per query head.
+inline const float* check_sink_logits(const std::optional<Tensor>& logits, int64_t num_q_heads, const Tensor& like) {
+  if (!logits) return nullptr;
+  check_shape("sink_logits", *logits, {num_q_heads});
+  ZZ_CHECK(logits->scalar_type() == ScalarType::Float && (num_q_heads <= 1 || logits->stride(0) == 1),
+           "sink_logits must be contiguous float32");
+  check_device("sink_logits", *logits, "q", like);
+  return static_cast<const float*>(logits->const_data_ptr());
+}
+
 inline void check_lse(const Tensor& lse, std::initializer_list<int64_t> shape, const Tensor& like) {
   check_shape("lse", lse, shape);
   ZZ_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), "lse must be contiguous float32");

@@ -24,7 +24,8 @@ namespace zigzag::ZIGZAG_CPU_ISA {
 
 inline constexpr int kMinSplitKeys = 256;  // below this a merge costs more than another thread gains
 inline constexpr int kTargetTasks = 128;   // enough for 64 threads to end at about the same time
-inline constexpr int kDirectRows = 8;      // up to here keys are converted where they are used, above once per tile
+inline constexpr float kLog2e = 1.44269504088896341f;
+inline constexpr int kDirectRows = 8;  // up to here keys are converted where they are used, above once per tile
 
 // Where row b's tasks and partial states start, and how its keys are split.
 struct RowPlan {
@@ -156,6 +157,7 @@ class CpuAttention {
       const Task t = task(index);
       const bool split = plan_.rows[t.b].splits > 1;
       worker.use_state(split ? partial(t) : worker.own_state, block_rows(t.block));
+      worker.block.softcap = p_.softcap * kLog2e;
       attend(t, worker);
       if (!split) write_block(t, worker.block);
       if (unfinished_[t.b * p_.num_kv_heads + t.head].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
@@ -197,7 +199,7 @@ class CpuAttention {
 
   // q * scale * log2(e), rows ordered by token, then by query head of the group.
   void load_queries(const Task& t, const RowBlock& block) const {
-    const Vec factor = Vec::fill(p_.scale * 1.44269504088896341f);
+    const Vec factor = Vec::fill(p_.scale * kLog2e);
     for (int r = 0; r < block.rows; ++r) {
       const int column = t.block * plan_.block_tokens + r / plan_.group, head = query_head(t, r);
       const T* q = static_cast<const T*>(p_.q) + offset(p_.q_stride, t.b, head, column);
@@ -252,13 +254,20 @@ class CpuAttention {
     for (int r = 0; r < block.rows; ++r) {
       const int column = t.block * plan_.block_tokens + r / plan_.group, head = query_head(t, r);
       const bool empty = block.sum[r] == 0.0f;
-      const Vec factor = Vec::fill(empty ? 0.0f : 1.0f / block.sum[r]);
+      float max = block.max[r], sum = block.sum[r], weight = 1.0f;
+      if (p_.sink_logits != nullptr && !empty) {
+        const float logit = p_.sink_logits[head] * kLog2e, high = std::max(max, logit);
+        weight = exp2(max - high);
+        sum = sum * weight + exp2(logit - high);
+        max = high;
+      }
+      const Vec factor = Vec::fill(empty ? 0.0f : weight / sum);
       T* out = static_cast<T*>(p_.out) + offset(p_.out_stride, t.b, head, column);
       for (int x = 0; x < p_.head_dim; x += Vec::kWidth) {
         (Vec::load(block.out + r * p_.head_dim + x) * factor).store(out + x);
       }
       p_.lse[(static_cast<int64_t>(t.b) * p_.lse_heads(plan_.group) + head) * p_.q_len + column] =
-          empty ? -INFINITY : (block.max[r] + std::log2(block.sum[r])) * 0.693147180559945309f;
+          empty ? -INFINITY : (max + std::log2(sum)) * 0.693147180559945309f;
     }
   }
 

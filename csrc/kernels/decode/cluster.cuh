@@ -108,15 +108,14 @@ __device__ __forceinline__ UnitPart merge_unit(const Params& p, int unit) {
 
 // Normalises and stores a unit.
 template <class S>
-__device__ __forceinline__ void write_unit(int unit, const OutputRow& target, const UnitPart& part) {
+__device__ __forceinline__ void write_unit(const Params& p, int unit, const OutputRow& target, const UnitPart& part) {
   using Element = typename S::Element;
   const int lane = threadIdx.x % 32, slice = lane / 8, quad = lane % 8;
   const int dim = S::out_dim(unit % Units<S>::kPerRow * 2 + slice / 2, quad, slice % 2);
   const bool empty = part.norm.y == 0.f || target.padding;
-  if (dim < S::kHeadDim)
-    reinterpret_cast<Element*>(target.out)[dim] =
-        Element(empty ? 0.f : part.out * cuda::reciprocal_approx(part.norm.y));
-  if (dim == 0) *target.lse = empty ? -INFINITY : log_sum_exp(part.norm);
+  const auto [norm, factor] = normalizer<S>(p, part.norm, target.head);
+  if (dim < S::kHeadDim) reinterpret_cast<Element*>(target.out)[dim] = Element(empty ? 0.f : part.out * factor);
+  if (dim == 0) *target.lse = empty ? -INFINITY : log_sum_exp(norm);
 }
 
 // Where the clusters of a team leave what they have of a unit, in the workspace: [row groups][units][spread] of 32
@@ -201,7 +200,7 @@ __device__ __forceinline__ void merge_clusters(const Params& p, const Segment& s
   __syncwarp();
   for (int unit = first; unit < units; unit += step) {
     if (unit % Units<S>::kPerRow >= Units<S>::kUsed) continue;
-    write_unit<S>(unit, output_row<S>(p, segment, unit / Units<S>::kPerRow), team.merge(unit));
+    write_unit<S>(p, unit, output_row<S>(p, segment, unit / Units<S>::kPerRow), team.merge(unit));
   }
 }
 
@@ -223,7 +222,7 @@ __device__ __forceinline__ void finish_in_cluster(const Params& p, const Segment
   cuda::cluster_wait();                                                    // everything has arrived
   if (!S::kRing && p.spread > 1) return merge_clusters<S>(p, segment, unit, step, rows * Units<S>::kPerRow);
   while (unit < rows * Units<S>::kPerRow) {
-    if (unit % Units<S>::kPerRow < Units<S>::kUsed) write_unit<S>(unit, target, merge_unit<S>(p, unit));
+    if (unit % Units<S>::kPerRow < Units<S>::kUsed) write_unit<S>(p, unit, target, merge_unit<S>(p, unit));
     unit += step;
     target = output_row<S>(p, segment, unit / Units<S>::kPerRow);
   }

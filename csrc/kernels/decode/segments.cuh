@@ -9,6 +9,7 @@
 // rows 2t, 2t + 1.
 #pragma once
 
+#include "cuda/softcap.cuh"
 #include "kernels/attention.h"
 #include "kernels/decode/cluster.cuh"
 #include "kernels/decode/keys.cuh"
@@ -243,6 +244,13 @@ __device__ __forceinline__ void run_segments(const Params& p, Segment segment, J
         }
         const bool first = item == segment.begin + offset;
         attend_tile<S>(state, queries, stage, scale_log2, first, [&](float (&s)[S::kRowTiles][4]) {
+          if (p.softcap > 0.f) {
+#pragma unroll
+            for (int n = 0; n < S::kRowTiles; ++n) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) s[n][i] = cuda::soft_capped(s[n][i], p.softcap * kLog2e);
+            }
+          }
           if (!masked) return;
           const RingLayout layout = {p.sink, S::kRing ? p.window : 0, p.slots};
 #pragma unroll

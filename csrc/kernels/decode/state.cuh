@@ -213,8 +213,24 @@ __device__ __forceinline__ Partial merge_warps(const SharedLayout& layout, int r
 struct OutputRow {
   char* out;
   float* lse;
+  int head;      // of the layer's query heads
   bool padding;  // of the chunk: its result is empty
 };
+
+// {max, sum} with the sink logit of the head in it, if there is one; what the sum of values is multiplied by.
+struct Normalizer {
+  float2 norm;
+  float factor;
+};
+
+template <class S>
+__device__ __forceinline__ Normalizer normalizer(const Params& p, float2 norm, int head) {
+  if (p.sink_logits == nullptr) return {norm, cuda::reciprocal_approx(norm.y)};
+  const float logit = kLog2e * __ldg(p.sink_logits + head), high = fmaxf(norm.x, logit);
+  const auto decay = Decay<S::kCodes>::by(norm.x - high);
+  norm = make_float2(high, decay.of_sum(norm.y) + cuda::exp2_approx(logit - high));
+  return {norm, decay.whole * cuda::reciprocal_approx(norm.y)};
+}
 
 template <class S>
 __device__ __forceinline__ OutputRow output_row(const Params& p, const Segment& segment, int row) {
@@ -224,7 +240,7 @@ __device__ __forceinline__ OutputRow output_row(const Params& p, const Segment& 
   const int before = S::kCodes ? p.columns_before : 0, after = S::kCodes ? p.columns_after : 0;
   const int64_t row_index =
       (static_cast<int64_t>(batch) * p.lse_heads(p.group) + head) * (before + p.q_len + after) + before + column;
-  return {static_cast<char*>(p.out) + 2 * offset, p.lse + row_index, column < segment.keys.first};
+  return {static_cast<char*>(p.out) + 2 * offset, p.lse + row_index, head, column < segment.keys.first};
 }
 
 __device__ __forceinline__ float log_sum_exp(float2 norm) { return kLn2 * (norm.x + cuda::log2_approx(norm.y)); }
@@ -236,11 +252,12 @@ __device__ __forceinline__ void write_result(const Params& p, const Segment& seg
   using Element = typename S::Element;
   const OutputRow target = output_row<S>(p, segment, row);
   const bool empty = result.norm.y == 0.f || target.padding;
-  const float factor = empty ? 0.f : cuda::reciprocal_approx(result.norm.y);
+  const auto [norm, scale] = normalizer<S>(p, result.norm, target.head);
+  const float factor = empty ? 0.f : scale;
   const float4 out = empty ? make_float4(0.f, 0.f, 0.f, 0.f) : result.out;
   *reinterpret_cast<uint2*>(target.out + 8 * quad) = make_uint2(cuda::pack2<Element>(out.x * factor, out.y * factor),
                                                                 cuda::pack2<Element>(out.z * factor, out.w * factor));
-  if (quad == 0) *target.lse = empty ? -INFINITY : log_sum_exp(result.norm);
+  if (quad == 0) *target.lse = empty ? -INFINITY : log_sum_exp(norm);
 }
 
 // Brings the states of the block's warps together in shared memory.

@@ -8,6 +8,7 @@
 
 #include "core/params.h"
 #include "cuda/ptx.cuh"
+#include "cuda/softcap.cuh"
 #include "kernels/prefill/query_tile.cuh"
 
 namespace zigzag::prefill {
@@ -109,6 +110,19 @@ __device__ __forceinline__ void negate(float (&scores)[kRowTiles][kTiles][4]) {
   }
 }
 
+// Scores whose products with `scale` are capped: softcap * tanh(product / softcap), in units of log2 as the product is.
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ void cap(float (&scores)[kRowTiles][kTiles][4], float scale, float softcap) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[m][n][e] = soft_capped(scores[m][n][e] * scale, softcap) / scale;
+    }
+  }
+}
+
 // Turns scores into weights, 2^(scale * score), relative to the row's new maximum and rescales what was summed before.
 // A row without a visible key so far keeps its maximum of -inf; 0 stands in for it, as -inf - -inf would be NaN.
 template <class Block>
@@ -172,7 +186,14 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
       float sum = state.sum[m][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      float top = state.top[m][half], weight = 1.0f;
+      if (p.sink_logits != nullptr && sum != 0.0f && column < p.q_len) {
+        const float logit = 1.44269504088896f * __ldg(p.sink_logits + tile.head(row)), high = fmaxf(top, logit);
+        weight = exp2_approx(top - high);
+        sum = sum * weight + exp2_approx(logit - high);
+        top = high;
+      }
+      const float inverse = sum == 0.0f ? 0.0f : weight / sum;
 #pragma unroll
       for (int n = 0; n < Block::kHeadDim / 8; ++n) {
         const float* pair = &state.out[m][n][half * 2];
@@ -183,7 +204,7 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
         constexpr float kLn2 = 0.693147180559945f;
         const int64_t index =
             (static_cast<int64_t>(tile.batch) * p.lse_heads(tile.group) + tile.head(row)) * p.q_len + column;
-        p.lse[index] = column < tile.pad ? -INFINITY : (state.top[m][half] + log2f(sum)) * kLn2;
+        p.lse[index] = column < tile.pad ? -INFINITY : (top + log2f(sum)) * kLn2;
       }
     }
   }
@@ -204,7 +225,8 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
 
 // `Block` is MmaBlock or WgmmaBlock: tile sizes, the layout of shared memory, and the two matrix products.
 // Grid: one block per (tile of rows, batch, KV head); a warp owns 16 * kRowTiles rows and walks all keys of the tile.
-template <class Block>
+// kCapped: whether logits are, a switch of its own so that warpgroup products meet no branch.
+template <class Block, bool kCapped>
 __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksPerSm)
     prefill_kernel(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(Block::kAlignment) unsigned char shared[];
@@ -244,6 +266,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksPerSm)
     typename Block::Scores scores;
     Block::multiply_queries(scores, q_tile, k_tile);
     if (p.scale < 0.0f) negate(scores);
+    if constexpr (kCapped) cap(scores, scale, p.softcap * 1.44269504088896f);
     if (!tile.keys.all_visible(number, Block::kKeys)) mask_scores<Block>(scores, tile, number);
     update_softmax<Block>(state, scores, scale);
     Block::multiply_values(state.out, scores, k_tile + Block::kKeyBytes);

@@ -21,7 +21,7 @@ void launch_prefill_block(const AttentionParams& p, void* stream) {
   config.grid = dim3(static_cast<unsigned>(blocks));
   config.block = dim3(Block::kThreads);
   config.shared_bytes = Block::kSharedBytes;
-  launch(prefill_kernel<Block>, config, p, stream);
+  launch(p.softcap > 0.0f ? prefill_kernel<Block, true> : prefill_kernel<Block, false>, config, p, stream);
 }
 
 }  // namespace zigzag::prefill

@@ -194,10 +194,11 @@ struct CodeState : State<S> {
   }
 };
 
-// Adds the 16 keys of a stage to the state. mask(s) sets the logits of keys a row must not see to -inf.
+// Adds the 16 keys of a stage to the state. mask(s) sets the logits of keys a row must not see to -inf. softcap: in
+// units of log2, 0: none.
 template <class S, class Mask>
 __device__ __forceinline__ void attend_code_tile(CodeState<S>& state, const CodeQueries<S>& queries, int stage,
-                                                 bool first, const Mask& mask) {
+                                                 bool first, float softcap, const Mask& mask) {
   const uint32_t keys = cuda::shared_address(shared_memory) + stage, values = keys + S::KTile::kBytes;
   // Of the keys of g and g + 8, of the values.
   const float4 scales =
@@ -217,7 +218,13 @@ __device__ __forceinline__ void attend_code_tile(CodeState<S>& state, const Code
 #pragma unroll
   for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], factor[i / 2], shift[i / 2]);
+    for (int i = 0; i < 4; ++i) {
+      if (softcap > 0.f) {
+        s[n][i] = cuda::soft_capped(s[n][i] * factor[i / 2], softcap) + shift[i / 2];
+      } else {
+        s[n][i] = fmaf(s[n][i], factor[i / 2], shift[i / 2]);
+      }
+    }
   }
   mask(s);
   raise_max<S>(state, s, first);
@@ -306,7 +313,7 @@ __device__ __forceinline__ void run_code_segments(const Params& p, Segment segme
       cuda::cp_async_wait<S::kStages - 1>();
       __syncwarp();
       const bool first = item == segment.begin + warp;
-      attend_code_tile<S>(state, queries, stage, first, [&](float (&s)[S::kRowTiles][4]) {
+      attend_code_tile<S>(state, queries, stage, first, p.softcap * kLog2e, [&](float (&s)[S::kRowTiles][4]) {
         if (!masked) return;
         const RingLayout layout = {p.sink, S::kRing ? p.window : 0, p.slots};
 #pragma unroll

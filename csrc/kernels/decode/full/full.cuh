@@ -209,7 +209,8 @@ void launch_decode_full(const AttentionParams& a, void* stream) {
            " bytes is too small; needed: ", workspace_bytes(a.head_dim));
   check_strides(a);
 #if ZIGZAG_SM90A
-  if (launch_decode_rows<Element>(a, stream)) return;
+  const bool plain = a.softcap == 0.0f && a.sink_logits == nullptr;  // what rows.cuh computes
+  if (plain && launch_decode_rows<Element>(a, stream)) return;
 #endif
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
     dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {

@@ -1,0 +1,63 @@
+"""Scores, plans and tasks of a model with sliding windows of its own: they are about its full-attention layers."""
+
+import string
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+import zigzag_ext as zz
+from zigzag_ext.study.identify import METHODS
+
+from .conftest import KV_HEADS
+
+WINDOW, FULL = 48, (1, 3)
+SMALL = {"sink": 4, "window": 32, "tokens": 1600, "prompts": 2}
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=KV_HEADS,
+        head_dim=64, vocab_size=len(string.printable), max_position_embeddings=3072, eos_token_id=None, bos_token_id=None,
+        pad_token_id=0, initializer_range=0.3, tie_word_embeddings=False, sliding_window=WINDOW, sliding_window_pattern=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_have_a_row_per_full_layer(hybrid, tokenizer, method):
+    options = {"tokens": 2400} if method == "gates" else {}
+    scores = zz.identify(hybrid, tokenizer, method, **SMALL | options)
+    assert scores.shape == (len(FULL), KV_HEADS) and scores.min() >= 0 and scores.max() <= 1
+
+
+def test_from_scores_to_tokens(hybrid, tokenizer):
+    scores = zz.identify(hybrid, tokenizer, "lazy", **SMALL)
+    plan = zz.solve(scores, retrieval_layers=1, sink=4, window=8, config=hybrid.config)
+    assert plan.native_windows == (WINDOW, None, WINDOW, None) and plan.retrieval_layers[0] in FULL
+    assert plan.origin["layers"] == 4
+    ids = torch.randint(1, 99, (1, 90), generator=torch.Generator().manual_seed(1))
+    with zz.zigzag(hybrid, plan):
+        cache = zz.ZigzagCache(hybrid.config, plan)
+        tokens = hybrid.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    assert tokens.shape == (1, 110) and [layer.window for layer in cache.layers].count(WINDOW) == 2
+    assert [layer.window for layer in cache.layers].count(8) == 1
+
+
+def test_tasks_name_the_full_layers(hybrid, tokenizer):
+    plan = zz.Plan(["retrieval", "streaming"], sink=4, window=8).with_native(zz.native_windows(hybrid.config))
+    options = {"lengths": [400], "depths": [0.5], "prompts": 2}
+    as_it_is, *_ = zz.evaluate.passkey(hybrid, tokenizer, **options)
+    same, *_ = zz.evaluate.passkey(
+        hybrid, tokenizer, zz.Plan(["retrieval"] * 2, sink=4, window=8).with_native(plan.native_windows), **options
+    )
+    streamed, *_ = zz.evaluate.passkey(hybrid, tokenizer, plan, **options)
+    assert (as_it_is.kinds, same.kinds, streamed.kinds) == ("00", "00", "01")
+    np.testing.assert_allclose(same.logprob, as_it_is.logprob, rtol=1e-4)
+    assert abs(streamed.logprob - as_it_is.logprob) > 1e-3
+    sized = zz.Plan(["streaming"] * 2, sink=4, window=8, layer_sizes=[(4, 9), None]).with_native(plan.native_windows)
+    with pytest.raises(ValueError, match="a row of results names one sink and window"):
+        zz.evaluate.passkey(hybrid, tokenizer, sized, **options)
