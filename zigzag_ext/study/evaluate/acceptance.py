@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ...hf import zigzag
-from ...planning.plan import Plan, full_plan
+from ...planning.plan import Plan
 from ...speculation import Report, speculate
 from .haystack import Sample
 
@@ -23,7 +23,7 @@ def accepted(model: nn.Module, samples: Sequence[Sample], plan: Plan | None, dra
     if not samples:
         raise ValueError("acceptance is measured on one sample or more, got none")
     reports = []
-    with zigzag(model, plan or full_plan(model.config.get_text_config(decoder=True).num_hidden_layers)):
+    with zigzag(model, plan):
         for sample in samples:
             speculation = speculate(draft)
             ids = torch.tensor([sample.ids[: min(sample.targets)]], device=model.device)
