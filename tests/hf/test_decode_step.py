@@ -74,7 +74,7 @@ def test_a_short_forward_never_waits_for_the_gpu(q_len, compile):
     """Its mask included. What a mask got wrong is said by a later forward."""
     with zz.zigzag(new_model("llama").to("cuda", torch.bfloat16), PLAN, max_len=256, compile=compile) as model, torch.no_grad():
         cache = zz.ZigzagCache(model.config, PLAN, max_len=256, rollback=20)
-        ids, mask = prompt(100).cuda(), torch.ones(1, 200, dtype=torch.long, device="cuda")
+        ids, mask = prompt(200).cuda(), torch.ones(1, 200, dtype=torch.long, device="cuda")
         model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
         positions = torch.arange(200, device="cuda")[None]
 
