@@ -15,9 +15,9 @@ from transformers.cache_utils import Cache
 from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore, in_normal_mode
 from ..planning.kv_format import PLAIN
-from ..planning.native import check_native, native_windows, whole_plan
-from ..planning.origin import check_geometry, origin_of
-from ..planning.plan import Plan, token_count
+from ..planning.native import plan_for
+from ..planning.origin import origin_of
+from ..planning.plan import token_count
 from .compression import PromptCompression
 from .compression.apply import compress
 from .forward import Forward
@@ -383,17 +383,6 @@ class ZigzagCache(Cache):
         """Most tokens a row can hold: `max_len`, or -1 (no limit) for a growing cache or a plan of streaming layers only."""
         lengths = [layer.get_max_length() for layer in self.layers]
         return max(lengths) if layer_idx is None else lengths[layer_idx]
-
-
-def plan_for(config, plan: Plan | None) -> Plan:
-    """`plan` checked against a text config, or the model as it is for None. Raises as `ZigzagCache`."""
-    if plan is None:
-        return whole_plan(native_windows(config))
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
-    check_geometry(plan.origin, origin_of(config), "the plan is for")
-    check_native(plan, native_windows(config))
-    return plan
 
 
 def check_lengths(max_len, rollback) -> tuple[int | None, int]:

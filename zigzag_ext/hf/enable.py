@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..cache import ZigzagCache
-from ..cache.cache import check_lengths, plan_for
+from ..cache.cache import check_lengths
 from ..cache.compression import PromptCompression
 from ..planning.kv_format import KvFormat
+from ..planning.native import plan_for
 from ..planning.origin import origin_of, other_model
 from ..planning.plan import Plan
 from .cache_argument import cache_parameter, warn_if_untested

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .origin import field_of, text_config
+from .origin import check_geometry, field_of, origin_of, text_config
 from .plan import Plan
 from .plan_text import ranges
 
@@ -61,3 +61,14 @@ def whole_plan(windows: Sequence[int | None]) -> Plan:
     source = {"source": "full attention" if set(windows) <= {None} else "full attention and native windows"}
     kinds = ["retrieval" if window is None else "native" for window in windows]
     return Plan(kinds, sink=0, window=1, layer_sizes=[window and (0, window) for window in windows], provenance=source)
+
+
+def plan_for(config, plan: Plan | None) -> Plan:
+    """`plan` checked against a text config, or the model as it is for None. Raises TypeError or ValueError."""
+    if plan is None:
+        return whole_plan(native_windows(config))
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file), got {plan!r}")
+    check_geometry(plan.origin, origin_of(config), "the plan is for")
+    check_native(plan, native_windows(config))
+    return plan
