@@ -102,8 +102,8 @@ class Decoding:
             if not self.settled:  # a processor or a criterion failed: no draft was accepted, the latest token is held now
                 self.cache.crop([min(0, 1 - n) for n in counts])
             raise
-        self.report.row_rounds += sum(n > 0 for n in counts)
-        self._account((time.perf_counter() - started) * 1e3, tokens.shape[1], looked_up, streamed, kept)
+        shape = (sum(n > 0 for n in counts), tokens.shape[1])
+        self._account((time.perf_counter() - started) * 1e3, shape, looked_up, streamed, kept)
 
     def _hold_last_tokens(self) -> None:
         """Rows that ended before the longest one hold their last token, too, since the next turn begins behind the longest."""
@@ -227,17 +227,20 @@ class Decoding:
         self.streamer.put(text.emitted, self.active)
         return [min(n, len(tokens)) for n, tokens in zip(right, new, strict=True)]
 
-    def _account(self, ms: float, q_len: int, looked_up: list[list[int]], streamed: list[int], kept: list[int]) -> None:
+    def _account(
+        self, ms: float, shape: tuple[int, int], looked_up: list[list[int]], streamed: list[int], kept: list[int]
+    ) -> None:
         report, lengths = self.report, {"lookup": [len(draft) for draft in looked_up], "streaming": streamed}
         rows = {source: sum(n > 0 for n in lengths[source]) for source in SOURCES}
         right = {source: sum(k for k, n in zip(kept, lengths[source], strict=True) if n) for source in SOURCES}
         used = [source for source in SOURCES if rows[source]]
         kind = "both" if len(used) == 2 else used[0] if used else "plain"
         report.rounds += 1
+        report.row_rounds += shape[0]
         report.rounds_ms += ms
         report.kind_rounds[kind] = report.kind_rounds.get(kind, 0) + 1
         report.kind_ms[kind] = report.kind_ms.get(kind, 0.0) + ms
         for source in SOURCES:
             report.drafted[source] += sum(lengths[source])
             report.accepted[source] += right[source]
-        self.policy.observe(kind, q_len, ms, rows, right)
+        self.policy.observe(kind, shape[1], ms, shape[0], rows, right)

@@ -6,8 +6,11 @@ LEAST_GAIN = 1.05  # expected tokens per second over those of plain rounds, belo
 LEAST_KV = 2.0  # bytes of KV over bytes of weights, below which the streaming draft cannot pay: its own step costs too much
 STREAMING_TOKENS = 3  # that "auto" drafts by streaming: the best number for acceptances of 0.7 to 0.87 (docs/speculation.md)
 FIRST_PLAIN = 4  # rounds after which "auto" takes a plain one to know its time, if none came by itself
-PROBE = 16  # rounds after which what did not pay is tried again; twice as many after each time that it still does not
-_WEIGHT = 0.2  # of the latest round in running averages
+PROBE, LONGEST_PAUSE = 16, 256  # rounds after which what did not pay is tried again; twice as many each time, up to the second
+# Right tokens per row before any draft was judged: a few failures must not decide.
+FIRST_GUESS = {"lookup": 2.0, "streaming": 1.5}
+_WEIGHT = {"lookup": 0.2, "streaming": 0.4}  # of the latest round in their averages; matches vary more, and cost less to try
+_WEIGHT_OF_TIME = 0.2
 
 
 class Policy:
@@ -19,7 +22,7 @@ class Policy:
 
     def __init__(self, draft: str, tokens: int):
         self.draft, self.tokens, self.rounds = draft, tokens, 0
-        self.kept: dict[str, float] = {}  # by source: tokens of a draft that were right, averaged over rounds
+        self.kept = dict(FIRST_GUESS)  # by source: right tokens per row, averaged over rounds in which it drafted
         self.ms: dict[str, float] = {}  # of a round, by kind, averaged
         self.seen: set[tuple[str, int]] = set()  # kinds and columns that ran before: the first of each may compile
         self.pause = dict.fromkeys(SOURCES, PROBE)
@@ -42,15 +45,16 @@ class Policy:
             return None
         return (1 + self.kept[source]) * self.ms["plain"] / self.ms[source]
 
-    def observe(self, kind: str, q_len: int, ms: float, rows: dict[str, int], kept: dict[str, int]) -> None:
-        """A round is over. kind: "plain", a source, or "both". rows, kept: rows with drafts, right drafts, by source."""
+    def observe(self, kind: str, q_len: int, ms: float, rows: int, drafts: dict[str, int], kept: dict[str, int]) -> None:
+        """A round of `rows` rows is over. kind: "plain", a source or "both". drafts, kept: drafts and right tokens, by source."""
         self.rounds += 1
         if (kind, q_len) in self.seen:
-            self.ms[kind] = self._mean(self.ms.get(kind), ms)
+            before = self.ms.get(kind, ms)
+            self.ms[kind] = before + _WEIGHT_OF_TIME * (ms - before)
         self.seen.add((kind, q_len))
         for source in SOURCES:
-            if rows[source]:
-                self.kept[source] = self._mean(self.kept.get(source), kept[source] / rows[source])
+            if drafts[source]:
+                self.kept[source] += _WEIGHT[source] * (kept[source] / rows - self.kept[source])
                 self._judge(source)
 
     def summarise(self, report: Report) -> None:
@@ -62,8 +66,4 @@ class Policy:
             self.pause[source] = PROBE
         else:
             self.idle_until[source] = self.rounds + self.pause[source]
-            self.pause[source] *= 2
-
-    @staticmethod
-    def _mean(before: float | None, now: float) -> float:
-        return now if before is None else before + _WEIGHT * (now - before)
+            self.pause[source] = min(2 * self.pause[source], LONGEST_PAUSE)
