@@ -39,6 +39,9 @@ def test_tokens_are_the_eager_ones_and_nothing_is_compiled_again(model, lengths,
             lookup = zz.speculate("lookup", tokens=3)
             assert model.generate(**given, **GREEDY, custom_generate=lookup).equal(expected)
             assert lookup.report.rounds == -(-39 // (right + 1))
+        with torch.inference_mode():
+            again = zz.speculate("streaming", tokens=3, window=8)
+            assert model.generate(**given, **GREEDY, custom_generate=again).equal(expected)
 
 
 @pytest.mark.slow
