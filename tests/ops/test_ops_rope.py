@@ -83,7 +83,10 @@ BAD = {
     "rotary_dim 0": (lambda i: i.update(cos=i["cos"][..., :0], sin=i["sin"][..., :0]), "must be positive"),
     "rotary_dim above head_dim": (lambda i: i.update(cos=i["cos"].repeat(1, 1, 2), sin=i["sin"].repeat(1, 1, 2)), "got 80"),
     "cos and sin differ": (lambda i: i.update(sin=i["sin"][..., :32]), "same rotary_dim and dtype"),
-    "dtype": (lambda i: i.update(cos=i["cos"].half(), sin=i["sin"].half()), "cos must be float32 or have the dtype of q, got Half"),
+    "dtype": (
+        lambda i: i.update(cos=i["cos"].half(), sin=i["sin"].half()),
+        "cos must be float32 or have the dtype of q, got Half",
+    ),
     "q_len": (lambda i: i.update(cos=i["cos"][:, :1]), r"\[2 or 1, 2, rotary_dim\]"),
     "four sizes": (lambda i: i.update(cos=i["cos"][:, None]), "cos must be"),
     "last dim strided": (lambda i: i.update(cos=i["cos"].repeat_interleave(2, -1)[..., ::2]), "contiguous in rotary_dim"),
