@@ -117,7 +117,7 @@ def test_report_fills_the_documents_and_draws(tmp_path, capsys):
         (tmp_path / name).write_text(f"before\n{opening}\nold\n{closing}\nafter\n")
     assert report.main(["--results", str(results), "--root", str(tmp_path)]) == 0
 
-    readme, performance, complete = ((tmp_path / name).read_text() for name in report.DOCUMENTS)
+    readme, performance, _, complete = ((tmp_path / name).read_text() for name in report.DOCUMENTS)
     for document in (readme, performance, complete):
         assert document.startswith("before\n") and document.endswith("after\n") and "old" not in document
     line = next(line for line in readme.splitlines() if line.startswith("| 1 x 4,096 keys, 32/8"))
