@@ -68,7 +68,7 @@ class Session:
         attributes.update(former)
 
     def _without(self, state: dict) -> dict:
-        """A model's attributes as they are without this session's."""
+        """A model's attributes as they are without those that the session put there."""
         own = {name for name, value in self.attributes.items() if state.get(name) is value}
         return {name: value for name, value in state.items() if name not in own} | {
             name: value for name, value in self.replaced.items() if name in own
