@@ -200,8 +200,9 @@ def test_plans_need_no_torch():
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 import zigzag_ext as zz
-from zigzag_ext.planning import costs, exchange, kv_format, origin, plan, scores, solve, solve_heads
+from zigzag_ext.planning import costs, exchange, gallery, kv_format, origin, plan, scores, solve, solve_heads
 config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "torch_dtype": "bfloat16"}
+assert zz.load_plan("Qwen/Qwen3-4B-Thinking-2507", 0.25).num_layers == len(gallery.scores_of("Qwen/Qwen3-4B-Thinking-2507")) == 36
 print(zz.solve([[0.9, 0.9], [0.1, 0.1]], retrieval_ratio=0.5, config=config).kinds)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

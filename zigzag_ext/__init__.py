@@ -1,7 +1,7 @@
 """zigzag_ext: attention kernels and caches for models whose layers are either retrieval (full KV) or streaming (sink + window).
 
 import zigzag_ext as zz
-plan = zz.solve(zz.load_scores("attn_patterns/model"), retrieval_ratio=0.5, sink=64, window=256)
+plan = zz.load_plan("meta-llama/Llama-3.1-8B-Instruct", retrieval_ratio=0.5)  # or zz.solve(zz.load_scores(...), ...)
 zz.enable(model, plan)          # any supported Hugging Face causal LM
 model.generate(**inputs)        # streaming layers now hold sink + window tokens, whatever the length
 """
@@ -10,6 +10,7 @@ from importlib import import_module
 
 from . import _C
 from .planning import exchange
+from .planning.gallery import load_plan
 from .planning.native import native_windows
 from .planning.plan import Plan
 from .planning.scores import load_scores, save_scores
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate",
     "exchange",
     "identify",
+    "load_plan",
     "load_scores",
     "native_windows",
     "objectives",
