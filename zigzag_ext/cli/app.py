@@ -24,7 +24,8 @@ app = typer.Typer(
         "Long-context text generation where only some layers keep the whole context.\n\n"
         "A RETRIEVAL layer keeps every token in its KV cache. A STREAMING layer keeps the first few tokens (the sink) and the "
         "last few (the window), so its memory and time stay constant. A PLAN is a small JSON file: the kind of every layer.\n\n"
-        "Start with `zigzag demo`. Get head scores of a model with `zigzag identify`, a plan from them with `zigzag solve`; "
+        "Start with `zigzag demo`. `zigzag plans` has plans for known models. For others, get head scores with `zigzag identify` "
+        "and a plan from them with `zigzag solve`; "
         "measure the plan with `zigzag eval`, use it with `zigzag generate`."
     ),
 )

@@ -1,8 +1,8 @@
 """The gallery: plans for models by name, from head scores that others have published, with what is known of their worth.
 
 `index.json` lists the sources (whose score, where from, version and date, licence, what was measured, the sink and window that it
-was made for) and the plans: a model, its other names (`same`: the same weights; `finetunes`: further trained, so their scores may
-differ), and one of
+was made for) and the plans: a model, its other names (`same`: the same weights; `finetunes`: further trained, by their model
+cards, so their scores may differ), and one of
     scores: a table of head scores beside the index, with its origin (`planning/scores.py`), where the licence lets it be shipped;
     order: all layers, best first by mean head score, where it does not: what follows from scores that are not here;
     streaming: the layers of one published plan.
@@ -170,6 +170,6 @@ def _unknown(model: str) -> str:
     return (
         f"the gallery has no plan for {shown(model)}{f' (it has one for {near[0]})' if near else ''}; `zigzag plans` lists its "
         f"models. To make scores: zigzag identify {shlex.quote(model)} -o scores.tsv, then zigzag solve scores.tsv -o plan.json. "
-        "That reads 16 prompts of 2048 tokens: for a model of 135M parameters 146 s on two CPU cores or 3 s on an H100, for "
+        "That reads 16 prompts of 2048 tokens: for a model of 135M parameters 146 s on two CPU cores or seconds on a GPU, for "
         "others about in proportion to their parameters"
     )
