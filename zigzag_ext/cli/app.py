@@ -25,8 +25,7 @@ app = typer.Typer(
         "A RETRIEVAL layer keeps every token in its KV cache. A STREAMING layer keeps the first few tokens (the sink) and the "
         "last few (the window), so its memory and time stay constant. A PLAN is a small JSON file: the kind of every layer.\n\n"
         "Start with `zigzag demo`. `zigzag plans` has plans for known models. For others, get head scores with `zigzag identify` "
-        "and a plan from them with `zigzag solve`; "
-        "measure the plan with `zigzag eval`, use it with `zigzag generate`."
+        "and a plan from them with `zigzag solve`. Measure the plan with `zigzag eval`, use it with `zigzag generate`."
     ),
 )
 _FORMAT_HELP = f"How retrieval layers hold keys and values: {', '.join(FORMATS)}, or keys/values: int8/int4."
