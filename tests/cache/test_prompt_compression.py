@@ -1,5 +1,7 @@
 """Which tokens a compressed prompt keeps, against a float64 reference, and attention over what was kept."""
 
+import random
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import zigzag_ext as zz
 from zigzag_ext.attention import ops
 from zigzag_ext.attention.store import Chunk, LayerStore
 from zigzag_ext.cache.compression import METHODS
+from zigzag_ext.cache.compression.observed import Observed
 from zigzag_ext.cache.compression.select import attention_mass, select
 from zigzag_ext.planning.kv_format import parse_kv_format
 
@@ -37,8 +40,35 @@ def test_attention_mass_is_that_of_the_last_tokens(block):
     q, k = numbers(BATCH, Q_HEADS, OBSERVE, HEAD_DIM), numbers(BATCH, KV_HEADS, 80, HEAD_DIM, seed=1)
     for b, length in enumerate(LENGTHS):
         k[b, :, length:] = torch.nan  # slots without a token may hold anything
-    found = attention_mass(q, lambda start, stop: k[:, :, start:stop], torch.tensor(LENGTHS), max(LENGTHS), 0.3, block)
+        q[b, :, : max(0, OBSERVE - length)] = torch.nan  # and so may the queries of padding
+    observed = Observed.of(q, torch.tensor([max(0, OBSERVE - length) for length in LENGTHS]), 0.3, OBSERVE, None)
+    found = attention_mass(observed, lambda start, stop: k[:, :, start:stop], torch.tensor(LENGTHS), max(LENGTHS), block)
     torch.testing.assert_close(found, reference_mass(q, k, LENGTHS, 0.3).float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_observed_queries_are_those_of_the_last_tokens(seed):
+    """After chunks with padding in front, and after tokens were taken back, as if rows were lists."""
+    rng, most, observed = random.Random(seed), 6, None
+    rows = [[] for _ in range(BATCH)]
+    for number in range(1, 8):
+        if number in (4, 6) and observed is not None:
+            removed = [rng.randrange(0, min(4, len(row) + 1)) for row in rows]
+            observed = observed.without(torch.tensor(removed, dtype=torch.int32))
+            known = [max(0, int(n)) for n in observed.valid]
+            rows = [row[: len(row) - n][-k:] if k else [] for row, n, k in zip(rows, removed, known, strict=True)]
+        q_len = rng.randrange(1, 9)
+        pad = [rng.randrange(0, q_len + 1) for _ in rows]
+        q = torch.full((BATCH, 1, q_len, 1), torch.nan)
+        for b, row in enumerate(rows):
+            for column in range(pad[b], q_len):
+                q[b, 0, column] = 100 * number + column
+                row.append(100.0 * number + column)
+        observed = Observed.of(q, torch.tensor(pad, dtype=torch.int32) if any(pad) else None, 1.0, most, observed)
+        for b, row in enumerate(rows):
+            valid = int(observed.valid[b])
+            assert valid == min(most, len(row))
+            assert observed.q[b, 0, observed.q.shape[2] - valid :, 0].tolist() == row[len(row) - valid :]
 
 
 def reference_windows(heads, length, budget, sink, window, observe, score):

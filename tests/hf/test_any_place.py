@@ -79,7 +79,9 @@ ACTIONS = {  # what is interrupted, and what it does to a cache that is not inte
     "reserve": lambda model, cache: cache.reserve(500),  # retrieval layers move: see `small_addresses`
     "keep_first": lambda model, cache: cache.keep_first(prompt(HELD)[:, : HELD - 2]),
     "failing": failing_forward,
+    "compress": lambda model, cache: cache.compress(),
 }
+METHOD = zz.PromptWindows(budget=14, window=3, observe=4)  # of the caches of "compress"
 FOLLOWING = [  # what is done next, before the cache is asked for its next logits
     lambda cache: cache,
     copy.deepcopy,
@@ -103,7 +105,9 @@ KINDS = {
 def test_a_failure_at_any_place(model, action, plan, kind, request, record_property):
     """The cache answers as before or as after the action, or refuses with the reason; whatever is done with it next."""
     rows = 2 if action in ("crop_rows", "reorder", "select") else 1
-    act, start = ACTIONS[action], zz.ZigzagCache(model.config, PLANS[plan], rollback=4)
+    options = {"rollback": 4, "compress": METHOD if action == "compress" else None}
+    following = FOLLOWING[:2] + FOLLOWING[3:] if action == "compress" else FOLLOWING  # a compressed prompt is not cropped
+    act, start = ACTIONS[action], zz.ZigzagCache(model.config, PLANS[plan], **options)
     model(prompt(HELD, rows), past_key_values=start)
     done = copy.deepcopy(start)
     counted = KINDS[kind]()
@@ -114,13 +118,13 @@ def test_a_failure_at_any_place(model, action, plan, kind, request, record_prope
         return next_logits(model, follow(cache) or cache)
 
     stride = 1 if request.config.getoption("--long") else max(2, counted.count // 10)
-    expected = [[next_after(follow, cache) for cache in (start, done)] for follow in FOLLOWING]
+    expected = [[next_after(follow, cache) for cache in (start, done)] for follow in following]
     failed = marked = 0
     for number, at in enumerate(range(1, counted.count + 1, stride)):
-        cache, way = copy.deepcopy(start), number % len(FOLLOWING)
+        cache, way = copy.deepcopy(start), number % len(following)
         failed += KINDS[kind](at).run(lambda cache=cache: act(model, cache))
-        fresh = zz.ZigzagCache(model.config, PLANS[plan], rollback=4)
-        marked += refuses(model, cache, FOLLOWING[way], expected[way], fresh)
+        fresh = zz.ZigzagCache(model.config, PLANS[plan], **options)
+        marked += refuses(model, cache, following[way], expected[way], fresh)
     record_property(f"count of places, kind {kind}", failed)
     record_property(f"count of those after which reset() is demanded, kind {kind}", marked)
     assert failed >= 0.9 * (number + 1)  # a finalizer may have run while they were counted

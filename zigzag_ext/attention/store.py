@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,8 @@ class Chunk(NamedTuple):
     seq_lens: [batch] int32 each, tokens held per row before: of most stores the first, see `LayerStore`. pad: [batch] int32,
     leading columns to skip, or None. workspace: scratch of the ops. past: what every row has seen, if the host knows that it is
     the same number; else None. started: whether no row can be empty. cos, sin: tables of RoPE, see `ops.attention`. decodes:
-    whether it continues texts rather than reads a prompt: it takes our kernels, and rules for prompts do not apply.
+    whether it continues texts rather than reads a prompt: it takes our kernels, and rules for prompts do not apply. left_out:
+    [len(seq_lens), batch], tokens by which `seq_lens` count less than their first row; None: the same.
     """
 
     seq_lens: tuple[Tensor, ...]
@@ -39,6 +41,14 @@ class Chunk(NamedTuple):
     cos: Tensor | None = None
     sin: Tensor | None = None
     decodes: bool = False
+    left_out: np.ndarray | None = None
+
+    def past_of(self, lengths: int) -> int | None:
+        """Tokens that every row holds by `seq_lens[lengths]`, if the host knows that it is the same number; else None."""
+        if self.past is None or self.left_out is None:
+            return self.past
+        less = self.left_out[lengths]
+        return self.past - int(less[0]) if (less == less[0]).all() else None
 
 
 class LogitTerms(NamedTuple):
@@ -98,10 +108,6 @@ class LayerStore:
         self.key_offset: Tensor | None = None
         self.capacity = 0  # slots with memory
         self.is_allocated = False
-        self._keep_all()
-
-    def _keep_all(self) -> None:
-        self.left_out = 0  # tokens that the longest row holds elsewhere and not here, see `keep_slots`
 
     @in_normal_mode
     def allocate(self, k: Tensor, capacity: int, max_len: int | None, keeps: bool = True, grows: bool = True) -> None:
@@ -184,10 +190,9 @@ class LayerStore:
         return _C.kv_bytes(slots, heads, head_dim, element_bytes, self.kv_format, batch=batch)
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of `tokens` tokens in every row, less those left out: `memory_bytes` without pages and room to grow."""
+        """Bytes of `tokens` tokens in every row: `memory_bytes` without pages and room to grow."""
         if not self.is_allocated:
             return 0
-        tokens -= self.left_out
         batch, num_kv_heads, head_dim = self.geometry
         return self.bytes_for(tokens, batch, num_kv_heads, head_dim, self.dtype.itemsize)
 
@@ -206,16 +211,14 @@ class LayerStore:
         most = max(buffer.max_slots for buffer in self.growing.values())
         return most if capacity <= most else max(capacity, 2 * most)
 
-    def moves_for(self, tokens: int) -> bool:
-        """Whether `grow(tokens)` takes buffers to new addresses, since there are none behind the old ones."""
-        capacity = tokens - self.left_out
+    def moves_for(self, capacity: int) -> bool:
+        """Whether `grow(capacity)` takes buffers to new addresses, since there are none behind the old ones."""
         if not self.growing or capacity <= self.capacity:
             return False
         return any(buffer.max_slots < self._addresses_for(capacity) for buffer in self.growing.values())
 
-    def grow(self, tokens: int) -> None:
-        """Memory for rows of `tokens` tokens in a retrieval layer; fewer than before change nothing."""
-        capacity = tokens - self.left_out
+    def grow(self, capacity: int) -> None:
+        """Memory for `capacity` slots of a retrieval layer; fewer than before change nothing."""
         if not self.growing or capacity <= self.capacity:
             return
         slots = self._addresses_for(capacity)
@@ -224,9 +227,8 @@ class LayerStore:
             buffer.commit(capacity)
         self.capacity = capacity
 
-    def growth(self, tokens: int) -> list[tuple[GrowingBuffer, int]]:
+    def growth(self, capacity: int) -> list[tuple[GrowingBuffer, int]]:
         """What `grow` would commit, for `buffers.check_free`."""
-        capacity = tokens - self.left_out
         grows = capacity > self.capacity
         return [(buffer, capacity) for buffer in self.growing.values() if grows and capacity <= buffer.max_slots]
 
@@ -247,7 +249,6 @@ class LayerStore:
 
     def release(self) -> None:
         """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""
-        self._keep_all()
         if self.key_offset is not None:
             self.key_offset.zero_()
         if self.growing:
@@ -284,7 +285,6 @@ class LayerStore:
             at = index.expand(-1, buffer.shape[1], -1)
             at = at if buffer.dim() == 3 else at[..., None].expand(-1, -1, -1, buffer.shape[3])
             buffer[:, :, :kept] = buffer[:, :, :tokens].gather(2, at)
-        self.left_out += tokens - kept
         if self.growing:
             self.capacity = min(self.capacity, kept)
         for buffer in self.growing.values():
@@ -337,8 +337,7 @@ class LayerStore:
         options = {"pad": chunk.pad, "heads": self.head_numbers, "out": out, "sink": self.sink, "window": self.window}
         options |= {"scale": scale, "workspace": chunk.workspace, **terms._asdict()}
         if q.shape[2] > 1 and chunk.cos is None and not chunk.decodes:
-            past = None if chunk.past is None else chunk.past - self.left_out
-            return routes.attend(q, k, v, caches, seq_lens, past=past, **options)
+            return routes.attend(q, k, v, caches, seq_lens, past=chunk.past_of(self.lengths), **options)
         rope = {"cos": chunk.cos, "sin": chunk.sin}
         return ops.attention(q, k, v, *caches[:2], seq_lens, **rope, **options, **caches.scales)[0]
 

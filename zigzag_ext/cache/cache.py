@@ -19,7 +19,7 @@ from ..planning.native import plan_for
 from ..planning.origin import origin_of
 from ..planning.plan import token_count
 from .compression import PromptCompression
-from .compression.apply import compress
+from .compression.apply import checked, compress
 from .forward import Forward
 from .layer import ZigzagLayer
 from .rows import Rows
@@ -81,13 +81,9 @@ class ZigzagCache(Cache):
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
         if compress is not None:
-            if not isinstance(compress, PromptCompression):
-                raise TypeError(f"compress must be None or a method such as zigzag_ext.PromptWindows, got {compress!r}")
-            if compress.group > 1 and compress.per_head and plan.mixed_layers:
-                raise ValueError("compress: layers with heads of both kinds choose alone; use group=1 or per_head=False")
-            compress = compress.with_sink(plan.sink)
+            compress = checked(compress, plan.sink, bool(plan.mixed_layers))
         num_lengths = 1 + len(plan.kinds) if compress else 1
-        self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths), rollback
+        self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths, plan.sink), rollback
         plan.check_kv_heads(origin_of(config)["kv_heads"])
         formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
         smooth = plan.key_smoothing
@@ -163,7 +159,7 @@ class ZigzagCache(Cache):
 
         Retrieval layers count the longest row for every row, rings all their slots: what `solve` reckons with.
         """
-        return sum(store.kv_bytes(self.state.longest) for store in self.stores)
+        return sum(store.kv_bytes(self.state.slots_held(store)) for store in self.stores)
 
     def memory_report(self) -> str:
         """A small table of text: layers, bytes of tokens (`kv_bytes`) and bytes of memory, by kind and format, with scales."""
@@ -172,9 +168,9 @@ class ZigzagCache(Cache):
             for store in layer.stores:
                 kind = "native" if layer.native_window else "streaming" if store.window else "retrieval"
                 groups.setdefault((kind + (" heads" if store.heads else ""), str(store.kv_format)), []).append(store)
-        held = self.state.longest
+        held = self.state.slots_held
         sums = [
-            (*key, len(group), sum(store.kv_bytes(held) for store in group), sum(store.memory_bytes for store in group))
+            (*key, len(group), sum(store.kv_bytes(held(store)) for store in group), sum(store.memory_bytes for store in group))
             for key, group in groups.items()
         ]
         sums.append(("all", "", len(self.layers), self.kv_bytes(), self.memory_bytes()))
@@ -192,7 +188,7 @@ class ZigzagCache(Cache):
     def reserve(self, tokens: int) -> None:
         """Memory for `tokens` more tokens per row, where buffers stand. Raises as a forward of as many would."""
         self.state.check()
-        self.ensure_capacity(self.state.longest + tokens)
+        self.ensure_capacity(self.state.rows.followed_by(tokens))
 
     @locked
     def write_ahead(self, tokens: Sequence[int]) -> None:
@@ -209,45 +205,57 @@ class ZigzagCache(Cache):
                 f"{max(tokens)} tokens of a draft would overwrite what the rings of layers {layers} show: give ZigzagCache or "
                 f"enable() a rollback of as many (rollback={self.rollback})"
             )
-        self.ensure_capacity(state.rows.grown_by(np.asarray(tokens, dtype=np.int64)).longest)
+        self.ensure_capacity(state.rows.grown_by(np.asarray(tokens, dtype=np.int64)))
         state.rows = rows
 
-    def ensure_capacity(self, needed: int) -> None:
-        """Memory for rows of `needed` tokens. Raises RuntimeError beyond `max_len`, MemoryError where there is none."""
-        state = self.state
-        if not state.stores or needed <= state.capacity or all(layer.window for layer in self.layers):
+    def ensure_capacity(self, rows: Rows) -> None:
+        """Memory for `rows`. Raises RuntimeError beyond `max_len`, MemoryError where there is none."""
+        state, needed = self.state, rows.grown
+        full = state.max_len is not None and rows.longest > state.max_len
+        if not state.stores or (needed <= state.capacity and not full) or all(layer.window for layer in self.layers):
             return
-        if state.max_len is not None and needed > state.max_len:
+        if full:
             raise RuntimeError(
-                f"the cache is full: max_len is {state.max_len} tokens, this forward needs {needed} ({state.longest} are held); "
-                "nothing was written. Make the ZigzagCache with a larger max_len"
+                f"the cache is full: max_len is {state.max_len} tokens, this forward needs {rows.longest} ({state.longest} are "
+                "held); nothing was written. Make the ZigzagCache with a larger max_len"
             )
         capacity = -(-needed // GROWTH_STEP) * GROWTH_STEP
         capacity = capacity if state.max_len is None else min(capacity, state.max_len)
-        check_free(wanted for store in self.stores for wanted in store.growth(capacity))
-        if any(store.moves_for(capacity) for store in self.stores):
+        check_free(wanted for store in self.stores for wanted in store.growth(state.slots_for(capacity, store)))
+        if any(store.moves_for(state.slots_for(capacity, store)) for store in self.stores):
             state.addresses = Addresses()  # first: an interrupt below must not leave steps that were compiled on old addresses
         for layer in self.layers:
             layer.grow(capacity)
         state.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
     @locked
-    def compress(self) -> None:
+    def compress(self, method: PromptCompression | None = None) -> None:
         """Thins out the prompt by the method that the cache was made with; else done before the first forward behind it.
 
         A prompt is what came in forwards of more than `MAX_DECODE_QUERIES` tokens, or up to where generate() says that it ends.
-        Done once, until `reset`: what comes later is kept in full. Raises RuntimeError on a cache made without `compress`.
+        Done once, until `reset`: what comes later is kept in full.
+
+        Args:
+            method: another one, this time; it observes no more tokens.
+
+        Raises:
+            RuntimeError: the cache was made without `compress`. TypeError, ValueError: `method` is none, or not for this cache.
         """
-        self.state.check()
-        if self.state.compression is None:
+        state = self.state
+        state.check()
+        if state.compression is None:
             raise RuntimeError("this ZigzagCache was made without compress=, so it has not kept what the choice of tokens needs")
-        compress(self)
+        if method is not None:
+            mixed = any(store.heads for store in self.stores)
+            method = checked(method, state.sink, mixed, most_observed=state.compression.observe)
+        compress(self, method or state.compression)
 
     @property
     def compressed(self) -> dict[int, tuple[int, int]]:
         """Tokens of the longest row that each compressed layer holds, and that it has dropped, by layer."""
-        stores = [(layer.index, store) for layer in self.layers for store in layer.stores if store.left_out]
-        return {index: (self.state.longest - store.left_out, store.left_out) for index, store in stores}
+        row = int(self.state.rows.held.argmax()) if self.state.compressed else 0
+        left_out = {layer.index: self.state.left_out[layer.index + 1] for layer in self.layers if self.state.compressed}
+        return {index: (self.state.longest - int(n[row]), int(n[row])) for index, n in left_out.items() if n.any()}
 
     def incomplete_layers(self, rows: Rows) -> list[int]:
         """Layers that no longer hold what `rows` show, after what was written ahead of them."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..attention import ops
 from ..attention.store import Chunk, LogitTerms, in_normal_mode
+from .compression.observed import Observed
 from .rows import Rows
 from .state import locked
 from .tokens import raise_mask_error, to_device
@@ -84,7 +85,7 @@ class Forward:
             self.before = state.rows
         self.observed = dict(state.observed)
         self.after = self._read_counts() if self.counts is not None else self._read_mask()
-        self.cache.ensure_capacity(self.after.longest)
+        self.cache.ensure_capacity(self.after)
         self.lengths: dict[torch.device, Tensor] = {}  # before this forward; kept once a piece has advanced them
         self._set_pad()
         state.num_forwards += 1
@@ -168,6 +169,7 @@ class Forward:
             state.lengths_on(device),
             self.pad_on(device),
             state.workspace(device),
+            left_out=state.left_out,
             past=state.columns if state.rows.uniform else None,
             started=state.columns > 0 and state.rows.uniform,
             decodes=self.counts is not None,
@@ -186,10 +188,8 @@ class Forward:
     @in_normal_mode
     def observe(self, layer: int, q: Tensor, scale: float) -> None:
         """Keeps the last queries, of q [batch, num_q_heads, q_len, head_dim], that the choice of tokens asks for."""
-        wanted = self.state.compression.observe
-        if layer in self.observed and q.shape[2] < wanted:
-            q = torch.cat([self.observed[layer][0][:, :, q.shape[2] - wanted :], q], 2)
-        self.observed[layer] = q[:, :, -wanted:].clone(), scale
+        most = self.state.compression.observe + self.cache.rollback  # of which crop() may take some back
+        self.observed[layer] = Observed.of(q, self.pad_on(q.device), scale, most, self.observed.get(layer))
 
     def check_keys(self, layer: int, k: Tensor) -> None:
         if k.shape[0] != self.batch or k.shape[2] != self.q_len:

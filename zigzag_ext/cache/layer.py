@@ -144,7 +144,7 @@ class ZigzagLayer(CacheLayerMixin):
 
     def is_whole(self, rows: Rows) -> bool:
         """Whether all that `rows` show is there, after what was written ahead of them."""
-        if rows.lack_compressed and any(store.left_out for store in self.stores):
+        if any(rows.lack(self.state.left_out[store.lengths]) for store in self.stores if store.lengths):
             return False
         return all(store.is_whole(*pair) for store in self.stores if store.window for pair in rows.shown)
 
@@ -163,9 +163,9 @@ class ZigzagLayer(CacheLayerMixin):
             store.drop()
 
     def grow(self, capacity: int) -> None:
-        """Memory for `capacity` slots of a retrieval layer."""
+        """Memory for `capacity` tokens of a retrieval layer, as `CacheState.capacity` counts them."""
         for store in self.stores:
-            store.grow(capacity)
+            store.grow(self.state.slots_for(capacity, store))
 
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""

@@ -1,7 +1,7 @@
 """Rows: what the host knows of each row of a cache, so that nothing waits for the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -9,11 +9,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rows:
-    """Five numbers per row, [batch] int64 each. Rows end at different columns after each took back a number of its own.
+    """Six numbers per row, [batch] int64 each. Rows end at different columns after each took back a number of its own.
 
     ends: columns up to the row's last one. held: tokens, an upper bound. solid: of the row's last columns, how many are known to
     be tokens, without one that it left out. ahead: columns behind its end that were written and taken back, which rings may
-    still hold. prompt: tokens of a prompt that was compressed, which layers may have dropped some of; 0 without.
+    still hold. prompt, sealed: tokens and columns of a prompt that was compressed, which layers may have dropped some of; 0
+    without.
     """
 
     ends: np.ndarray
@@ -21,11 +22,12 @@ class Rows:
     solid: np.ndarray
     ahead: np.ndarray
     prompt: np.ndarray
+    sealed: np.ndarray
 
     @classmethod
     def empty(cls, batch: int | None) -> "Rows":
         zeros = np.zeros(batch or 0, dtype=np.int64)
-        return cls(zeros, zeros, zeros, zeros, zeros)
+        return cls(zeros, zeros, zeros, zeros, zeros, zeros)
 
     @cached_property
     def columns(self) -> int:
@@ -44,10 +46,14 @@ class Rows:
         """Tokens held and written ahead, of rows that hold some."""
         return {pair for pair in zip(self.held.tolist(), self.ahead.tolist(), strict=True) if pair[0]}
 
-    @property
-    def lack_compressed(self) -> bool:
-        """Whether a row has fewer tokens than its prompt had when that was compressed."""
-        return bool((self.held < self.prompt).any())
+    @cached_property
+    def grown(self) -> int:
+        """Tokens behind a compressed prompt, or all, of the row that has most of them; an upper bound."""
+        return int((self.held - self.prompt).max(initial=0))
+
+    def lack(self, left_out: np.ndarray) -> bool:
+        """Whether a row ends within a prompt of which it has left out some tokens, left_out [batch]."""
+        return bool(((self.ends < self.sealed) & (left_out > 0)).any())
 
     @cached_property
     def ragged(self) -> bool:
@@ -63,7 +69,7 @@ class Rows:
         """Behind `columns` more, which begin for all rows where the longest one ends: tokens all of them."""
         gap, end = self.ends != self.columns, np.full_like(self.ends, self.columns + columns)
         solid = np.where(gap, 0, self.solid) + columns
-        return Rows(end, self.held + columns, solid, self._overwritten(columns), self.prompt)
+        return Rows(end, self.held + columns, solid, self._overwritten(columns), self.prompt, self.sealed)
 
     def with_some_left_out(self, columns: int) -> "Rows":
         """As `followed_by`, where nobody knows which of the new columns a row has left out."""
@@ -82,14 +88,14 @@ class Rows:
     def grown_by(self, tokens: np.ndarray) -> "Rows":
         """Behind `tokens` [batch] more, which follow each row's own last one."""
         ends, held, solid = self.ends + tokens, self.held + tokens, self.solid + tokens
-        return Rows(ends, held, solid, self._overwritten(tokens), self.prompt)
+        return Rows(ends, held, solid, self._overwritten(tokens), self.prompt, self.sealed)
 
     def cut_at(self, ends: np.ndarray) -> "Rows":
         """Without the columns of each row from `ends` [batch] on."""
         removed = self.ends - ends
         known = np.minimum(removed, self.solid)
         held = np.where(removed > known, np.minimum(self.held - known, ends), self.held - known)
-        return Rows(ends, held, self.solid - known, self.ahead + removed, self.prompt)
+        return Rows(ends, held, self.solid - known, self.ahead + removed, self.prompt, self.sealed)
 
     def cropped(self, tokens: int | Sequence[int]) -> "Rows":
         """Cut by `ZigzagCache.crop(tokens)`. Raises RuntimeError, ValueError as that does."""
@@ -108,14 +114,14 @@ class Rows:
 
     def compressed(self, held: np.ndarray) -> "Rows":
         """After the prompt was compressed, where rows hold `held` tokens."""
-        return replace(self, held=held, prompt=held)
+        return replace(self, held=held, prompt=held, sealed=self.ends)
 
     def select(self, index: np.ndarray | None, batch: int) -> "Rows":
         """Row i becomes what row index[i] was; None: `batch` rows, nobody knows which, of rows that all end together."""
         if index is not None:
-            return Rows(*(each[index] for each in (self.ends, self.held, self.solid, self.ahead, self.prompt)))
+            return Rows(*(getattr(self, field.name)[index] for field in fields(self)))
         bounds = (self.columns, self.longest, self.solid.min(initial=self.columns), self.furthest_ahead)
-        bounds = (*bounds, self.prompt.max(initial=0))
+        bounds = (*bounds, self.prompt.max(initial=0), self.sealed.max(initial=0))
         return Rows(*(np.full(batch, bound, dtype=np.int64) for bound in bounds))
 
     def _overwritten(self, columns: np.ndarray | int) -> np.ndarray:

@@ -5,12 +5,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..attention import ops
-from ..attention.store import in_normal_mode
+from ..attention.store import LayerStore, in_normal_mode
 from .compression import PromptCompression
+from .compression.observed import Observed
 from .rows import Rows
 from .tokens import HeldTokens
 
@@ -39,12 +41,16 @@ class CacheState:
     """Tokens held per row, never waited for: `seq_lens` on the devices, bounds of them on the host.
 
     batch: rows, None before the first forward. rows: what the host knows of each. capacity: tokens that retrieval layers have
-    memory for. tokens: which tokens are held. observed: by layer, the last queries of a prompt that is to be compressed, and
-    their scale.
+    memory for, behind a compressed prompt those that came later, see `Rows.grown`. tokens: which tokens are held. observed: by
+    layer, the last queries of a prompt that is to be compressed. left_out: [num_lengths, batch] int64, tokens by which `seq_lens`
+    count less than their first row.
     """
 
-    def __init__(self, max_len: int | None, stores: bool, compression: PromptCompression | None = None, num_lengths: int = 1):
+    def __init__(
+        self, max_len: int | None, stores: bool, compression: PromptCompression | None = None, num_lengths: int = 1, sink: int = 0
+    ):
         self.max_len, self.stores, self.compression, self.num_lengths = max_len, stores, compression, num_lengths
+        self.sink = sink  # of the plan
         self.num_forwards = 0
         self.prompt_end = 0  # columns of a prompt that comes in several forwards
         self.lock = threading.RLock()
@@ -82,7 +88,8 @@ class CacheState:
         self.forward = None  # the Forward under way
         self.capacity, self.rows = 0, Rows.empty(self.batch)
         self.compressed = False
-        self.observed: dict[int, tuple[Tensor, float]] = {}
+        self.observed: dict[int, Observed] = {}
+        self.left_out = np.zeros((self.num_lengths, self.batch or 0), dtype=np.int64)
         self.tokens.cut(0)
         for lengths in self.seq_lens.values():
             lengths.zero_()
@@ -112,6 +119,15 @@ class CacheState:
         self.changing = f"{what} failed or was interrupted half-way"
         yield
         self.changing = None
+
+    def slots_for(self, capacity: int, store: LayerStore) -> int:
+        """Slots that a retrieval layer needs for `capacity` tokens as `capacity` counts them."""
+        slots = capacity + int((self.rows.prompt - self.left_out[store.lengths]).max(initial=0))
+        return slots if self.max_len is None else min(slots, self.max_len)
+
+    def slots_held(self, store: LayerStore) -> int:
+        """Slots of a retrieval layer that hold tokens of the row with most of them; an upper bound."""
+        return int((self.rows.held - self.left_out[store.lengths]).max(initial=0))
 
     def lengths_on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The rows of `seq_lens`."""
@@ -146,9 +162,9 @@ class CacheState:
         removed = self.tokens.take_back(self.rows.ends, rows.ends)
         for device, lengths in self.seq_lens.items():
             lengths.sub_(removed.to(device) if removed is not None else self.columns - rows.columns)
-        if columns := self.columns - rows.columns:
-            self.observed = {layer: (q[:, :, :-columns], scale) for layer, (q, scale) in self.observed.items()}
-        self.rows = rows
+        gone = self.columns - rows.columns if removed is None else removed
+        self.observed = {layer: each.without(gone) for layer, each in self.observed.items()}
+        self.rows, self.prompt_end = rows, min(self.prompt_end, rows.columns)
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
@@ -156,9 +172,11 @@ class CacheState:
             chosen = lengths.index_select(1, index.to(device))
             self.seq_lens[device] = lengths.copy_(chosen) if len(index) == self.batch else chosen
         self.tokens.select_rows(index)
-        self.observed = {layer: (q.index_select(0, index.to(q.device)), scale) for layer, (q, scale) in self.observed.items()}
-        known = not index.is_cuda or self.rows.ragged  # else this would wait for the GPU
-        self.rows = self.rows.select(index.cpu().numpy() if known else None, len(index))
+        self.observed = {layer: each.select_rows(index) for layer, each in self.observed.items()}
+        known = not index.is_cuda or self.rows.ragged or (self.left_out != self.left_out[:, :1]).any()
+        host = index.cpu().numpy() if known else None  # else this would wait for the GPU
+        self.rows = self.rows.select(host, len(index))
+        self.left_out = self.left_out[:, np.zeros(len(index), dtype=np.int64) if host is None else host]
         if len(index) != self.batch:
             self.batch = len(index)
             self.addresses = Addresses()

@@ -11,11 +11,7 @@ from .recent import RecentOnly
 from .snapkv import SnapKV
 
 METHODS: dict[str, type[PromptCompression]] = {
-    "windows": PromptWindows,
-    "snapkv": SnapKV,
-    "pyramidkv": PyramidKV,
-    "chunkkv": ChunkKV,
-    "recent": RecentOnly,
+    method.name: method for method in (PromptWindows, SnapKV, PyramidKV, ChunkKV, RecentOnly)
 }
 
 __all__ = ["METHODS", "ChunkKV", "PromptCompression", "PromptWindows", "PyramidKV", "RecentOnly", "SnapKV"]

@@ -1,6 +1,7 @@
 """ChunkKV: chunks of consecutive tokens, the same for all heads."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class ChunkKV(PromptCompression):
     Source: ChunkKV (https://arxiv.org/abs/2502.00299); `group` is its layer-wise index reuse. Deviation: every row of a batch
     chooses for itself.
     """
+
+    name: ClassVar[str] = "chunkkv"
 
     sink: int | None = 0
     per_head: bool = False

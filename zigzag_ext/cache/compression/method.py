@@ -35,6 +35,7 @@ class PromptCompression:
     slope: float = 1.0
     per_head: bool = True
 
+    name: ClassVar[str]
     scores: ClassVar[str] = "attention"  # what `unit_scores` are given: the attention mass of the tokens, or "none"
 
     def __post_init__(self):
@@ -54,6 +55,11 @@ class PromptCompression:
         if not isinstance(self.per_head, bool):
             raise TypeError(f"per_head must be True or False, got {self.per_head!r}")
         self._check_tokens(self.sink or 0)
+
+    def __str__(self) -> str:
+        """On one line without commas, what is as by default left out: windows 0.12 observe=16."""
+        others = (f for f in fields(self) if f.name != "budget" and getattr(self, f.name) != f.default)
+        return " ".join([self.name, str(self.budget), *(f"{f.name}={getattr(self, f.name)}" for f in others)])
 
     @property
     def unit(self) -> int:

@@ -1,6 +1,7 @@
 """PromptWindows: WindowKV, windows of consecutive tokens."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class PromptWindows(PromptCompression):
     Example:
         >>> zz.enable(model, plan, compress=zz.PromptWindows(budget=0.12))
     """
+
+    name: ClassVar[str] = "windows"
 
     window: int = 8
     score: str = "max"

@@ -1,6 +1,7 @@
 """PyramidKV: SnapKV with budgets that fall from layer to layer."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .snapkv import SnapKV
 
@@ -11,5 +12,7 @@ class PyramidKV(SnapKV):
 
     Source: PyramidKV (https://arxiv.org/abs/2406.02069). Deviation: only retrieval layers share the budget.
     """
+
+    name: ClassVar[str] = "pyramidkv"
 
     slope: float = 20.0

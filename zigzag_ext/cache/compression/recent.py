@@ -18,6 +18,8 @@ class RecentOnly(PromptCompression):
     Source: StreamingLLM (https://arxiv.org/abs/2309.17453), applied once, to the prompt.
     """
 
+    name: ClassVar[str] = "recent"
+
     scores: ClassVar[str] = "none"
 
     def unit_scores(self, scores: Tensor) -> Tensor:

@@ -6,31 +6,32 @@ import torch
 from torch import Tensor
 
 from .method import PromptCompression
+from .observed import Observed
 
 BLOCK = 8192  # keys at a time: logits of 32 heads x 32 queries are 32 MiB
 
 
 def attention_mass(
-    q: Tensor, keys: Callable[[int, int], Tensor], lengths: Tensor, longest: int, scale: float, block: int = BLOCK
+    observed: Observed, keys: Callable[[int, int], Tensor], lengths: Tensor, longest: int, block: int = BLOCK
 ) -> Tensor:
     """Attention that the last tokens of each row pay to each of its tokens, summed over them and over grouped query heads.
 
     Args:
-        q: [batch, num_q_heads, observe, head_dim], queries of the last tokens, rotated. Of a row with fewer tokens the last ones
-            count.
+        observed: queries of the last tokens; those that count.
         keys: keys(start, stop) is [batch, num_kv_heads, stop - start, head_dim] of slots [start, stop).
         lengths: [batch], tokens held. longest: the largest of them.
-        scale: on q . k.
 
     Returns:
         [batch, num_kv_heads, longest] float32; 0 where a row holds no token. No tensor of observe x longest elements is made.
     """
+    q = observed.q
     batch, num_q_heads, observe, head_dim = q.shape
     num_kv_heads = keys(0, 0).shape[1]
     group = num_q_heads // num_kv_heads
-    position = lengths[:, None] - observe + torch.arange(observe, device=q.device)  # [batch, observe]
-    position = position.repeat(1, group)[:, None, :, None]
-    q = q.float().reshape(batch, num_kv_heads, group * observe, head_dim) * scale
+    place = torch.arange(observe, device=q.device) - observe
+    none = (place < -observed.valid[:, None]).repeat(1, group)[:, None, :, None]
+    position = (lengths[:, None] + place).repeat(1, group)[:, None, :, None]
+    q = q.float().reshape(batch, num_kv_heads, group * observe, head_dim) * observed.scale
     starts = range(0, longest, block)
 
     def logits(start: int) -> Tensor:
@@ -41,9 +42,8 @@ def attention_mass(
     total = torch.full_like(q[..., 0], -torch.inf)
     for start in starts:
         total = torch.logaddexp(total, logits(start).logsumexp(-1))
-    counts = (position >= 0).float()
-    total = total.nan_to_num(neginf=0.0)[..., None]  # of a query that is none
-    return torch.cat([(logits(start).sub_(total).exp_() * counts).sum(2) for start in starts], -1)
+    total = total[..., None]
+    return torch.cat([logits(start).sub_(total).exp_().masked_fill_(none, 0).sum(2) for start in starts], -1)
 
 
 def select(method: PromptCompression, mass: Tensor, lengths: list[int], budgets: list[int]) -> tuple[Tensor, list[int]]:

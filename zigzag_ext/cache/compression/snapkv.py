@@ -1,6 +1,7 @@
 """SnapKV: single tokens, by pooled attention."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ class SnapKV(PromptCompression):
 
     Source: SnapKV (https://arxiv.org/abs/2404.14469). Deviations: grouped query heads choose together, as their keys are one.
     """
+
+    name: ClassVar[str] = "snapkv"
 
     sink: int | None = 0
     kernel: int = 7
