@@ -112,7 +112,7 @@ def measure(model, tokenizer, named: Named, grid, done: set, path: Path, clock: 
     for task, length, options in grid:
         prompts = options["prompts"] * (len(options["depths"]) if task.has_depth else 1)
         sizes = (named.plan.sink, named.plan.window)
-        cell = (*describe(model).values(), task.name, named.kinds, *sizes, length, None, SEED, prompts)
+        cell = (*describe(model).values(), task.name, named.kinds, *sizes, "", length, None, SEED, prompts)
         if cell in done:
             continue
         clock.check()

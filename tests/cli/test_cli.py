@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 from typer.testing import CliRunner
 
 import zigzag_ext as zz
+from zigzag_ext.cache.compression import METHODS
 from zigzag_ext.cli import demo
 from zigzag_ext.cli.main import app
 
@@ -233,6 +234,28 @@ def test_generate_speculates(model_folder, plan_file):
     assert generated(drafted)[0] == generated(plain)[0]
     assert "draft=streaming: 24 tokens" in drafted.stderr and "draft=" not in plain.stderr
     assert "got 'oracle'" in failure(*options, "--speculate", "oracle")
+
+
+def test_generate_with_a_compressed_prompt(model_folder, plan_file):
+    """As `enable` with the same method, and the report tells what stayed."""
+    prompt = " ".join(f"w{(7 * i) % VOCABULARY}" for i in range(600))
+    run = ["generate", model_folder, "--plan", plan_file, "-n", 8, "--device", "cpu", "-p", prompt]
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = torch.tensor([[(7 * i) % VOCABULARY for i in range(600)]])
+    for options, method in [
+        (["--compress", 0.12], zz.PromptWindows(budget=0.12)),
+        (["--compress", 80, "--compress-window", 4, "--compress-observe", 16], zz.PromptWindows(budget=80, window=4, observe=16)),
+        (["--compress", 90, "--compress-method", "chunkkv", "--compress-window", 6], METHODS["chunkkv"](budget=90, chunk=6)),
+    ]:
+        with zz.zigzag(model, zz.Plan.load(plan_file), compress=method):
+            answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, 600:]
+        result = zigzag(*run, *options)
+        assert generated(result)[0].split() == [f"w{i}" for i in answer] and "of 607 tokens kept" in result.stderr
+    assert "need --compress" in failure(*run, "--compress-observe", 16)
+    assert "windows, snapkv, pyramidkv" in failure(*run, "--compress", 0.5, "--compress-method", "h2o")
+    assert "recent has none" in failure(*run, "--compress", 0.5, "--compress-method", "recent", "--compress-window", 4)
+    assert "got 'much'" in failure(*run, "--compress", "much")
+    assert "share of the prompt" in failure(*run, "--compress", 1.2)
 
 
 def test_generate_refuses_by_one_line(model_folder, tmp_path):

@@ -25,8 +25,8 @@ MARKUP = "a[/b][red].tsv"
 def a_row(**changes) -> list[str]:
     values = {
         "model": "m", "device": "cpu", "dtype": "float32", "task": "passkey", "plan": "p", "kinds": "01", "sink": "4",
-        "window": "8", "length": "100", "depth": "0.5", "seed": "0", "prompts": "2", "exact": "0.5", "exact_low": "0.1",
-        "exact_high": "0.9", "logprob": "-1", "logprob_low": "-2", "logprob_high": "0",
+        "window": "8", "compress": "", "length": "100", "depth": "0.5", "seed": "0", "prompts": "2", "exact": "0.5",
+        "exact_low": "0.1", "exact_high": "0.9", "logprob": "-1", "logprob_low": "-2", "logprob_high": "0",
     }  # fmt: skip
     return list((values | changes).values())
 
@@ -76,7 +76,7 @@ def test_markup_in_tables_and_progress(tmp_path, monkeypatch):
     ({"logprob": "1e300"}, "logprob must be nan, inf or within 1e9"),
     ({"plan": "a\x1b[2J"}, "plan must be 1 to 1000 printable"),
     ({"model": "m" * 200_000}, "rows.csv:2: not a line of a CSV file: field larger"),
-    ({"logprob_high": "0,1"}, "19 values, expected 18"),
+    ({"logprob_high": "0,1"}, "20 values, expected 19"),
     ({"logprob_high": '"0'}, "unexpected end of data"),
 ])  # fmt: skip
 def test_plot_of_rows_that_no_evaluation_wrote(tmp_path, changes, message):

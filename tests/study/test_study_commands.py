@@ -79,6 +79,23 @@ def test_eval_reports_what_a_draft_keeps(model, tokenizer, model_folder, tmp_pat
         evaluate.accepted(model, [], plan, "streaming", 12)
 
 
+def test_eval_under_a_compression(model, tokenizer, model_folder, tmp_path):
+    plan, rows = tmp_path / "third.json", tmp_path / "less.csv"
+    zz.Plan(["streaming"] * (LAYERS - 1) + ["retrieval"], sink=4, window=32).save(plan)
+    compress = ["--compress", 90, "--compress-observe", 8, "--compress-window", 4]
+    places = ["--length", 500, "--length", 600, "--depth", 0, "--depth", 1, "--prompts", 2, "--device", "cpu"]
+    result = zigzag("eval", model_folder, "--plan", plan, *places, *compress, "-o", rows)
+    assert result.exit_code == 0 and "third, windows 90 observe=8 window=4" in result.output, result.output
+    method = zz.PromptWindows(budget=90, observe=8, window=4)
+    options = {"lengths": [500, 600], "depths": [0.0, 1.0], "prompts": 2, "compress": method}
+    again = evaluate.passkey(model, tokenizer, zz.Plan.load(plan), **options)
+    scored = {name: [row for row in evaluate.read(rows) if row.plan == name] for name in ("full", "third")}
+    assert [row.logprob for row in scored["third"]] == pytest.approx([row.logprob for row in again], rel=1e-5)
+    assert {row.compress for row in scored["third"]} == {str(method)} and {row.compress for row in scored["full"]} == {""}
+    assert "needs a --plan" in failure("eval", model_folder, *compress)
+    assert "need --compress" in failure("eval", model_folder, "--plan", plan, "--compress-method", "recent")
+
+
 def test_identify_passes_the_options_of_greedy(model_folder, tmp_path):
     options = ["--tokens", 1600, "--prompts", 1, "--sink", 4, "--window", 32, "--device", "cpu", "-o", tmp_path / "scores.tsv"]
     assert f"between 1 and {LAYERS - 1}" in failure("identify", model_folder, "--method", "greedy", "--keep", LAYERS, *options)
@@ -119,7 +136,14 @@ def some_rows():
                 what = {"model": "m", "device": "cpu", "dtype": "float32", "task": "passkey", "plan": name, "kinds": kinds}
                 rows.append(
                     evaluate.Row(
-                        **what, sink=4, window=8, length=length, depth=depth, seed=0, **evaluate.results.statistics(verdicts)
+                        **what,
+                        sink=4,
+                        window=8,
+                        compress="",
+                        length=length,
+                        depth=depth,
+                        seed=0,
+                        **evaluate.results.statistics(verdicts),
                     )
                 )
     return rows

@@ -14,7 +14,7 @@ from zigzag_ext.study import evaluate
 from zigzag_ext.study.evaluate import results
 
 SMALL = {"sink": 4, "window": 32, "tokens": 1600, "prompts": 3}
-ROW = evaluate.Row("m", "cpu", "float32", "passkey", "p", "01", 4, 8, 100, 0.5, 0, 2, 0.5, 0.1, 0.9, -1.0, -2.0, float("inf"))
+ROW = evaluate.Row("m", "cpu", "float32", "passkey", "p", "01", 4, 8, "", 100, 0.5, 0, 2, 0.5, 0.1, 0.9, -1.0, -2.0, float("inf"))
 HEADER = ",".join(results.COLUMNS) + "\n"
 
 

@@ -34,6 +34,19 @@ RingKvFormat = Annotated[str | None, typer.Option("--ring-kv-format", help="The 
 KeySmoothing = Annotated[
     bool | None, typer.Option("--key-smoothing/--no-key-smoothing", help="Quantise keys less the mean of the first ones.")
 ]
+Compress = Annotated[
+    str | None,
+    typer.Option("--compress", help="What retrieval layers keep of a prompt once it is read: a share, 0.12, or tokens."),
+]
+CompressMethod = Annotated[
+    str | None, typer.Option("--compress-method", help="Which tokens: windows (default), snapkv, pyramidkv, chunkkv or recent.")
+]
+CompressWindow = Annotated[
+    int | None, typer.Option("--compress-window", help="Of windows and chunkkv: tokens that stay or go together; default 8, 10.")
+]
+CompressObserve = Annotated[
+    int | None, typer.Option("--compress-observe", help="Last tokens of a prompt, whose attention decides; default 32.")
+]
 # A long path stays one line, whatever the width of the terminal, and what a file's name or content says is never markup.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 

@@ -11,7 +11,19 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..planning.solve import objectives
-from .app import KeySmoothing, KvFormat, RingKvFormat, app, console, one_line_errors, quiet_transformers
+from .app import (
+    Compress,
+    CompressMethod,
+    CompressObserve,
+    CompressWindow,
+    KeySmoothing,
+    KvFormat,
+    RingKvFormat,
+    app,
+    console,
+    one_line_errors,
+    quiet_transformers,
+)  # fmt: skip
 from .explain import launch_table
 
 _MIB = 1024**2
@@ -146,6 +158,10 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens: less memory.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
+    compress: Compress = None,
+    compress_method: CompressMethod = None,
+    compress_window: CompressWindow = None,
+    compress_observe: CompressObserve = None,
     speculate: Annotated[
         str | None, typer.Option(help="Draft tokens and verify several at once: auto, lookup, streaming.")
     ] = None,
@@ -157,8 +173,10 @@ def generate(
     from ..planning.native import native_windows, whole_plan
     from ..planning.plan import Plan
     from ..study.loading import load_model
+    from .compression import method_of
     from .timing import generate as timed
 
+    method = method_of(compress, compress_method, compress_window, compress_observe)
     chosen = Plan.load(plan) if plan else None
     text = prompt if prompt is not None else sys.stdin.read()
     print(f"loading {model}", file=sys.stderr)
@@ -171,7 +189,7 @@ def generate(
     if temperature:
         options |= {"do_sample": True, "temperature": temperature}
     show = functools.partial(print, end="", flush=True)
-    result = timed(network, tokenizer, text, chosen, max_new_tokens, show, draft=speculate, **options)
+    result = timed(network, tokenizer, text, chosen, max_new_tokens, show, draft=speculate, compress=method, **options)
     speed = f"{1 / result.seconds_per_token:.1f} tokens/s" if result.new_tokens > 1 else "one token"
     print(
         f"\n\nprompt {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; {result.new_tokens} new tokens, {speed}; "

@@ -11,12 +11,24 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from ..study.identify import METHODS
-from .app import KeySmoothing, KvFormat, RingKvFormat, app, console, one_line_errors, quiet_transformers
+from .app import (
+    Compress,
+    CompressMethod,
+    CompressObserve,
+    CompressWindow,
+    KeySmoothing,
+    KvFormat,
+    RingKvFormat,
+    app,
+    console,
+    one_line_errors,
+    quiet_transformers,
+)  # fmt: skip
 
 _MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
 _DEVICE = "auto, cpu, cuda or cuda:<number>."
 _DTYPE = "auto, bfloat16, float16 or float32."
-_TASKS = "passkey, multikey, multivalue, perplexity"
+_TASKS = "passkey, multikey, multivalue, second_question, quotation, perplexity"
 _RULER = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe, ruler_fwe"
 
 
@@ -78,6 +90,10 @@ def evaluate(
     kv_format: KvFormat = None,
     ring_kv_format: RingKvFormat = None,
     key_smoothing: KeySmoothing = None,
+    compress: Compress = None,
+    compress_method: CompressMethod = None,
+    compress_window: CompressWindow = None,
+    compress_observe: CompressObserve = None,
     speculate: Annotated[
         str | None, typer.Option(help="Also continue each prompt by speculative decoding: auto, lookup or streaming drafts.")
     ] = None,
@@ -88,20 +104,19 @@ def evaluate(
 ) -> None:
     """Measure what plans keep of a model's quality: needles over lengths and depths, perplexity of long text. Offline.
 
-    Formats of keys and values take the place of those in the plan files; full attention keeps the model's own.
+    Formats of keys and values take the place of those in the plan files, prompts are compressed under these plans; full
+    attention keeps the model's own keys and values, and all of them.
     """
     quiet_transformers()
-    from ..planning.plan import Plan
     from ..study import evaluate as tasks
     from ..study.loading import load_model
+    from .compression import method_of
 
+    method = method_of(compress, compress_method, compress_window, compress_observe)
     chosen = [_task(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
-    formats = (kv_format, ring_kv_format, key_smoothing)
-    plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path).with_formats(*formats) for path in plan or []}
-    if unprintable := [path for path in plan or [] if not path.stem.isprintable()]:
-        raise ValueError(f"the results name a plan by its file, so that name must be printable, got {str(unprintable[0])!r}")
-    if len(plans) != len(plan or []) + full:
-        raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
+    if method is not None and not plan:
+        raise ValueError("--compress needs a --plan, whose retrieval layers it thins out")
+    plans = _plans(plan or [], full, (kv_format, ring_kv_format, key_smoothing))
     lengths, depths = length or [1024, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]
     if speculate is not None and (other := [each.name for each in chosen if each.name in tasks.RULER]):
         raise ValueError(f"--speculate continues the prompts of {', '.join(tasks.TASKS)}; not of {', '.join(other)}")
@@ -116,14 +131,14 @@ def evaluate(
         for name, each, tokens in ((n, t, x) for n in plans for t in chosen for x in lengths):
             found = each(
                 network, tokenizer, plans[name], lengths=[tokens], depths=depths, prompts=prompts, seed=seed, name=name,
-                advance=lambda done: bar.advance(line, done),
+                compress=None if plans[name] is None else method, advance=lambda done: bar.advance(line, done),
             )  # fmt: skip
             rows += found
             if output is not None:
                 tasks.append(output, found)
     console.print(_table(rows))
     if speculate is not None:
-        asked = functools.partial(tasks.accepted, network, draft=speculate, new_tokens=new_tokens)
+        asked = functools.partial(tasks.accepted, network, draft=speculate, new_tokens=new_tokens, compress=method)
         console.print(_speculation_table(asked, tokenizer, plans, chosen, lengths, depths, prompts, seed))
     if output is not None:
         console.print(f"wrote {output}", highlight=False)
@@ -162,6 +177,18 @@ def plot(
         )
     for path in written:
         console.print(f"wrote {path}", highlight=False)
+
+
+def _plans(paths: list[Path], full: bool, formats: tuple) -> dict:
+    """Plans of these formats by name, None for full attention."""
+    from ..planning.plan import Plan
+
+    plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path).with_formats(*formats) for path in paths}
+    if unprintable := [path for path in paths if not path.stem.isprintable()]:
+        raise ValueError(f"the results name a plan by its file, so that name must be printable, got {str(unprintable[0])!r}")
+    if len(plans) != len(paths) + full:
+        raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
+    return plans
 
 
 def _task(tasks: dict, name: str):
@@ -208,7 +235,7 @@ def _table(rows) -> Table:
     table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 2, 0, 0))
     cells: dict[tuple, list] = {}
     for row in rows:
-        cells.setdefault((row.plan, row.task, row.length), []).append(row)
+        cells.setdefault((", ".join(filter(None, (row.plan, row.compress))), row.task, row.length), []).append(row)
     for (plan, task, length), group in cells.items():
         count = len(group)
         exact = f"{sum(row.exact for row in group) / count:.0%}" if task != "perplexity" else "-"

@@ -8,6 +8,7 @@ import torch
 from transformers import TextStreamer
 
 from ..cache import ZigzagCache
+from ..cache.compression import PromptCompression
 from ..hf import zigzag
 from ..hf.cache_argument import cache_argument
 from ..planning.plan import Plan
@@ -61,6 +62,7 @@ def generate(
     show=None,
     compile: bool = False,
     draft: str | None = None,
+    compress: PromptCompression | None = None,
     **options,
 ) -> Generation:
     """Continues `prompt` with `plan`, greedily unless `options` for `model.generate` say otherwise.
@@ -71,6 +73,7 @@ def generate(
         show: called with pieces of text as they are finished.
         compile: as in `zigzag_ext.enable`; the times then include that of compiling.
         draft: as in `zigzag_ext.speculate`; None: plain decoding.
+        compress: as in `zigzag_ext.enable`.
 
     Raises:
         ValueError: plan and model do not fit, or the prompt is empty. What `zigzag_ext.enable` raises.
@@ -81,7 +84,8 @@ def generate(
         raise ValueError("the prompt is empty")
     clock = _Clock(tokenizer, show)
     speculation = None if draft is None else speculate(draft, streamer=clock)
-    cache = ZigzagCache(model.config, plan, max_len=prompt_tokens + max_new_tokens, rollback=getattr(speculation, "rollback", 0))
+    sizes = {"max_len": prompt_tokens + max_new_tokens, "rollback": getattr(speculation, "rollback", 0)}
+    cache = ZigzagCache(model.config, plan, **sizes, compress=compress)
     options = {"do_sample": False} | options
     options |= {"streamer": clock} if speculation is None else {"custom_generate": speculation}
     with zigzag(model, plan, compile=compile):

@@ -9,14 +9,16 @@ from .multikey import multikey
 from .multivalue import multivalue
 from .passkey import passkey
 from .perplexity import perplexity
+from .quotation import quotation
 from .results import Row, append, read
 from .ruler import RULER, RulerTask
-from .scoring import score
+from .scoring import score, score_each
+from .second_question import second_question
 from .task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (passkey, multikey, multivalue, perplexity)}
+TASKS: dict[str, Task] = {task.name: task for task in (passkey, multikey, multivalue, second_question, quotation, perplexity)}
 
 __all__ = [
-    "RULER", "TASKS", "Row", "RulerTask", "Task", "accepted", "append", "multikey", "multivalue", "passkey", "perplexity", "read",
-    "score",
+    "RULER", "TASKS", "Row", "RulerTask", "Task", "accepted", "append", "multikey", "multivalue", "passkey", "perplexity",
+    "quotation", "read", "score", "score_each", "second_question",
 ]  # fmt: skip

@@ -12,10 +12,13 @@ from .haystack import Sample
 
 
 @torch.no_grad()
-def accepted(model: nn.Module, samples: Sequence[Sample], plan: Plan | None, draft: str, new_tokens: int) -> Report:
+def accepted(
+    model: nn.Module, samples: Sequence[Sample], plan: Plan | None, draft: str, new_tokens: int, compress=None
+) -> Report:
     """Continues each sample from its first target on by `new_tokens` greedy tokens, one row at a time; the sum of all reports.
 
-    plan: None: every layer keeps every token. draft: as in `zigzag_ext.speculate`.
+    plan: None: every layer keeps every token, and so whatever `compress` says. draft, compress: as in `zigzag_ext.speculate` and
+    `zigzag_ext.enable`.
 
     Raises:
         ValueError: there are no samples; what `zigzag_ext.speculate` and `zigzag_ext.enable` raise.
@@ -23,7 +26,7 @@ def accepted(model: nn.Module, samples: Sequence[Sample], plan: Plan | None, dra
     if not samples:
         raise ValueError("acceptance is measured on one sample or more, got none")
     reports = []
-    with zigzag(model, plan):
+    with zigzag(model, plan, compress=None if plan is None else compress):
         for sample in samples:
             speculation = speculate(draft)
             ids = torch.tensor([sample.ids[: min(sample.targets)]], device=model.device)

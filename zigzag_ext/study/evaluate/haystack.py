@@ -16,10 +16,16 @@ class Sample:
     answers: tuple[tuple[int, ...], ...]  # positions in `ids`, per answer
     needles: tuple[tuple[int, int], ...] = ()  # [start, end) in `ids` of what each answer repeats
     depth: float | None = None  # where the first needle stands: 0 first in the haystack, 1 last
+    asked: int | None = None  # tokens before the first answer and its blank; None: before the first target
 
     @property
     def targets(self) -> list[int]:
         return [position for answer in self.answers for position in answer]
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt: those that are read before anything is answered."""
+        return min(self.targets) if self.asked is None else self.asked
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -64,14 +70,15 @@ def hide(
         ids = ids + hay[used:place]
         spans[index], used = (len(ids), len(ids) + len(piece)), place
         ids = ids + piece
-    ids, answers = ids + hay[used:], []
+    ids, answers, asked = ids + hay[used:], [], None
     for (tokens, is_answer), (text, _) in zip(tail, dialogue, strict=True):
         if is_answer:
+            asked = len(ids) if asked is None else asked
             blank = encode(tokenizer, text[: len(text) - len(text.lstrip())])
             blanks = len(blank) if tokens[: len(blank)] == blank else 0
             answers.append(tuple(range(len(ids) + blanks, len(ids) + len(tokens))))
         ids = ids + tokens
-    return Sample(tuple(ids), tuple(answers), tuple(spans), needles[0][0] if needles else None)
+    return Sample(tuple(ids), tuple(answers), tuple(spans), needles[0][0] if needles else None, asked)
 
 
 @functools.lru_cache(maxsize=1)

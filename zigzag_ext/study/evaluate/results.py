@@ -29,6 +29,7 @@ class Row:
     kinds: str  # per full-attention layer 0 (retrieval) or 1 (streaming); for a head-level plan per KV head, "/" between layers
     sink: int
     window: int
+    compress: str  # how prompts were compressed, as str() of the method has it; nothing: not at all
     length: int  # tokens of a sample, answers included
     depth: float | None  # of the (first) needle; None: mixed or none
     seed: int
@@ -43,7 +44,7 @@ class Row:
     @property
     def cell(self) -> tuple:
         """What was measured, whatever the plan was called: rows of one cell are the same measurement, of plain caches."""
-        what = (self.model, self.device, self.dtype, self.task, self.kinds, self.sink, self.window)
+        what = (self.model, self.device, self.dtype, self.task, self.kinds, self.sink, self.window, self.compress)
         return (*what, self.length, self.depth, self.seed, self.prompts)
 
 
@@ -168,6 +169,7 @@ _RANGES: dict[str, tuple[str, Callable]] = {
     "kinds": ("0 or 1 per layer, or per KV head with / between layers", re.compile(r"[01]+(/[01]+)*").fullmatch),
     "sink": _count(0),
     "window": _count(0),
+    "compress": ("up to 1000 printable characters", lambda text: len(text) <= 1000 and text.isprintable()),
     "length": _count(1),
     "seed": ("an integer within 2^63 of 0", lambda seed: abs(seed) < 1 << 63),
     "prompts": _count(1),

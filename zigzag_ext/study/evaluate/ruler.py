@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 from torch import nn
 
+from ...cache.compression import PromptCompression
 from ...planning.plan import Plan
 from ..lm_eval import register, require_lm_eval
 from .results import Row, wilson
@@ -52,6 +53,7 @@ class RulerTask:
         name: str | None = None,
         pooled: bool = False,
         batch_tokens: int | None = None,
+        compress: PromptCompression | None = None,
         advance: Callable[[int], None] = lambda samples: None,
     ) -> list[Row]:
         """Evaluates, offline. Prompts are as long as `lengths` allows, answer included; `depths` and `pooled` change nothing.
@@ -64,10 +66,10 @@ class RulerTask:
         if not 1 <= prompts <= _SAMPLES:
             raise ValueError(f"prompts of {self.name} must be 1 to {_SAMPLES}, got {prompts}")
         check_length(model, max(lengths))
-        described = describe(model) | describe_plan(plan, name, model)
+        described = describe(model) | describe_plan(plan, name, model, compress)
         rows = []
         for length in lengths:
-            scores = self._scores(model, tokenizer, plan, length, prompts, seed, batch_tokens, advance)
+            scores = self._scores(model, tokenizer, plan, length, prompts, seed, batch_tokens, compress, advance)
             share = fmean(scores)
             low, high = wilson(sum(scores), len(scores))
             rows.append(
@@ -86,7 +88,7 @@ class RulerTask:
             )
         return rows
 
-    def _scores(self, model, tokenizer, plan, length, prompts, seed, batch_tokens, advance) -> list[float]:
+    def _scores(self, model, tokenizer, plan, length, prompts, seed, batch_tokens, compress, advance) -> list[float]:
         """Of each prompt, in their order."""
         task = _load(self.name, tokenizer, length, seed)
         rows = batch_rows(model, batch_tokens, length)
@@ -97,7 +99,7 @@ class RulerTask:
         longest = max(len(tokenizer(request.args[0])["input_ids"]) + request.args[1]["max_gen_toks"] for request in requests)
         check_length(model, longest)  # ruler_fwe has prompts that are longer than asked
         scores = []
-        with attention_of(model, plan):
+        with attention_of(model, plan, compress):
             for first in range(0, len(requests), rows):
                 batch = requests[first : first + rows]
                 answers = network.generate_until(batch, disable_tqdm=True)

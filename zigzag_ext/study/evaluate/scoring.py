@@ -1,16 +1,18 @@
 """Answers scored from one prefill forward each: exact match and log-probability, under any plan."""
 
+import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...cache import ZigzagCache
+from ...cache.compression import PromptCompression
 from ...hf import zigzag
 from ...hf.cache_argument import cache_argument
 from ...planning.kv_format import PLAIN
@@ -30,12 +32,14 @@ class Verdict:
 
 
 @contextmanager
-def attention_of(model: nn.Module, plan: Plan | None):
-    """The model with the attention of a plan, or its own for None."""
+def attention_of(model: nn.Module, plan: Plan | None, compress: PromptCompression | None = None):
+    """The model with the attention of a plan, or its own for None. compress: as in `zigzag_ext.enable`; needs a plan."""
     if plan is None:
+        if compress is not None:
+            raise ValueError(f"compress={compress} needs a plan: without one, the model keeps its own attention")
         yield model
     elif isinstance(plan, Plan):
-        with zigzag(model, plan):
+        with zigzag(model, plan, compress=compress):
             yield model
     else:
         raise TypeError(f"plan must be a Plan or None, got {plan!r}")
@@ -48,27 +52,45 @@ def score(
     plan: Plan | None = None,
     batch_tokens: int | None = None,
     advance: Callable[[int], None] = lambda samples: None,
+    compress: PromptCompression | None = None,
 ) -> list[Verdict]:
     """Teacher-forced verdicts, in the order of the samples.
 
     Greedy decoding would answer a sample exactly if and only if every target is the likeliest token given the true ones before
-    it, because prefill and decode attend to the same keys under every plan. So one forward gives the exact match as well.
+    it, because prefill and decode attend to the same keys under every plan. So one forward gives the exact match as well; two
+    where prompts are compressed, one for the prompts and one for what follows.
 
     Args:
         batch_tokens: tokens per forward; samples of one length share a batch. None: 4096 on a CPU, 65536 on a GPU.
         advance: called with the number of samples done, after every batch.
+        compress: thins each prompt out before it is answered, as in `zigzag_ext.enable`; needs a plan.
 
     Raises:
         ValueError: a sample is longer than the model's context; plan and model do not fit; what `zigzag_ext.enable` raises.
     """
+    return score_each(model, samples, plan, [compress], batch_tokens, advance)[0]
+
+
+@torch.no_grad()
+def score_each(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    plan: Plan | None,
+    methods: Sequence[PromptCompression | None],
+    batch_tokens: int | None = None,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> list[list[Verdict]]:
+    """`score` with each of the compressions in turn; prompts are read once for all of them."""
     check_length(model, max((len(sample.ids) for sample in samples), default=0))
-    verdicts: dict[int, Verdict] = {}
-    with attention_of(model, plan):
-        for indices in _batches(samples, functools.partial(batch_rows, model, batch_tokens)):
-            found = _score_batch(model, [samples[index] for index in indices], plan)
-            verdicts.update(zip(indices, found, strict=True))
+    verdicts: list[dict[int, Verdict]] = [{} for _ in methods]
+    compressed = [method for method in methods if method is not None]
+    with attention_of(model, plan, compressed[0] if compressed else None):
+        for indices in _batches(samples, functools.partial(batch_rows, model, batch_tokens), bool(compressed)):
+            batch = [samples[index] for index in indices]
+            for number, logits in _logits(model, batch, plan, methods):
+                verdicts[number].update(zip(indices, _verdicts(model, batch, logits), strict=True))
             advance(len(indices))
-    return [verdicts[index] for index in range(len(samples))]
+    return [[found[index] for index in range(len(samples))] for found in verdicts]
 
 
 def check_length(model: nn.Module, tokens: int) -> None:
@@ -85,27 +107,50 @@ def batch_rows(model: nn.Module, batch_tokens: int | None, length: int) -> int:
     return max(batch_tokens // length, 1)
 
 
-def _batches(samples: Sequence[Sample], rows_of: Callable[[int], int]) -> list[list[int]]:
-    """Indices of samples of one length, at most `rows_of(length)` at a time."""
-    by_length: dict[int, list[int]] = {}
+def _batches(samples: Sequence[Sample], rows_of: Callable[[int], int], by_prompt: bool) -> list[list[int]]:
+    """Indices of samples of one length, at most `rows_of(length)` at a time. by_prompt: their prompts have one length, too."""
+    by_length: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
-        by_length.setdefault(len(sample.ids), []).append(index)
+        by_length.setdefault((len(sample.ids), sample.prompt if by_prompt else 0), []).append(index)
     batches = []
-    for length, indices in by_length.items():
+    for (length, _), indices in by_length.items():
         rows = rows_of(length)
         batches += [indices[first : first + rows] for first in range(0, len(indices), rows)]
     return batches
 
 
-def _score_batch(model: nn.Module, samples: list[Sample], plan: Plan | None) -> list[Verdict]:
+def _first_target(samples: list[Sample]) -> int:
+    return min(min(sample.targets) for sample in samples)
+
+
+def _logits(
+    model: nn.Module, samples: list[Sample], plan: Plan | None, methods: Sequence[PromptCompression | None]
+) -> Iterator[tuple[int, Tensor]]:
+    """The number of each method and logits [batch, tokens, vocab] under it, of tokens from the one before the first target on.
+
+    Logits of position p - 1 predict token p; the rest of the vocabulary rows is never computed.
+    """
     ids = torch.tensor([sample.ids for sample in samples], device=model.device)
-    first = min(min(sample.targets) for sample in samples)
-    kept = ids.shape[1] - first + 1  # logits of position p - 1 predict token p; the rest of the vocabulary rows is never computed
-    cache = {"use_cache": False}
-    if plan is not None and not plan.kv_format == plan.ring_kv_format == PLAIN:  # what is not cached is not quantised
-        cache = cache_argument(model, ZigzagCache(model.config, plan, ids.shape[1]))
-    logits = model(ids, **cache, logits_to_keep=kept).logits
-    found = []
+    first, compressed = _first_target(samples), [(i, method) for i, method in enumerate(methods) if method is not None]
+    if compressed:
+        prompt, cache_for = samples[0].prompt, max((method for _, method in compressed), key=lambda method: method.observe)
+        read = ZigzagCache(model.config, plan, ids.shape[1], compress=cache_for)
+        before = model(ids[:, :prompt], **cache_argument(model, read), logits_to_keep=1).logits
+        for number, method in compressed:
+            cache = read if number == compressed[-1][0] else copy.deepcopy(read)
+            cache.compress(method)
+            after = model(ids[:, prompt:], **cache_argument(model, cache)).logits
+            yield number, torch.cat([before, after], 1)[:, first - prompt :]
+    for number in [number for number, method in enumerate(methods) if method is None]:
+        cache = {"use_cache": False}
+        if plan is not None and not plan.kv_format == plan.ring_kv_format == PLAIN:  # what is not cached is not quantised
+            cache = cache_argument(model, ZigzagCache(model.config, plan, ids.shape[1]))
+        yield number, model(ids, **cache, logits_to_keep=ids.shape[1] - first + 1).logits
+
+
+def _verdicts(model: nn.Module, samples: list[Sample], logits: Tensor) -> list[Verdict]:
+    ids = torch.tensor([sample.ids for sample in samples], device=model.device)
+    first, found = _first_target(samples), []
     for row, sample in enumerate(samples):
         targets = torch.tensor(sample.targets, device=model.device)
         chosen = logits[row, targets - first].float()

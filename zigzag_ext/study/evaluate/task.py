@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...cache.compression import PromptCompression
 from ...planning.native import native_windows, whole_plan
 from ...planning.plan import Plan
 from .haystack import Sample
@@ -46,6 +47,7 @@ class Task:
         name: str | None = None,
         pooled: bool = False,
         batch_tokens: int | None = None,
+        compress: PromptCompression | None = None,
         advance: Callable[[int], None] = lambda samples: None,
     ) -> list[Row]:
         """Evaluates, offline, one prefill forward per batch of samples.
@@ -58,6 +60,7 @@ class Task:
             name: of the plan, for the rows.
             pooled: one row per length, over all depths, instead of one per length and depth.
             batch_tokens: tokens per forward; None: 4096 on a CPU, 65536 on a GPU.
+            compress: thins each prompt out before it is answered, as in `zigzag_ext.enable`; needs a plan.
             advance: called with the number of samples done, after every batch.
 
         Raises:
@@ -66,12 +69,12 @@ class Task:
         if prompts < 1:
             raise ValueError(f"prompts must be at least 1, got {prompts}")
         check_length(model, max(lengths))
-        described = describe(model) | describe_plan(plan, name, model)
+        described = describe(model) | describe_plan(plan, name, model, compress)
         grid = list(depths) if self.has_depth else [None]
         rows = []
         for length in lengths:
             samples = self.samples(tokenizer, length, grid, prompts, seed)
-            verdicts = score(model, samples, plan, batch_tokens, advance)
+            verdicts = score(model, samples, plan, batch_tokens, advance, compress)
             groups = [(None, verdicts)] if pooled else [(d, verdicts[i * prompts :][:prompts]) for i, d in enumerate(grid)]
             rows += [
                 Row(
@@ -100,12 +103,17 @@ def describe(model: nn.Module) -> dict[str, str]:
     return {"model": source or model.config.model_type, "device": model.device.type, "dtype": str(model.dtype)[6:]}
 
 
-def describe_plan(plan: Plan | None, name: str | None, model: nn.Module) -> dict[str, str | int]:
-    """The columns that name a plan; None is the model as it is. Raises ValueError for streaming layers of several sizes."""
+def describe_plan(
+    plan: Plan | None, name: str | None, model: nn.Module, compress: PromptCompression | None = None
+) -> dict[str, str | int]:
+    """The columns that name a plan, None being the model as it is, and the compression of prompts.
+
+    Raises ValueError for streaming layers of several sizes.
+    """
     if plan is not None and any(
         plan.size(layer) != (plan.sink, plan.window) for layer in plan.streaming_layers + plan.mixed_layers
     ):
         raise ValueError("a row of results names one sink and window; streaming layers of the plan have sizes of their own")
-    sizes = {"sink": getattr(plan, "sink", 0), "window": getattr(plan, "window", 0)}
+    sizes = {"sink": getattr(plan, "sink", 0), "window": getattr(plan, "window", 0), "compress": str(compress or "")}
     kinds = kinds_of(whole_plan(native_windows(model.config)) if plan is None else plan)
     return {"plan": name or ("full" if plan is None else "plan"), "kinds": kinds, **sizes}
