@@ -53,7 +53,7 @@ def measure(model, tokenizer, task: evaluate.Task, name: str, plan: zz.Plan, met
     samples = task.samples(tokenizer, args.tokens, DEPTHS, args.prompts, SEED)
     rows = []
     for method, verdicts in zip(methods, evaluate.score_each(model, samples, plan, methods, args.batch_tokens), strict=True):
-        what = describe_plan(plan, name, len(plan.kinds), None if method is WHOLE else method)
+        what = describe_plan(plan, name, model, None if method is WHOLE else method)
         cell = {"task": task.name, "length": args.tokens, "depth": None, "seed": SEED}
         rows.append(evaluate.Row(**describe(model), **what, **cell, **statistics(verdicts)))
     return rows
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         if args.budget_seconds is not None and time.monotonic() - start > args.budget_seconds:
             print("stopped; the same command goes on from here")
             return
-        what = describe_plan(plan, name, len(plan.kinds))
+        what = describe_plan(plan, name, model)
         fixed = (*describe(model).values(), task, *(what[key] for key in ("kinds", "sink", "window")))
         cell = (args.tokens, None, SEED, args.prompts * len(DEPTHS))
         missing = [m for m in methods if (*fixed, "" if m is WHOLE else str(m), *cell) not in done]
