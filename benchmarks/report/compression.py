@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+from zigzag_ext.cache.compression import METHODS
 from zigzag_ext.study.evaluate import Row, read
 
 from .documents import insert, markers, table
@@ -30,6 +31,21 @@ def cell(row: Row | None) -> str:
     return f"{100 * row.exact:.0f} [{100 * row.exact_low:.0f}, {100 * row.exact_high:.0f}], {row.logprob:.2f}"
 
 
+def label(compress: str) -> list[str]:
+    """The share kept, and the method with what is not the same for all."""
+    if not compress:
+        return ["100%", "nothing dropped"]
+    name, budget, *options = compress.split()
+    same = "per_head=False" in options and name == "windows"
+    return [f"{float(budget):.0%}", f"{name}, the same for all heads" if same else name]
+
+
+def order(compress: str) -> tuple:
+    """Nothing dropped first, then by share and method."""
+    name, budget, *_ = compress.split() or ("", "2")
+    return -float(budget), [*METHODS, ""].index(name), compress
+
+
 def text(rows: list[Row], runs: list[dict]) -> str:
     """One table per plan, length and number of prompts."""
     last, commits = runs[-1], ", ".join(dict.fromkeys(run["commit"] for run in runs))
@@ -38,9 +54,8 @@ def text(rows: list[Row], runs: list[dict]) -> str:
         own = [row for row in rows if (row.plan, row.length, row.prompts) == (plan, length, prompts)]
         found = {(row.compress, row.task): row for row in own}
         lines = []
-        for compress in dict.fromkeys(row.compress for row in own):
-            method, budget = compress.split()[:2] if compress else ("nothing dropped", "1")
-            lines.append([f"{float(budget):.0%}", method, *(cell(found.get((compress, task))) for task in TASKS)])
+        for compress in sorted({row.compress for row in own}, key=order):
+            lines.append([*label(compress), *(cell(found.get((compress, task))) for task in TASKS)])
         parts.append(f"{PLANS.get(plan, plan)}, {length} tokens, {prompts} prompts a cell:")
         parts.append(table(["kept", "method", *TASKS.values()], lines, text_columns=2))
     return "\n\n".join(parts)
