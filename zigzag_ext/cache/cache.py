@@ -80,8 +80,7 @@ class ZigzagCache(Cache):
         plan = plan_for(config, plan)
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
-        if compress is not None:
-            compress = checked(compress, plan.sink, bool(plan.mixed_layers))
+        compress = None if compress is None else checked(compress, plan.sink, bool(plan.mixed_layers))
         num_lengths = 1 + len(plan.kinds) if compress else 1
         self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths, plan.sink), rollback
         plan.check_kv_heads(origin_of(config)["kv_heads"])
@@ -246,8 +245,7 @@ class ZigzagCache(Cache):
         if state.compression is None:
             raise RuntimeError("this ZigzagCache was made without compress=, so it has not kept what the choice of tokens needs")
         if method is not None:
-            mixed = any(store.heads for store in self.stores)
-            method = checked(method, state.sink, mixed, most_observed=state.compression.observe)
+            method = checked(method, state.sink, any(s.heads for s in self.stores), most_observed=state.compression.observe)
         compress(self, method or state.compression)
 
     @property
