@@ -52,6 +52,21 @@ def test_two_gpus_give_the_tokens_of_one(models, plan, prefill_chunk, options, l
 
 
 @needs_two_gpus
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_two_gpus_compress_a_prompt_as_one_does(models, plan):
+    """Lengths of layers are lowered on both."""
+    batch, method, found = padded_prompt([190, 37, 120]), zz.PromptWindows(budget=60, window=4, observe=8), []
+    for model in models:
+        with zz.zigzag(model, plan, compress=method):
+            cache = zz.ZigzagCache(model.config, plan, compress=method)
+            inputs = {name: tensor.to("cuda:0") for name, tensor in batch.items()}
+            tokens = generate(model, 20, **inputs, past_key_values=cache).cpu()
+            found.append((tokens, cache.compressed, [lengths.cpu() for lengths in cache.state.seq_lens.values()]))
+    assert found[0][0].equal(found[1][0]) and found[0][1] == found[1][1] and found[0][1]
+    assert len(found[1][2]) == 2 and all(lengths.equal(found[0][2][0]) for lengths in found[1][2])
+
+
+@needs_two_gpus
 def test_each_cache_lives_with_its_layer(models):
     model = models[1]
     cache = zz.ZigzagCache(model.config, PLANS["layers"], max_len=256)

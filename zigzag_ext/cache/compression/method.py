@@ -20,7 +20,7 @@ class PromptCompression:
     Args:
         budget: tokens that a row keeps in each retrieval layer, on average over the layers; a float is a share of the row's own
             prompt, of which at least `sink` + `observe` + one unit are kept. A row of no more tokens than that stays as it is.
-        observe: last tokens of the prompt whose attention decides.
+        observe: last tokens of the prompt whose attention decides; a row that crop() left none of these stays whole.
         sink: first tokens that are always kept; None: as many as the plan's streaming layers keep.
         group: retrieval layers in a row that keep the same tokens, chosen in the first of them.
         slope: how much budgets fall from the first group of layers to the last, in equal steps: the last one has budget / slope,
