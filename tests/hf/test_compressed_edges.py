@@ -95,14 +95,14 @@ def test_padded_rows_choose_as_if_they_were_alone(where, plan, chunk):
 
 def test_a_later_turn_with_padding_chooses_by_its_tokens(model):
     """The first turn is short, so that the second one is compressed with it; its padding does not observe."""
-    method = zz.PromptWindows(budget=36, window=4, observe=24)
-    first, second = padded_prompt([20, 20]), padded_prompt([150, 20], seed=2)
+    method = zz.PromptWindows(budget=82, window=2, observe=60)
+    first, second = padded_prompt([80, 80]), padded_prompt([150, 17], seed=2)
     mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
     cache = cache_of(model, method=method)
     for turn, seen in ((first, first["attention_mask"]), (second, mask)):
         read(model, cache, turn["input_ids"], seen)
         cache.compress()
-    for row, n in enumerate((150, 20)):
+    for row, n in enumerate((150, 17)):
         alone = cache_of(model, method=method)
         for ids in (first["input_ids"], second["input_ids"][:, -n:]):
             model(ids[row : row + 1], past_key_values=alone)
