@@ -17,7 +17,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
+from zigzag_ext.cache import ZigzagCache
 from zigzag_ext.planning import arrays, exchange
 from zigzag_ext.planning.costs import ms_costs
 from zigzag_ext.planning.plan import Plan
@@ -76,6 +78,19 @@ def a_plan(folder: Path) -> bytes:
     return (folder / "good.json").read_bytes()
 
 
+GEOMETRY = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 128, "head_dim": 64}
+
+
+def a_cache(folder: Path) -> bytes:
+    cache = ZigzagCache(LlamaConfig(**GEOMETRY), PLAN, rollback=2)
+    q, k, v = torch.randn(3, 2, 2, 11, 64)
+    with cache.forward(2, 11, torch.ones(2, 11), torch.ones(2, 11)):
+        for layer in cache.layers:
+            layer.attend(q, k, v, None)
+    cache.save(folder / "good.cache")
+    return (folder / "good.cache").read_bytes()
+
+
 # name of the file -> (a good one, its reader)
 READERS = {
     "plan.json": (a_plan, lambda path: Plan.load(path).summary()),
@@ -87,6 +102,7 @@ READERS = {
     "scores.pt": (lambda _: in_memory(lambda to: torch.save(torch.rand(3, 1, 2), to)), load_scores),
     "state.npz": (a_state, lambda path: run._restore(Method(), path, ORIGIN)),
     "rows.csv": (a_table, results.read),
+    "text.cache": (a_cache, lambda path: ZigzagCache.load(path, LlamaConfig(**GEOMETRY))),
 }
 # What the readers look for, or what has broken such readers elsewhere.
 TOKENS = [

@@ -23,6 +23,7 @@ from .compression.apply import checked, compress
 from .forward import Forward
 from .layer import ZigzagLayer
 from .rows import Rows
+from .saved import load, save
 from .state import Addresses, CacheState, locked
 
 
@@ -76,14 +77,15 @@ class ZigzagCache(Cache):
     def _build(
         self, config, plan, max_len: int | None, rollback: int, stores: bool, compress: PromptCompression | None = None
     ) -> None:
-        config = config.get_text_config(decoder=True)
+        model, config = origin_of(config), config.get_text_config(decoder=True)
         plan = plan_for(config, plan)
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
         compress = None if compress is None else checked(compress, plan.sink, bool(plan.mixed_layers))
         num_lengths = 1 + len(plan.kinds) if compress else 1
         self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths, plan.sink), rollback
-        plan.check_kv_heads(origin_of(config)["kv_heads"])
+        self.state.made_for = plan, model
+        plan.check_kv_heads(model["kv_heads"])
         formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
         smooth = plan.key_smoothing
 
@@ -114,6 +116,9 @@ class ZigzagCache(Cache):
         last counts[i] of the columns, behind its own last token; the columns before them are nothing.
         """
         return Forward(self, batch, q_len, attention_mask, ids, position_ids, counts)
+
+    save = save
+    load = classmethod(load)
 
     @property
     def seq_lens(self) -> Tensor | None:

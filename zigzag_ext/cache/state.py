@@ -51,6 +51,7 @@ class CacheState:
     ):
         self.max_len, self.stores, self.compression, self.num_lengths = max_len, stores, compression, num_lengths
         self.sink = sink  # of the plan
+        self.made_for = None  # plan, and name and geometry of the model
         self.num_forwards = 0
         self.prompt_end = 0  # columns of a prompt that comes in several forwards
         self.lock = threading.RLock()

@@ -250,17 +250,20 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan file at `path`: whole or not at all (`writing.write`). ValueError if it is too large to be read."""
+        lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in self.as_json().items()]
+        file = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        if len(file) > MAX_TEXT:
+            raise ValueError(f"the plan takes {len(file)} bytes as a file; at most {MAX_TEXT} are read: shorten its provenance")
+        write(path, file)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a plan file holds, as JSON's types."""
         formats = {name: getattr(self, name)._asdict() for name in FORMAT_FIELDS if getattr(self, name) != PLAIN}
         version = 5 if self.layer_sizes else 4 if self.key_smoothing else 3 if self.mixed_layers else 2 if formats else 1
         formats |= {"key_smoothing": True} if self.key_smoothing else {}
         formats |= {"layer_sizes": self.layer_sizes} if self.layer_sizes else {}
         content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window, **formats}
-        content["provenance"] = self.provenance
-        lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
-        file = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-        if len(file) > MAX_TEXT:
-            raise ValueError(f"the plan takes {len(file)} bytes as a file; at most {MAX_TEXT} are read: shorten its provenance")
-        write(path, file)
+        return content | {"provenance": self.provenance}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
@@ -272,10 +275,15 @@ class Plan:
         """
         content = read_json(path, "a plan file")
         try:
-            _check_header(content)
-            return cls(**{name: content[name] for name in content if name not in ("format", "version")})
+            return cls.from_json(content)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a usable plan file: {error}") from error
+
+    @classmethod
+    def from_json(cls, content) -> "Plan":
+        """The plan of what `as_json` gave, or of a plan file. Raises TypeError or ValueError."""
+        _check_header(content)
+        return cls(**{name: content[name] for name in content if name not in ("format", "version")})
 
     def summary(self) -> str:
         """A small table of text: the layers of each kind, sink, window, and what `solve` recorded."""

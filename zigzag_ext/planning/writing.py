@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,13 +39,24 @@ def update(path: str | os.PathLike, change: Callable[[bytes | None], bytes], wha
         what, limit: as in `read_bytes`; with limit 0 nothing is read, and `old` is None.
     """
     if is_stream(path):
-        with open(path, "wb", buffering=0) as stream:
-            _write_all(stream.fileno(), change(None))
+        write_pieces(path, (change(None) for _ in range(1)))
         return
     target, old = _target(path)
     with locked(target.parent) as alone:
         content = change(read_bytes(target, what, limit) if limit and target.exists() else None)
-        _replace(target, old, content, alone)
+        _replace(target, old, [content], alone)
+
+
+def write_pieces(path: str | os.PathLike, pieces: Iterable[bytes | memoryview]) -> None:
+    """`write` of content that comes in pieces, and so may be larger than memory. An error between pieces leaves the old file."""
+    if is_stream(path):
+        with open(path, "wb", buffering=0) as stream:
+            for piece in pieces:
+                _write_all(stream.fileno(), piece)
+        return
+    target, old = _target(path)
+    with locked(target.parent) as alone:
+        _replace(target, old, pieces, alone)
 
 
 def is_stream(path: str | os.PathLike) -> bool:
@@ -126,10 +137,11 @@ def _partial(target: Path, old: os.stat_result | None, alone: bool) -> Iterator[
         partial.unlink(missing_ok=True)
 
 
-def _replace(target: Path, old: os.stat_result | None, content: bytes, alone: bool) -> None:
+def _replace(target: Path, old: os.stat_result | None, pieces: Iterable[bytes | memoryview], alone: bool) -> None:
     try:
         with _partial(target, old, alone) as (handle, partial):
-            _write_all(handle, content)
+            for piece in pieces:
+                _write_all(handle, piece)
             os.fsync(handle)
             os.replace(partial, target)
     except OSError as error:
@@ -143,7 +155,7 @@ def _replace(target: Path, old: os.stat_result | None, content: bytes, alone: bo
             os.close(folder)
 
 
-def _write_all(handle: int, content: bytes) -> None:
+def _write_all(handle: int, content: bytes | memoryview) -> None:
     left = memoryview(content)
     while left:
         left = left[os.write(handle, left) :]
