@@ -205,7 +205,7 @@ def test_a_killed_conversion_of_the_demo_model_is_cleaned_up(tmp_path, monkeypat
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(demo, "_installed_gguf", lambda: None)
+    monkeypatch.setattr(demo, "_check_installed", lambda: None)
     monkeypatch.setattr(demo, "_convert_into", convert)
     assert demo.model_folder().parent == left.parent and not left.exists()
 

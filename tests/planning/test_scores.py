@@ -164,3 +164,14 @@ def test_published_files_under_other_objectives(model, count, ratio):
     heads = np.cumsum(np.bincount(best_heads // kv_heads, minlength=layers))
     whole = np.cumsum([kind == "retrieval" for kind in plans["mean"].kinds]) * kv_heads
     assert np.abs(heads - whole).sum() / plans["transport"].objective_value == pytest.approx(ratio, abs=0.06)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_scores_may_be_tensors_of_any_dtype(dtype, tmp_path):
+    """numpy has no bfloat16, and takes no tensor that records gradients."""
+    scores = torch.tensor([[0.75, 0.5], [0.125, 0.25]], dtype=getattr(torch, dtype), requires_grad=True)
+    assert solve(scores, retrieval_ratio=0.5).kinds == ("retrieval", "streaming")
+    save_scores(scores, tmp_path / "scores.tsv")
+    torch.save(scores.detach(), tmp_path / "scores.pt")
+    for path in ("scores.tsv", "scores.pt"):
+        assert load_scores(tmp_path / path).tolist() == [[0.75, 0.5], [0.125, 0.25]]

@@ -103,20 +103,31 @@ def load(cls, path: str | os.PathLike, model) -> "ZigzagCache":
         MemoryError: no memory for what is held.
     """
     with open_tensors(path, "a cache file") as file:
-        content = _content(file)
         config = getattr(model, "config", model)
-        origin, found = known(content["model"]), origin_of(config)
-        check_geometry(origin, found, "it holds keys of")
-        if other_model(origin, found):
-            raise ValueError(
-                f"it holds keys of {shown(origin['model'])}, the model is {shown(found['model'])}: read the prompt again"
-            )
+        content, found = _content_for(file, config), origin_of(config)
         cache = cls(
             config, Plan.from_json(content["plan"]), content["max_len"], content["rollback"],
             compress=_method_of(content["compression"]),
         )  # fmt: skip
         _restore(cache, file, content, _devices(model, len(cache.layers)), found)
         return cache
+
+
+def check_file(path: str | os.PathLike, config) -> None:
+    """Raises what `load` would raise of a file that is no cache file, or is not for models of this config."""
+    with open_tensors(path, "a cache file") as file:
+        _content_for(file, config)
+
+
+def _content_for(file: TensorFile, config) -> dict:
+    content, found = _content(file), origin_of(config)
+    origin = known(content["model"])
+    check_geometry(origin, found, "it holds keys of")
+    if other_model(origin, found):
+        raise ValueError(
+            f"it holds keys of {shown(origin['model'])}, the model is {shown(found['model'])}: read the prompt again"
+        )
+    return content
 
 
 def _content(file: TensorFile) -> dict:

@@ -47,6 +47,11 @@ CompressWindow = Annotated[
 CompressObserve = Annotated[
     int | None, typer.Option("--compress-observe", help="Last tokens of a prompt, whose attention decides; default 32.")
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread the layers over all GPUs: auto, balanced or sequential (needs accelerate).")
+]
 # A long path stays one line, whatever the width of the terminal, and what a file's name or content says is never markup.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,9 @@ from .app import (
     CompressMethod,
     CompressObserve,
     CompressWindow,
+    Device,
+    DeviceMap,
+    Dtype,
     KeySmoothing,
     KvFormat,
     RingKvFormat,
@@ -63,6 +67,7 @@ def demo(
     console.print("full: every layer keeps every token, through the same kernels.", style="dim", highlight=False)
     verdict, holds = _verdict(outcomes)
     console.print(verdict, highlight=False)
+    console.print(_next_step(demo_task.model_folder(), demo_task.plan_file("good plan")), highlight=False)
     if check and not holds:
         print("error: the demo did not show what it should", file=sys.stderr)
         raise typer.Exit(1)
@@ -151,7 +156,7 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="Text to continue. Without it, standard input is read.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Most tokens to generate.")] = 128,
     kv_format: KvFormat = None,
     ring_kv_format: RingKvFormat = None,
     key_smoothing: KeySmoothing = None,
@@ -165,36 +170,58 @@ def generate(
     speculate: Annotated[
         str | None, typer.Option(help="Draft tokens and verify several at once: auto, lookup, streaming.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    save_cache: Annotated[
+        Path | None, typer.Option(help="Write all that was read and generated to this file; with -n 0 the prompt alone.")
+    ] = None,
+    load_cache: Annotated[
+        Path | None, typer.Option(help="Go on behind what --save-cache wrote, with its plan; the prompt is what comes next.")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run decode steps as one compiled graph: pays for long texts.")
+    ] = False,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
     quiet_transformers()
-    from ..planning.native import native_windows, whole_plan
-    from ..planning.plan import Plan
+    from ..cache import ZigzagCache
     from ..study.loading import load_model
+    from .checks import check_options, check_saved, plans_for
     from .compression import method_of
     from .timing import generate as timed
 
+    check_options(device, dtype, device_map, speculate, save_cache)
     method = method_of(compress, compress_method, compress_window, compress_observe)
-    chosen = Plan.load(plan) if plan else None
     text = prompt if prompt is not None else sys.stdin.read()
+    if not text:
+        raise ValueError("the prompt is empty: give it by --prompt or on standard input")
+    formats = (kv_format, ring_kv_format, key_smoothing)
+    if load_cache:
+        names = ("--plan", "--kv-format", "--ring-kv-format", "--key-smoothing", "--chunk")
+        check_saved(load_cache, model, dict(zip(names, (plan, *formats, chunk), strict=True)))
+    else:
+        chosen = plans_for(model, {"": plan}, formats)[""]
     print(f"loading {model}", file=sys.stderr)
-    network, tokenizer = load_model(model, device, dtype)
-    chosen = chosen or whole_plan(native_windows(network.config))
-    chosen = chosen.with_formats(kv_format, ring_kv_format, key_smoothing)
+    network, tokenizer = load_model(model, device, dtype, device_map)
+    cache = ZigzagCache.load(load_cache, network) if load_cache else None
+    chosen = cache.state.made_for[0] if cache else chosen
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
     options = {"prefill_chunk_size": chunk} if chunk else {}
     if temperature:
         options |= {"do_sample": True, "temperature": temperature}
     show = functools.partial(print, end="", flush=True)
-    result = timed(network, tokenizer, text, chosen, max_new_tokens, show, draft=speculate, compress=method, **options)
-    speed = f"{1 / result.seconds_per_token:.1f} tokens/s" if result.new_tokens > 1 else "one token"
+    result = timed(
+        network, tokenizer, text, chosen, max_new_tokens, show, draft=speculate, compile=compile, compress=method, cache=cache,
+        save=save_cache, special_tokens=not chat and cache is None, **options,
+    )  # fmt: skip
+    speed = f", {1 / result.seconds_per_token:.1f} tokens/s" if result.new_tokens > 1 else ""
     print(
-        f"\n\nprompt {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; {result.new_tokens} new tokens, {speed}; "
+        f"\n\nprompt {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; {result.new_tokens} new tokens{speed}; "
         f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{result.cache_report}\n{chosen!r}"
-        + ("" if result.speculation is None else f"\n{result.speculation}"),
+        + ("" if result.speculation is None else f"\n{result.speculation}")
+        + (f"\nwrote {save_cache}" if save_cache else ""),
         file=sys.stderr,
     )
 
@@ -280,6 +307,17 @@ def _demo_table(outcomes) -> Table:
 def _first_words(text: str, width: int = 13) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _next_step(folder: Path, plan: Path) -> str:
+    """What to run next: the demo's model and plan, as arguments of a shell command."""
+    model, plan = shlex.quote(str(folder)), shlex.quote(str(plan))
+    return (
+        f"\nNext, the same model with the same plan on a text of yours:\n"
+        f"  zigzag generate {model} --plan {plan} --chat -p 'Why is the sky blue?'\n"
+        f"or turn by turn: zigzag chat {model} --plan {plan}\n"
+        "For a model of your own: zigzag identify MODEL, then zigzag solve scores.tsv --model MODEL."
+    )
 
 
 def _verdict(outcomes) -> tuple[str, bool]:

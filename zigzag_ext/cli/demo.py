@@ -54,9 +54,14 @@ class Outcome:
         return median(generation.seconds_per_token for generation in self.generations)
 
 
+def plan_file(name: str) -> Path:
+    """Where a plan that ships with the package is."""
+    return Path(str(files("zigzag_ext") / "planning" / "bundled" / BUNDLED_PLANS[name]))
+
+
 def demo_plans() -> dict[str, Plan]:
     """Full attention and the two plans that ship with the package, by the name that the demo prints."""
-    plans = {name: Plan.load(str(files("zigzag_ext") / "planning" / "bundled" / file)) for name, file in BUNDLED_PLANS.items()}
+    plans = {name: Plan.load(plan_file(name)) for name in BUNDLED_PLANS}
     return {"full": whole_plan(plans["good plan"].native_windows)} | plans
 
 
@@ -68,6 +73,7 @@ def model_folder() -> Path:
     """
     folder = cache_folder() / f"smollm2-135m-instruct-{VERSION}"
     if not (folder / "config.json").exists():
+        _check_installed()
         _convert(_installed_gguf(), folder)
     return folder
 
@@ -100,18 +106,26 @@ def passkey_prompts(tokenizer, tokens: int, depths: list[float], seeds: list[int
     return [build_prompt(tokenizer, tokens, depth, seed) for depth in depths for seed in seeds]
 
 
-def _installed_gguf() -> Path:
+def _installed_gguf() -> Path | None:
     spec = importlib.util.find_spec(PACKAGE)  # found, not imported: its code needs llama.cpp
     for place in spec.submodule_search_locations if spec else ():
         if (Path(place) / GGUF_FILE).exists():
             return Path(place) / GGUF_FILE
-    raise FileNotFoundError(f"the demo model is not installed; fetch it (93 MB) with:  {FETCH_COMMAND}")
+    return None
+
+
+def _check_installed() -> None:
+    """Raises FileNotFoundError with one command for everything that the conversion lacks."""
+    gguf = [] if importlib.util.find_spec("gguf") else ["gguf"]
+    if _installed_gguf() is None:
+        also = f", and the package gguf:  pip install gguf && {FETCH_COMMAND}" if gguf else f":  {FETCH_COMMAND}"
+        raise FileNotFoundError(f"the demo needs its model (93 MB, once){also}")
+    if gguf:
+        raise FileNotFoundError("the demo needs the package gguf, to convert its model once:  pip install gguf")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes the model as float32 safetensors (0.5 GB), whole or not at all."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError("converting the demo model needs the package gguf:  pip install 'zigzag_ext[demo]'")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent) as alone:
         for left in folder.parent.glob(f"{_PARTIAL}*") if alone else ():  # of a conversion that was killed

@@ -11,6 +11,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from ..study.identify import METHODS
+<<<<<<< HEAD
 from .app import (
     Compress,
     CompressMethod,
@@ -29,6 +30,12 @@ _MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face mo
 _DEVICE = "auto, cpu, cuda or cuda:<number>."
 _DTYPE = "auto, bfloat16, float16 or float32."
 _TASKS = "passkey, multikey, multivalue, second_question, quotation, perplexity"
+=======
+from .app import Device, DeviceMap, Dtype, KeySmoothing, KvFormat, RingKvFormat, app, console, one_line_errors, quiet_transformers
+
+_MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
+_TASKS = "passkey, multikey, multivalue, perplexity"
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
 _RULER = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe, ruler_fwe"
 
 
@@ -46,17 +53,23 @@ def identify(
     window: Annotated[int, typer.Option(help="Last tokens that a streaming layer would keep.")] = 256,
     tokens: Annotated[int | None, typer.Option(help="Length of a prompt; default: the method's.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts, or training steps of gates; default: the method's.")] = None,
-    device: Annotated[str, typer.Option(help=_DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=_DTYPE)] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Score every KV head of a model: how much it needs the whole context. Give the scores to `zigzag solve`.
 
     An interrupted run goes on where it stopped if the same command is given again.
     """
     quiet_transformers()
+    from ..planning.scores import check_output
     from ..study.identify import identify as run
-    from ..study.loading import load_model
+    from ..study.loading import load_config, load_model
+    from .checks import check_options
 
+    _task(METHODS, method, "method")
+    check_options(device, dtype, None)
+    check_output(output)
+    load_config(model)
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = load_model(model, device, dtype)
     given = {"level": level, "keep": keep, "exhaustive": exhaustive or None}
@@ -99,8 +112,13 @@ def evaluate(
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Of --speculate: tokens that a prompt is continued by.")] = 64,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV file that the rows are added to.")] = None,
-    device: Annotated[str, typer.Option(help=_DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=_DTYPE)] = "auto",
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Of tasks of RULER and --speculate: compile decode steps; the other tasks have none."),
+    ] = False,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Measure what plans keep of a model's quality: needles over lengths and depths, perplexity of long text. Offline.
 
@@ -110,20 +128,31 @@ def evaluate(
     quiet_transformers()
     from ..study import evaluate as tasks
     from ..study.loading import load_model
+<<<<<<< HEAD
     from .compression import method_of
+=======
+    from .checks import check_options
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
 
     method = method_of(compress, compress_method, compress_window, compress_observe)
     chosen = [_task(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
+<<<<<<< HEAD
     if method is not None and not plan:
         raise ValueError("--compress needs a --plan, whose retrieval layers it thins out")
     plans = _plans(plan or [], full, (kv_format, ring_kv_format, key_smoothing))
+=======
+    check_options(device, dtype, device_map, speculate, output)
+    plans = _plans(model, plan or [], full, (kv_format, ring_kv_format, key_smoothing))
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
     lengths, depths = length or [1024, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]
     if speculate is not None and (other := [each.name for each in chosen if each.name in tasks.RULER]):
         raise ValueError(f"--speculate continues the prompts of {', '.join(tasks.TASKS)}; not of {', '.join(other)}")
-    print(f"loading {model}", file=sys.stderr)
-    network, tokenizer = load_model(model, device, dtype)
+    if compile and speculate is None and not any(each.name in tasks.RULER for each in chosen):
+        raise ValueError(f"--compile is for decode steps, and {', '.join(each.name for each in chosen)} have none: leave it out")
     if output is not None:
         tasks.append(output, [])
+    print(f"loading {model}", file=sys.stderr)
+    network, tokenizer = load_model(model, device, dtype, device_map)
     with _progress() as bar:
         total = sum(prompts * (len(depths) if each.has_depth else 1) for each in chosen) * len(plans) * len(lengths)
         line = bar.add_task("prompts", total=total)
@@ -131,14 +160,22 @@ def evaluate(
         for name, each, tokens in ((n, t, x) for n in plans for t in chosen for x in lengths):
             found = each(
                 network, tokenizer, plans[name], lengths=[tokens], depths=depths, prompts=prompts, seed=seed, name=name,
+<<<<<<< HEAD
                 compress=None if plans[name] is None else method, advance=lambda done: bar.advance(line, done),
+=======
+                advance=lambda done: bar.advance(line, done), **({"compile": compile} if each.name in tasks.RULER else {}),
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
             )  # fmt: skip
             rows += found
             if output is not None:
                 tasks.append(output, found)
     console.print(_table(rows))
     if speculate is not None:
+<<<<<<< HEAD
         asked = functools.partial(tasks.accepted, network, draft=speculate, new_tokens=new_tokens, compress=method)
+=======
+        asked = functools.partial(tasks.accepted, network, draft=speculate, new_tokens=new_tokens, compile=compile)
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
         console.print(_speculation_table(asked, tokenizer, plans, chosen, lengths, depths, prompts, seed))
     if output is not None:
         console.print(f"wrote {output}", highlight=False)
@@ -179,6 +216,7 @@ def plot(
         console.print(f"wrote {path}", highlight=False)
 
 
+<<<<<<< HEAD
 def _plans(paths: list[Path], full: bool, formats: tuple) -> dict:
     """Plans of these formats by name, None for full attention."""
     from ..planning.plan import Plan
@@ -192,8 +230,22 @@ def _plans(paths: list[Path], full: bool, formats: tuple) -> dict:
 
 
 def _task(tasks: dict, name: str):
+=======
+def _plans(model: str, files: list[Path], full: bool, formats: tuple) -> dict:
+    """Plans by the name that results give them, checked against the model's config; full attention is None."""
+    from .checks import plans_for
+
+    if unprintable := [path for path in files if not path.stem.isprintable()]:
+        raise ValueError(f"the results name a plan by its file, so that name must be printable, got {str(unprintable[0])!r}")
+    if len({path.stem for path in files} - {"full"} if full else {path.stem for path in files}) != len(files):
+        raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
+    return ({"full": None} if full else {}) | plans_for(model, {path.stem: path for path in files}, formats)
+
+
+def _task(tasks: dict, name: str, what: str = "task"):
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
     if name not in tasks:
-        raise ValueError(f"unknown task '{name}'; supported: {', '.join(tasks)}")
+        raise ValueError(f"unknown {what} '{name}'; supported: {', '.join(tasks)}")
     return tasks[name]
 
 
@@ -231,7 +283,8 @@ def _speculation_table(accepted, tokenizer, plans, chosen, lengths, depths, prom
 
 def _table(rows) -> Table:
     """One line per plan, task and length; depths are averaged here, the CSV has them all."""
-    headers = ("plan", "task", "tokens", "prompts", "exact", "log-probability per token")
+    headers = ["plan", "task", "tokens", "prompts", "exact", "log-probability per token"]
+    headers += ["perplexity"] if any(row.task == "perplexity" for row in rows) else []
     table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 2, 0, 0))
     cells: dict[tuple, list] = {}
     for row in rows:
@@ -241,5 +294,7 @@ def _table(rows) -> Table:
         exact = f"{sum(row.exact for row in group) / count:.0%}" if task != "perplexity" else "-"
         logprob = sum(row.logprob for row in group) / count  # RULER has none
         shown = "-" if math.isnan(logprob) else f"{logprob:.3f}"
-        table.add_row(plan, task, str(length), str(sum(row.prompts for row in group)), exact, shown)
+        perplexity = f"{math.exp(-logprob):.3f}" if task == "perplexity" else "-"
+        cells_of = (plan, task, str(length), str(sum(row.prompts for row in group)), exact, shown, perplexity)
+        table.add_row(*cells_of[: len(headers)])
     return table

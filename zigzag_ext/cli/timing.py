@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import TextStreamer
@@ -29,7 +30,7 @@ class Generation:
     speculation: str | None = None  # what speculative decoding did
 
 
-class _Clock(TextStreamer):
+class Clock(TextStreamer):
     """Notes when each token arrives, and hands finished words to `show` if there is one."""
 
     def __init__(self, tokenizer, show: Callable[[str], None] | None):
@@ -62,7 +63,13 @@ def generate(
     show=None,
     compile: bool = False,
     draft: str | None = None,
+<<<<<<< HEAD
     compress: PromptCompression | None = None,
+=======
+    cache: ZigzagCache | None = None,
+    save: Path | None = None,
+    special_tokens: bool = True,
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
     **options,
 ) -> Generation:
     """Continues `prompt` with `plan`, greedily unless `options` for `model.generate` say otherwise.
@@ -70,29 +77,50 @@ def generate(
     The cache is made for exactly this prompt and answer, so `cache_bytes` is what this context needs.
 
     Args:
+        max_new_tokens: 0: the prompt is only read.
         show: called with pieces of text as they are finished.
         compile: as in `zigzag_ext.enable`; the times then include that of compiling.
         draft: as in `zigzag_ext.speculate`; None: plain decoding.
+<<<<<<< HEAD
         compress: as in `zigzag_ext.enable`.
+=======
+        cache: one row, which the prompt goes on behind; its plan is the one that runs. None: a new one.
+        save: where to write the cache, with all that was read and generated in it.
+        special_tokens: whether the tokenizer adds its own, such as one for the beginning of a text.
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
 
     Raises:
         ValueError: plan and model do not fit, or the prompt is empty. What `zigzag_ext.enable` raises.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    prompt_tokens = inputs["input_ids"].shape[1]
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=special_tokens)["input_ids"].long().to(model.device)
+    prompt_tokens = ids.shape[1]
     if not prompt_tokens:
         raise ValueError("the prompt is empty")
-    clock = _Clock(tokenizer, show)
+    clock = Clock(tokenizer, show if max_new_tokens else None)
     speculation = None if draft is None else speculate(draft, streamer=clock)
+<<<<<<< HEAD
     sizes = {"max_len": prompt_tokens + max_new_tokens, "rollback": getattr(speculation, "rollback", 0)}
     cache = ZigzagCache(model.config, plan, **sizes, compress=compress)
     options = {"do_sample": False} | options
+=======
+    if cache is None:
+        max_len = None if save else prompt_tokens + max(1, max_new_tokens)  # what is saved may go on
+        cache = ZigzagCache(model.config, plan, max_len=max_len, rollback=getattr(speculation, "rollback", 0))
+    else:
+        ids = torch.cat([cache.state.tokens.ids[:, : cache.state.columns].to(ids), ids], 1)
+    options = {"do_sample": False, "attention_mask": torch.ones_like(ids)} | options
+>>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
     options |= {"streamer": clock} if speculation is None else {"custom_generate": speculation}
     with zigzag(model, plan, compile=compile):
         start = time.perf_counter()
         options |= cache_argument(model, cache)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-    new = output[0, prompt_tokens:]
+        output = model.generate(ids, max_new_tokens=max(1, max_new_tokens), **options)
+        new = output[0, ids.shape[1] :][:max_new_tokens]
+        if save:
+            left = output[:, cache.get_seq_length() : ids.shape[1] + max_new_tokens]
+            if left.shape[1]:  # the last token, which nothing was generated from
+                model(left, **cache_argument(model, cache))
+            cache.save(save)
     steps = len(clock.arrivals) - 1
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True),

@@ -31,7 +31,7 @@ class Scores(np.ndarray):
     origin: dict
 
     def __new__(cls, matrix: ArrayLike, origin: dict):
-        scores = np.array(matrix, dtype=np.float64).view(cls)
+        scores = np.array(as_array(matrix), dtype=np.float64).view(cls)
         scores.origin = {**origin, "layers": scores.shape[0], "kv_heads": scores.shape[1]}
         return scores
 
@@ -40,6 +40,14 @@ class Scores(np.ndarray):
 
     def __array_wrap__(self, array, context=None, return_scalar=False):
         return array[()] if return_scalar else np.asarray(array)
+
+
+def as_array(values: ArrayLike) -> np.ndarray:
+    """An array of what may be a torch tensor of any dtype, on any device, with or without gradients. torch is not imported."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values
+    return np.asarray(values)
 
 
 def load_scores(path: str | os.PathLike) -> Scores:
@@ -92,7 +100,7 @@ def save_scores(scores: ArrayLike, path: str | os.PathLike, *, sink: int = 128, 
         ValueError: scores are not such a matrix, or the ending is another one. OSError: as `writing.write`, which writes each
             file whole or not at all.
     """
-    matrix = np.asarray(scores, dtype=np.float64)
+    matrix = np.asarray(as_array(scores), dtype=np.float64)
     _check_matrix(matrix, "scores to save")
     path, suffix, origin = Path(path), _ending(path), getattr(scores, "origin", {})
     note, content = _ORIGIN_MARK + json.dumps(origin) if origin else "", io.BytesIO()

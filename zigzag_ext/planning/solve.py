@@ -17,6 +17,7 @@ from .kv_format import KvFormat, parse_kv_format
 from .native import native_windows
 from .origin import check_geometry, element_bytes_of, known, origin_of
 from .plan import Plan
+from .scores import as_array
 from .solve_heads import solve_heads
 from .solve_native import Layers
 
@@ -316,7 +317,7 @@ def _number(name: str, value) -> float | int:
 
 def _matrix(scores: ArrayLike) -> np.ndarray:
     try:
-        matrix = np.asarray(scores)
+        matrix = as_array(scores)
     except ValueError as error:
         raise ValueError(f"scores must be a [layers, kv_heads] matrix: {error}") from error
     if matrix.dtype.kind not in "fiub":

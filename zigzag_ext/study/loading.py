@@ -1,5 +1,6 @@
 """Loading a model of transformers from a folder, a .gguf file or a name."""
 
+import importlib.util
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -7,28 +8,32 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-def load_model(source: str, device: str = "auto", dtype: str = "auto"):
+
+def load_model(source: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None):
     """Model and tokenizer from a folder (safetensors or one .gguf file), a .gguf file, or a Hugging Face model name.
 
     Args:
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
         dtype: "auto" (float32 on the CPU; on a GPU the dtype of the file, or bfloat16 for float32), bfloat16, float16 or float32.
+        device_map: "auto", "balanced", "balanced_low_0" or "sequential": spread the layers over all GPUs, and where these are
+            full over the CPU, as accelerate does; `device` is then left "auto".
 
     Raises:
         ValueError: the folder holds no model, several .gguf files or an unreadable one, or the device or dtype is unknown.
             OSError: not found.
     """
-    device = _device(device)
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise ValueError(f"unsupported dtype '{dtype}'; use auto, bfloat16, float16 or float32")
+    device, placed = check_device(device, device_map), {} if device_map is None else {"device_map": device_map}
+    check_dtype(dtype)
     folder, options = _locate(source)
     with _named(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     with _named(f"the model {source}"):
         dtype = _dtype(dtype, device, folder, options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    return model.to(device).eval(), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **placed)
+    return (model if placed else model.to(device)).eval(), tokenizer
 
 
 def load_config(source: str):
@@ -36,7 +41,12 @@ def load_config(source: str):
     path = Path(source).expanduser()
     folder, options = _locate(str(path.parent) if path.name == "config.json" else source)
     with _named(f"the config of {source}"):
-        return AutoConfig.from_pretrained(folder, **options)
+        try:
+            return AutoConfig.from_pretrained(folder, **options)
+        except OSError as error:
+            if options:  # of a damaged .gguf file transformers says that it is no JSON
+                raise ValueError(f"damaged or incomplete ({error})") from error
+            raise
 
 
 @contextmanager
@@ -52,7 +62,15 @@ def _named(part: str):
         raise ValueError(f"{part} cannot be read: {error} ({type(error).__name__})") from error
 
 
-def _device(name: str) -> torch.device:
+def check_device(name: str, device_map: str | None = None) -> torch.device:
+    """The device of that name. Raises ValueError if it is unknown, not there, or given beside a `device_map`."""
+    if device_map is not None:
+        if device_map not in _DEVICE_MAPS:
+            raise ValueError(f"unknown device map '{device_map}'; use {', '.join(_DEVICE_MAPS)}")
+        if name != "auto":
+            raise ValueError(f"a device map chooses the devices: leave the device auto, got '{name}'")
+        if importlib.util.find_spec("accelerate") is None:
+            raise ModuleNotFoundError("a device map needs the package accelerate:  pip install accelerate")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -62,6 +80,11 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device '{name}' was asked for, but torch {torch.__version__} sees no CUDA GPU")
     return device
+
+
+def check_dtype(name: str) -> None:
+    if name not in _DTYPES:
+        raise ValueError(f"unsupported dtype '{name}'; use {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
 
 
 def _dtype(name: str, device: torch.device, folder: str, options: dict) -> torch.dtype:
