@@ -1,12 +1,14 @@
 """Builds the package by CMake, which alone knows the sources, the flags and whether there is an nvcc.
 
-Environment: ZIGZAG_CUDA=auto|on|off (default auto: CUDA kernels where nvcc is found), ZIGZAG_CUDA_ARCHS="80;90a" (default: the
-list in CMakeLists.txt), MAX_JOBS (parallel compilations, default: the number of cores), ZIGZAG_BUILD_DIR (a folder to build in
-step by step, as the Makefile does; default: a build from nothing every time, in setuptools' folder for temporary files).
+Environment: ZIGZAG_CUDA=auto|on|off (default auto: CUDA kernels where nvcc is found), ZIGZAG_CUDA_ARCHS="80;90a" or "all", the
+list in CMakeLists.txt (default: what the GPUs of this machine need; all where there is none), MAX_JOBS (parallel compilations,
+default: the number of cores), ZIGZAG_BUILD_DIR (a folder to build in step by step, as the Makefile does; default: a build from
+nothing every time, in setuptools' folder for temporary files).
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,17 +24,19 @@ class CMakeBuild(build_ext):
     def run(self):
         target = ROOT / "zigzag_ext" if self.inplace else Path(self.build_lib).absolute() / "zigzag_ext"
         kept = os.environ.get("ZIGZAG_BUILD_DIR")
+        archs = cuda_archs(os.environ.get("ZIGZAG_CUDA_ARCHS"), _compute_capabilities())
+        print(f"zigzag_ext: CUDA kernels, where nvcc is found, for {archs or 'all architectures'}", flush=True)
         build = Path(kept or self.build_temp).absolute()
         # pip builds in this folder again and again, each time with other temporary tools: no cache may outlive a build.
         fresh = [] if kept else ["--fresh"]
         run = lambda *command: subprocess.run([*_cmake(), *map(str, command)], check=True)  # noqa: E731
-        run("-S", ROOT, "-B", build, "-G", "Ninja", *fresh, "-DZIGZAG_BUILD_PYTHON=ON", *self._options())
+        run("-S", ROOT, "-B", build, "-G", "Ninja", *fresh, "-DZIGZAG_BUILD_PYTHON=ON", *self._options(archs))
         run("--build", build, "--parallel", os.environ.get("MAX_JOBS") or os.cpu_count(), "--target", "_ops", "_C")
         run("--install", build, "--component", "python", "--prefix", target)
 
-    def _options(self):
+    def _options(self, archs):
         """Every setting on every call: an unset variable means the default, not what the build folder remembers."""
-        archs, ninja = os.environ.get("ZIGZAG_CUDA_ARCHS"), _ninja()
+        ninja = _ninja()
         return [
             f"-DZIGZAG_CUDA={os.environ.get('ZIGZAG_CUDA') or 'auto'}",
             f"-DZIGZAG_CUDA_ARCHS={archs}" if archs else "-UZIGZAG_CUDA_ARCHS",
@@ -49,6 +53,27 @@ class CMakeBuild(build_ext):
     def get_output_mapping(self):
         """What a strict editable install links: path in build_lib -> path in the source folder."""
         return {output: str(ROOT / "zigzag_ext" / Path(output).name) for output in self.get_outputs()} if self.inplace else {}
+
+
+def cuda_archs(asked, capabilities):
+    """The architectures to compile for, as CMake has them; None: all, the list in CMakeLists.txt.
+
+    asked: ZIGZAG_CUDA_ARCHS. capabilities: of the GPUs of this machine, such as ["9.0"]; older ones than 8.0 have no kernels.
+    """
+    if asked:
+        return None if asked == "all" else asked
+    served = {capability for capability in capabilities if int(capability.split(".")[0]) >= 8}
+    specific = {"9.0": "90a", "10.0": "100a"}  # kernels of the newest instructions are compiled for these only
+    return ";".join(sorted(specific.get(each, each.replace(".", "")) for each in served)) or None
+
+
+def _compute_capabilities():
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^\d+\.\d+$", found.stdout, re.MULTILINE) if found.returncode == 0 else []
 
 
 def _cmake():

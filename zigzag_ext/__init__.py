@@ -7,8 +7,18 @@ model.generate(**inputs)        # streaming layers now hold sink + window tokens
 """
 
 from importlib import import_module
+from pathlib import Path
 
-from . import _C
+try:
+    from . import _C
+except ImportError:
+    _folder = Path(__file__).parent
+    if any(_folder.glob("_C.*.so")):  # built, and the system says why it cannot be loaded
+        raise
+    raise ImportError(
+        f"{_folder} is a source folder of zigzag_ext without compiled modules, and Python looks there first: start Python in "
+        f"another folder to use the zigzag_ext that is installed, or build this one: pip install -e {_folder.parent}"
+    ) from None
 from .planning import exchange
 from .planning.gallery import load_plan
 from .planning.native import native_windows
