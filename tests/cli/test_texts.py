@@ -10,12 +10,12 @@ from test_cli import VOCABULARY, failure, model_folder, plan_file, zigzag  # noq
 from transformers import AutoTokenizer
 
 import zigzag_ext as zz
-from zigzag_ext.cli import demo
+from zigzag_ext.cli import demo, timing
 from zigzag_ext.cli.commands import _next_step
 from zigzag_ext.cli.conversation import Conversation
 from zigzag_ext.cli.study import _table
 from zigzag_ext.study import loading
-from zigzag_ext.study.evaluate import results
+from zigzag_ext.study.evaluate import acceptance, results
 
 WORDS = [f"w{(7 * i) % VOCABULARY}" for i in range(1, 120)]
 CPU = ["--device", "cpu"]
@@ -186,3 +186,26 @@ def test_the_demo_ends_with_commands_that_name_its_files(tmp_path):
     text = _next_step(tmp_path / "a b", demo.plan_file("good plan"))
     assert f"zigzag generate '{tmp_path}/a b' --plan {demo.plan_file('good plan')}" in text
     assert zz.Plan.load(demo.plan_file("good plan")).num_layers == 30
+
+
+def test_compile_and_device_maps_reach_the_model(model_folder, plan_file, monkeypatch):  # noqa: F811
+    asked, real = [], timing.zigzag
+    monkeypatch.setattr(timing, "zigzag", lambda model, plan, compile: (asked.append(compile), real(model, plan))[1])
+    text = ["generate", model_folder, "--plan", plan_file, "-p", " ".join(WORDS[:30]), "-n", 4]
+    expected = text_of(*text, *CPU)
+    assert text_of(*text, *CPU, "--compile") == expected and asked == [False, True]
+    if not torch.cuda.is_available():  # there are other kernels on a GPU
+        assert text_of(*text, "--device-map", "auto") == expected
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    assert "needs the package accelerate" in failure(*text, "--device-map", "auto")
+
+
+def test_eval_compiles_decode_steps_of_speculation(model_folder, plan_file, monkeypatch):  # noqa: F811
+    asked, real = [], acceptance.zigzag
+    monkeypatch.setattr(acceptance, "zigzag", lambda model, plan, compile: (asked.append(compile), real(model, plan))[1])
+    model, tokenizer = loading.load_model(str(model_folder), "cpu")
+    sample = type("Sample", (), {"ids": list(range(1, 40)), "targets": [38]})()
+    for compile in (False, True):
+        report = acceptance.accepted(model, [sample], zz.Plan.load(plan_file), "lookup", 4, compile=compile)
+        assert report.tokens == 4
+    assert asked == [False, True]
