@@ -192,7 +192,7 @@ def test_arithmetic_and_memory_errors_are_one_line(monkeypatch):
             raise error
 
         monkeypatch.setattr(zz.Plan, "load", fail)
-        assert str(error) in failure("info", "x")
+        assert str(error) in failure("info", "x.json")
 
 
 def test_a_killed_conversion_of_the_demo_model_is_cleaned_up(tmp_path, monkeypatch):

@@ -98,6 +98,17 @@ def test_only_what_is_held_is_written(path):
         assert file.get_slice("0.0.keys").get_shape() == [903, 2, 64]
 
 
+def test_rings_of_native_windows_go_on(path):
+    model, text = new_model("mistral", sliding_window=24), prompt(80)
+    with zz.zigzag(model, None):
+        cache = zz.ZigzagCache(model.config)
+        longer = torch.cat([text, generate(model, 5, text, cache=cache), prompt(3, seed=9)], 1)
+        cache.save(path)
+        loaded = zz.ZigzagCache.load(path, model)
+        assert len(loaded.state.made_for[0].native_layers) == 4
+        assert generate(model, 8, longer, cache=loaded).equal(generate(model, 8, longer, cache=cache))
+
+
 def test_generate_goes_on_with_a_loaded_cache(path):
     model, plan = tiny_model(), PLANS["layers"]
     text = prompt(60, batch=2)
