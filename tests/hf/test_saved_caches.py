@@ -227,7 +227,7 @@ def changed(path, change) -> None:
     (lambda inner, header: inner["rows"].update(ends=[10**6], held=[10**6]), "tokens is"),
     (lambda inner, header: inner["rows"].update(held=[3]), "seq_lens"),
     (lambda inner, header: inner.update(left_out=[5, 0, 0, 0]), "left_out"),
-    (lambda inner, header: inner.update(left_out=[0]), "left_out must be 4 numbers"),
+    (lambda inner, header: inner.update(left_out=[0]), "left_out must be 1 numbers"),
     (lambda inner, header: inner.update(compression={"method": "magic"}), "compression.method"),
     (lambda inner, header: inner.update(compression={"method": "snapkv", "budget": 40, "magic": 1}), "magic"),
     (lambda inner, header: inner.update(query_scales={"0": 1.0}), "query_scales"),

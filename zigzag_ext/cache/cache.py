@@ -13,18 +13,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..attention.buffers import check_free
-from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore, in_normal_mode
+from ..attention.store import GROWTH_STEP, LayerStore, in_normal_mode
 from ..planning.kv_format import PLAIN
 from ..planning.native import plan_for
 from ..planning.origin import origin_of
-from ..planning.plan import token_count
 from .compression import PromptCompression
 from .compression.apply import checked, compress
 from .forward import Forward
 from .layer import ZigzagLayer
 from .rows import Rows
 from .saved import load, save
-from .state import Addresses, CacheState, locked
+from .state import Addresses, CacheState, check_lengths, locked
 
 
 class ZigzagCache(Cache):
@@ -394,12 +393,3 @@ class ZigzagCache(Cache):
         """Most tokens a row can hold: `max_len`, or -1 (no limit) for a growing cache or a plan of streaming layers only."""
         lengths = [layer.get_max_length() for layer in self.layers]
         return max(lengths) if layer_idx is None else lengths[layer_idx]
-
-
-def check_lengths(max_len, rollback) -> tuple[int | None, int]:
-    """`max_len` and `rollback` of a cache, checked. Raises TypeError or ValueError."""
-    if max_len is not None and not 1 <= (max_len := token_count("max_len", max_len)) <= MAX_TOKENS:
-        raise ValueError(f"max_len must be at least 1 token and at most 2^30, or None for a cache that grows; got {max_len}")
-    if not 0 <= (rollback := token_count("rollback", rollback)) <= MAX_TOKENS:
-        raise ValueError(f"rollback must be 0 to 2^30 tokens, got {rollback}")
-    return max_len, rollback

@@ -3,8 +3,9 @@
 A safetensors file. Its metadata has one entry, "zigzag_cache", JSON: plan, model (`planning/origin.py`), the arguments of the
 cache, and what the host knows of it. Tensors: "seq_lens" [1 or 1 + layers, batch] int32 and "tokens" [batch, columns] int32
 (`HeldTokens`); for every store of a layer, as "<layer>.<store>.<buffer>", the slots that hold tokens, one row behind the other:
-[slots of all rows, heads, width], without width for scales; "key_offset" if keys are smoothed; "<layer>.queries" that a choice of
-tokens still needs. Rows of a retrieval layer have a slot per token; rings of full rows are there whole.
+[slots of all rows, heads, width], without width for scales; "key_offset" if keys are smoothed; "<layer>.queries", of which
+"<layer>.valid" count, that a choice of tokens still needs. Rows of a retrieval layer have a slot per token; rings of full rows
+are there whole.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from ..planning.origin import check_geometry, known, origin_of, other_model
 from ..planning.plan import Plan
 from ..planning.reading import parse_json, shown
 from . import compression
+from .compression.observed import Observed
 from .rows import Rows
 from .state import locked
 from .tensor_file import TensorFile, open_tensors, write_tensors
@@ -65,7 +67,8 @@ def save(self: "ZigzagCache", path: str | os.PathLike) -> None:
         raise ValueError(f"a cache that holds {kv_heads} of {model['kv_heads']} KV heads (tensor parallelism) cannot be saved")
     lengths = state.lengths_on(self.layers[0].device)
     parts = {"seq_lens": [torch.stack(lengths)], "tokens": [state.tokens.ids[:, : state.columns]]}
-    parts |= {f"{layer}.queries": [q] for layer, (q, _) in state.observed.items()}
+    parts |= {f"{layer}.queries": [each.q] for layer, each in state.observed.items()}
+    parts |= {f"{layer}.valid": [each.valid.int()] for layer, each in state.observed.items()}
     counts = torch.stack(lengths).tolist()
     for name, store in _named_stores(self):
         slots = _slots(store, counts)
@@ -81,8 +84,8 @@ def _host_state(cache: "ZigzagCache", plan: Plan, model: dict) -> dict:
         "version": VERSION, "plan": plan.as_json(), "model": model, "dtype": str(cache.stores[0].dtype).removeprefix("torch."),
         "head_dim": cache.stores[0].geometry[2], "max_len": state.max_len, "rollback": cache.rollback,
         "compression": _method_as_json(state.compression), "compressed": state.compressed, "prompt_end": state.prompt_end,
-        "rows": rows, "left_out": [store.left_out for store in cache.stores],
-        "query_scales": {str(layer): scale for layer, (_, scale) in state.observed.items()},
+        "rows": rows, "left_out": state.left_out.tolist(),
+        "query_scales": {str(layer): float(each.scale) for layer, each in state.observed.items()},
     }  # fmt: skip
 
 
@@ -163,33 +166,33 @@ def _restore(cache: "ZigzagCache", file: TensorFile, content: dict, devices: lis
     )
     lengths = file.read("seq_lens", (state.num_lengths, batch), torch.int32)
     ids = file.read("tokens", (batch, rows.columns), torch.int32)
-    left_out = _numbers("left_out", content, "left_out", len(cache.stores)).tolist()
+    left_out = _left_out(content["left_out"], state.num_lengths, batch)
     counts = _checked_counts(cache, rows, lengths.numpy(), left_out)
 
     state.start(batch)
     like = torch.empty(batch, model["kv_heads"], 0, content["head_dim"], dtype=dtype)
     for layer, device in zip(cache.layers, devices, strict=True):
         layer.lazy_initialization(like.to(device), like.to(device))
-    for store, number in zip(cache.stores, left_out, strict=True):
-        store.left_out = number
-    cache.ensure_capacity(rows.longest)
+    state.rows, state.left_out, state.capacity = rows, left_out, -1  # so that what a compressed prompt kept gets memory, too
+    cache.ensure_capacity(rows)
     for (name, store), slots in zip(_named_stores(cache), counts, strict=True):
         _fill(store, file, name, slots)
     state.seq_lens[devices[0]] = lengths.to(devices[0])
     state.tokens.note(ids, None, batch, rows.columns, devices[0], 0)
-    state.rows, state.compressed, state.prompt_end = rows, content["compressed"], content["prompt_end"]
+    state.compressed, state.prompt_end = content["compressed"], content["prompt_end"]
     state.observed = dict(_queries(cache, file, content["query_scales"], (batch, model["query_heads"], content["head_dim"])))
 
 
-def _checked_counts(cache: "ZigzagCache", rows: Rows, lengths: np.ndarray, left_out: list[int]) -> list[list[int]]:
+def _checked_counts(cache: "ZigzagCache", rows: Rows, lengths: np.ndarray, left_out: np.ndarray) -> list[list[int]]:
     """By store, the slots of each row that hold tokens. Raises ValueError for numbers that no cache has."""
     if not 1 <= rows.columns <= MAX_TOKENS or (rows.held > rows.ends).any() or (rows.solid > rows.ends).any():
         raise ValueError("rows have no columns, or more tokens than columns")
     if (lengths < 0).any() or (lengths[0] > rows.held).any():
         raise ValueError("seq_lens are below 0 or more than the rows hold")
-    for store, missing in zip(cache.stores, left_out, strict=True):
-        if missing and not store.lengths or (not store.window and lengths[store.lengths].max() > rows.longest - missing):
-            raise ValueError(f"left_out is {missing} where a layer has dropped no tokens, or fewer")
+    if left_out[0].any() or (lengths != lengths[0] - left_out).any():
+        raise ValueError("left_out is not what seq_lens lack")
+    if (rows.prompt > rows.held).any() or (rows.sealed > rows.ends).any() or (left_out > rows.prompt).any():
+        raise ValueError("rows have more of a compressed prompt than tokens, or have left out more than it had")
     return [_slots(store, lengths) for store in cache.stores]
 
 
@@ -215,7 +218,17 @@ def _queries(cache: "ZigzagCache", file: TensorFile, scales: dict, shape: tuple[
         layer, found = layers[name], file.shape(f"{name}.queries")
         last = min(found[2] if len(found) == 4 else 0, cache.state.compression.observe)
         q = file.read(f"{name}.queries", (batch, heads, last, head_dim), layer.dtype)
-        yield layer.index, (q.to(layer.device), scale)
+        valid = file.read(f"{name}.valid", (batch,), torch.int32)
+        if (valid < 0).any() or (valid > last).any():
+            raise ValueError(f"{name}.valid must be 0 to {last} queries per row, got {shown(valid.tolist())}")
+        yield layer.index, Observed(q.to(layer.device), valid.to(layer.device, torch.int64), scale)
+
+
+def _left_out(content: list, num_lengths: int, batch: int) -> np.ndarray:
+    """[num_lengths, batch] int64, see `CacheState`."""
+    if len(content) != num_lengths:
+        raise ValueError(f"left_out must have {num_lengths} lists, got {shown(content)}")
+    return np.stack([_numbers("left_out", {"row": row}, "row", batch) for row in content])
 
 
 def _numbers(what: str, content: dict, name: str, count: int) -> np.ndarray:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..attention import ops
-from ..attention.store import LayerStore, in_normal_mode
+from ..attention.store import MAX_TOKENS, LayerStore, in_normal_mode
+from ..planning.plan import token_count
 from .compression import PromptCompression
 from .compression.observed import Observed
 from .rows import Rows
@@ -181,3 +182,12 @@ class CacheState:
         if len(index) != self.batch:
             self.batch = len(index)
             self.addresses = Addresses()
+
+
+def check_lengths(max_len, rollback) -> tuple[int | None, int]:
+    """`max_len` and `rollback` of a cache, checked. Raises TypeError or ValueError."""
+    if max_len is not None and not 1 <= (max_len := token_count("max_len", max_len)) <= MAX_TOKENS:
+        raise ValueError(f"max_len must be at least 1 token and at most 2^30, or None for a cache that grows; got {max_len}")
+    if not 0 <= (rollback := token_count("rollback", rollback)) <= MAX_TOKENS:
+        raise ValueError(f"rollback must be 0 to 2^30 tokens, got {rollback}")
+    return max_len, rollback

@@ -198,8 +198,8 @@ def generate(
         raise ValueError("the prompt is empty: give it by --prompt or on standard input")
     formats = (kv_format, ring_kv_format, key_smoothing)
     if load_cache:
-        names = ("--plan", "--kv-format", "--ring-kv-format", "--key-smoothing", "--chunk")
-        check_saved(load_cache, model, dict(zip(names, (plan, *formats, chunk), strict=True)))
+        names = ("--plan", "--kv-format", "--ring-kv-format", "--key-smoothing", "--chunk", "--compress")
+        check_saved(load_cache, model, dict(zip(names, (plan, *formats, chunk, compress), strict=True)))
     else:
         chosen = plans_for(model, {"": plan}, formats)[""]
     print(f"loading {model}", file=sys.stderr)

@@ -11,12 +11,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from ..study.identify import METHODS
-<<<<<<< HEAD
 from .app import (
     Compress,
     CompressMethod,
     CompressObserve,
     CompressWindow,
+    Device,
+    DeviceMap,
+    Dtype,
     KeySmoothing,
     KvFormat,
     RingKvFormat,
@@ -27,15 +29,7 @@ from .app import (
 )  # fmt: skip
 
 _MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
-_DEVICE = "auto, cpu, cuda or cuda:<number>."
-_DTYPE = "auto, bfloat16, float16 or float32."
 _TASKS = "passkey, multikey, multivalue, second_question, quotation, perplexity"
-=======
-from .app import Device, DeviceMap, Dtype, KeySmoothing, KvFormat, RingKvFormat, app, console, one_line_errors, quiet_transformers
-
-_MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
-_TASKS = "passkey, multikey, multivalue, perplexity"
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
 _RULER = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe, ruler_fwe"
 
 
@@ -128,22 +122,15 @@ def evaluate(
     quiet_transformers()
     from ..study import evaluate as tasks
     from ..study.loading import load_model
-<<<<<<< HEAD
-    from .compression import method_of
-=======
     from .checks import check_options
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+    from .compression import method_of
 
     method = method_of(compress, compress_method, compress_window, compress_observe)
     chosen = [_task(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
-<<<<<<< HEAD
     if method is not None and not plan:
         raise ValueError("--compress needs a --plan, whose retrieval layers it thins out")
-    plans = _plans(plan or [], full, (kv_format, ring_kv_format, key_smoothing))
-=======
     check_options(device, dtype, device_map, speculate, output)
     plans = _plans(model, plan or [], full, (kv_format, ring_kv_format, key_smoothing))
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
     lengths, depths = length or [1024, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]
     if speculate is not None and (other := [each.name for each in chosen if each.name in tasks.RULER]):
         raise ValueError(f"--speculate continues the prompts of {', '.join(tasks.TASKS)}; not of {', '.join(other)}")
@@ -160,22 +147,17 @@ def evaluate(
         for name, each, tokens in ((n, t, x) for n in plans for t in chosen for x in lengths):
             found = each(
                 network, tokenizer, plans[name], lengths=[tokens], depths=depths, prompts=prompts, seed=seed, name=name,
-<<<<<<< HEAD
                 compress=None if plans[name] is None else method, advance=lambda done: bar.advance(line, done),
-=======
-                advance=lambda done: bar.advance(line, done), **({"compile": compile} if each.name in tasks.RULER else {}),
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+                **({"compile": compile} if each.name in tasks.RULER else {}),
             )  # fmt: skip
             rows += found
             if output is not None:
                 tasks.append(output, found)
     console.print(_table(rows))
     if speculate is not None:
-<<<<<<< HEAD
-        asked = functools.partial(tasks.accepted, network, draft=speculate, new_tokens=new_tokens, compress=method)
-=======
-        asked = functools.partial(tasks.accepted, network, draft=speculate, new_tokens=new_tokens, compile=compile)
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+        asked = functools.partial(
+            tasks.accepted, network, draft=speculate, new_tokens=new_tokens, compile=compile, compress=method
+        )
         console.print(_speculation_table(asked, tokenizer, plans, chosen, lengths, depths, prompts, seed))
     if output is not None:
         console.print(f"wrote {output}", highlight=False)
@@ -216,21 +198,6 @@ def plot(
         console.print(f"wrote {path}", highlight=False)
 
 
-<<<<<<< HEAD
-def _plans(paths: list[Path], full: bool, formats: tuple) -> dict:
-    """Plans of these formats by name, None for full attention."""
-    from ..planning.plan import Plan
-
-    plans = ({"full": None} if full else {}) | {path.stem: Plan.load(path).with_formats(*formats) for path in paths}
-    if unprintable := [path for path in paths if not path.stem.isprintable()]:
-        raise ValueError(f"the results name a plan by its file, so that name must be printable, got {str(unprintable[0])!r}")
-    if len(plans) != len(paths) + full:
-        raise ValueError("plan files are told apart by their names, so these must differ (and not be 'full')")
-    return plans
-
-
-def _task(tasks: dict, name: str):
-=======
 def _plans(model: str, files: list[Path], full: bool, formats: tuple) -> dict:
     """Plans by the name that results give them, checked against the model's config; full attention is None."""
     from .checks import plans_for
@@ -243,7 +210,6 @@ def _plans(model: str, files: list[Path], full: bool, formats: tuple) -> dict:
 
 
 def _task(tasks: dict, name: str, what: str = "task"):
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
     if name not in tasks:
         raise ValueError(f"unknown {what} '{name}'; supported: {', '.join(tasks)}")
     return tasks[name]

@@ -63,13 +63,10 @@ def generate(
     show=None,
     compile: bool = False,
     draft: str | None = None,
-<<<<<<< HEAD
     compress: PromptCompression | None = None,
-=======
     cache: ZigzagCache | None = None,
     save: Path | None = None,
     special_tokens: bool = True,
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
     **options,
 ) -> Generation:
     """Continues `prompt` with `plan`, greedily unless `options` for `model.generate` say otherwise.
@@ -81,13 +78,10 @@ def generate(
         show: called with pieces of text as they are finished.
         compile: as in `zigzag_ext.enable`; the times then include that of compiling.
         draft: as in `zigzag_ext.speculate`; None: plain decoding.
-<<<<<<< HEAD
-        compress: as in `zigzag_ext.enable`.
-=======
+        compress: as in `zigzag_ext.enable`, for a new cache.
         cache: one row, which the prompt goes on behind; its plan is the one that runs. None: a new one.
         save: where to write the cache, with all that was read and generated in it.
         special_tokens: whether the tokenizer adds its own, such as one for the beginning of a text.
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
 
     Raises:
         ValueError: plan and model do not fit, or the prompt is empty. What `zigzag_ext.enable` raises.
@@ -98,18 +92,13 @@ def generate(
         raise ValueError("the prompt is empty")
     clock = Clock(tokenizer, show if max_new_tokens else None)
     speculation = None if draft is None else speculate(draft, streamer=clock)
-<<<<<<< HEAD
-    sizes = {"max_len": prompt_tokens + max_new_tokens, "rollback": getattr(speculation, "rollback", 0)}
-    cache = ZigzagCache(model.config, plan, **sizes, compress=compress)
-    options = {"do_sample": False} | options
-=======
     if cache is None:
         max_len = None if save else prompt_tokens + max(1, max_new_tokens)  # what is saved may go on
-        cache = ZigzagCache(model.config, plan, max_len=max_len, rollback=getattr(speculation, "rollback", 0))
+        rollback = getattr(speculation, "rollback", 0)
+        cache = ZigzagCache(model.config, plan, max_len=max_len, rollback=rollback, compress=compress)
     else:
         ids = torch.cat([cache.state.tokens.ids[:, : cache.state.columns].to(ids), ids], 1)
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids)} | options
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
     options |= {"streamer": clock} if speculation is None else {"custom_generate": speculation}
     with zigzag(model, plan, compile=compile):
         start = time.perf_counter()

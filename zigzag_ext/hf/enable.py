@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..cache import ZigzagCache
-from ..cache.cache import check_lengths
 from ..cache.compression import PromptCompression
+from ..cache.state import check_lengths
 from ..planning.kv_format import KvFormat
 from ..planning.native import plan_for
 from ..planning.origin import origin_of, other_model

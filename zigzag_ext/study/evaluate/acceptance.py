@@ -13,20 +13,18 @@ from .haystack import Sample
 
 @torch.no_grad()
 def accepted(
-<<<<<<< HEAD
-    model: nn.Module, samples: Sequence[Sample], plan: Plan | None, draft: str, new_tokens: int, compress=None
+    model: nn.Module,
+    samples: Sequence[Sample],
+    plan: Plan | None,
+    draft: str,
+    new_tokens: int,
+    compile: bool = False,
+    compress=None,
 ) -> Report:
     """Continues each sample from its first target on by `new_tokens` greedy tokens, one row at a time; the sum of all reports.
 
-    plan: None: every layer keeps every token, and so whatever `compress` says. draft, compress: as in `zigzag_ext.speculate` and
-    `zigzag_ext.enable`.
-=======
-    model: nn.Module, samples: Sequence[Sample], plan: Plan | None, draft: str, new_tokens: int, compile: bool = False
-) -> Report:
-    """Continues each sample from its first target on by `new_tokens` greedy tokens, one row at a time; the sum of all reports.
-
-    plan: None: every layer keeps every token. draft: as in `zigzag_ext.speculate`. compile: as in `zigzag_ext.enable`.
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+    plan: None: every layer keeps every token, and so whatever `compress` says. draft: as in `zigzag_ext.speculate`. compile,
+    compress: as in `zigzag_ext.enable`.
 
     Raises:
         ValueError: there are no samples; what `zigzag_ext.speculate` and `zigzag_ext.enable` raise.
@@ -34,11 +32,7 @@ def accepted(
     if not samples:
         raise ValueError("acceptance is measured on one sample or more, got none")
     reports = []
-<<<<<<< HEAD
-    with zigzag(model, plan, compress=None if plan is None else compress):
-=======
-    with zigzag(model, plan, compile=compile):
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+    with zigzag(model, plan, compile=compile, compress=None if plan is None else compress):
         for sample in samples:
             speculation = speculate(draft)
             ids = torch.tensor([sample.ids[: min(sample.targets)]], device=model.device)

@@ -72,11 +72,7 @@ class RulerTask:
         described = describe(model) | describe_plan(plan, name, model, compress)
         rows = []
         for length in lengths:
-<<<<<<< HEAD
-            scores = self._scores(model, tokenizer, plan, length, prompts, seed, batch_tokens, compress, advance)
-=======
-            scores = self._scores(model, tokenizer, plan, length, prompts, seed, batch_tokens, advance, compile)
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+            scores = self._scores(model, tokenizer, plan, length, prompts, seed, batch_tokens, compress, advance, compile)
             share = fmean(scores)
             low, high = wilson(sum(scores), len(scores))
             rows.append(
@@ -95,11 +91,7 @@ class RulerTask:
             )
         return rows
 
-<<<<<<< HEAD
-    def _scores(self, model, tokenizer, plan, length, prompts, seed, batch_tokens, compress, advance) -> list[float]:
-=======
-    def _scores(self, model, tokenizer, plan, length, prompts, seed, batch_tokens, advance, compile) -> list[float]:
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+    def _scores(self, model, tokenizer, plan, length, prompts, seed, batch_tokens, compress, advance, compile) -> list[float]:
         """Of each prompt, in their order."""
         task = _load(self.name, tokenizer, length, seed)
         rows = batch_rows(model, batch_tokens, length)
@@ -110,11 +102,7 @@ class RulerTask:
         longest = max(len(tokenizer(request.args[0])["input_ids"]) + request.args[1]["max_gen_toks"] for request in requests)
         check_length(model, longest)  # ruler_fwe has prompts that are longer than asked
         scores = []
-<<<<<<< HEAD
-        with attention_of(model, plan, compress):
-=======
-        with attention_of(model, plan, compile):
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+        with attention_of(model, plan, compress, compile):
             for first in range(0, len(requests), rows):
                 batch = requests[first : first + rows]
                 answers = network.generate_until(batch, disable_tqdm=True)

@@ -32,23 +32,17 @@ class Verdict:
 
 
 @contextmanager
-<<<<<<< HEAD
-def attention_of(model: nn.Module, plan: Plan | None, compress: PromptCompression | None = None):
-    """The model with the attention of a plan, or its own for None. compress: as in `zigzag_ext.enable`; needs a plan."""
-=======
-def attention_of(model: nn.Module, plan: Plan | None, compile: bool = False):
-    """The model with the attention of a plan, or its own for None. compile: decode steps, as in `zigzag_ext.enable`."""
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+def attention_of(model: nn.Module, plan: Plan | None, compress: PromptCompression | None = None, compile: bool = False):
+    """The model with the attention of a plan, or its own for None. compress, compile: as in `zigzag_ext.enable`.
+
+    compress needs a plan; compile is for decode steps.
+    """
     if plan is None:
         if compress is not None:
             raise ValueError(f"compress={compress} needs a plan: without one, the model keeps its own attention")
         yield model
     elif isinstance(plan, Plan):
-<<<<<<< HEAD
-        with zigzag(model, plan, compress=compress):
-=======
-        with zigzag(model, plan, compile=compile):
->>>>>>> ea46c4d (cli: chat, caches in files, compile and device maps; arguments are checked before a model is loaded; perplexity as such; scores of any dtype)
+        with zigzag(model, plan, compress=compress, compile=compile):
             yield model
     else:
         raise TypeError(f"plan must be a Plan or None, got {plan!r}")
