@@ -5,12 +5,17 @@ through this package.
 """
 
 import copy
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 from .attention import NAME
+
+_plain: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model: uses of `plain_name` under way, what they stand for
+_plain_lock = threading.Lock()
 
 
 class _Implementation(str):
@@ -54,13 +59,20 @@ def use_former(model: nn.Module) -> None:
 
 @contextmanager
 def plain_name(model: nn.Module) -> Iterator[None]:
-    """For the compiler, which takes a str for a constant and none of its subclasses."""
-    config, implementation = model.config, model.config._attn_implementation
-    config._attn_implementation = NAME
+    """For the compiler, which takes a str for a constant and none of its subclasses. Threads may overlap."""
+    with _plain_lock:
+        users, implementation = _plain.get(model, (0, model.config._attn_implementation))
+        _plain[model] = users + 1, implementation
+        model.config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = implementation
+        with _plain_lock:
+            users, implementation = _plain.pop(model)
+            if users > 1:
+                _plain[model] = users - 1, implementation
+            else:
+                model.config._attn_implementation = implementation
 
 
 def _exchange(given: nn.Module, old, new) -> None:
