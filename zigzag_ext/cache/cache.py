@@ -80,7 +80,7 @@ class ZigzagCache(Cache):
         plan = plan_for(config, plan)
         if getattr(config, "num_kv_shared_layers", None):
             raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
-        compress = None if compress is None else checked(compress, plan.sink, bool(plan.mixed_layers))
+        compress = None if compress is None else checked(compress, plan.sink, bool(plan.mixed_layers), config=config)
         num_lengths = 1 + len(plan.kinds) if compress else 1
         self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths, plan.sink), rollback
         self.state.made_for = plan, model

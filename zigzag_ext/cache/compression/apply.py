@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from ..cache import ZigzagCache
 
 
-def checked(method, sink: int, mixed: bool, most_observed: int | None = None) -> PromptCompression:
+def checked(method, sink: int, mixed: bool, most_observed: int | None = None, config=None) -> PromptCompression:
     """`method` for a plan of `sink` first tokens, some of whose layers are mixed. Raises TypeError or ValueError for no such one.
 
-    most_observed: last tokens that a cache has kept queries of.
+    most_observed: last tokens that a cache has kept queries of. config: the model's, where a cache is made.
     """
     if not isinstance(method, PromptCompression):
         raise TypeError(f"compress must be None or a method such as zigzag_ext.PromptWindows, got {method!r}")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(f"{config.model_type}: prompts of layers with soft-capped logits cannot be compressed")
     if method.group > 1 and method.per_head and mixed:
         raise ValueError("compress: layers with heads of both kinds choose alone; use group=1 or per_head=False")
     if most_observed is not None and method.observe > most_observed:
