@@ -57,3 +57,13 @@ def test_soft_caps_are_refused_before_the_model_is_changed():
     with pytest.raises(ValueError, match="gemma2: prompts of layers with soft-capped logits"):
         zz.enable(model, compress=METHOD)
     assert session_of(model) is None
+
+
+def test_a_step_that_is_refused_has_not_ended_the_prompt(model):
+    cache = cache_of(model)
+    model(prompt(100), past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        model(prompt(1), attention_mask=torch.ones(1, 7), past_key_values=cache)
+    assert not cache.compressed
+    model(prompt(1), past_key_values=cache)
+    assert cache.compressed

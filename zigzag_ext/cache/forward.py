@@ -80,11 +80,13 @@ class Forward:
         state.tokens.raise_remembered()
         self._check_batch()
         self.before = state.rows
+        read = self._read_mask if self.counts is None else self._read_counts
         if state.observed and self._follows_prompt():
+            read()  # a forward that is refused has not ended the prompt
             self.cache.compress()
             self.before = state.rows
         self.observed = dict(state.observed)
-        self.after = self._read_counts() if self.counts is not None else self._read_mask()
+        self.after = read()
         self.cache.ensure_capacity(self.after)
         self.lengths: dict[torch.device, Tensor] = {}  # before this forward; kept once a piece has advanced them
         self._set_pad()
