@@ -99,7 +99,7 @@ def test_help_and_wrong_usage_import_neither_torch_nor_transformers():
 def test_perplexity_is_shown_as_perplexity():
     values = {
         "model": "m", "device": "cpu", "dtype": "float32", "task": "perplexity", "plan": "p", "kinds": "01", "sink": "4",
-        "window": "8", "length": "100", "depth": "", "seed": "0", "prompts": "2", "exact": "0", "exact_low": "0",
+        "window": "8", "compress": "", "length": "100", "depth": "", "seed": "0", "prompts": "2", "exact": "0", "exact_low": "0",
         "exact_high": "0", "logprob": "-2", "logprob_low": "-3", "logprob_high": "-1",
     }  # fmt: skip
     row = results._row(list(values.values()))
@@ -190,7 +190,7 @@ def test_the_demo_ends_with_commands_that_name_its_files(tmp_path):
 
 def test_compile_and_device_maps_reach_the_model(model_folder, plan_file, monkeypatch):  # noqa: F811
     asked, real = [], timing.zigzag
-    monkeypatch.setattr(timing, "zigzag", lambda model, plan, compile: (asked.append(compile), real(model, plan))[1])
+    monkeypatch.setattr(timing, "zigzag", lambda model, plan, compile, **_: (asked.append(compile), real(model, plan))[1])
     text = ["generate", model_folder, "--plan", plan_file, "-p", " ".join(WORDS[:30]), "-n", 4]
     expected = text_of(*text, *CPU)
     assert text_of(*text, *CPU, "--compile") == expected and asked == [False, True]
@@ -202,7 +202,7 @@ def test_compile_and_device_maps_reach_the_model(model_folder, plan_file, monkey
 
 def test_eval_compiles_decode_steps_of_speculation(model_folder, plan_file, monkeypatch):  # noqa: F811
     asked, real = [], acceptance.zigzag
-    monkeypatch.setattr(acceptance, "zigzag", lambda model, plan, compile: (asked.append(compile), real(model, plan))[1])
+    monkeypatch.setattr(acceptance, "zigzag", lambda model, plan, compile, **_: (asked.append(compile), real(model, plan))[1])
     model, tokenizer = loading.load_model(str(model_folder), "cpu")
     sample = type("Sample", (), {"ids": list(range(1, 40)), "targets": [38]})()
     for compile in (False, True):

@@ -1,12 +1,14 @@
 """`zigzag identify`, `eval` and `plot` on a tiny model, and the figures."""
 
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import zigzag_ext as zz
+from zigzag_ext.cli.app import console
 from zigzag_ext.cli.main import app
 from zigzag_ext.study import evaluate, plots
 from zigzag_ext.study.evaluate.scoring import Verdict
@@ -15,7 +17,8 @@ from .conftest import KV_HEADS, LAYERS
 
 
 def zigzag(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    with patch.object(console, "_width", 200):  # it took the width of the terminal when it was made
+        return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
 def failure(*arguments) -> str:

@@ -155,10 +155,8 @@ def evaluate(
                 tasks.append(output, found)
     console.print(_table(rows))
     if speculate is not None:
-        asked = functools.partial(
-            tasks.accepted, network, draft=speculate, new_tokens=new_tokens, compile=compile, compress=method
-        )
-        console.print(_speculation_table(asked, tokenizer, plans, chosen, lengths, depths, prompts, seed))
+        run = functools.partial(tasks.accepted, network, draft=speculate, new_tokens=new_tokens, compile=compile, compress=method)
+        console.print(_speculation_table(run, tokenizer, plans, chosen, lengths, depths, prompts, seed))
     if output is not None:
         console.print(f"wrote {output}", highlight=False)
 
