@@ -60,7 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.slots = sink + window + rollback
         self.model, self.fresh_model = self.models[chunk], self.models[None]
         self.cache = zz.ZigzagCache(self.model.config, self.plan, max_len=max_len, rollback=rollback)
-        self.rows, self.peak = Rows(), 0
+        self.rows, self.peak, self.undone = Rows(), 0, False
         # Codes of the same vectors, computed in another order of additions, may differ by one.
         self.tolerance = {"int4": 0.8}.get(formats.get("kv_format"), 0.2) if formats else 1e-4
         if formats.get("key_smoothing"):
@@ -94,8 +94,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.settle([before, after])
         else:
             self.rows = after
+        self.undone |= self.rows is before or self.rows.columns < before.columns
         if not self.rows.columns:
-            self.peak = 0
+            self.peak, self.undone = 0, False
 
     def is_fault(self, error) -> bool:
         while error is not None and not isinstance(error, Injected):
@@ -193,7 +194,10 @@ class CacheMachine(RuleBasedStateMachine):
         given = arguments(held, new, plain and not any(SKIP in row for row in after.rows))
         skips = any(SKIP in row for row in new.rows)
         refusals = self.room_for(new.columns)
-        refusals["leaves new tokens out right after crop()"] = skips and self.peak > held.columns
+        # Rings may hold what was undone until every row has as many tokens as had been written.
+        shortest = min(map(len, held.tokens), default=0)
+        ahead = self.peak > held.columns or (self.undone and self.peak > shortest)
+        refusals["leaves new tokens out right after crop()"] = skips and ahead
         call = lambda cache: self.model(**given, past_key_values=cache, logits_to_keep=keep)  # noqa: E731
         self.act(call, after, fault, refusals, reach=after.columns)
 

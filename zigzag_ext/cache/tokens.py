@@ -11,7 +11,7 @@ SKIPPED, UNKNOWN = -1, -2  # in the place of an id: a column that the row left o
 _CHANGED, _SKIPPED_AHEAD = 1, 2
 _ERRORS = {
     _CHANGED: "attention_mask masks other tokens than those the cache left out before: start from an empty cache",
-    _SKIPPED_AHEAD: "attention_mask leaves new tokens out right after crop(), while rings still hold what was taken back",
+    _SKIPPED_AHEAD: "attention_mask leaves new tokens out right after crop() or a failure, while rings hold those taken back",
 }
 
 
