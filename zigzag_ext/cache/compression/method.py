@@ -1,6 +1,7 @@
 """PromptCompression: what every method of compressing a prompt says about itself."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from ...planning.plan import token_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptCompression:
+class PromptCompression(ABC):
     """A budget, and how the tokens of a prompt that it is spent on are chosen. Base of the methods; not used itself.
 
     The first `sink` and the last `observe` tokens of a row are always kept. What lies between is cut into units of `unit` tokens
@@ -66,9 +67,9 @@ class PromptCompression:
         """Tokens that are kept or dropped together."""
         return 1
 
+    @abstractmethod
     def unit_scores(self, scores: Tensor) -> Tensor:
         """[heads, units] from scores [heads, units * unit] of the tokens: the units of the largest ones are kept."""
-        raise NotImplementedError
 
     def with_sink(self, sink: int) -> "PromptCompression":
         """This method for a plan of `sink` first tokens. Raises ValueError if the budget does not cover what is always kept."""
