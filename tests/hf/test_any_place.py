@@ -11,6 +11,7 @@ from tiny_models import new_model, prompt
 
 import zigzag_ext as zz
 from zigzag_ext.attention import store
+from zigzag_ext.cache.forward import current
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 PLANS = {
@@ -123,6 +124,7 @@ def test_a_failure_at_any_place(model, action, plan, kind, request, record_prope
     for number, at in enumerate(range(1, counted.count + 1, stride)):
         cache, way = copy.deepcopy(start), number % len(following)
         failed += KINDS[kind](at).run(lambda cache=cache: act(model, cache))
+        assert current() is None
         fresh = zz.ZigzagCache(model.config, PLANS[plan], **options)
         marked += refuses(model, cache, following[way], expected[way], fresh)
     record_property(f"count of places, kind {kind}", failed)

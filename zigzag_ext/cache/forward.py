@@ -29,7 +29,11 @@ def current():
 
 
 class attending:
-    """`with attending(entry):` makes `entry` the `current()` one. May be nested: a model may call another one."""
+    """`with attending(entry):` makes `entry` the `current()` one. May be nested: a model may call another one.
+
+    The outermost ones come in pairs, `with attending(None), attending(entry):`. An interrupt may keep the inner one from putting
+    back what was there before; the outer one does then.
+    """
 
     def __init__(self, entry):
         self.entry = entry

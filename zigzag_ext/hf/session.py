@@ -94,7 +94,7 @@ class Session:
         cache, kwargs = self._with_cache(kwargs)
         noted = (kwargs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
         forward = cache.forward(*new_tokens(kwargs), *noted)
-        with self._without_gradients(), forward, attending(forward):
+        with self._without_gradients(), forward, attending(None), attending(forward):
             if self.compiled is not None and forward.decodes:
                 return self.compiled(forward, kwargs)
             *ahead, last = pieces_of(self.model, forward, kwargs, self.prefill_chunk)
@@ -112,7 +112,7 @@ class Session:
         batch, q_len = new_tokens(inputs)
         forward = cache.forward(batch, q_len, ids=inputs.get("input_ids"), counts=counts)
         inputs = {name: value for name, value in inputs.items() if name not in _FOR_GENERATE} | {self.cache_name: cache}
-        with self._without_gradients(), forward, attending(forward):
+        with self._without_gradients(), forward, attending(None), attending(forward):
             if self.compiled is not None:
                 return self.compiled(forward, inputs)
             with forward.piece(q_len):

@@ -70,7 +70,7 @@ class StreamingDraft:
         inputs |= cache_argument(self.session.model, view.cache)
         if self.session.compiled is not None:
             return self.session.compiled.draft(self.cache, view.cache, inputs).float()
-        with torch.no_grad(), attending(view.cache):
+        with torch.no_grad(), attending(None), attending(view.cache):
             output = self.session.behind("forward")(**inputs)
         return output.logits[:, -1].float()
 

@@ -39,7 +39,7 @@ def probe(model: nn.Module, attend: Attend):
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
     hook = model.register_forward_pre_hook(_check_arguments, with_kwargs=True)
     try:
-        with attending(_Probe(attend, native_windows(model.config))):
+        with attending(None), attending(_Probe(attend, native_windows(model.config))):
             yield model
     finally:
         hook.remove()
