@@ -4,7 +4,8 @@ Weights are random and so is the text, which nobody could draft. So acceptance i
 with a given chance, whatever it is, and lookups draft random tokens. Everything else is what users run: the drafts are made, all
 are verified, rows take back what was wrong. Contexts are faked as in benchmarks.step. Beside rounds, the parts are timed alone:
 forwards of 4, 8 and 16 tokens, and steps of the streaming draft, at this and at a short context. "magicdec" drafts with a cache
-of its own (peers/magicdec_recreation.py), whose prompt is not in the times. A run that was interrupted goes on where it stopped.
+of its own (peers/magicdec_recreation.py), whose prompt is not in the times. "transformers_lookup" is transformers' own lookup,
+over the stock model, eager, one row. A run that was interrupted goes on where it stopped.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from zigzag_ext.speculation.loop import BUCKETS
 from .cells.fake_context import fake_zigzag
 from .cells.models import MODELS, PLANS, K, build_model, even_plan, make_plan
 from .peers.magicdec_recreation import OwnCacheDraft
+from .peers.transformers_lookup import LookupPeer
 from .report.records import SpeculateRecord, held, writer
 from .timing import machine
 from .timing.model_memory import kv_bytes, peak_bytes, weight_bytes
@@ -54,6 +56,7 @@ ROUNDS = (
     ("magicdec", 3, 0.8),
     ("auto", 7, 0.0),
 )
+LAST = {"transformers_lookup": "lookup"}  # the draft that a cell ends with; of ours, "auto"
 
 
 @contextmanager
@@ -91,11 +94,13 @@ class Rows:
 
     def generate(self, new_tokens: int, **options) -> float:
         """Milliseconds of a call that goes on where the last one stopped."""
-        start = time.perf_counter()
         options |= cache_argument(self.model, self.cache) | {"do_sample": False, "eos_token_id": None}
-        self.ids = self.model.generate(self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=new_tokens, **options)
-        wait(self.model)
-        return (time.perf_counter() - start) * 1e3
+        options |= {"attention_mask": torch.ones_like(self.ids), "max_new_tokens": new_tokens}
+
+        def call():
+            self.ids = self.model.generate(self.ids, **options)
+
+        return wall_ms(self.model, call)
 
     def verify(self, tokens: int) -> float:
         """Milliseconds of a forward of `tokens` new tokens per row, all of which are taken back."""
@@ -120,15 +125,16 @@ class Rows:
         return median_ms(self.model, lambda: chain(latest, [CHAIN] * len(latest), offset, choose)) / CHAIN
 
 
+def wall_ms(model, run: Callable[[], None]) -> float:
+    wait(model)
+    start = time.perf_counter()
+    run()
+    wait(model)
+    return (time.perf_counter() - start) * 1e3
+
+
 def median_ms(model, run: Callable[[], None]) -> float:
-    times = []
-    for _ in range(3 + STEPS):
-        wait(model)
-        start = time.perf_counter()
-        run()
-        wait(model)
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[3:])
+    return statistics.median([wall_ms(model, run) for _ in range(3 + STEPS)][3:])
 
 
 def measure(rows: Rows, short: Callable[[], Rows]) -> Iterator[dict]:
@@ -157,6 +163,37 @@ def measure(rows: Rows, short: Callable[[], Rows]) -> Iterator[dict]:
         }  # fmt: skip
 
 
+def measure_peer(peer: LookupPeer) -> Iterator[dict]:
+    """Rounds of transformers' own lookup, with drafts as right as those of ours that are quoted."""
+    tokens, timed = 7, partial(wall_ms, peer.model)
+    peer.generate(WARM_UP, tokens, QUOTED, timed)
+    rounds, ms = peer.generate(NEW, tokens, QUOTED, timed)
+    yield {
+        "phase": "round", "wall_ms": ms / rounds, "draft": "lookup", "tokens": tokens, "acceptance": QUOTED, "rounds": rounds,
+        "ms_per_token": ms / NEW,
+    }  # fmt: skip
+
+
+def cells(args: argparse.Namespace, model) -> Iterator[tuple[tuple, Callable[[], tuple]]]:
+    """(impl, plan, context, batch), and what makes the rows of that cell and their measurements."""
+    impl = "zigzag_eager" if args.eager else "zigzag_compiled"
+    plan = make_plan(args.plan, model.config)
+
+    def ours(context: int, batch: int):
+        rows = Rows(model, plan, context, batch)
+        return rows, measure(rows, partial(Rows, model, plan, K, batch))
+
+    def theirs(context: int):
+        peer = LookupPeer(model, context)
+        return peer, measure_peer(peer)
+
+    with zz.zigzag(model, even_plan(model.config.num_hidden_layers, 1.0), compile=not args.eager):
+        for context, batch in itertools.product(args.context, args.batch):
+            yield (impl, args.plan, context, batch), partial(ours, context, batch)
+    for context in args.context:
+        yield ("transformers_lookup", "full", context, 1), partial(theirs, context)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     def numbers(text):
         return [int(n) for n in text.split(",")]
@@ -177,27 +214,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     origin = {"commit": args.commit, "gpu": machine.processor(args.device), "driver": machine.driver(args.device)}
     origin |= {"torch": torch.__version__, "transformers": transformers.__version__, "model": args.model}
-    impl = "zigzag_eager" if args.eager else "zigzag_compiled"
-    done = {
-        (row.impl, row.plan, row.context, row.batch) for row in held(args.csv, SpeculateRecord, origin) if row.draft == "auto"
-    }
+    ends = held(args.csv, SpeculateRecord, origin)  # each cell's last measurement is what it is known by
+    done = {(row.impl, row.plan, row.context, row.batch) for row in ends if row.draft == LAST.get(row.impl, "auto")}
     model = build_model(args.model, args.device)
-    plan = make_plan(args.plan, model.config)
-    enabled = zz.zigzag(model, even_plan(model.config.num_hidden_layers, 1.0), compile=not args.eager)
-    with torch.no_grad(), writer(args.csv, SpeculateRecord, go_on=True) as add, enabled:
-        for context, batch in itertools.product(args.context, args.batch):
-            if (impl, args.plan, context, batch) in done:
-                print(f"{impl} {args.plan} {context} x {batch} in {args.csv} already", flush=True)
+    with torch.no_grad(), writer(args.csv, SpeculateRecord, go_on=True) as add:
+        for cell, prepare in cells(args, model):
+            if cell in done:
+                print(*cell, f"in {args.csv} already", flush=True)
                 continue
-            rows = Rows(model, plan, context, batch)
-            for row in measure(rows, partial(Rows, model, plan, K, batch)):
+            impl, plan, context, batch = cell
+            rows, measurements = prepare()
+            for row in measurements:
                 memory = {"kv_bytes": kv_bytes(rows.cache), "peak_bytes": peak_bytes(model, rows.cache)}
                 memory |= {"weight_bytes": weight_bytes(model), "gpu_ms": 0.0, "launches": 0.0}
-                add(SpeculateRecord(**origin, plan=args.plan, impl=impl, context=context, batch=batch, **memory, **row))
+                add(SpeculateRecord(**origin, plan=plan, impl=impl, context=context, batch=batch, **memory, **row))
                 times = f"{row['wall_ms']:8.2f} ms wall, {row['ms_per_token']:8.2f} ms a token, {row['rounds']:4} rounds"
                 what = f"{row['phase']:9} {row['draft']:18} {row['tokens']:3} {row['acceptance']:.3f}"
-                print(f"{context:7} x {batch} {what} {times}", flush=True)
-            del rows
+                print(f"{impl} {context:7} x {batch} {what} {times}", flush=True)
+            del rows, measurements, prepare
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
