@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import new_model, padded_prompt, prompt, tiny_model
+from tiny_models import new_model, padded_prompt, prompt, tiny_model, windowed_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import zigzag_ext as zz
@@ -60,6 +60,16 @@ def test_families(family, draft, batch):
         speculation = zz.speculate(draft=draft, window=24)
         assert speculate(model, inputs(batch), speculation) == 0
         assert speculation.report.tokens == 40 * batch
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("draft", ["lookup", "streaming"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])  # with a soft cap; with learned sinks
+def test_native_windows(family, draft, batch):
+    with zz.zigzag(windowed_model(family, 8)) as model:
+        speculation = zz.speculate(draft=draft, window=24)
+        assert speculate(model, inputs(batch), speculation) == 0
+        assert speculation.report.rounds < 40
 
 
 @pytest.mark.parametrize("draft", ["lookup", "streaming"])
