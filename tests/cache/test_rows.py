@@ -77,7 +77,7 @@ def test_unknown_rows():
     assert (rows.ends.tolist(), rows.held.tolist(), rows.solid.tolist()) == ([10] * 3, [10] * 3, [5] * 3)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("slack,slots", [(0, 12), (3, 12), (8, 20), (5, 200)])
 def test_rings_lack_nothing_that_rows_show(seed, slack, slots):
     """A ring, told by the last token that each slot got, under every crop that `ahead` allows."""
@@ -88,7 +88,7 @@ def test_rings_lack_nothing_that_rows_show(seed, slack, slots):
         held = sum(token is not None for token in columns)
         return range(max(0, held - window), held)
 
-    for _ in range(200):
+    for _ in range(150):
         columns = int(rng.integers(1, 7))
         if rng.random() < 0.7:
             left_out = int(rng.integers(0, columns + 1) * rng.integers(0, 2))
@@ -98,7 +98,8 @@ def test_rings_lack_nothing_that_rows_show(seed, slack, slots):
                 if new:
                     ring[number % slots] = number
             held = np.array([sum(token is not None for token in tokens)])
-            rows = rng.choice([rows.with_some_left_out, lambda n: rows.with_padding(n, np.array([left_out]), held)])(columns)
+            known = rng.random() < 0.5
+            rows = rows.with_padding(columns, np.array([left_out]), held) if known else rows.with_some_left_out(columns)
         else:
             cut = rows.cut_at(np.maximum(rows.ends - columns, 0))
             if all(ahead <= slack or length + ahead <= slots for length, ahead in cut.shown):
