@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, LayerStore, in_normal_mode
 from ..planning.kv_format import PLAIN
+from ..planning.layers import geometries, kv_sources
 from ..planning.native import plan_for
 from ..planning.origin import origin_of
 from .compression import PromptCompression
@@ -30,7 +31,8 @@ class ZigzagCache(Cache):
     """KV cache of a plan, for `model.generate(..., cache=cache)` on a model prepared by `zigzag_ext.enable`.
 
     Args:
-        config: the model's config; a retrieval, streaming, native or mixed layer is made for each of its `num_hidden_layers`.
+        config: the model's config; a retrieval, streaming, native or mixed layer is made for each layer with keys of its own.
+            Layers that share the KV cache of another one, as the last ones of Gemma 3n and Gemma 4, attend that one's.
         plan: `zigzag_ext.Plan`, native layers as the config has them (`Plan.with_native`). The plan of the cache wins over the
             plan given to `enable`. None: the model as it is, rings for native windows and every token in the other layers.
         max_len: most tokens a row may hold (padding does not count), up to 2^30. None: as many as there is memory for.
@@ -50,7 +52,7 @@ class ZigzagCache(Cache):
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
         ValueError: layer or KV head counts or native windows differ, the plan was made for another geometry (`Plan.origin`),
-            layers share KV caches, or `max_len` or `rollback` is out of range.
+            or `max_len` or `rollback` is out of range.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
         MemoryError: no memory for the tokens of a forward; what is held stays as it was.
 
@@ -78,12 +80,11 @@ class ZigzagCache(Cache):
     ) -> None:
         model, config = origin_of(config), config.get_text_config(decoder=True)
         plan = plan_for(config, plan)
-        if getattr(config, "num_kv_shared_layers", None):
-            raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
+        sources = kv_sources(config)
         compress = None if compress is None else checked(compress, plan.sink, bool(plan.mixed_layers), config=config)
         num_lengths = 1 + len(plan.kinds) if compress else 1
-        self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths, plan.sink), rollback
-        self.state.made_for = plan, model
+        self.state, self.rollback = CacheState(max_len, stores, sources, compress, num_lengths, plan.sink), rollback
+        self.state.made_for = plan, model, geometries(config)
         plan.check_kv_heads(model["kv_heads"])
         formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
         smooth = plan.key_smoothing

@@ -1,12 +1,12 @@
 """Which model families zigzag attention serves exactly, decided from the config and the parameters. All others raise by name."""
 
 import sys
-from operator import itemgetter
 
 from torch import nn
 
 from ..attention.ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
-from ..planning.native import SLIDING, native_windows
+from ..planning.layers import SLIDING, geometries
+from ..planning.native import native_windows
 from ..planning.origin import origin_of
 
 
@@ -69,22 +69,12 @@ def _latent_attention(model, config):
         return f"it uses multi-head latent attention (config.kv_lora_rank = {config.kv_lora_rank}): k and v differ in size"
 
 
-def _shared_caches(model, config):
-    if getattr(config, "num_kv_shared_layers", None):
-        return f"its last {config.num_kv_shared_layers} layers share the KV caches of others"
-
-
-def _configs(config) -> list:
-    """The configs of layers, where a family has one for each; else the one of all."""
-    return list(getattr(config, "per_layer_config", None) or [config])
-
-
 def _geometry(model, config):
     try:
-        sizes = [origin_of(each) for each in _configs(config)]
+        sizes, _ = geometries(config), origin_of(config)
     except ValueError as error:
         return str(error)
-    for num_q_heads, num_kv_heads, head_dim in dict.fromkeys(itemgetter("query_heads", "kv_heads", "head_dim")(s) for s in sizes):
+    for num_q_heads, num_kv_heads, head_dim in dict.fromkeys(sizes):
         if head_dim not in HEAD_DIMS:
             return f"its head_dim is {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}"
         if num_q_heads % num_kv_heads or num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
@@ -123,7 +113,6 @@ _CHECKS = (
     _softcap,
     _learned_sinks,
     _latent_attention,
-    _shared_caches,
     _own_attention,
     _geometry,
     _not_causal,

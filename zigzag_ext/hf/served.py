@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .. import _C
+from ..planning.layers import geometries, kv_sources
 from ..planning.native import native_windows, whole_plan
-from ..planning.origin import origin_of
 from ..planning.plan_text import counts_of, ranges
 from .attention import NAME
 from .cache_argument import cache_parameter
@@ -55,18 +55,18 @@ def _refusal(config) -> str | None:
 
 def kv_table(config, element_bytes: int = 2, sink: int = 64, window: int = 256) -> dict[str, tuple[int, int]]:
     """KV bytes of one sequence at `CONTEXTS`: of the model as it is, and if the later half of its full layers streams."""
-    model, windows = origin_of(config), native_windows(config)
+    windows = native_windows(config)
     full = [layer for layer, own in enumerate(windows) if own is None]
     streaming = set(full[len(full) // 2 :])
     sizes: dict[str, tuple[int, int]] = {}
     for name, context in CONTEXTS.items():
         both = [0, 0]
-        for layer, own in enumerate(windows):
+        for layer, (own, size) in enumerate(zip(windows, geometries(config), strict=True)):
             held = [context if own is None else min(own, context)] * 2
             if layer in streaming:
                 held[1] = min(sink + window, context)
             for way, tokens in enumerate(held):
-                both[way] += _C.kv_bytes(tokens, model["kv_heads"], model["head_dim"], element_bytes)
+                both[way] += _C.kv_bytes(tokens, size.kv_heads, size.head_dim, element_bytes)
         sizes[name] = both[0], both[1]
     return sizes
 
@@ -79,6 +79,8 @@ def report(config) -> list[tuple[str, str]]:
         plan = whole_plan(found.windows)
         rows += [("layers", counts_of(plan) if plan.native_layers else f"{plan.num_layers}, all with full attention")]
         rows += [("a plan may choose", ranges(plan.full_layers))]
+        if shared := len(kv_sources(config)) - plan.num_layers:
+            rows += [("shared KV caches", f"the last {shared} layers read those of earlier ones, and go by their kinds")]
     if not found.refusal:
         rows += [
             (f"KV bytes at {name}", f"{full:,} as it is, {half:,} with the half of its full layers streaming (64 + 256)")

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from .origin import check_geometry, field_of, origin_of, text_config
+from .layers import SLIDING, field_of, kv_sources, text_config
+from .origin import check_geometry, origin_of
 from .plan import Plan
 from .plan_text import ranges
-
-SLIDING = "sliding_attention"
 
 
 def native_windows(config) -> tuple[int | None, ...]:
     """The window of each layer that has one of its own, in tokens, the newest one included; None: the layer sees every token.
+
+    Of the layers that have keys of their own: last ones that read the KV cache of an earlier layer do as that one (`kv_sources`).
 
     Args:
         config: of a model of transformers, or of one with a text decoder inside; or a dict as in config.json, whose layers must
@@ -34,7 +35,7 @@ def native_windows(config) -> tuple[int | None, ...]:
         kinds = [SLIDING if slides else None] * field_of(config, "num_hidden_layers")
     if SLIDING in kinds and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"config.sliding_window must be a number of tokens, as layers slide; got {window!r}")
-    return tuple(window if kind == SLIDING else None for kind in kinds)
+    return tuple(window if kind == SLIDING else None for kind in kinds[: len(set(kv_sources(config)))])
 
 
 def check_native(plan: Plan, windows: Sequence[int | None]) -> None:
