@@ -36,7 +36,7 @@ def line(family: str) -> list[str]:
     windows = [window for window in found.windows if window is not None]
     sizes = " and ".join(str(window) for window in dict.fromkeys(windows))
     native = f"{len(windows)} of {len(found.windows)}, {sizes} tokens" if windows and not found.refusal else ""
-    return [family, "no" if found.refusal else "yes", native, (found.refusal or "").replace("|", "/")]
+    return [family, "no" if found.refusal else "yes", native, (found.refusal or found.limit or "").replace("|", "/")]
 
 
 def main() -> int:

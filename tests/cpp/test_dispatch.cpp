@@ -112,7 +112,7 @@ TEST_CASE("check_params: names what was given and what is supported") {
     std::vector<std::string> mentions;
   };
   const std::vector<Case> cases = {
-      {"head_dim", [](AttentionParams& p) { p.head_dim = 72; }, {"head_dim 72", "64, 80, 96, 128, 256"}},
+      {"head_dim", [](AttentionParams& p) { p.head_dim = 72; }, {"head_dim 72", "64, 80, 96, 128, 192, 256, 512"}},
       {"head_dim 0", [](AttentionParams& p) { p.head_dim = 0; }, {"head_dim 0"}},
       {"heads not a multiple",
        [](AttentionParams& p) { p.num_q_heads = 7; },

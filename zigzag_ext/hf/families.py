@@ -4,8 +4,8 @@ import sys
 
 from torch import nn
 
-from ..attention.ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
-from ..planning.layers import SLIDING, geometries
+from ..attention.ops import CPU_HEAD_DIMS, DTYPES, MAX_GROUP_SIZE, head_dims_of
+from ..planning.layers import SLIDING, geometries, kv_sources
 from ..planning.native import native_windows
 from ..planning.origin import origin_of
 
@@ -69,14 +69,22 @@ def _latent_attention(model, config):
         return f"it uses multi-head latent attention (config.kv_lora_rank = {config.kv_lora_rank}): k and v differ in size"
 
 
+def _shared_caches(model, config):
+    said = [layer for layer, source in enumerate(kv_sources(config)) if layer != source]
+    found = sorted(module.layer_idx for module in model.modules() if getattr(module, "is_kv_shared_layer", False))
+    if said != found:
+        return f"by its config layers {said} read the KV caches of others, by its code layers {found}"
+
+
 def _geometry(model, config):
     try:
         sizes, _ = geometries(config), origin_of(config)
     except ValueError as error:
         return str(error)
     for num_q_heads, num_kv_heads, head_dim in dict.fromkeys(sizes):
-        if head_dim not in HEAD_DIMS:
-            return f"its head_dim is {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}"
+        if head_dim not in (served := head_dims_of(model.device)):
+            where = " on CUDA" if head_dim in CPU_HEAD_DIMS else ""
+            return f"its head_dim is {head_dim}; supported{where}: {', '.join(map(str, served))}"
         if num_q_heads % num_kv_heads or num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
             return f"{num_q_heads} query heads share {num_kv_heads} KV heads; supported: groups of 1 to {MAX_GROUP_SIZE}"
         if (value_dim := getattr(config, "v_head_dim", None)) not in (None, head_dim):
@@ -113,6 +121,7 @@ _CHECKS = (
     _softcap,
     _learned_sinks,
     _latent_attention,
+    _shared_caches,
     _own_attention,
     _geometry,
     _not_causal,

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .. import _C
+from ..attention.ops import HEAD_DIMS
 from ..planning.layers import geometries, kv_sources
 from ..planning.native import native_windows, whole_plan
 from ..planning.plan_text import counts_of, ranges
@@ -18,10 +19,14 @@ CONTEXTS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}  # tokens
 
 @dataclass(frozen=True)
 class Served:
-    """refusal: why `enable` raises, or None. windows: see `native_windows`; empty where the config names no layers."""
+    """refusal: why `enable` raises, or None; on CUDA it raises for `limit`, too.
+
+    windows: see `native_windows`; empty where the config names no layers.
+    """
 
     refusal: str | None
     windows: tuple[int | None, ...]
+    limit: str | None = None
 
 
 def served(config) -> Served:
@@ -30,7 +35,13 @@ def served(config) -> Served:
         windows = native_windows(config)
     except (AttributeError, TypeError, ValueError):
         windows = ()
-    return Served(_refusal(config), windows)
+    refusal = _refusal(config)
+    return Served(refusal, windows, None if refusal else _limit(config))
+
+
+def _limit(config) -> str | None:
+    dims = sorted({size.head_dim for size in geometries(config)} - {*HEAD_DIMS})
+    return f"on the CPU only: CUDA has no kernels for head_dim {dims[0]}" if dims else None
 
 
 def _refusal(config) -> str | None:
@@ -74,7 +85,8 @@ def kv_table(config, element_bytes: int = 2, sink: int = 64, window: int = 256) 
 def report(config) -> list[tuple[str, str]]:
     """Rows of text for `zigzag info MODEL`."""
     found = served(config)
-    rows = [("family", config.model_type), ("served", f"no: {found.refusal}" if found.refusal else "yes")]
+    served_as = f"no: {found.refusal}" if found.refusal else found.limit or "yes"
+    rows = [("family", config.model_type), ("served", served_as)]
     if found.windows:
         plan = whole_plan(found.windows)
         rows += [("layers", counts_of(plan) if plan.native_layers else f"{plan.num_layers}, all with full attention")]

@@ -9,10 +9,9 @@
 #include "cpu/buffer.h"
 #include "cpu/vec.h"
 #include "kernels/append/append_cpu.h"
+#include "kernels/cpu/head_dims.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
-
-inline constexpr int kMaxHeadDim = 256;
 
 // Row [b, column] of a table as float32.
 template <class Table>
