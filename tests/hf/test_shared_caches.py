@@ -99,7 +99,7 @@ def test_speculation(model):
         expected = generate(model, 3 * WINDOW, ids)
     for draft in ("lookup", "streaming"):
         with zz.zigzag(model):
-            got = generate(model, 3 * WINDOW, ids, custom_generate=zz.speculate(draft, tokens=3, sink=2, window=9))
+            got = generate(model, 3 * WINDOW, ids, custom_generate=zz.speculate(draft, tokens=3, window=9))
         assert got.equal(expected), draft
 
 
@@ -174,7 +174,7 @@ def test_what_a_cache_does_is_done_once(model, tmp_path):
 
 
 def test_a_forward_that_fails_between_readers_leaves_the_cache_as_it_was(gemma3n):
-    ids, cache = prompt(26), zz.ZigzagCache(gemma3n.config, rollback=5)
+    ids, cache = prompt(26), zz.ZigzagCache(gemma3n.config, rollback=6)
     failing = gemma3n.model.layers[6].self_attn
     with zz.zigzag(gemma3n):
         in_chunks(gemma3n, cache, ids[:, :20], 20)
@@ -217,7 +217,7 @@ def test_the_head_dims_of_gemma4(monkeypatch):
 
 def test_prompts_in_shared_caches_are_not_compressed(model):
     with pytest.raises(ValueError, match="prompts in KV caches that layers share cannot be compressed"):
-        zz.ZigzagCache(model.config, compress=zz.PromptWindows(keep=0.5))
+        zz.ZigzagCache(model.config, compress=zz.PromptWindows(budget=0.5))
 
 
 @pytest.mark.parametrize(

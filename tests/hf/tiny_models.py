@@ -166,7 +166,11 @@ def windowed_model(family: str, window: int, **overrides):
 
 def shared_model(family: str, window: int, **overrides):
     """A model of its own whose sliding layers see `window` tokens and whose last layers read the caches of others."""
-    return new_model(family, **{"sliding_window": window} | SHARED[family] | overrides)
+    model = new_model(family, **{"sliding_window": window} | SHARED[family] | overrides)
+    for name, weight in model.named_parameters():
+        if name.endswith("q_norm.weight"):  # logits have no other scale; at 1 each query sees one key, and rounding which
+            torch.nn.init.constant_(weight, 0.25)
+    return model
 
 
 def prompt(length: int, batch: int = 1, seed: int = 1) -> torch.Tensor:
