@@ -121,7 +121,7 @@ WINDOWED: dict[str, dict] = {
 # Families whose last layers read the KV caches of earlier ones, the last of their kind: here layers 4 and 6 read layer 2, layers
 # 5 and 7 layer 3. Gemma 4's full layers have heads of their own.
 SHARED: dict[str, dict] = {
-    "gemma3n_text": {"laurel_rank": 8},
+    "gemma3n_text": {"laurel_rank": 8, "altup_num_inputs": 2},
     "gemma4_text": {"global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
 }
 _SHARED = {
