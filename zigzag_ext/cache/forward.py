@@ -103,8 +103,8 @@ class Forward:
 
     @locked
     def __exit__(self, kind, error, traceback) -> None:
-        vars(self.cache).pop("shared_layers", None)  # keys that Gemma 3n in transformers 5.4 has left there
         try:
+            vars(self.cache).pop("shared_layers", None)  # keys that Gemma 3n in transformers 5.4 has left there
             if kind is None:
                 self.state.check_open(self)
                 self._check_attended()
