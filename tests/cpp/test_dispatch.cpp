@@ -163,8 +163,8 @@ TEST_CASE("check_params: append and merge refuse their own fields") {
   check_mentions(error_of([&] { append_cpu(append, ParallelFor{}); }), {"head_dim 127", "128"});
   MergeParams merge{};
   merge.rows = 1;
-  merge.head_dim = 512;
-  check_mentions(error_of([&] { merge_states_cpu(merge, ParallelFor{}); }), {"head_dim 512", "256"});
+  merge.head_dim = 640;
+  check_mentions(error_of([&] { merge_states_cpu(merge, ParallelFor{}); }), {"head_dim 640", "512"});
 }
 
 TEST_CASE("attention_workspace_bytes: enough for the largest head_dim, known without a GPU") {
