@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/head_dims.h"
 #include "kernels/append/append.h"
-#include "kernels/cpu/head_dims.h"
 #include "kernels/decode/codes/dispatch.h"
 #include "kernels/decode/full/full.h"
 #include "kernels/decode/stream/stream.h"

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "core/dispatch.h"
+#include "core/head_dims.h"
 #include "kernels/attention.h"
-#include "kernels/cpu/head_dims.h"
 #include "kernels/decode/full/workspace.h"
 
 namespace {

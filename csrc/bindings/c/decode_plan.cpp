@@ -5,7 +5,6 @@
 #include "bindings/c/bindings.h"
 #include "core/error.h"
 #include "kernels/attention.h"
-#include "kernels/cpu/head_dims.h"
 #include "kernels/decode/codes/dispatch.h"
 #include "kernels/decode/known_devices.h"
 #include "kernels/decode/plan.h"

@@ -2,8 +2,8 @@
 #include <cstddef>
 
 #include "bindings/c/bindings.h"
+#include "core/head_dims.h"
 #include "kernels/attention.h"
-#include "kernels/cpu/head_dims.h"
 
 namespace py = pybind11;
 

@@ -4,12 +4,12 @@
 
 #include <cstring>
 
+#include "core/head_dims.h"
 #include "core/parallel.h"
 #include "core/params.h"
 #include "cpu/buffer.h"
 #include "cpu/vec.h"
 #include "kernels/append/append_cpu.h"
-#include "kernels/cpu/head_dims.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
 

@@ -2,12 +2,11 @@
 // are compiled for kHeadDims of core/types.h, which are among them.
 #pragma once
 
+#include <iterator>
+
 namespace zigzag {
 
 inline constexpr int kCpuHeadDims[] = {64, 80, 96, 128, 192, 256, 512};
-inline constexpr int kMaxHeadDim = 512;
-
-// Throws zigzag::Error naming what has a kernel. `check_params` and `check_geometry` go by the CPU's list.
-void check_cuda_head_dim(int head_dim);
+inline constexpr int kMaxHeadDim = *(std::end(kCpuHeadDims) - 1);
 
 }  // namespace zigzag
