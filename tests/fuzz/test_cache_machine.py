@@ -125,8 +125,11 @@ class CacheMachine(RuleBasedStateMachine):
     def settle(self, candidates):
         """After a fault: the cache is what it was before or would have been after, or it demands `reset()`."""
         counts["faults"] += 1
-        marked = self.cache.state.changing is not None
-        if marked:
+        seen = copy.deepcopy(self.cache)
+        try:
+            seen.reserve(0)  # closes a forward that an interrupt has left open; in the cache itself the next use does
+        except RuntimeError as error:
+            assert "call reset()" in str(error)
             counts["marked"] += 1
             for use in (
                 lambda: self.cache.crop(-1),
@@ -139,8 +142,6 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.reset()
             self.rows = Rows()
             return
-        seen = copy.deepcopy(self.cache)
-        seen.reserve(0)  # closes a forward that an interrupt has left open; in the cache itself the next use does
         columns = seen.get_seq_length()
         for rows in candidates:
             if rows.columns == columns and (not columns or rows.batch == self.cache.state.batch) and self.holds(rows):
