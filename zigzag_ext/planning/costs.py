@@ -111,7 +111,9 @@ def head_ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int,
     mixed = np.empty((0,))
     if kv_heads > 1:
         if "mixed" not in table:
-            raise ValueError(f"{source}cost table: missing mixed, the time of layers with heads of both kinds: level='head' needs it")
+            raise ValueError(
+                f"{source}cost table: missing mixed, the time of layers with heads of both kinds: level='head' needs it"
+            )
         contexts, rows = _contexts(table, context), _numbers("mixed", table["mixed"])
         if rows.shape != (contexts.size, kv_heads - 1):
             raise ValueError(

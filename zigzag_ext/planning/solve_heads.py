@@ -8,7 +8,6 @@ import numpy as np
 from .. import _C
 from .plan import Plan
 
-
 TICKS_PER_MS = 10_000  # costs are compared in whole steps of 0.1 us, finer than a measurement resolves
 
 
