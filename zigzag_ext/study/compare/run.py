@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,7 +17,7 @@ from ...planning.solve import solve
 from ...planning.writing import write
 from .. import evaluate
 from ..evaluate.results import kinds_of
-from ..evaluate.task import describe
+from ..evaluate.task import Task, describe
 from ..identify import METHODS, identify
 from ..identify.data import VERSION
 from ..identify.own import load_function, source_of
@@ -48,6 +49,9 @@ def compare(
             `identify`, `solve` and the tasks raise. OSError: the folder cannot be written.
     """
     settings.check(model.config)
+    for task, length in product(settings.tasks, settings.lengths):
+        if isinstance(task, Task):  # a length that is too short for it is found out before anything is scored
+            task.samples(tokenizer, length, settings.depths[:1] if task.has_depth else [None], 1, settings.seed)
     (folder / "scores").mkdir(parents=True, exist_ok=True)
     record = _open(folder / "run.json", model, settings)
     scores = {source.label: _scores(source, model, tokenizer, settings, folder, record, advance) for source in settings.sources}
@@ -89,12 +93,11 @@ def _open(path: Path, model: nn.Module, settings: Settings) -> dict[str, dict]:
             raise ValueError(f"{path.parent} holds a comparison of {'; '.join(other)}: give another folder")
         return record
     record = {"of": of, "scores": {}, "costs": {}}
-    _note(path, record, "of", {})
+    _note(path, record)
     return record
 
 
-def _note(path: Path, record: dict, part: str, content: dict) -> None:
-    record[part] |= content
+def _note(path: Path, record: dict) -> None:
     write(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -114,10 +117,12 @@ def _scores(source: Source, model, tokenizer, settings: Settings, folder: Path, 
         made["source"] = hashlib.sha256(source_of(load_function(source.method, **given)).encode()).hexdigest()
     path = folder / "scores" / f"{quote(source.label, safe='')}.tsv"
     if not path.exists() or record["scores"].get(source.label) != made:
-        path.unlink(missing_ok=True)
+        record["scores"].pop(source.label, None)  # no note may stand beside scores that it is not of, whenever this ends
+        _note(folder / "run.json", record)
         report = lambda done, total: advance(f"scores by {source.label}", done, total)  # noqa: E731
         identify(model, tokenizer, source.method, output=path, advance=report, **options)
-        _note(folder / "run.json", record, "scores", {source.label: made})
+        record["scores"][source.label] = made
+        _note(folder / "run.json", record)
     return load_scores(path)
 
 
@@ -131,10 +136,13 @@ def _costs(model, settings: Settings, folder: Path, record: dict, advance: Advan
     made = {"sink": settings.sink, "window": settings.window, "context": context}
     there = path.exists() and "machine" in record["costs"]
     if not there or {name: record["costs"].get(name) for name in made} != made:
+        record["costs"] = {}
+        _note(folder / "run.json", record)
         report = lambda done, total: advance("times of layers", done, total)  # noqa: E731
         table = measure_costs(model, settings.sink, settings.window, context, report)
         write(path, (json.dumps(table) + "\n").encode())
-        _note(folder / "run.json", record, "costs", made | {"machine": machine_name(model.device)})
+        record["costs"] = made | {"machine": machine_name(model.device)}
+        _note(folder / "run.json", record)
     return path, f"measured: {record['costs']['machine']}"
 
 

@@ -13,6 +13,7 @@ from ...planning.scores import load_scores
 from ..evaluate import RulerTask, Task
 from ..identify import METHODS
 from ..identify.own import load_function
+from ..lm_eval import require_lm_eval
 
 LEVELS = ("layer", "head")
 BUDGETS = ("kv_bytes", "ms")
@@ -92,15 +93,18 @@ class Settings:
         return self.context if self.context is not None else min(limit, _MOST_CONTEXT)
 
     def check(self, config) -> None:
-        """Raises ValueError unless a model with this config can be compared so."""
+        """Raises ValueError unless a model with this config can be compared so; ModuleNotFoundError for RULER without lm_eval."""
         for name, given, known_ones in (("level", self.levels, LEVELS), ("budget", self.budgets, BUDGETS)):
             if wrong := [each for each in given if each not in known_ones]:
                 raise ValueError(f"unknown {name} {wrong[0]!r}; supported: {', '.join(known_ones)}")
-        for name in ("ratios", "levels", "budgets", "tasks", "lengths"):
+        for name in ("ratios", "levels", "budgets", "tasks", "lengths", "depths"):
             if not (given := getattr(self, name)) or len(set(given)) != len(given):
                 raise ValueError(f"{name} must be one or more different values, got {given}")
-        if wrong := [ratio for ratio in self.ratios if not 0 <= ratio <= 1]:
-            raise ValueError(f"a ratio must lie in [0, 1], got {wrong[0]}")
+        for name, shares in (("ratio", self.ratios), ("depth", self.depths)):
+            if wrong := [share for share in shares if not 0 <= share <= 1]:
+                raise ValueError(f"a {name} must lie in [0, 1], got {wrong[0]}")
+        if any(isinstance(task, RulerTask) for task in self.tasks):
+            require_lm_eval()
         for name, least in (("sink", 0), ("window", 1), ("prompts", 1), ("context", 1)):
             value = self.tokens_of(config) if name == "context" else getattr(self, name)
             if value < least:
