@@ -15,7 +15,7 @@ from zigzag_ext.study.compare import Settings, choices, compare, figures, jaccar
 from zigzag_ext.study.layer_times import machine_name, measure_costs
 
 from .conftest import KV_HEADS, LAYERS
-from .test_study_commands import failure, zigzag
+from .test_study_commands import collisions, drawn, failure, zigzag  # noqa: F401
 
 SMALL = {"sink": 4, "window": 32, "context": 2000}
 COSTS = {"context": [2000], "retrieval": [1.0], "streaming": [0.1], "mixed": [[0.8]], "other": 0.5}
@@ -195,8 +195,7 @@ def test_a_folder_is_for_one_model_and_one_set_of_depths(model, tokenizer, here)
         compare(model, tokenizer, given, here / "out")
 
 
-def test_the_command_times_layers_and_draws(model_folder, here):
-    pytest.importorskip("matplotlib")
+def test_the_command_times_layers_and_draws(model_folder, here, drawn):  # noqa: F811
     places = ["--length", 500, "--depth", 0, "--depth", 1, "--prompts", 1, "--device", "cpu", *READING]
     methods = ["--method", "outside:reversed_layers", "--method", "found.tsv", "--method", "even"]
     command = ["compare", model_folder, *methods, *places, "-r", 0.3, "-r", 0.7, "-o", "out"]
@@ -208,8 +207,9 @@ def test_the_command_times_layers_and_draws(model_folder, here):
     assert {line["ms_from"] for line in lines} == {f"measured: {machine_name(loading.check_device('cpu'))}"}
     shown = [line for line in result.output.splitlines() if "outside:reversed_layers" in line]
     assert len(shown) == 2 * 2 * 2 and lines[0]["ms_from"] in result.output
-    drawn = {path.name for path in (here / "out").glob("*.png")}
-    assert drawn == {"compare_passkey_exact.png", "compare_passkey_logprob.png", "compare_overlap.png"}
+    names = {path.name for path in (here / "out").glob("*.png")}
+    assert names == {"compare_passkey_exact.png", "compare_passkey_logprob.png", "compare_overlap.png"}
+    assert len(drawn) == 3 and not [pair for figure in drawn for pair in collisions(figure)]
     before = {path.name: path.read_bytes() for path in (here / "out").glob("*.[cj]s*")}
     assert zigzag(*command, "--no-figures").exit_code == 0
     assert {path.name: path.read_bytes() for path in (here / "out").glob("*.[cj]s*")} == before

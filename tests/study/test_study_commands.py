@@ -206,6 +206,15 @@ def drawn(monkeypatch):
     pyplot.close("all")
 
 
+def collisions(figure) -> list:
+    """Titles, axis labels and legends that stand on one another."""
+    figure.draw_without_rendering()
+    parts = [figure._suptitle, *figure.legends]
+    parts += [text for axis in figure.axes for text in (axis.title, axis.xaxis.label, axis.yaxis.label) if text.get_text()]
+    boxes = [part.get_window_extent() for part in parts]
+    return [(parts[i], parts[k]) for i in range(len(boxes)) for k in range(i) if boxes[i].overlaps(boxes[k])]
+
+
 def test_many_plans_with_long_names_are_told_apart(drawn, tmp_path):
     """Every line has a look of its own, no text is cropped or stands on another one, and the title tells the conditions."""
     imread = pytest.importorskip("matplotlib.image").imread
@@ -223,10 +232,7 @@ def test_many_plans_with_long_names_are_told_apart(drawn, tmp_path):
         sizes = ("1,024, 2,048 tokens", "24 prompts each", "sink + window 4 + 8", "95% intervals")
         for part in ("passkey: ", "m, float32, cpu", *sizes):
             assert part in title, title
-        figure.draw_without_rendering()
-        texts = [figure._suptitle, *(axis.title for axis in figure.axes if axis.get_title())]
-        boxes = [text.get_window_extent() for text in texts] + [legend.get_window_extent() for legend in figure.legends]
-        assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)], path.name
+        assert not collisions(figure), path.name
     looks = [(line.get_color(), str(line.get_linestyle()), line._dash_pattern) for line in drawn[1].axes[0].get_lines()]
     looks = [look for look in looks if look[1] != "None"]
     assert len(looks) == len({str(look) for look in looks}) == 12

@@ -49,8 +49,10 @@ def _quality(lines: Sequence[Line], quantity: str, path: Path) -> Path:
             ratios = sorted({line.ratio for line in own if line.method != FULL})
             axis.set_xticks([100 * ratio for ratio in ratios], [_tick(own, ratio) for ratio in ratios])
             handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        figure.supxlabel("share of layers that the budget is made for, and the budget", fontsize=11)
-        figure.supylabel(plots.LABEL[quantity], fontsize=11)
+        for axis in axes[-1]:  # labels of the whole figure would stand where the legend does
+            axis.set_xlabel("share of layers that gives the budget")
+        for axis in axes[:, 0]:
+            axis.set_ylabel(plots.wrapped(plots.LABEL[quantity], 24))
         title = plots.wrapped(f"{lines[0].task}: {plots.conditions(lines)}{_context(lines)}", int(11 * size[0]))
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
         plots.legend_below(figure, list(handles.values()), list(handles))
