@@ -85,19 +85,25 @@ def test_lines_are_what_solve_and_the_tasks_give(model, tokenizer, here):
         if line.method in scores:
             plan = zz.solve(scores[line.method], level=line.level, **{line.equal: limits[line.equal]}, **common)
             assert evaluate.results.kinds_of(plan) == line.kinds
-    for line in lines[::5]:
+    heads_at = {(line.equal, line.ratio): line.retrieves for line in lines if line.level == "head" and line.method == "found"}
+    assert heads_at["kv_bytes", 1 / 3] == pytest.approx(1 / 3) and heads_at["ms", 1 / 3] == pytest.approx(1 / 6)
+    check_rows(model, tokenizer, lines[::5])
+    check_overlaps(lines, overlaps)
+
+
+def check_rows(model, tokenizer, lines) -> None:
+    """Lines have what the tasks give under their plans."""
+    for line in lines:
         plan = None if line.method == "full" else zz.Plan.from_heads(of_heads(line.kinds), sink=4, window=32)
         task, options = evaluate.TASKS[line.task], {"lengths": [500], "depths": [0.0, 1.0], "prompts": 1, "pooled": True}
         [row] = task(model, tokenizer, plan, **options)
         assert line.prompts == row.prompts == (2 if line.task == "passkey" else 1)
-        found = [
-            (line.exact, line.exact_low, line.logprob, line.logprob_high),
-            (row.exact, row.exact_low, row.logprob, row.logprob_high),
-        ]
-        assert found[0] == pytest.approx(found[1], rel=1e-5)
-    heads_at = {(line.equal, line.ratio): line.retrieves for line in lines if line.level == "head" and line.method == "found"}
-    assert heads_at["kv_bytes", 1 / 3] == pytest.approx(1 / 3) and heads_at["ms", 1 / 3] == pytest.approx(1 / 6)
+        for name in ("exact", "exact_low", "exact_high", "logprob", "logprob_low", "logprob_high"):
+            assert getattr(line, name) == pytest.approx(getattr(row, name), rel=1e-5)
 
+
+def check_overlaps(lines, overlaps) -> None:
+    """By the definition of Jaccard's index, from the plans that the lines tell."""
     kinds = {(x.level, x.equal, x.ratio, x.method): of_heads(x.kinds) for x in lines if x.method != "full"}
     pairs = [pair for level, names in (("layer", 4), ("head", 3)) for pair in combinations(range(names), 2)]
     assert len(overlaps) == 2 * 2 * len(pairs)

@@ -193,14 +193,14 @@ def plot(
     rows: Annotated[list[Path], typer.Argument(help="CSV files of `zigzag eval`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")] = Path("figures"),
 ) -> None:
-    """Draw evaluation rows: heat maps over length and depth, and quality over the share of streaming layers."""
+    """Draw evaluation rows: heat maps over length and depth, and quality over the share of layers that retrieve."""
     from ..study.evaluate import read
     from ..study.plots import draw_all
 
     written = draw_all([row for path in rows for row in read(path)], output)
     if not written:
         raise ValueError(
-            "nothing to draw: a heat map needs rows with depths, a curve plans with three shares of streaming layers"
+            "nothing to draw: a heat map needs rows with depths, a curve plans with three shares of retrieval layers"
         )
     for path in written:
         console.print(f"wrote {path}", highlight=False)
