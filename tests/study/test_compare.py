@@ -245,7 +245,7 @@ BEFORE_LOADING = {
 }
 OPTIONS = [
     (["--ratio", 1.5], "a ratio must lie in [0, 1], got 1.5"),
-    (["--depth", -0.5], "a depth must lie in [0, 1], got -0.5"),
+    (["--depth", 1.5], "a depth must lie in [0, 1], got 1.5"),
     (["--level", "token"], "unknown level 'token'; supported: layer, head"),
     (["--equal", "flops"], "unknown budget 'flops'; supported: kv_bytes, ms"),
     (["--task", "magic"], "unknown task 'magic'"),
