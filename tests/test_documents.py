@@ -30,6 +30,15 @@ def test_every_figure_and_every_result_is_shown():
     assert not [path.name for path in committed if path not in shown]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "figures").glob("*.png")), ids=lambda path: path.name)
+def test_figures_are_whole_and_readable_on_their_page(path):
+    """Nothing is drawn on the outermost pixels, and text is of 9 pixels or more where a page is 830 pixels wide, as on GitHub."""
+    image = pytest.importorskip("matplotlib.image").imread(path)[..., :3]
+    assert all((edge == 1.0).all() for edge in (image[0], image[-1], image[:, 0], image[:, -1]))
+    letters = 9 * 160 / 72  # pixels of the smallest text, of 9 points, at the 160 pixels per inch of every figure
+    assert letters * min(1.0, 830 / image.shape[1]) >= 9
+
+
 def prose(path: Path) -> list[tuple[int, str]]:
     """Lines of a document by number, without code, tables, pictures and what the report writes."""
     lines, fenced, generated = [], False, False

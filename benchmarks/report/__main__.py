@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..cells.scenarios import BY_DEVICE
-from . import figures, rounds, steps
+from . import figures, lead, rounds, steps
 from .documents import insert, markers, table
 from .records import CapacityRecord, PrefillRecord, Record, SpeculateRecord, StepRecord, read
 
@@ -170,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     drawn = figures.draw_all(found["decode"], folder)
     for path, rows in found["step"].items():
         drawn += steps.draw_steps(rows, folder, path.stem)
+        if path.stem == "step":
+            longest = [row for rows in found["capacity"].values() for row in rows]
+            drawn += lead.draw(rows, longest, args.results / "evidence", folder)
     for path in drawn:
         print(path)
     return 0

@@ -155,11 +155,12 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 label = {"full": "full attention", "mean": source}.get(rule, rule)
                 lines.setdefault(label, {}).setdefault(ratio, []).extend(results.of((source, rule, ratio), "passkey"))
         points = {
-            label: [(ratio, *plots.mean_interval(rows, quantity)) for ratio, rows in sorted(shares.items()) if rows]
+            label: [(1.0 - ratio, *plots.mean_interval(rows, quantity)) for ratio, rows in sorted(shares.items()) if rows]
             for label, shares in lines.items()
         }
+        words = "passkey", plots.conditions([row for shares in lines.values() for rows in shares.values() for row in rows])
         path = folder / f"evidence_{quantity}.png"
-        written.append(plots.curves({label: line for label, line in points.items() if line}, "passkey", quantity, path))
+        written.append(plots.curves({label: line for label, line in points.items() if line}, quantity, path, words))
     return written
 
 

@@ -21,9 +21,10 @@ from transformers import LlamaConfig
 
 from zigzag_ext.cache import ZigzagCache
 from zigzag_ext.planning import arrays, exchange
-from zigzag_ext.planning.costs import ms_costs
+from zigzag_ext.planning.costs import head_ms_costs
 from zigzag_ext.planning.plan import Plan
 from zigzag_ext.planning.scores import Scores, load_scores, save_scores
+from zigzag_ext.study.compare.run import read_record
 from zigzag_ext.study.evaluate import results
 from zigzag_ext.study.identify import run
 
@@ -70,7 +71,7 @@ def read_duo(path: Path) -> None:
 
 
 PLAN = Plan(["retrieval", ["streaming", "retrieval"]], sink=4, window=8, kv_format="int8", provenance={"a": [1.5, {"b": None}]})
-COSTS = {"context": [1, 3], "retrieval": [[1, 2], [3, 4]], "streaming": [1, 1], "other": 0.5}
+COSTS = {"context": [1, 3], "retrieval": [[1, 2], [3, 4]], "streaming": [1, 1], "other": 0.5, "mixed": [[1], [2]]}
 
 
 def a_plan(folder: Path) -> bytes:
@@ -94,7 +95,7 @@ def a_cache(folder: Path) -> bytes:
 # name of the file -> (a good one, its reader)
 READERS = {
     "plan.json": (a_plan, lambda path: Plan.load(path).summary()),
-    "costs.json": (lambda _: json.dumps(COSTS).encode(), lambda path: ms_costs(path, 2, 2)),
+    "costs.json": (lambda _: json.dumps(COSTS).encode(), lambda path: head_ms_costs(path, 2, 2, 2)),
     "config.json": (lambda _: b'{"sink_size": 4, "recent_size": 8}', read_duo),
     "scores.tsv": (lambda folder: b"# layers\n\n" + scores(folder / "good.tsv"), load_scores),
     "scores.csv": (lambda _: b"0.5,0.25\r\n0.125,1\r\n", load_scores),
@@ -102,6 +103,10 @@ READERS = {
     "scores.pt": (lambda _: in_memory(lambda to: torch.save(torch.rand(3, 1, 2), to)), load_scores),
     "state.npz": (a_state, lambda path: run._restore(Method(), path, ORIGIN)),
     "rows.csv": (a_table, results.read),
+    "run.json": (
+        lambda _: json.dumps({"of": {"model": "m"}, "scores": {"lazy": {"seed": 0}}, "costs": {}}).encode(),
+        read_record,
+    ),
     "text.cache": (a_cache, lambda path: ZigzagCache.load(path, LlamaConfig(**GEOMETRY))),
 }
 # What the readers look for, or what has broken such readers elsewhere.

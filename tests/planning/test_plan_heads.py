@@ -117,6 +117,44 @@ def test_budgets_of_heads():
     assert less.provenance["retrieval_heads"] == 1
 
 
+def step_ms(plan, ms: list, other: float) -> float:
+    """Milliseconds of a plan by the definition of a cost table; ms: of a layer by the number of heads that retrieve."""
+    return sum(ms[sum(heads)] for heads in plan.retrieval_heads(len(ms) - 1)) + other
+
+
+@pytest.mark.parametrize("ms", [[0.1, 0.3, 0.5], [0.1, 0.7, 0.4], [0.0, 0.0, 1.0]], ids=["rising", "mixed is dearest", "free"])
+def test_the_most_heads_that_fit_into_a_time(ms):
+    """Against every number of best heads; also where a layer of both kinds, two calls, takes longer than a retrieval layer."""
+    matrix = np.random.default_rng(1).random((5, 2))
+    table = {"context": [1000, 3000], "other": 0.25, "mixed": [[ms[1]], [3 * ms[1]]]}
+    table |= {"retrieval": [ms[2], 3 * ms[2]], "streaming": [ms[0], 3 * ms[0]]}
+    options = {"level": "head", "costs": table, "context": 2000, **SIZES}
+    plans = [zz.solve(matrix, count / 10, **options) for count in range(11)]
+    times = [step_ms(plan, [2 * each for each in ms], 0.25) for plan in plans]
+    assert [plan.provenance["ms"] for plan in plans] == pytest.approx(times)
+    for limit in (min(times), np.median(times), max(times)):
+        found = zz.solve(matrix, ms=limit, **options)
+        expected = max(count for count, time in enumerate(times) if time <= limit + 1e-9)
+        assert (found.provenance["retrieval_heads"], found.kinds) == (expected, plans[expected].kinds)
+    with pytest.raises(ValueError, match="ms = 0.2 cannot be met; the cheapest possible ms is"):
+        zz.solve(matrix, ms=0.2, **options)
+
+
+def test_a_time_for_heads_needs_the_times_of_mixed_layers(tmp_path):
+    table, scores = {"context": [1000], "retrieval": [0.2], "streaming": [0.1]}, [[0.1, 0.9, 0.5], [0.2, 0.8, 0.4]]
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(table))
+    for costs in (table, path):
+        with pytest.raises(ValueError, match="missing mixed, the time of layers with heads of both kinds"):
+            zz.solve(scores, ms=1, costs=costs, context=1000, level="head")
+    with pytest.raises(ValueError, match="a list of 2, one number for each count of retrieval heads from 1 to 2"):
+        zz.solve(scores, ms=1, costs=table | {"mixed": [[0.1]]}, context=1000, level="head")
+    with pytest.raises(ValueError, match=r"ms must lie in \[0, "):
+        zz.solve(scores, ms=float("inf"), costs=table | {"mixed": [[0.1, 0.1]]}, context=1000, level="head")
+    one = zz.solve([[0.1], [0.2]], ms=0.3, costs=table, context=1000, level="head")
+    assert one.retrieval_layers == (1,)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -126,7 +164,7 @@ def test_budgets_of_heads():
         ({"retrieval_ratio": 0.5, "sparsity": 0.5}, "one budget at a time"),
         ({"sparsity": 1.5}, "sparsity must lie in"),
         ({"threshold": -1}, "threshold must lie in"),
-        ({"kv_bytes": 3}, "every head streaming"),
+        ({"kv_bytes": 3}, "cheapest possible kv_bytes is"),
         ({"scores": [[2.0]]}, "numbers in"),
         ({"scores": [[float("nan")]]}, "numbers in"),
         ({"scores": [1.0]}, "matrix"),

@@ -1,6 +1,7 @@
 """`zigzag identify`, `eval` and `plot` on a tiny model, and the figures."""
 
 import re
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -171,3 +172,78 @@ def test_figures_have_ink_and_series_the_right_points(tmp_path):
     assert high - value == pytest.approx(half) == pytest.approx(value - low)
     assert plots.draw_all(rows[:1], tmp_path)  # one cell is a heat map
     assert not plots.draw_all([], tmp_path)
+
+
+def test_files_named_by_their_ratio_make_one_curve():
+    """plan25.json, plan50.json and plan75.json of `zigzag solve -r`; a name whose number says something else is its own."""
+    names = {"full": "0000", "plan25": "0111", "plan50": "0011", "plan75": "0001", "v2": "0101", "half": "1100"}
+    rows = [replace(row, plan=name, kinds=kinds) for name, kinds in names.items() for row in some_rows()[:2]]
+    series = plots.by_series(rows, "exact")
+    assert {name: [share for share, *_ in points] for name, points in series.items()} == {
+        "full": [1.0],
+        "plan": [0.25, 0.5, 0.75],
+        "v2": [0.5],
+        "half": [0.5],
+    }
+    again = plots.by_series([*rows, *(replace(row, compress="windows 0.12") for row in rows if row.plan == "plan25")], "exact")
+    assert again["plan, windows 0.12"] == [again["plan"][0]]
+    assert set(plots.by_series([replace(rows[0], model=model) for model in "ab"], "exact")) == {"full, a", "full, b"}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are when they are saved, not closed."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures, save = [], plots.save
+
+    def keep(figure, path):
+        with patch.object(pyplot, "close"):
+            save(figure, path)
+        figures.append(figure)
+
+    monkeypatch.setattr(plots, "save", keep)
+    yield figures
+    pyplot.close("all")
+
+
+def collisions(figure) -> list:
+    """Titles, axis labels and legends that stand on one another."""
+    figure.draw_without_rendering()
+    parts = [figure._suptitle, *figure.legends]
+    parts += [text for axis in figure.axes for text in (axis.title, axis.xaxis.label, axis.yaxis.label) if text.get_text()]
+    boxes = [part.get_window_extent() for part in parts]
+    return [(parts[i], parts[k]) for i in range(len(boxes)) for k in range(i) if boxes[i].overlaps(boxes[k])]
+
+
+def test_many_plans_with_long_names_are_told_apart(drawn, tmp_path):
+    """Every line has a look of its own, no text is cropped or stands on another one, and the title tells the conditions."""
+    imread = pytest.importorskip("matplotlib.image").imread
+    names = [f"a-method-with-a-name-that-goes-on-and-on.number:{i}" for i in range(11)]
+    ratios = ((25, "0111"), (50, "0011"), (75, "0001"))
+    rows = [replace(row, plan=f"{name}-{r}%", kinds=kinds) for name in names for r, kinds in ratios for row in some_rows()[:6]]
+    rows = [row if row.plan.startswith(names[0]) else replace(row, depth=None) for row in rows]  # few panels: it is quicker
+    written = plots.draw_all([*some_rows()[:6], *rows], tmp_path)
+    assert len(drawn) == len(written) == 4
+    for figure, path in zip(drawn, written, strict=True):
+        image = imread(path)[..., :3]
+        edges = (image[0], image[-1], image[:, 0], image[:, -1])
+        assert all((edge == 1.0).all() for edge in edges), path.name
+        title = figure.get_suptitle().replace("\n", " ")
+        sizes = ("1,024, 2,048 tokens", "24 prompts each", "sink + window 4 + 8", "95% intervals")
+        for part in ("passkey: ", "m, float32, cpu", *sizes):
+            assert part in title, title
+        assert not collisions(figure), path.name
+    looks = [(line.get_color(), str(line.get_linestyle()), line._dash_pattern) for line in drawn[1].axes[0].get_lines()]
+    looks = [look for look in looks if look[1] != "None"]
+    assert len(looks) == len({str(look) for look in looks}) == 12
+
+
+def test_shares_of_curves_are_those_of_the_plans(drawn, tmp_path):
+    rows = some_rows()
+    plots.curves(plots.by_series(rows, "exact"), "exact", tmp_path / "curves.png", ("passkey", plots.conditions(rows)))
+    [axis] = drawn[0].axes
+    assert axis.get_xlabel() == "layers that retrieve, %" and axis.get_ylabel() == "exact matches, %"
+    lines = {container.get_label(): container.lines[0].get_xdata() for container in axis.containers}
+    assert list(lines) == ["a", "b"]
+    for shift, xs in zip((-0.3, 0.3), lines.values(), strict=True):
+        assert xs == pytest.approx([25 + shift, 50 + shift, 75 + shift])

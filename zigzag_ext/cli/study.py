@@ -28,16 +28,22 @@ from .app import (
     quiet_transformers,
 )  # fmt: skip
 
-_MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
-_TASKS = "passkey, multikey, multivalue, second_question, quotation, perplexity"
-_RULER = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe, ruler_fwe"
+MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
+TASK_NAMES = "passkey, multikey, multivalue, second_question, quotation, perplexity"
+RULER_NAMES = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe, ruler_fwe"
 
 
 @app.command()
 @one_line_errors
 def identify(
-    model: Annotated[str, typer.Argument(help=_MODEL)],
-    method: Annotated[str, typer.Option(help="; ".join(f"{name}: {text}" for name, text in METHODS.items()))] = "retrieval",
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="; ".join(f"{name}: {text}" for name, text in METHODS.items())
+            + "; package.module:function: your own (docs/compare.md)"
+        ),
+    ] = "retrieval",
     output: Annotated[Path, typer.Option("--output", "-o", help="Scores: .tsv, .csv, .npy or a folder.")] = Path("scores.tsv"),
     level: Annotated[str | None, typer.Option(help="Of ablation and gates: layer or head.")] = None,
     keep: Annotated[int | None, typer.Option(help="Of greedy: layers left at which it stops; default 1.")] = None,
@@ -57,22 +63,26 @@ def identify(
     quiet_transformers()
     from ..planning.scores import check_output
     from ..study.identify import identify as run
+    from ..study.identify.own import load_function
     from ..study.loading import load_config, load_model
     from .checks import check_options
 
-    _task(METHODS, method, "method")
+    given = {"level": level, "keep": keep, "exhaustive": exhaustive or None, "tokens": tokens, "prompts": prompts}
+    given = {name: value for name, value in given.items() if value is not None}
+    if ":" in method:
+        load_function(method, **given)
+    else:
+        task_named(METHODS, method, "method")
     check_options(device, dtype, None)
     check_output(output)
     load_config(model)
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = load_model(model, device, dtype)
-    given = {"level": level, "keep": keep, "exhaustive": exhaustive or None}
-    options = {name: value for name, value in given.items() if value is not None}
-    with _progress() as bar:
+    with progress() as bar:
         line = bar.add_task(method, total=None)
         scores = run(
-            network, tokenizer, method, seed=seed, sink=sink, window=window, tokens=tokens, prompts=prompts, output=output,
-            advance=lambda done, total: bar.update(line, completed=done, total=total), **options,
+            network, tokenizer, method, seed=seed, sink=sink, window=window, output=output,
+            advance=lambda done, total: bar.update(line, completed=done, total=total), **given,
         )  # fmt: skip
     best = scores.mean(1).argsort()[::-1][:5]
     console.print(f"{scores.shape[0]} layers x {scores.shape[1]} KV heads by {method}, on {network.device}", highlight=False)
@@ -83,11 +93,11 @@ def identify(
 @app.command("eval")
 @one_line_errors
 def evaluate(
-    model: Annotated[str, typer.Argument(help=_MODEL)],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     plan: Annotated[list[Path] | None, typer.Option(help="Plan file. May be repeated.")] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help=f"{_TASKS}; of RULER (extra `ruler`): {_RULER}. May be repeated; default passkey."),
+        typer.Option(help=f"{TASK_NAMES}; of RULER (extra `ruler`): {RULER_NAMES}. May be repeated; default passkey."),
     ] = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens per prompt. May be repeated; default 1024, 2048.")] = None,
     depth: Annotated[list[float] | None, typer.Option(help="Place of the needle, 0 to 1. May be repeated.")] = None,
@@ -126,7 +136,7 @@ def evaluate(
     from .compression import method_of
 
     method = method_of(compress, compress_method, compress_window, compress_observe)
-    chosen = [_task(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
+    chosen = [task_named(tasks.TASKS | tasks.RULER, name) for name in task or ["passkey"]]
     if method is not None and not plan:
         raise ValueError("--compress needs a --plan, whose retrieval layers it thins out")
     check_options(device, dtype, device_map, speculate, output)
@@ -140,7 +150,7 @@ def evaluate(
         tasks.append(output, [])
     print(f"loading {model}", file=sys.stderr)
     network, tokenizer = load_model(model, device, dtype, device_map)
-    with _progress() as bar:
+    with progress() as bar:
         total = sum(prompts * (len(depths) if each.has_depth else 1) for each in chosen) * len(plans) * len(lengths)
         line = bar.add_task("prompts", total=total)
         rows = []
@@ -183,14 +193,14 @@ def plot(
     rows: Annotated[list[Path], typer.Argument(help="CSV files of `zigzag eval`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")] = Path("figures"),
 ) -> None:
-    """Draw evaluation rows: heat maps over length and depth, and quality over the share of streaming layers."""
+    """Draw evaluation rows: heat maps over length and depth, and quality over the share of layers that retrieve."""
     from ..study.evaluate import read
     from ..study.plots import draw_all
 
     written = draw_all([row for path in rows for row in read(path)], output)
     if not written:
         raise ValueError(
-            "nothing to draw: a heat map needs rows with depths, a curve plans with three shares of streaming layers"
+            "nothing to draw: a heat map needs rows with depths, a curve plans with three shares of retrieval layers"
         )
     for path in written:
         console.print(f"wrote {path}", highlight=False)
@@ -207,13 +217,13 @@ def _plans(model: str, files: list[Path], full: bool, formats: tuple) -> dict:
     return ({"full": None} if full else {}) | plans_for(model, {path.stem: path for path in files}, formats)
 
 
-def _task(tasks: dict, name: str, what: str = "task"):
+def task_named(tasks: dict, name: str, what: str = "task"):
     if name not in tasks:
         raise ValueError(f"unknown {what} '{name}'; supported: {', '.join(tasks)}")
     return tasks[name]
 
 
-def _progress() -> Progress:
+def progress() -> Progress:
     columns = (
         TextColumn("{task.description}", markup=False),
         MofNCompleteColumn(),

@@ -5,7 +5,9 @@ A cost table is a dict, or a JSON file of one: milliseconds of a decode step per
     {"context": [1024, 131072], "retrieval": [0.011, 0.214], "streaming": [0.006, 0.006], "other": 3.1}
 
 "retrieval" and "streaming" hold per context one number for every layer, or a list with one number per layer. "other" (optional)
-is what a step takes beside these layers: one number, or one per context. Between two contexts, numbers are interpolated linearly.
+is what a step takes beside these layers: one number, or one per context. "mixed" (optional) is what plans of heads need: per
+context a list of what a layer takes in which 1, 2 ... kv_heads - 1 heads retrieve. Between two contexts, numbers are
+interpolated linearly.
 """
 
 import os
@@ -19,6 +21,7 @@ from .kv_format import PLAIN, KvFormat
 from .reading import read_json, shown
 
 _REQUIRED = ("context", "retrieval", "streaming")
+_OPTIONAL = ("other", "mixed")
 
 
 def kv_costs(
@@ -78,15 +81,7 @@ def ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int) -> t
             return ms_costs(table, context, layers)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    if missing := [name for name in _REQUIRED if name not in table]:
-        raise ValueError(f"cost table: missing {', '.join(missing)}; needed: {', '.join(_REQUIRED)}, and optionally other")
-    if unknown := sorted(table.keys() - {*_REQUIRED, "other"}):
-        raise ValueError(f"cost table: unknown {', '.join(unknown)}; known: {', '.join(_REQUIRED)}, other")
-    contexts = _numbers("context", table["context"])
-    if contexts.ndim != 1 or not contexts.size or (np.diff(contexts) <= 0).any():
-        raise ValueError(f"cost table: context must be a list of ascending token counts, got {shown(table['context'])}")
-    if not contexts[0] <= context <= contexts[-1]:
-        raise ValueError(f"cost table: it covers contexts {contexts[0]:g} to {contexts[-1]:g}, not {context}")
+    contexts = _contexts(table, context)
 
     def at_context(name, entry, columns):
         rows = _numbers(name, entry)
@@ -102,6 +97,46 @@ def ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int) -> t
     other = at_context("other", [other] * contexts.size if np.ndim(other) == 0 else other, 1)
     retrieval, streaming = (at_context(kind, table[kind], layers) for kind in ("retrieval", "streaming"))
     return retrieval, streaming, float(other[0])
+
+
+def head_ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int, kv_heads: int) -> tuple[np.ndarray, float]:
+    """Milliseconds per token at `context`, [layers, kv_heads + 1] by the number of heads that retrieve, and beside the layers.
+
+    Raises:
+        ValueError: as `ms_costs`, or the table says nothing of layers with heads of both kinds.
+    """
+    retrieval, streaming, other = ms_costs(table, context, layers)
+    source = "" if isinstance(table, Mapping) else f"{Path(table)}: "
+    table = table if isinstance(table, Mapping) else _read(Path(table))
+    mixed = np.empty((0,))
+    if kv_heads > 1:
+        if "mixed" not in table:
+            raise ValueError(
+                f"{source}cost table: missing mixed, the time of layers with heads of both kinds: level='head' needs it"
+            )
+        contexts, rows = _contexts(table, context), _numbers("mixed", table["mixed"])
+        if rows.shape != (contexts.size, kv_heads - 1):
+            raise ValueError(
+                f"{source}cost table: mixed must hold per context ({contexts.size}) a list of {kv_heads - 1}, "
+                f"one number for each count of retrieval heads from 1 to {kv_heads - 1}"
+            )
+        mixed = np.array([np.interp(context, contexts, column) for column in rows.T])
+    return np.column_stack([streaming, np.broadcast_to(mixed, (layers, mixed.size)), retrieval]), other
+
+
+def _contexts(table: Mapping, context: int) -> np.ndarray:
+    """The contexts of a cost table, checked, with the names of its entries."""
+    if missing := [name for name in _REQUIRED if name not in table]:
+        optional = " and ".join(_OPTIONAL)
+        raise ValueError(f"cost table: missing {', '.join(missing)}; needed: {', '.join(_REQUIRED)}, and optionally {optional}")
+    if unknown := sorted(table.keys() - {*_REQUIRED, *_OPTIONAL}):
+        raise ValueError(f"cost table: unknown {', '.join(unknown)}; known: {', '.join(_REQUIRED + _OPTIONAL)}")
+    contexts = _numbers("context", table["context"])
+    if contexts.ndim != 1 or not contexts.size or (np.diff(contexts) <= 0).any():
+        raise ValueError(f"cost table: context must be a list of ascending token counts, got {shown(table['context'])}")
+    if not contexts[0] <= context <= contexts[-1]:
+        raise ValueError(f"cost table: it covers contexts {contexts[0]:g} to {contexts[-1]:g}, not {context}")
+    return contexts
 
 
 def _read(path: Path) -> Mapping:

@@ -12,18 +12,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _C
-from .costs import ms_costs
+from .costs import head_ms_costs, ms_costs
 from .kv_format import KvFormat, parse_kv_format
 from .layers import geometries
 from .native import native_windows
 from .origin import check_geometry, element_bytes_of, known, origin_of
 from .plan import Plan
 from .scores import as_array
-from .solve_heads import solve_heads
+from .solve_heads import TICKS_PER_MS, solve_heads
 from .solve_native import Layers
 
-_TICKS = 10_000  # per millisecond: costs are compared in whole steps of 0.1 us, finer than a measurement resolves
-_MOST = {"kv_bytes": 2**52, "ms": 2**52 / _TICKS}
+_MOST = {"kv_bytes": 2**52, "ms": 2**52 / TICKS_PER_MS}
 
 
 def objectives() -> dict[str, str]:
@@ -91,9 +90,9 @@ def solve(
         top_heads: heads that "cvar" averages per layer; default a quarter of them, rounded up.
         values: [layers], what a retrieval layer is worth to "knapsack"; default its mean score.
         level: "layer", or "head": DuoAttention's rule, every KV head for itself. Then `retrieval_ratio` is the share of heads
-            (rounded to the nearest number of heads, halves up), `kv_bytes` the largest number of heads that fits, `threshold` and
-            `sparsity` are budgets of their own; the other budgets, objectives and constraints are for layers. Heads are taken by
-            score, of equal ones the lower layer first, then the lower head.
+            (rounded to the nearest number of heads, halves up), `kv_bytes` and `ms` the largest number of heads that fits,
+            `threshold` and `sparsity` are budgets of their own; the other budgets, objectives and constraints are for layers.
+            Heads are taken by score, of equal ones the lower layer first, then the lower head.
         sink, window: tokens that streaming layers keep, see `Plan`.
         native: the windows of a model's own, None for layers without one; by default what `config` says. Scores then have
             a row per full-attention layer, which are what is chosen and what ratios, `values`, the lists of a cost table and
@@ -138,12 +137,13 @@ def solve(
     shape = {name: parse_kv_format(name, value) for name, value in formats.items()} | {"sink": sink, "window": window}
     bytes_of = model.kv_costs(**{"kv_heads": kv_heads} | sizes, **shape, rollback=_integer("rollback", rollback))
     sizes |= {"rollback": rollback} if rollback else {}
-    ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
     if level == "head":
-        for_layers = {"objective": objective != "mean", "ms": ms, "retrieval_layers": retrieval_layers, **constraints}
-        _refuse_for_heads(for_layers | {"top_heads": top_heads, "values": own["values"], "costs": costs})
-        plan = solve_heads(matrix, budget, bytes_of, {**sizes, "origin": origin, "scores": _fingerprint(matrix)}, shape)
-        return plan.with_native(model.windows)
+        for_layers = {"objective": objective != "mean", "retrieval_layers": retrieval_layers, **constraints}
+        _refuse_for_heads(for_layers | {"top_heads": top_heads, "values": own["values"]})
+        ms_of = None if costs is None else head_ms_costs(costs, sizes["context"], layers, kv_heads)
+        recorded = {**sizes, "origin": origin, "scores": _fingerprint(matrix)}
+        return solve_heads(matrix, budget, bytes_of, ms_of, recorded, shape).with_native(model.windows)
+    ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
     settings = {**model.rows(constraints), **own}
     solution = _C.solve(matrix, _options(objective, settings, budget, layers, bytes_of, ticks_of))
     provenance = {
@@ -217,7 +217,7 @@ def _result(solution: _C.Solution, bytes_of, ticks_of) -> dict:
         "mask_distance": solution.mask_distance,
         "mask_heads": solution.mask_heads,
         "kv_bytes": _total(bytes_of, solution.kinds),
-        "ms": {} if ticks_of is None else _total(ticks_of, solution.kinds) / _TICKS,
+        "ms": {} if ticks_of is None else _total(ticks_of, solution.kinds) / TICKS_PER_MS,
     }
 
 
@@ -230,6 +230,9 @@ def _budget(given: dict, costs) -> dict:
     budget = {name: _number(name, value) for name, value in given.items() if value is not None}
     if len(budget) > 1:
         raise ValueError(f"one budget at a time, got {' and '.join(budget)}")
+    for name, value in budget.items():
+        if name in _MOST and not 0 <= value < _MOST[name]:
+            raise ValueError(f"{name} must lie in [0, {_MOST[name]:g}), got {value}")
     if "ms" in budget and costs is None:
         raise ValueError("the budget ms needs a cost table: costs=")
     return budget or {"retrieval_ratio": 0.5}
@@ -258,19 +261,17 @@ def _set_budget(options, budget: dict, layers: int, bytes_of, ticks_of) -> None:
         options.retrieval_layers = _C.count_retrieval_layers(value, layers)
     elif name == "retrieval_layers":
         options.retrieval_layers = _integer(name, value)
-    elif not 0 <= value < _MOST[name]:
-        raise ValueError(f"{name} must lie in [0, {_MOST[name]:g}), got {value}")
     elif name == "kv_bytes":
         options.costs = _C.CostBudget(name, *bytes_of, math.floor(value), 1.0)
     else:
-        options.costs = _C.CostBudget(name, *ticks_of, round(value * _TICKS), 1 / _TICKS)
+        options.costs = _C.CostBudget(name, *ticks_of, round(value * TICKS_PER_MS), 1 / TICKS_PER_MS)
 
 
 def _in_ticks(retrieval: np.ndarray, streaming: np.ndarray, other: float) -> tuple[list[int], list[int]]:
     """Whole steps of 0.1 us per layer; what does not depend on the plan is counted with layer 0, whatever its kind."""
-    kinds = [[round(cost * _TICKS) for cost in kind.tolist()] for kind in (retrieval, streaming)]
+    kinds = [[round(cost * TICKS_PER_MS) for cost in kind.tolist()] for kind in (retrieval, streaming)]
     for kind in kinds:
-        kind[0] += round(other * _TICKS)
+        kind[0] += round(other * TICKS_PER_MS)
     return kinds[0], kinds[1]
 
 

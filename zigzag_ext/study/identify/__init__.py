@@ -38,7 +38,8 @@ def identify(
     Args:
         model: a causal language model of transformers, in eval mode, on any device and in any dtype.
         tokenizer: its tokenizer.
-        method: a name in `METHODS`.
+        method: a name in `METHODS`, or a function of yours as "package.module:function", which is called with (model, tokenizer,
+            sink=, window=, seed=), with tokens= and prompts= if they are given, and `options` (docs/compare.md).
         seed: of the prompts. On a CPU equal arguments give equal bits.
         sink, window: tokens that a streaming head would keep; the plan should have the same ones.
         tokens: length of a prompt; None: the method's default.
@@ -46,7 +47,7 @@ def identify(
         output: where to save the scores (.tsv, .csv, .npy or a folder, see `save_scores`). A run that is interrupted leaves
             `<output>.partial.npz` beside it, and the same call goes on from there, to the same bits.
         advance: called with (steps done, steps in all).
-        options: of the method: lazy: queries=64; ablation: level="layer" or "head"; greedy: keep=1 (layers at which
+        options: of the method. lazy: queries=64; ablation: level="layer" or "head"; greedy: keep=1 (layers at which
             to stop), exhaustive=False; gates: level="head" or "layer", learning_rate=0.02, regularizer=0.05, batch=1.
 
     Returns:
@@ -56,8 +57,8 @@ def identify(
 
     Raises:
         ValueError: the method or an option is unknown or out of range, the prompts do not fit the model's context, the partial
-            file belongs to other arguments, is damaged or was edited, or the model's family cannot be computed exactly (see
-            `zigzag_ext.enable`).
+            file belongs to other arguments, is damaged or was edited, the model's family cannot be computed exactly (see
+            `zigzag_ext.enable`), or a function of yours cannot be imported or called, fails, or returns something else.
         OSError: `output` cannot be written; found out before the first step.
 
     Sources: DuoAttention https://arxiv.org/abs/2410.10819, Retrieval Head https://arxiv.org/abs/2404.15574, LightTransfer
@@ -67,9 +68,11 @@ def identify(
         >>> scores = zz.identify(model, tokenizer, "retrieval", output="scores.tsv")  # doctest: +SKIP
         >>> plan = zz.solve(scores, retrieval_ratio=0.5)  # doctest: +SKIP
     """
+    settings = {"seed": seed, "sink": sink, "window": window, "tokens": tokens, "prompts": prompts}
+    if ":" in method:
+        return import_module(".own", __name__).identify_own(method, model, tokenizer, settings, options, output, advance)
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; supported: {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}; supported: {', '.join(METHODS)}, or package.module:function")
     run = import_module(".run", __name__).run
     kind = import_module(f".{method}", __name__).METHOD
-    settings = {"seed": seed, "sink": sink, "window": window, "tokens": tokens, "prompts": prompts}
     return run(kind, method, model, tokenizer, settings, options, output, advance)
