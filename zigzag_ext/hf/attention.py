@@ -22,6 +22,7 @@ _HARMLESS = {
     "cache_position",
     "ignore_index",
     "layer_idx",
+    "logits_to_keep",
     "num_items_in_batch",
     "output_hidden_states",
     "output_router_logits",
