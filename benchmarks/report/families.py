@@ -1,4 +1,4 @@
-"""Every causal language model of transformers, and what becomes of it:  python -m benchmarks.report.families
+"""Every causal language and image-text model of transformers, and what becomes of it:  python -m benchmarks.report.families
 
 Writes docs/models.md: families with the default config of each, served or refused and why. No weights are made.
 """
@@ -8,7 +8,10 @@ from pathlib import Path
 
 from transformers import logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from zigzag_ext.hf.served import Served, served
 
@@ -19,12 +22,13 @@ TARGET = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 COMPLETED = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"), {"head_dim": 128, "num_key_value_heads": 8}),
+    **dict.fromkeys(("idefics3", "smolvlm"), {"pad_token_id": 0}),
 }
 HEADER = ["family", "served", "native layers", "why not"]
 
 
 def families() -> list[str]:
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
 def line(family: str) -> list[str]:
@@ -36,13 +40,15 @@ def line(family: str) -> list[str]:
     windows = [window for window in found.windows if window is not None]
     sizes = " and ".join(str(window) for window in dict.fromkeys(windows))
     native = f"{len(windows)} of {len(found.windows)}, {sizes} tokens" if windows and not found.refusal else ""
-    return [family, "no" if found.refusal else "yes", native, (found.refusal or found.limit or "").replace("|", "/")]
+    answer = "no" if found.refusal else "text" if found.text_only else "yes"
+    limits = "; ".join(filter(None, (found.refusal, found.limit, found.text_only)))
+    return [family, answer, native, limits.replace("|", "/")]
 
 
 def main() -> int:
     logging.set_verbosity_error()
     lines = [line(family) for family in families()]
-    count = sum(row[1] == "yes" for row in lines)
+    count = sum(row[1] != "no" for row in lines)
     text = f"{count} of {len(lines)} families are served.\n\n{table(HEADER, lines, len(HEADER))}"
     return 0 if insert(TARGET, "families", text) else 1
 

@@ -13,6 +13,7 @@ from transformers.masking_utils import (
     or_masks,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 import zigzag_ext as zz
@@ -151,6 +152,7 @@ def test_a_config_that_does_not_say_what_the_model_does():
         (chunked_causal_mask_function(5, torch.zeros(1)), 0),
         (sliding_window_bidirectional_mask_function(5), 0),
         (or_masks(sliding_window_causal_mask_function(5), causal_mask_function), 0),
+        (or_masks(sliding_window_overlay(5), causal_mask_function), 0),
         (lambda *indices: True, 0),
         (None, 0),
     ],

@@ -1,5 +1,6 @@
 """What cannot be computed exactly raises by name, before anything is written; nothing is silently ignored."""
 
+import copy
 import inspect
 import warnings
 
@@ -56,10 +57,16 @@ def test_encoder_decoder_raises():
         zz.enable(model, PLAN)
 
 
-def test_composite_model_raises():
+def test_a_composite_model_raises_for_its_text_decoder():
     vision = CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
-    model = AutoModelForImageTextToText.from_config(LlavaConfig(vision_config=vision, text_config=tiny_model().config))
-    with pytest.raises(ValueError, match="llava .*composite"):
+    text = new_model("llama", head_dim=32).config
+    model = AutoModelForImageTextToText.from_config(LlavaConfig(vision_config=vision, text_config=text))
+    before = model.config
+    with pytest.raises(ValueError, match="llava .*head_dim is 32; supported"):
+        zz.enable(model, PLAN)
+    assert model.config is before and text._attn_implementation == "sdpa"
+    model.model.language_model.config = copy.deepcopy(text)
+    with pytest.raises(ValueError, match="llava .*text decoder of this composite model is no model of its own"):
         zz.enable(model, PLAN)
 
 

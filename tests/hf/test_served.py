@@ -5,18 +5,25 @@ from pathlib import Path
 
 import pytest
 import transformers
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen3VLConfig,
+)
 from typer.testing import CliRunner
 
 from benchmarks.report import families
 from zigzag_ext.cli.main import app
-from zigzag_ext.hf.served import kv_table, report, served
+from zigzag_ext.hf.served import auto_class, kv_table, report, served
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-ROWS = {
-    cells[0]: cells for cells in re.findall(r"^\| ([\w-]+) \| (yes|no) \| (.*?) ?\| (.*?) ?\|$", TABLE.read_text(), re.MULTILINE)
-}
-FEW = ["cohere2", "deepseek_v3", "gemma2", "gpt_oss", "llama", "mistral", "qwen3_next"]  # others take seconds each to import
+ROW = re.compile(r"^\| ([\w.-]+) \| (yes|text|no) \| (.*?) ?\| (.*?) ?\|$", re.MULTILINE)
+ROWS = {cells[0]: cells for cells in ROW.findall(TABLE.read_text())}
+# Others take seconds each to import.
+FEW = ["cohere2", "deepseek_v3", "gemma2", "gemma3", "gpt_oss", "llama", "mistral", "qwen3_next", "qwen3_vl"]
 GEMMA = Gemma3TextConfig(num_hidden_layers=12, head_dim=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=512)
 
 
@@ -32,7 +39,7 @@ def test_the_table_is_up_to_date(listed):
 
 
 def test_the_table_says_how_many_are_served():
-    count = sum(row[1] == "yes" for row in ROWS.values())
+    count = sum(row[1] != "no" for row in ROWS.values())
     assert f"{count} of {len(ROWS)} families are served." in TABLE.read_text()
 
 
@@ -59,3 +66,10 @@ def test_info_of_a_model_that_is_refused():
     rows = dict(report(LlamaConfig(head_dim=48)))
     assert rows["served"] == "no: its head_dim is 48; supported: 64, 80, 96, 128, 192, 256, 512" and "KV bytes at 32K" not in rows
     assert served(LlamaConfig(num_hidden_layers=2)).refusal is None
+
+
+def test_info_of_image_text_models():
+    assert dict(report(Gemma3Config()))["served"] == "text; prompts with images raise: the tokens of one image see each other"
+    assert auto_class(Qwen3VLConfig()) is AutoModelForImageTextToText and auto_class(LlamaConfig()) is AutoModelForCausalLM
+    sizes = Qwen3VLConfig(text_config={"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64})
+    assert kv_table(sizes)["32K"][0] == 2 * 32768 * 2 * 2 * 64 * 2

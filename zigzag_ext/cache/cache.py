@@ -106,16 +106,18 @@ class ZigzagCache(Cache):
         )
 
     def forward(
-        self, batch: int, q_len: int, attention_mask=None, ids=None, position_ids: Tensor | None = None, counts=None
-    ) -> Forward:
+        self, batch: int, q_len: int, attention_mask=None, ids=None, position_ids: Tensor | None = None, counts=None,
+        images: bool = False,
+    ) -> Forward:  # fmt: skip
         """`with cache.forward(...):` brackets a forward pass of `q_len` new columns, see `Forward`.
 
         attention_mask: [batch, seen + q_len], 0 where a row has no token: such a column is not stored, its output means nothing.
         ids: [batch, q_len] of the tokens, None if they come as embeddings. position_ids: [batch or 1, q_len], only compared with
         the tokens held, and only without a mask, which tells more. counts: [batch] on the host, instead of a mask: row i gets the
-        last counts[i] of the columns, behind its own last token; the columns before them are nothing.
+        last counts[i] of the columns, behind its own last token; the columns before them are nothing. images: whether ids do not
+        tell all of the tokens.
         """
-        return Forward(self, batch, q_len, attention_mask, ids, position_ids, counts)
+        return Forward(self, batch, q_len, attention_mask, ids, position_ids, counts, images)
 
     save = save
     load = classmethod(load)
@@ -325,11 +327,12 @@ class ZigzagCache(Cache):
             )
 
     @locked
-    def keep_first(self, ids: Tensor, mask: Tensor | None = None) -> None:
+    def keep_first(self, ids: Tensor, mask: Tensor | None = None, images: bool = False) -> None:
         """Prepares for a call that brings the whole conversation `ids` [batch, n]: takes back what it does not begin with.
 
         What is held beyond ids[:, : n - 1] is taken back too, since a model has to see a token to go on. Waits for the device
-        once. Raises ValueError naming the first differing position where a ring cannot take that many tokens back.
+        once. Raises ValueError naming the first differing position where a ring cannot take that many tokens back; or if the call
+        brings `images`, or begins with a part of a prompt with images, which ids do not tell.
         """
         state = self.state
         state.check()
@@ -338,7 +341,7 @@ class ZigzagCache(Cache):
             return
         ids = ids.repeat_interleave(copies, 0)  # as generate() does for beams
         mask = None if mask is None else mask.repeat_interleave(copies, 0)
-        same = min(state.tokens.first_difference(ids, mask), ids.shape[1] - 1)
+        same = min(state.tokens.first_difference(ids, mask, images), ids.shape[1] - 1)
         if same == state.columns:
             return
         if layers := self.incomplete_layers(state.rows.cut_at(np.minimum(state.rows.ends, same))):

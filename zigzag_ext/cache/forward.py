@@ -13,6 +13,7 @@ from ..attention import ops
 from ..attention.store import Chunk, LogitTerms, in_normal_mode
 from .columns import back_in_order, copy_on, in_order, is_mixed
 from .compression.observed import Observed
+from .positions import check_positions
 from .rows import Rows
 from .shared import SharedKeys
 from .state import locked
@@ -65,9 +66,10 @@ class Forward:
         ids: Tensor | None = None,
         positions: Tensor | None = None,
         counts: np.ndarray | None = None,
+        images: bool = False,
     ):
         self.cache, self.state, self.batch, self.total = cache, cache.state, batch, q_len
-        self.mask, self.ids, self.positions, self.counts = mask, ids, positions, counts
+        self.mask, self.ids, self.positions, self.counts, self.images = mask, ids, positions, counts, images
         self.given: set[int] = set()  # layers of the cache that were given their new keys in the present piece
         self.attended: set[int] = set()  # layers of the model that it has been through
         self.shared = SharedKeys(self)
@@ -265,27 +267,9 @@ class Forward:
         return self._read_prompt_mask()
 
     def _check_positions(self) -> None:
-        """Raises ValueError for positions, of a forward without a mask, that stand among the tokens held or start again.
-
-        Positions [..., batch or 1, q_len] of a short forward on a cache that holds tokens are looked at on a CPU only.
-        """
-        positions, held = self.positions, self.state.columns
-        if positions is None:
-            return
-        if positions.shape[-1] != self.total:
-            raise ValueError(
-                f"position_ids must be [batch, {self.total}], one per new token; got {tuple(positions.shape)}{self._used()}"
-            )
-        if self.short and positions.device.type != "cpu":
-            return
-        if held and (positions[..., 0] < self.state.lengths_on(positions.device)[0]).any():
-            first = positions[..., 0].min().item()
-            raise ValueError(f"position_ids start at {first}, among the tokens that are held{self._used()}")
-        if (positions[..., 1:] <= positions[..., :-1]).any():
-            raise ValueError(
-                "position_ids go back within a row, as those of several documents packed into one do; tokens would attend to the "
-                "documents before their own: give each document a row, and an attention_mask with 0 for padding"
-            )
+        if self.positions is not None:
+            held = self.state.lengths_on(self.positions.device)[0] if self.state.columns else None
+            check_positions(self.positions, self.total, held, self.short, self._used())
 
     def _used(self) -> str:
         """The end of a message about arguments that do not go on where the cache stopped."""
@@ -368,6 +352,7 @@ class Forward:
             tokens.remember(tokens.mask_fault(self.mask, self.total, state.rows.furthest_ahead > 0))
         device = next(iter(state.seq_lens))
         ids = None if self.ids is None else self.ids[:, self.done : self.done + self.q_len]
+        tokens.images_end = state.columns + self.q_len if self.images else tokens.images_end
         if self.counts is not None:
             return tokens.note_rows(ids, self.counts, self.q_len, device, state.rows)
         tokens.note(ids, self._hidden_now(), self.batch, self.q_len, device, state.columns)

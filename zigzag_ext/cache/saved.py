@@ -47,9 +47,9 @@ def save(self: "ZigzagCache", path: str | os.PathLike) -> None:
     grow; one row of one layer at a time is copied to the host.
 
     Raises:
-        ValueError: nothing is held; the cache holds some of the heads only (tensor parallelism); or it compresses prompts by a
-            method that is not this package's. RuntimeError: it is marked as not whole. OSError: as the system says; the file is
-            then what it was.
+        ValueError: nothing is held, or images were read; the cache holds some of the heads only (tensor parallelism); or it
+            compresses prompts by a method that is not this package's. RuntimeError: it is marked as not whole. OSError: as the
+            system says; the file is then what it was.
 
     Example:
         >>> cache.save("book.cache")
@@ -59,6 +59,8 @@ def save(self: "ZigzagCache", path: str | os.PathLike) -> None:
     state.check()
     if not state.columns:
         raise ValueError("the ZigzagCache holds no tokens: there is nothing to save")
+    if state.tokens.images_end:
+        raise ValueError("the ZigzagCache has read images, which ids do not tell apart in another process: it cannot be saved")
     if state.tokens.fault is not None:
         raise_mask_error(int(state.tokens.fault))
     plan, model, sizes = state.made_for

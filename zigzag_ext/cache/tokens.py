@@ -16,11 +16,16 @@ _ERRORS = {
 
 
 class HeldTokens:
-    """ids [batch, columns] int32 on the device, with room to grow: SKIPPED or UNKNOWN where there is none."""
+    """ids [batch, columns] int32 on the device, with room to grow: SKIPPED or UNKNOWN where there is none.
+
+    images_end: columns up to the end of the latest forward with images, whose tokens have the ids of any other image's. deltas:
+    [batch, 1], of a model with M-RoPE: how far the next position is from the number of tokens (`rope_deltas`).
+    """
 
     def __init__(self):
         self.ids: Tensor | None = None
-        self.columns = 0
+        self.columns = self.images_end = 0
+        self.deltas: Tensor | None = None
         self.fault: Tensor | None = None  # 0-d int64 on the device: the largest fault that a short forward has found
         self.fetched: tuple[Tensor, torch.cuda.Event] | None = None  # its copy on the way to the host
 
@@ -67,9 +72,9 @@ class HeldTokens:
 
     def cut(self, columns: int) -> None:
         """Forgets all columns from `columns` on."""
-        self.columns = min(self.columns, columns)
+        self.columns, self.images_end = min(self.columns, columns), min(self.images_end, columns)
         if not columns:
-            self.fault = self.fetched = None
+            self.fault = self.fetched = self.deltas = None
 
     @in_normal_mode
     def take_back(self, before: np.ndarray, after: np.ndarray) -> Tensor | None:
@@ -88,13 +93,31 @@ class HeldTokens:
     def select_rows(self, index: Tensor) -> None:
         if self.ids is not None:
             self.ids = self.ids.index_select(0, index.to(self.ids.device))
+        if self.deltas is not None:
+            self.deltas = self.deltas.index_select(0, index.to(self.deltas.device))
 
-    def first_difference(self, ids: Tensor, mask: Tensor | None) -> int:
+    def first_difference(self, ids: Tensor, mask: Tensor | None, images: bool = False) -> int:
         """The first column in which `ids` [batch, n] has another token than is held, or none; waits for the device.
 
         Columns of `mask` [batch, n] that are 0, those that a row left out, and tokens that came as embeddings match anything.
+        images: whether the call brings images. Raises ValueError if it does, or if a prompt with images is held and the call does
+        not begin with all of that: ids do not tell which images they stand for.
         """
         n = min(ids.shape[1], self.columns)
+        if images and self.columns:
+            raise ValueError(
+                f"the ZigzagCache holds {self.columns} tokens and the call brings images, which token ids do not tell apart: "
+                "call reset() before, and give the whole conversation with all of its images"
+            )
+        same = self._first_difference(ids, mask, n)
+        if same < self.images_end:
+            raise ValueError(
+                f"the ZigzagCache holds a prompt with images of {self.images_end} tokens, and the call begins with the first "
+                f"{same} of them only: call reset() before another conversation, and give its images"
+            )
+        return same
+
+    def _first_difference(self, ids: Tensor, mask: Tensor | None, n: int) -> int:
         if self.ids is None or not n:
             return n
         held = self.ids[:, :n]

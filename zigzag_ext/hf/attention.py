@@ -22,6 +22,7 @@ _HARMLESS = {
     "cache_position",
     "ignore_index",
     "layer_idx",
+    "logits_to_keep",
     "num_items_in_batch",
     "output_hidden_states",
     "output_router_logits",
@@ -50,18 +51,45 @@ class MaskNote:
 
 
 _SLIDING = sliding_window_overlay(1).__code__
+_SPAN_IDS = ("block_sequence_ids", "image_group_ids")  # [batch, tokens] of functions that let spans see themselves; -1: in none
+
+
+def _composed(mask_function) -> tuple[str, tuple]:
+    """How transformers has composed a mask, by "and_masks" or "or_masks", and of what; of others the name and nothing."""
+    code, cells = getattr(mask_function, "__code__", None), getattr(mask_function, "__closure__", None) or ()
+    name = getattr(mask_function, "__qualname__", repr(mask_function)).partition(".<locals>")[0]
+    if code is None or code.co_freevars != ("mask_functions",):
+        return name, ()
+    return name, tuple(cells[0].cell_contents)
+
+
+def _adds_nothing(mask_function) -> bool:
+    """Whether a function lets the tokens of spans see each other, and there are no spans; waits for the device."""
+    names = getattr(getattr(mask_function, "__code__", None), "co_freevars", ())
+    spans = [mask_function.__closure__[names.index(name)].cell_contents for name in _SPAN_IDS if name in names]
+    return len(spans) == 1 and not (spans[0] >= 0).any()
+
+
+def _simplified(mask_function):
+    """The same mask without unions with nothing, which prompts of text have in models whose images see themselves."""
+    name, parts = _composed(mask_function)
+    if name == "or_masks" and len(left := [part for part in parts if not _adds_nothing(part)]) == 1:
+        return _simplified(left[0])
+    return mask_function
 
 
 def window_of(mask_function) -> int:
     """Tokens that a query sees under "causal and a sliding window" as transformers composes the two; 0 for anything else."""
-    code, cells = getattr(mask_function, "__code__", None), getattr(mask_function, "__closure__", None) or ()
-    if code is None or code.co_freevars != ("mask_functions",):
-        return 0
-    both = cells[0].cell_contents
-    sliding = [each for each in both if getattr(each, "__code__", None) is _SLIDING]
-    if len(both) != 2 or len(sliding) != 1 or causal_mask_function not in both:
+    name, parts = _composed(_simplified(mask_function))
+    sliding = [part for part in parts if getattr(part, "__code__", None) is _SLIDING]
+    if name != "and_masks" or len(parts) != 2 or len(sliding) != 1 or causal_mask_function not in map(_simplified, parts):
         return 0
     return sliding[0].__closure__[0].cell_contents
+
+
+def _described(mask_function) -> str:
+    name, parts = _composed(mask_function)
+    return f"{name}({', '.join(map(_described, parts))})" if parts else name
 
 
 def mask(*args, mask_function=causal_mask_function, local_size: int | None = None, **kwargs) -> MaskNote | None:
@@ -73,7 +101,9 @@ def mask(*args, mask_function=causal_mask_function, local_size: int | None = Non
         return None
     if torch.compiler.is_compiling():
         return MaskNote("of a compiled step", local_size or 0)
-    return MaskNote(getattr(mask_function, "__qualname__", repr(mask_function)), window_of(mask_function))
+    if _simplified(mask_function) is causal_mask_function:
+        return None
+    return MaskNote(_described(mask_function), window_of(mask_function))
 
 
 def attention(
@@ -104,6 +134,8 @@ def attention(
             "plan), not a part of it, and do not set attn_implementation='zigzag' by hand; a model made from the config of an "
             "enabled one needs a copy.deepcopy of that config"
         )
+    if getattr(module, "layer_idx", None) is None:
+        raise ValueError(f"{name} is no layer of the text decoder (it has no layer_idx), which alone is served")
     _check_mask(name, module.layer_idx, attention_mask, entry.native_window(module.layer_idx))
     if dropout:
         raise ValueError(f"{name} asks for attention dropout {dropout}; zigzag attention is for inference: call model.eval()")
@@ -139,8 +171,8 @@ def _check_mask(name: str, layer: int, given, window: int) -> None:
     if given is not None and not getattr(given, "window", 0):
         what = given.name if isinstance(given, MaskNote) else f"a {type(given).__name__}"
         raise ValueError(
-            f"{name} needs the attention mask {what}; zigzag attention serves causal masks with padding, and sliding windows; "
-            "several documents need a row each, padded"
+            f"{name} needs the attention mask {what}; zigzag attention serves causal masks with padding, and sliding windows: "
+            "no tokens that see later ones, as those of one image do in some models; several documents need a row each, padded"
         )
     if (asked := 0 if given is None else given.window) != window:
         own, planned = (f"a sliding window of {each} tokens" if each else "full causal attention" for each in (asked, window))

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from ..attention.buffers import free_bytes
 from ..cache.forward import Forward
-from ..planning.layers import geometries
+from ..planning.layers import geometries, text_config
 from ..planning.plan import token_count
+from .images import deltas_holder, tensors_in
+from .own_config import is_composite
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
 MAX_CHUNK = 8192  # tokens, over all rows: matrix products with as many rows fill a GPU; 1.5 GB of activations in Llama-3-8B
 MIN_CHUNK = 256  # tokens per row; smaller ones read the weights too often
 _MEMORY_SHARE = 0.5  # of what is free after the KV buffers
-_PER_TOKEN = (*TOKEN_ARGUMENTS, "position_ids", "cache_position", "token_type_ids")  # cut along the tokens
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # [batch, tokens], 0 for text
+_PER_TOKEN = (*TOKEN_ARGUMENTS, "position_ids", "cache_position", *_TOKEN_TYPES)  # cut along the tokens
 _NEED_ALL = ("labels", "shift_labels", "output_hidden_states", "output_router_logits")  # need every token in one forward
 
 
@@ -46,8 +49,10 @@ def pieces_of(model: nn.Module, forward: Forward, kwargs: dict, chunk: int | str
     Args:
         forward: open. kwargs: its arguments by name. chunk: most tokens per row and pass, "auto", or None: one pass.
 
+    A prompt with images is one pass: the model merges their features into it.
+
     Raises:
-        ValueError: an argument cannot be cut (with "auto" such a forward is one pass).
+        ValueError: an argument cannot be cut (with "auto", and in composite models, such a forward is one pass).
     """
     batch, q_len = new_tokens(kwargs)
     keep = kwargs.get("logits_to_keep", 0)
@@ -56,7 +61,14 @@ def pieces_of(model: nn.Module, forward: Forward, kwargs: dict, chunk: int | str
     automatic = chunk == "auto"
     if chunk is None or wants_all or not forward.state.stores or q_len <= (MIN_CHUNK if automatic else chunk):
         return [kwargs]
-    if automatic and (model.base_model is model or _uncuttable(kwargs)):
+    if automatic and model.base_model is model:
+        return [kwargs]
+    if (automatic or is_composite(model)) and _uncuttable(kwargs):
+        return [kwargs]
+    if kwargs.get("position_ids") is None and deltas_holder(model) is not None:  # made by the model, from the whole prompt
+        return [kwargs]
+    types = [kwargs[name] for name in _TOKEN_TYPES if kwargs.get(name) is not None]
+    if is_composite(model) and any(bool(each.any()) for each in types):  # of images, in inputs_embeds; waits for the device
         return [kwargs]
     seen, cut = forward.columns, _cutter(kwargs)
     size = automatic_chunk(model, forward.cache, batch) if automatic else chunk
@@ -70,7 +82,9 @@ def pieces_of(model: nn.Module, forward: Forward, kwargs: dict, chunk: int | str
 
 
 def _uncuttable(kwargs: dict) -> list[str]:
-    return sorted({name for name, value in kwargs.items() if isinstance(value, Tensor)} - {*_PER_TOKEN, "attention_mask"})
+    """Names of a forward's arguments that have tensors which are not of its tokens."""
+    names = {name for name, value in kwargs.items() if any(True for _ in tensors_in(value))}
+    return sorted(names - {*_PER_TOKEN, "attention_mask"})
 
 
 def _cutter(kwargs: dict) -> Callable[[int, int, int], dict]:
@@ -97,7 +111,7 @@ def automatic_chunk(model: nn.Module, cache, batch: int) -> int:
     At most MAX_CHUNK over all rows, at least MIN_CHUNK. The activations of a layer's widest point, per token: about eight
     tensors of the hidden size (residual, norm, q, k, v, rotated q and k, attention output) and four of the MLP's inner size.
     """
-    config, element = model.config, model.dtype.itemsize
+    config, element = text_config(model.config), model.dtype.itemsize
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     inner = max(inner) if isinstance(inner, list | tuple) else inner  # of Gemma 3n one for each layer
     experts = (getattr(config, "num_experts_per_tok", None) or 0) * (getattr(config, "moe_intermediate_size", None) or inner)

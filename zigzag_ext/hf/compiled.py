@@ -23,6 +23,7 @@ from .own_config import plain_name
 from .step_cache import StepCache
 
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
+_GRIDS = ("image_grid_thw", "video_grid_thw")  # of the prompt's images: generate() hands them to steps, which have positions
 
 
 class CompiledDecoding:
@@ -52,7 +53,8 @@ class CompiledDecoding:
     def __call__(self, forward: Forward, kwargs: dict):
         cache = forward.cache
         _, inputs = split_cache(kwargs)
-        inputs.pop("attention_mask", None)
+        for name in ("attention_mask", *(_GRIDS if inputs.get("position_ids") is not None else ())):
+            inputs.pop(name, None)
         kind = (forward.total, None, forward.padding is None)
         step = self._step(cache, kind, inputs, lambda: StepCache.of(forward))
         with forward.attending_all():

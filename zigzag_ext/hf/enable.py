@@ -41,8 +41,9 @@ def enable(
     """Makes `model` run the plan: after this `model.generate(...)` keeps full caches for retrieval layers, rings for the others.
 
     Args:
-        model: a transformers decoder-only language model (`AutoModelForCausalLM`), also inside PEFT's wrappers or
-            `torch.compile(model)`. Served exactly or refused: see Raises. It gets a config of its own.
+        model: a transformers decoder-only language model (`AutoModelForCausalLM`) or an image-text model around one
+            (`AutoModelForImageTextToText`), of which the text decoder is served and other parts attend as before; also inside
+            PEFT's wrappers or `torch.compile(model)`. Served exactly or refused: see Raises. It gets a config of its own.
         plan: `zigzag_ext.Plan` with one kind per layer, sliding windows of the model's own as native layers (`Plan.with_native`).
             None: the model as it is, exactly, with rings for its native windows. Where a plan records what it was made for
             (`Plan.origin`), the model has to have that geometry; a model of another name is warned of once.
@@ -52,7 +53,7 @@ def enable(
         prefill_chunk: most new tokens per row that go through the model at once, in forwards that ask for the logits of the last
             tokens only, as generate() does. Peak memory beside the KV then does not depend on the prompt; the result is that of
             one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows, where
-            the model and the arguments of the call can be cut. None: one shot.
+            the model and the arguments of the call can be cut. None: one shot. A prompt with images is one shot, too.
         compile: run each decode step (one new token per row) as one compiled graph, on a GPU as one captured CUDA graph; prompts
             stay eager. See below.
         compress: let retrieval layers of these caches keep only a part of each prompt, for one `PromptWindows(budget=0.12)`.
@@ -62,6 +63,8 @@ def enable(
 
     Greedy search, sampling, beams, padded batches, `prefill_chunk_size` and several turns with one cache work as usual. Pass
     `cache=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. (`past_key_values=` means the same.)
+    Behind a prompt with images a kept cache goes on with what begins with all of that prompt, its images left out of the call;
+    `reset()` it for others. Where the tokens of one image see each other (Gemma 3), a prompt with images raises ValueError.
     Inference only. Tested with transformers 5.4 to 5.24; a newer one is warned of once.
 
     With `compile=True` the first step compiles, which takes from seconds to minutes; after that a step costs the host almost

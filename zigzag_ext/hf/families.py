@@ -5,24 +5,30 @@ import sys
 from torch import nn
 
 from ..attention.ops import CPU_HEAD_DIMS, DTYPES, MAX_GROUP_SIZE, head_dims_of
-from ..planning.layers import SLIDING, geometries, kv_sources
+from ..planning.layers import SLIDING, geometries, kv_sources, text_config
 from ..planning.native import native_windows
 from ..planning.origin import origin_of
+from .own_config import text_decoder
 
 
 def check_family(model: nn.Module) -> None:
-    """Raises ValueError naming the family, the reason, and the layer where there is one, if `model` cannot be served exactly."""
-    config = model.config
-    reason = next((why for check in _CHECKS if (why := check(model, config))), None)
-    if reason:
-        raise ValueError(f"{config.model_type} is not supported by zigzag attention: {reason}")
+    """Raises ValueError naming the family, the reason, and the layer where there is one, if `model` cannot be served exactly.
+
+    Of a composite model the text decoder is looked at.
+    """
+    reason, decoder = _composition(model), text_decoder(model)
+    if reason := reason or next((why for check in _CHECKS if (why := check(decoder, decoder.config))), None):
+        raise ValueError(f"{model.config.model_type} is not supported by zigzag attention: {reason}")
 
 
-def _composition(model, config):
-    if config.is_encoder_decoder:
+def _composition(model):
+    if model.config.is_encoder_decoder:
         return "it is an encoder-decoder model"
-    if config.get_text_config(decoder=True) is not config:
-        return "it is a composite (multimodal) model; only text decoders are served"
+    decoder = text_decoder(model)
+    if decoder is None:
+        return "the text decoder of this composite model is no model of its own"
+    if decoder.config.is_encoder_decoder:
+        return "its text model is an encoder-decoder model"
 
 
 def _not_causal(model, config):
@@ -104,9 +110,19 @@ def _own_attention(model, config):
     return _OWN_ATTENTION.get(config.model_type)
 
 
+_IMAGES_SEE_THEMSELVES = ("gemma3", "shieldgemma2")
+
+
+def images_refused(config) -> str | None:
+    """Why prompts with images raise in the forward of a composite model whose text is served, or None."""
+    asked = getattr(text_config(config), "use_bidirectional_attention", None)
+    if config.model_type in _IMAGES_SEE_THEMSELVES or (text_config(config) is not config and asked == "vision"):
+        return "prompts with images raise: the tokens of one image see each other"
+
+
 def check_smoothing(model: nn.Module, plan) -> None:
     """Raises ValueError if keys are smoothed whose logits meet others than each other: a cap or a learned sink."""
-    capped = getattr(model.config, "attn_logit_softcapping", None)
+    capped = getattr(text_config(model.config), "attn_logit_softcapping", None)
     if plan.key_smoothing and (capped or any(name.endswith(".sinks") for name, _ in model.named_parameters())):
         raise ValueError(
             f"{model.config.model_type}: key_smoothing moves all logits of a query alike, which soft caps and learned sinks "
@@ -115,7 +131,6 @@ def check_smoothing(model: nn.Module, plan) -> None:
 
 
 _CHECKS = (
-    _composition,
     _layer_kinds,
     _windows,
     _softcap,

@@ -1,7 +1,7 @@
 """The config of an enabled model: one of its own, which says "zigzag" and whose copies say what the model had before.
 
 A config may be shared by several models, and may be copied to make another model or to be saved; only the enabled one attends
-through this package.
+through this package. Of a composite model the text decoder's config says so; its other parts attend as before.
 """
 
 import copy
@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..planning.layers import text_config
 from .attention import NAME
 
 _plain: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model: uses of `plain_name` under way, what they stand for
@@ -33,37 +35,62 @@ class _Implementation(str):
         return copy.copy, (self.former,)
 
 
+def is_composite(model: nn.Module) -> bool:
+    """Whether the text decoder is one part of the model among others."""
+    return text_config(model.config) is not model.config
+
+
+def text_decoder(model: nn.Module) -> nn.Module | None:
+    """What has the layers that a plan is for: the model, or of a composite one the part made from its text config, if any."""
+    if not is_composite(model):
+        return model
+    config = text_config(model.config)
+    return next((part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config), None)
+
+
+def set_implementation(model: nn.Module, name: str) -> None:
+    """What the layers of the text decoder attend with, and nothing beside them.
+
+    Raises RuntimeError, and changes nothing, if they do not take their attention from transformers' AttentionInterface.
+    """
+    decoder = text_decoder(model)
+    decoder.set_attn_implementation({"": name})
+    if decoder.config._attn_implementation != name:
+        raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
+
+
 def use_zigzag(given: nn.Module, model: nn.Module) -> None:
-    """Gives `model`, and `given`, which is the model or wraps it, a config of their own that says NAME.
+    """Gives `model`, and `given`, which is the model or wraps it, a config of their own whose text decoder's says NAME.
 
     Raises RuntimeError, and changes nothing, if the model does not take its attention from transformers' AttentionInterface.
     """
-    shared, own = model.config, copy.deepcopy(model.config)
+    copies: dict = {}
+    copy.deepcopy(model.config, copies)
+    shared = _exchange(given, copies)
+    own = text_config(model.config)
     former = own._attn_implementation
-    _exchange(given, shared, own)
     try:
-        model.set_attn_implementation(NAME)
-        if own._attn_implementation != NAME:
-            raise RuntimeError(f"{own.model_type} does not take its attention from transformers' AttentionInterface")
+        set_implementation(model, NAME)
     except BaseException:
-        _exchange(given, own, shared)
+        _exchange(given, shared)
         raise
-    own._attn_implementation = _Implementation(former)
+    own._attn_implementation = {"": _Implementation(former)}
 
 
 def use_former(model: nn.Module) -> None:
     """Undoes `use_zigzag`; the config stays the model's own."""
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation(getattr(implementation, "former", implementation))
+    implementation = text_config(model.config)._attn_implementation
+    set_implementation(model, getattr(implementation, "former", implementation))
 
 
 @contextmanager
 def plain_name(model: nn.Module) -> Iterator[None]:
     """For the compiler, which takes a str for a constant and none of its subclasses. Threads may overlap."""
+    config = text_config(model.config)
     with _plain_lock:
-        users, implementation = _plain.get(model, (0, model.config._attn_implementation))
+        users, implementation = _plain.get(model, (0, config._attn_implementation))
         _plain[model] = users + 1, implementation
-        model.config._attn_implementation = NAME
+        config._attn_implementation = {"": NAME}
     try:
         yield
     finally:
@@ -72,10 +99,15 @@ def plain_name(model: nn.Module) -> Iterator[None]:
             if users > 1:
                 _plain[model] = users - 1, implementation
             else:
-                model.config._attn_implementation = implementation
+                config._attn_implementation = {"": implementation}
 
 
-def _exchange(given: nn.Module, old, new) -> None:
+def _exchange(given: nn.Module, others: dict[int, object]) -> dict[int, object]:
+    """Gives modules the config `others[id(config)]` for theirs, where there is one. Returns what undoes it."""
+    former = {}
     for module in given.modules():
-        for name in [name for name, value in vars(module).items() if value is old]:
-            setattr(module, name, new)
+        for name, config in list(vars(module).items()):
+            if isinstance(config, PreTrainedConfig) and (other := others.get(id(config))) is not None:
+                former[id(other)] = config
+                setattr(module, name, other)
+    return former

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .. import _C
 from ..attention.ops import HEAD_DIMS
@@ -12,7 +12,8 @@ from ..planning.native import native_windows, whole_plan
 from ..planning.plan_text import counts_of, ranges
 from .attention import NAME
 from .cache_argument import cache_parameter
-from .families import check_family
+from .families import check_family, images_refused
+from .own_config import set_implementation
 
 CONTEXTS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}  # tokens
 
@@ -21,22 +22,25 @@ CONTEXTS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}  # tokens
 class Served:
     """refusal: why `enable` raises, or None; on CUDA it raises for `limit`, too.
 
-    windows: see `native_windows`; empty where the config names no layers.
+    windows: see `native_windows`; empty where the config names no layers. text_only: why prompts with images raise, or None.
     """
 
     refusal: str | None
     windows: tuple[int | None, ...]
     limit: str | None = None
+    text_only: str | None = None
 
 
 def served(config) -> Served:
-    """Of a causal language model of this config, built without memory for weights."""
+    """Of a causal language model of this config, or an image-text model, built without memory for weights."""
     try:
         windows = native_windows(config)
     except (AttributeError, TypeError, ValueError):
         windows = ()
     refusal = _refusal(config)
-    return Served(refusal, windows, None if refusal else _limit(config))
+    if refusal:
+        return Served(refusal, windows)
+    return Served(None, windows, _limit(config), images_refused(config))
 
 
 def _limit(config) -> str | None:
@@ -44,10 +48,16 @@ def _limit(config) -> str | None:
     return f"on the CPU only: CUDA has no kernels for head_dim {dims[0]}" if dims else None
 
 
+def auto_class(config):
+    """What makes a model of this config: AutoModelForCausalLM, or AutoModelForImageTextToText for one that only that knows."""
+    known = [auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping]
+    return known[0] if known else AutoModelForCausalLM
+
+
 def _refusal(config) -> str | None:
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
     except Exception as error:  # whatever a family's constructor raises
         return f"its config makes no model ({type(error).__name__})"
     try:
@@ -58,8 +68,9 @@ def _refusal(config) -> str | None:
         cache_parameter(model)
     except RuntimeError:
         return "its forward has no parameter for a KV cache"
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    try:
+        set_implementation(model, NAME)
+    except RuntimeError:
         return "it does not take its attention from transformers' AttentionInterface"
     return None
 
@@ -85,7 +96,8 @@ def kv_table(config, element_bytes: int = 2, sink: int = 64, window: int = 256) 
 def report(config) -> list[tuple[str, str]]:
     """Rows of text for `zigzag info MODEL`."""
     found = served(config)
-    served_as = f"no: {found.refusal}" if found.refusal else found.limit or "yes"
+    limits = "; ".join(filter(None, (found.limit, found.text_only and f"text; {found.text_only}")))
+    served_as = f"no: {found.refusal}" if found.refusal else limits or "yes"
     rows = [("family", config.model_type), ("served", served_as)]
     if found.windows:
         plan = whole_plan(found.windows)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..cache import ZigzagCache
 from ..cache.forward import attending
+from ..planning.layers import text_config
 from .cache_argument import cache_parameter, forward_parameters, split_cache
 from .chunking import TOKEN_ARGUMENTS, new_tokens, pieces_of
 from .compiled import CompiledDecoding
+from .images import brings_images, deltas_of, give_deltas
 from .own_config import use_zigzag
 
 _ATTRIBUTE = "_zigzag_session"
@@ -93,8 +95,9 @@ class Session:
         self._check_arguments(kwargs)
         cache, kwargs = self._with_cache(kwargs)
         noted = (kwargs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
-        forward = cache.forward(*new_tokens(kwargs), *noted)
-        with self._without_gradients(), forward, attending(None), attending(forward):
+        forward = cache.forward(*new_tokens(kwargs), *noted, images=brings_images(kwargs))
+        deltas = deltas_of(self.model, cache, kwargs)
+        with self._without_gradients(), deltas, forward, attending(None), attending(forward):
             if self.compiled is not None and forward.decodes:
                 return self.compiled(forward, kwargs)
             *ahead, last = pieces_of(self.model, forward, kwargs, self.prefill_chunk)
@@ -139,7 +142,9 @@ class Session:
         if cache is None and (wanted("use_cache") is not False or given.get("inputs_embeds") is not None):  # these need one
             cache = self.new_cache(rollback=getattr(own_loop, "rollback", 0))
         elif isinstance(cache, ZigzagCache) and ids is not None and not wanted("prefill_chunk_size"):
-            cache.keep_first(ids, given.get("attention_mask"))
+            cache.keep_first(ids, given.get("attention_mask"), brings_images(given))
+            if cache.get_seq_length():
+                give_deltas(self.model, cache, max(1, cache.state.batch // len(ids)))
         if isinstance(cache, ZigzagCache):
             cache.state.prompt_end = ids.shape[1] if ids is not None and wanted("prefill_chunk_size") else 0
         kwargs |= {} if cache is None else {self.cache_name: cache}
@@ -156,7 +161,8 @@ class Session:
         """Raises TypeError or ValueError for what cannot be served as stock attention serves it."""
         model, name = self.model, type(self.model).__name__
         wants = kwargs.get("output_attentions")
-        if wants or (wants is None and getattr(model.config, "output_attentions", False)):
+        configs = (model.config, text_config(model.config))
+        if wants or (wants is None and any(getattr(config, "output_attentions", False) for config in configs)):
             raise ValueError(f"zigzag attention does not serve output_attentions=True: {_OPTIONS['output_attentions']}")
         given = [argument for argument in TOKEN_ARGUMENTS if kwargs.get(argument) is not None]
         if len(given) != 1:
@@ -183,7 +189,7 @@ class Session:
 
     def _with_cache(self, kwargs: dict) -> tuple[ZigzagCache, dict]:
         """The cache of this forward, and its arguments with that cache among them unless the caller wants none."""
-        config, (given, kwargs) = self.model.config, split_cache(kwargs)
+        config, (given, kwargs) = text_config(self.model.config), split_cache(kwargs)
         if given is None:
             use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
             if not use_cache:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..cache import ZigzagCache
 from ..cache.tokens import to_device
 from ..hf.cache_argument import cache_argument
+from ..hf.images import tensors_in
 from ..hf.session import Session
 from .accept import accept_greedy, accept_sampled
 from .chain import StreamingDraft, weight_bytes
@@ -63,7 +64,7 @@ class Decoding:
         if "position_ids" not in inspect.signature(self.session.behind("forward")).parameters:
             raise ValueError(f"speculate needs a model that takes position_ids, which {type(self.model).__name__} does not")
         others = {name: value for name, value in inputs.items() if name not in _OF_A_PROMPT and value is not None}
-        if tensors := [name for name, value in others.items() if isinstance(value, Tensor)]:
+        if tensors := [name for name, value in others.items() if any(True for _ in tensors_in(value))]:
             raise ValueError(f"speculate does not serve the argument {', '.join(tensors)}")
         return others
 
@@ -78,6 +79,8 @@ class Decoding:
             given["position_ids"] = positions[..., -new:]
         given = {name: value for name, value in given.items() if value is not None and name != "cache_position"}
         logits = self.model(**given, **cache_argument(self.model, self.cache), return_dict=True).logits[:, -1:]
+        if positions is not None and positions.dim() == 3:  # of M-RoPE, [n, batch, tokens]: behind images all rows are alike
+            positions = positions[0]
         lengths = self.cache.seq_lens.long()
         self.offset = torch.zeros_like(lengths) if positions is None else positions[..., -1].to(lengths) + 1 - lengths
         return logits

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+
+from ..hf.served import auto_class
 
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -32,7 +34,8 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto", device_ma
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     with _named(f"the model {source}"):
         dtype = _dtype(dtype, device, folder, options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **placed)
+        auto = auto_class(AutoConfig.from_pretrained(folder, **options))
+        model = auto.from_pretrained(folder, dtype=dtype, **options, **placed)
     return (model if placed else model.to(device)).eval(), tokenizer
 
 

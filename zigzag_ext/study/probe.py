@@ -14,7 +14,8 @@ from ..cache.forward import attending
 from ..hf.attention import NAME
 from ..hf.cache_argument import split_cache
 from ..hf.families import check_family
-from ..planning.layers import kv_sources
+from ..hf.own_config import set_implementation
+from ..planning.layers import kv_sources, text_config
 from ..planning.native import native_windows
 from .torch_attention import banded
 
@@ -31,20 +32,18 @@ def probe(model: nn.Module, attend: Attend):
         RuntimeError: zigzag attention is enabled on the model already.
         ValueError: the family cannot be computed exactly; in the forward: padding, a cache or attention weights were asked for.
     """
-    previous = model.config._attn_implementation
+    previous = text_config(model.config)._attn_implementation
     if previous == NAME:
         raise RuntimeError("zigzag attention is enabled on this model: call zigzag_ext.disable(model) first")
     check_family(model)
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
+    set_implementation(model, NAME)
     hook = model.register_forward_pre_hook(_check_arguments, with_kwargs=True)
     try:
         with attending(None), attending(_Probe(attend, model.config)):
             yield model
     finally:
         hook.remove()
-        model.set_attn_implementation(previous)
+        set_implementation(model, previous)
 
 
 class _Probe:

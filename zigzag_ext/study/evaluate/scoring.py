@@ -16,6 +16,7 @@ from ...cache.compression import PromptCompression
 from ...hf import zigzag
 from ...hf.cache_argument import cache_argument
 from ...planning.kv_format import PLAIN
+from ...planning.layers import text_config
 from ...planning.plan import Plan
 from .haystack import Sample
 
@@ -98,7 +99,7 @@ def score_each(
 
 def check_length(model: nn.Module, tokens: int) -> None:
     """Raises ValueError if the model's context is shorter than `tokens`."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(text_config(model.config), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(f"{tokens} tokens are more than the model's context of {limit}")
 
