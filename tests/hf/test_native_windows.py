@@ -3,10 +3,9 @@
 Compared with stock eager attention on the model's own masks, in float32.
 """
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from against_stock import close, logits_of, stock, streaming_plan, traced_only
 from dense_oracle import dense_oracle, next_logits
 from tiny_models import WINDOWED, generate, new_model, padded_prompt, prompt, windowed_model
 from transformers.masking_utils import (
@@ -37,33 +36,6 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def model(family):
     return windowed_model(family, WINDOW)
-
-
-@contextmanager
-def stock(model):
-    """The model's own eager attention."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    yield
-    model.set_attn_implementation(before)
-
-
-def close(got, expected) -> bool:
-    return torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
-
-
-def logits_of(model, tokens: int, **batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens and the logits they were chosen from."""
-    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
-    output = model.generate(**batch, max_new_tokens=tokens, **options)
-    return output.sequences[:, batch["input_ids"].shape[1] :], torch.stack(output.logits, 1)
-
-
-def streaming_plan(model) -> zz.Plan:
-    """Every other full layer streams, the first one too, with a sink and a window shorter than the model's own."""
-    windows = zz.native_windows(model.config)
-    kinds = ["retrieval" if place % 2 else "streaming" for place in range(windows.count(None))]
-    return zz.Plan(kinds, sink=2, window=5).with_native(windows) if kinds else whole_plan(windows)
 
 
 def test_one_shot_and_every_chunking(model):
@@ -97,13 +69,6 @@ def test_beams(model):
         expected = generate(model, 2 * WINDOW, num_beams=3, **batch)
     with zz.zigzag(model):
         assert generate(model, 2 * WINDOW, num_beams=3, **batch).equal(expected)
-
-
-def traced_only(self, module, inputs):
-    """What a compiled step does before the compiler of kernels: tracing the model, and RoPE that goes into the op."""
-    compiled.fuse_rope(module.graph)
-    module.recompile()
-    return module.forward
 
 
 @pytest.mark.parametrize("batch", [padded_prompt([30]), padded_prompt([30, 17, 3])], ids=["one_row", "padded"])

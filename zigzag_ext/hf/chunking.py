@@ -64,6 +64,8 @@ def pieces_of(model: nn.Module, forward: Forward, kwargs: dict, chunk: int | str
     if first_kept <= 0:
         return [kwargs]
     ends = [*range(size, first_kept, size), first_kept]
+    if forward.cache.states:  # which transformers does not mask in pieces of one column
+        ends = [end for start, end in zip([0, *ends], ends, strict=False) if end - start > 1 and end < q_len - 1] or [q_len]
     cache = {name: value for name, value in kwargs.items() if value is forward.cache}
     body = [cut(start, end, seen) | cache | {"use_cache": True} for start, end in zip([0, *ends], ends, strict=False)]
     return [*body, kwargs | cut(first_kept, q_len, seen)]

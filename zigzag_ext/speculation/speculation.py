@@ -51,6 +51,8 @@ class Speculation:
             raise ValueError("speculate needs a KV cache: leave use_cache on")
         if not isinstance(cache, ZigzagCache):
             raise TypeError(f"speculate takes a ZigzagCache or no cache, got a {type(cache).__name__}")
+        if self.rollback:
+            cache.refuse_states([states.index for states in cache.states], "speculate()")
         if cache.rollback < self.rollback and any(store.window for store in cache.stores):
             raise ValueError(
                 f"tokens={self.tokens} drafts may have to be taken back, and the rings of this ZigzagCache can take back "
