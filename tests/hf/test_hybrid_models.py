@@ -3,8 +3,6 @@
 Compared with stock eager attention in the same forwards: a recurrence rounds otherwise in other chunks.
 """
 
-import copy
-
 import pytest
 import torch
 import transformers
@@ -18,7 +16,6 @@ import zigzag_ext as zz
 from zigzag_ext.cache import states
 from zigzag_ext.hf import compiled
 from zigzag_ext.hf.cache_argument import cache_argument
-from zigzag_ext.planning.native import whole_plan
 
 pytestmark = pytest.mark.skipif(not states.SERVED, reason=f"transformers {transformers.__version__} has no classes for states")
 KNOWN = [family for family in HYBRID if family in CONFIG_MAPPING]

@@ -16,7 +16,7 @@ TABLE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 ROWS = {
     cells[0]: cells for cells in re.findall(r"^\| ([\w-]+) \| (yes|no) \| (.*?) ?\| (.*?) ?\|$", TABLE.read_text(), re.MULTILINE)
 }
-FEW = ["cohere2", "deepseek_v3", "gemma2", "gpt_oss", "llama", "mistral", "qwen3_next"]  # others take seconds each to import
+FEW = ["cohere2", "deepseek_v3", "gemma2", "gpt_oss", "jamba", "llama", "mistral", "qwen3_next"]  # others take seconds each
 GEMMA = Gemma3TextConfig(num_hidden_layers=12, head_dim=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=512)
 
 

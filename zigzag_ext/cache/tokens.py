@@ -12,8 +12,8 @@ _CHANGED, _SKIPPED_AHEAD, _SKIPPED_ALONE = 1, 2, 3
 _ERRORS = {
     _CHANGED: "attention_mask masks other tokens than those the cache left out before: start from an empty cache",
     _SKIPPED_AHEAD: "attention_mask leaves new tokens out right after crop() or a failure, while rings hold those taken back",
-    _SKIPPED_ALONE: "attention_mask leaves a row out of a forward of one token, which its recurrent and convolution states take in all "
-    "the same: give the row a token, or the forward more columns",
+    _SKIPPED_ALONE: "attention_mask leaves a row out of a forward of one token, which recurrent and convolution states take in "
+    "all the same: give the row a token, or the forward more columns",
 }
 
 

@@ -126,7 +126,7 @@ _OWN_ATTENTION = {
     "diffllama": "its layers attend twice, with the halves of their values",
     "doge": "its attention takes a mask that depends on the values",
     "hrm_text": "its layers run several times in one forward",
-    "jamba": "its recurrent layers start from no state in a forward of several tokens: chunks of a prompt would forget the last one",
+    "jamba": "its recurrent layers start from no state in a forward of several tokens, and so would each chunk of a prompt",
     "zamba": _SHARED,
     "zamba2": _SHARED,
 }
