@@ -115,7 +115,7 @@ def test_tokens_are_not_taken_back(model):
     for call in (
         lambda: cache.crop(-1),
         lambda: cache.crop(5),
-        lambda: generate(model, 2, prompt(12, seed=2), cache=cache),
+        lambda: generate(model, 2, torch.cat([ids[:, :6], prompt(6, seed=2)], 1), cache=cache),
         lambda: generate(model, 4, prompt(14), cache=new_cache(model, rollback=20), prompt_lookup_num_tokens=3),
         lambda: generate(model, 4, prompt(14), custom_generate=zz.speculate("lookup")),
     ):
@@ -160,7 +160,9 @@ def test_a_later_forward_that_fails_marks_what_states_have_taken_in(model, cache
         read(model, cache, prompt(3))
     monkeypatch.undo()
     taken = {0, 2} if model.config.model_type == "lfm2" else {0, 1, 2}
-    match = rf"states of layers \[{', '.join(map(str, sorted(taken)))}\] have taken its tokens in, the ZigzagCache is not whole"
+    match = (
+        rf"states of layers \[{', '.join(map(str, sorted(taken)))}\] may have taken its tokens in, the ZigzagCache is not whole"
+    )
     for call in (lambda: read(model, cache, prompt(3)), lambda: cache.crop(-1), lambda: cache.reorder_cache(torch.tensor([0]))):
         with pytest.raises(RuntimeError, match=match):
             call()

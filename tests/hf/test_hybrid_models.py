@@ -77,6 +77,15 @@ def test_beams(model):
         assert generate(model, 12, num_beams=3, **batch).equal(expected)
 
 
+def test_compiled_steps():
+    model, batch = new_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), padded_prompt([30, 17])
+    with stock(model):
+        expected, expected_logits = logits_of(model, 20, **batch)
+    with zz.zigzag(model, compile=True):
+        answer, logits = logits_of(model, 20, **batch)
+    assert answer.equal(expected) and close(logits, expected_logits)
+
+
 @pytest.mark.parametrize("batch", [padded_prompt([30]), padded_prompt([30, 17, 3])], ids=["one_row", "padded"])
 def test_traced_steps(traced_family, batch, monkeypatch):
     monkeypatch.setattr(compiled._Backend, "__call__", traced_only)

@@ -380,7 +380,7 @@ class Forward:
         if lost:
             took_in = [states.index for states in self.cache.states if states.index in lost]
             state.changing = "a forward failed half-way, " + (
-                f"the recurrent or convolution states of layers {took_in} have taken its tokens in"
+                f"the recurrent or convolution states of layers {took_in} may have taken its tokens in"
                 if took_in
                 else f"its tokens have overwritten older ones in the rings of layers {lost}"
             )
