@@ -112,6 +112,7 @@ def test_tokens_are_not_taken_back(model):
     cache, ids = new_cache(model, rollback=20), prompt(12)
     read(model, cache, ids)
     before = contents(cache)
+    stateful = "assisted generation is not supported with stateful models"  # by transformers itself, in some families
     for call in (
         lambda: cache.crop(-1),
         lambda: cache.crop(5),
@@ -119,7 +120,7 @@ def test_tokens_are_not_taken_back(model):
         lambda: generate(model, 4, prompt(14), cache=new_cache(model, rollback=20), prompt_lookup_num_tokens=3),
         lambda: generate(model, 4, prompt(14), custom_generate=zz.speculate("lookup")),
     ):
-        with pytest.raises(RuntimeError, match="take tokens back, which the recurrent or convolution states of layers"):
+        with pytest.raises((RuntimeError, ValueError), match=f"which the recurrent or convolution states of layers|{stateful}"):
             call()
     assert equal(contents(cache), before)
     assert close(read(model, cache, prompt(3, seed=3)), read(model, new_cache(model), torch.cat([ids, prompt(3, seed=3)], 1)))

@@ -8,6 +8,7 @@ pass is one `Forward`: checks and memory come before anything is written, the le
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -138,16 +139,21 @@ class ZigzagCache(Cache):
         cache.reset()
         return cache
 
-    @property
+    @cached_property
     def attention_layers(self) -> list[ZigzagLayer]:
         """The layers that keep keys and values."""
         return [layer for layer in self.layers if isinstance(layer, ZigzagLayer)]
 
-    @property
+    @cached_property
     def states(self) -> list[StateLayer]:
         """The states of all layers that have one, in its place or beside keys and values."""
         layers = (getattr(layer, "states", layer) for layer in self.layers)
         return [layer for layer in layers if isinstance(layer, StateLayer) and layer.keeps]
+
+    @cached_property
+    def holders(self) -> list[ZigzagLayer | StateLayer]:
+        """All that hold something of each row: the layers with keys, and the states, those beside keys as well."""
+        return [*self.attention_layers, *self.states]
 
     @property
     def stores(self) -> list[LayerStore]:
@@ -156,7 +162,7 @@ class ZigzagCache(Cache):
 
     def memory_bytes(self) -> int:
         """Bytes of memory that all key and value buffers, and all states, take now."""
-        return sum(holder.memory_bytes for holder in (*self.attention_layers, *self.states))
+        return sum(holder.memory_bytes for holder in self.holders)
 
     def kv_bytes(self) -> int:
         """Bytes of the keys, values and scales of the tokens held: `memory_bytes` without states, pages and room to grow.
@@ -240,7 +246,7 @@ class ZigzagCache(Cache):
 
     def incomplete_layers(self, rows: Rows) -> list[int]:
         """Layers that no longer hold what `rows` show, after what was written ahead of them; states never go back."""
-        return sorted({holder.index for holder in (*self.attention_layers, *self.states) if not holder.is_whole(rows)})
+        return sorted({holder.index for holder in self.holders if not holder.is_whole(rows)})
 
     def refuse_states(self, layers: list[int], what: str) -> None:
         """Raises RuntimeError if any of `layers`, which cannot take tokens back, has a state."""
@@ -258,8 +264,8 @@ class ZigzagCache(Cache):
             self.state.forget()
         else:
             self.state.start(None)  # a change of the rows may have gone through some layers only
-        for layer in self.layers:
-            layer.release() if whole else layer.drop()
+        for holder in self.holders:
+            holder.release() if whole else holder.drop()
 
     @locked
     def crop(self, tokens: int | Sequence[int]) -> None:
@@ -354,8 +360,8 @@ class ZigzagCache(Cache):
         if not index.is_cuda and (index.min() < 0 or index.max() >= state.batch):  # on a GPU this would wait for it
             raise IndexError(f"{what}: rows must be in [0, {state.batch}), got {index.tolist()}")
         with state.change(what):
-            for layer in self.layers:
-                layer.select_rows(index)
+            for holder in self.holders:
+                holder.select_rows(index)
             state.select_rows(index)
 
     @in_normal_mode

@@ -198,8 +198,8 @@ class Forward:
         if state.batch != self.batch:
             if state.columns:
                 raise ValueError(f"the cache holds {state.batch} rows, the input has {self.batch}; use reset() or another cache")
-            for layer in self.cache.layers:
-                layer.drop()
+            for holder in self.cache.holders:
+                holder.drop()
             state.start(self.batch)
 
     def _check_attended(self) -> None:
