@@ -249,3 +249,23 @@ def test_plans_and_scores_cover_the_layers_that_attend():
     ]:
         with pytest.raises(ValueError, match=words):
             zz.ZigzagCache(model.config, wrong)
+
+
+def test_states_that_were_made_in_inference_mode_outlive_it(model, cache):
+    ids, more = prompt(12, batch=2), prompt(3, batch=2, seed=2)
+    with torch.inference_mode():
+        read(model, cache, ids)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    expected = new_cache(model)
+    read(model, expected, ids[[1, 0]])
+    assert close(read(model, cache, more), read(model, expected, more))
+
+
+def test_a_compressed_prompt_drops_keys_and_keeps_states(model):
+    cache, whole, ids = new_cache(model, compress=zz.PromptWindows(budget=0.5)), new_cache(model), prompt(300)
+    for each in (cache, whole):
+        read(model, each, ids)
+    before = contents(cache)
+    cache.compress()
+    assert cache.compressed.keys() == set(streaming_plan(model).retrieval_layers) and equal(contents(cache), before)
+    assert not close(read(model, cache, prompt(3)), read(model, whole, prompt(3)))

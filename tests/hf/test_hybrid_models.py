@@ -20,6 +20,12 @@ from zigzag_ext.hf.cache_argument import cache_argument
 pytestmark = pytest.mark.skipif(not states.SERVED, reason=f"transformers {transformers.__version__} has no classes for states")
 KNOWN = [family for family in HYBRID if family in CONFIG_MAPPING]
 TRACED = ["lfm2", "qwen3_next"]
+REFUSED = {
+    "jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}, "start from no state in a forward"),
+    "mamba": ({}, "none of its layers has attention"),
+    "minimax": ({"layer_types": ["linear_attention", "full_attention"] * 2}, "a cache of its own .MiniMaxCache"),
+    "zamba2": ({"layers_block_type": ["linear_attention", "hybrid"] * 2}, "its attention modules serve several layers each"),
+}
 
 
 def pytest_generate_tests(metafunc):
@@ -67,6 +73,21 @@ def test_padded_batch_and_decoding(model, plan_of):
     with zz.zigzag(model, plan):
         answer, logits = logits_of(model, 24, **batch)
     assert answer.equal(expected) and close(logits, expected_logits)
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_families_that_are_refused_by_name(refused):
+    options, words = REFUSED[refused]
+    model = new_model(refused, **options)
+    with pytest.raises(ValueError, match=f"{refused} is not supported by zigzag attention: .*{words}"):
+        zz.enable(model)
+
+
+def test_a_layer_that_does_not_use_the_states_of_the_cache(monkeypatch):
+    model = new_model("lfm2")
+    monkeypatch.setattr(model.model.layers[2].conv, "forward", lambda hidden_states, **kwargs: hidden_states)
+    with zz.zigzag(model), torch.no_grad(), pytest.raises(RuntimeError, match=r"layers \[2\] never read the states"):
+        model(prompt(20))
 
 
 def test_beams(model):
