@@ -37,7 +37,7 @@ def line(family: str) -> list[str]:
     except Exception as error:  # whatever a config's constructor raises
         found = Served(f"it has no default config ({type(error).__name__})", ())
     fixed = "" if found.refusal else fixed_layers(found.windows)
-    return [family, "no" if found.refusal else "yes", fixed, (found.refusal or "").replace("|", "/")]
+    return [family, "no" if found.refusal else "yes", fixed, (found.refusal or found.limit or "").replace("|", "/")]
 
 
 def fixed_layers(windows: tuple[int | None, ...]) -> str:

@@ -7,17 +7,16 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/head_dims.h"
 #include "cpu/vec.h"
 #include "kv/formats.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
 
-inline constexpr int kMaxVector = 256;  // largest head_dim
-
 template <class Format>
 inline void decode_vector(const uint8_t* codes, float scale, int head_dim, float* to) {
   if constexpr (std::is_same_v<Format, Fp8>) {  // through float16: no compiler vectorises its decode()
-    Float16 halves[kMaxVector];
+    Float16 halves[kMaxHeadDim];
     for (int d = 0; d < head_dim; ++d) halves[d].bits = Fp8::scaled_half(codes[d]);
     const Vec factor = Vec::fill(scale * Fp8::kHalfScale);  // exact: the largest scale is below 2^120
     for (int d = 0; d < head_dim; d += Vec::kWidth) (Vec::load(halves + d) * factor).store(to + d);
@@ -37,10 +36,10 @@ inline float encode_vector(const float* x, int head_dim, uint8_t* codes) {
   uint32_t amax = 0;
   for (int d = 0; d < head_dim; ++d) amax = std::max(amax, float_bits(x[d]) & 0x7fffffffu);
   const VectorScale scale(amax, Format::kMaxCode);
-  float y[kMaxVector];
+  float y[kMaxHeadDim];
   for (int d = 0; d < head_dim; ++d) y[d] = scale.scaled(x[d]);
   asm("" : "+m"(y));  // y was rounded to float32: from here the multiplication cannot be fused into what follows
-  uint32_t code[kMaxVector];
+  uint32_t code[kMaxHeadDim];
   for (int d = 0; d < head_dim; ++d) code[d] = Format::encode(y[d]);
   if constexpr (Format::kBits == 8) {
     for (int d = 0; d < head_dim; ++d) codes[d] = static_cast<uint8_t>(code[d]);
@@ -56,7 +55,7 @@ inline void store_vector(DType dtype, const void* from, int head_dim, KvFormat f
     std::memcpy(to, from, static_cast<std::size_t>(vector_bytes(format, dtype, head_dim)));
     return;
   }
-  float x[kMaxVector];
+  float x[kMaxHeadDim];
   dispatch_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for (int d = 0; d < head_dim; d += Vec::kWidth) Vec::load(static_cast<const T*>(from) + d).store(x + d);

@@ -7,16 +7,16 @@ from zigzag_ext.cache.rows import Rows
 
 
 class History:
-    """What rows really hold: a list of columns each, True for a token; and how far ahead rings were written."""
+    """What rows really hold: a list of columns each, True for a token; and how far ahead columns were written."""
 
     def __init__(self, batch):
         self.columns, self.ahead = [[] for _ in range(batch)], [0] * batch
 
-    def follow(self, left_out, columns, exact=False):
+    def follow(self, left_out, columns):
         width = max(map(len, self.columns))
         for row, n in enumerate(left_out):
             self.columns[row] += [False] * (width - len(self.columns[row])) + [False] * n + [True] * (columns - n)
-            self.ahead[row] = max(0, self.ahead[row] - (columns - int(n) if exact else columns))
+            self.ahead[row] = max(0, self.ahead[row] - columns)
 
     def cut(self, ends):
         for row, end in enumerate(ends):
@@ -39,7 +39,7 @@ def test_bounds_hold(seed):
             real.follow(left_out, columns)
             rows = rows.with_some_left_out(columns)
         elif action == "prompt":
-            real.follow(left_out, columns, exact=True)
+            real.follow(left_out, columns)
             rows = rows.with_padding(columns, left_out, np.array([sum(row) for row in real.columns]))
         elif action == "counts":
             for row, n in enumerate(left_out):
@@ -75,3 +75,35 @@ def test_rows_of_a_prompt_without_padding_are_uniform():
 def test_unknown_rows():
     rows = Rows.empty(2).with_padding(10, np.array([0, 5]), np.array([10, 5])).select(None, 3)
     assert (rows.ends.tolist(), rows.held.tolist(), rows.solid.tolist()) == ([10] * 3, [10] * 3, [5] * 3)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("slack,slots", [(0, 12), (3, 12), (8, 20), (5, 200)])
+def test_rings_lack_nothing_that_rows_show(seed, slack, slots):
+    """A ring, told by the last token that each slot got, under every crop that `ahead` allows."""
+    rng, window = np.random.default_rng(seed), slots - slack
+    tokens, ring, rows = [], {}, Rows.empty(1)  # tokens: of every column its number, None if left out
+
+    def shown(columns):
+        held = sum(token is not None for token in columns)
+        return range(max(0, held - window), held)
+
+    for _ in range(150):
+        columns = int(rng.integers(1, 7))
+        if rng.random() < 0.7:
+            left_out = int(rng.integers(0, columns + 1) * rng.integers(0, 2))
+            for new in [False] * left_out + [True] * (columns - left_out):
+                number = sum(token is not None for token in tokens)
+                tokens.append(number if new else None)
+                if new:
+                    ring[number % slots] = number
+            held = np.array([sum(token is not None for token in tokens)])
+            known = rng.random() < 0.5
+            rows = rows.with_padding(columns, np.array([left_out]), held) if known else rows.with_some_left_out(columns)
+        else:
+            cut = rows.cut_at(np.maximum(rows.ends - columns, 0))
+            if all(ahead <= slack or length + ahead <= slots for length, ahead in cut.shown):
+                rows = cut
+                del tokens[int(cut.ends[0]) :]
+        for number in shown(tokens):
+            assert ring[number % slots] == number

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/dispatch.h"
+#include "core/head_dims.h"
 #include "kernels/attention.h"
 #include "kernels/decode/full/workspace.h"
 
@@ -81,8 +82,13 @@ TEST_CASE("dispatch_head_dim: reaches every supported head_dim as a constant, an
   check_mentions(error_of([] { dispatch_head_dim(72, [](auto) {}); }), {"72"});
 }
 
+TEST_CASE("check_cuda_head_dim: accepts what is compiled, and names it for others") {
+  for (int head_dim : kHeadDims) CHECK_NOTHROW(check_cuda_head_dim(head_dim));
+  check_mentions(error_of([] { check_cuda_head_dim(512); }), {"head_dim 512", "on CUDA", "64, 80, 96, 128, 256"});
+}
+
 TEST_CASE("check_params: accepts what the kernels serve") {
-  for (int head_dim : kHeadDims) {
+  for (int head_dim : kCpuHeadDims) {
     for (int group = 1; group <= kMaxGroupSize; ++group) {
       AttentionParams params = good_attention();
       params.head_dim = head_dim;
@@ -112,7 +118,7 @@ TEST_CASE("check_params: names what was given and what is supported") {
     std::vector<std::string> mentions;
   };
   const std::vector<Case> cases = {
-      {"head_dim", [](AttentionParams& p) { p.head_dim = 72; }, {"head_dim 72", "64, 80, 96, 128, 256"}},
+      {"head_dim", [](AttentionParams& p) { p.head_dim = 72; }, {"head_dim 72", "64, 80, 96, 128, 192, 256, 512"}},
       {"head_dim 0", [](AttentionParams& p) { p.head_dim = 0; }, {"head_dim 0"}},
       {"heads not a multiple",
        [](AttentionParams& p) { p.num_q_heads = 7; },
@@ -157,8 +163,8 @@ TEST_CASE("check_params: append and merge refuse their own fields") {
   check_mentions(error_of([&] { append_cpu(append, ParallelFor{}); }), {"head_dim 127", "128"});
   MergeParams merge{};
   merge.rows = 1;
-  merge.head_dim = 512;
-  check_mentions(error_of([&] { merge_states_cpu(merge, ParallelFor{}); }), {"head_dim 512", "256"});
+  merge.head_dim = 640;
+  check_mentions(error_of([&] { merge_states_cpu(merge, ParallelFor{}); }), {"head_dim 640", "512"});
 }
 
 TEST_CASE("attention_workspace_bytes: enough for the largest head_dim, known without a GPU") {

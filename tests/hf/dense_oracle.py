@@ -1,4 +1,4 @@
-"""What a plan means, computed without a line of zigzag_ext: stock DynamicCache, stock eager attention, dense [N x N] masks.
+"""What a plan means, computed without zigzag_ext: stock DynamicCache, stock eager attention, dense [N x N] masks.
 
 `with dense_oracle(model, kinds, sink, window): model.generate(...)` keeps every token and masks the ones that a streaming
 layer or head must not see. Positions count real tokens only, so the sink of a left-padded row is its first real tokens.
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+
+from zigzag_ext.hf import compiled
 
 _active = {}
 
@@ -50,11 +52,38 @@ def dense_oracle(model, kinds, sink: int, window: int):
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def stock(model):
+    """The model's own eager attention."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    yield
+    model.set_attn_implementation(before)
+
+
+def close(got, expected) -> bool:
+    return torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def logits_of(model, tokens: int, **batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens and the logits they were chosen from."""
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    output = model.generate(**batch, max_new_tokens=tokens, **options)
+    return output.sequences[:, batch["input_ids"].shape[1] :], torch.stack(output.logits, 1)
+
+
 def next_logits(model, answer, input_ids, attention_mask) -> torch.Tensor:
     """Logits [batch, new tokens, vocab] from which `answer` [batch, new tokens] was to be chosen, in one forward."""
     mask = torch.cat([attention_mask, torch.ones_like(answer)], 1)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     tokens = torch.cat([input_ids, answer], 1)
     with torch.no_grad():
-        logits = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        logits = model(tokens, attention_mask=mask, position_ids=positions).logits  # with a cache, see `SharedKeys`
     return logits[:, input_ids.shape[1] - 1 : -1].float()
+
+
+def traced_only(self, module, inputs):
+    """What a compiled step does before the compiler of kernels: tracing the model, and RoPE that goes into the op."""
+    compiled.fuse_rope(module.graph)
+    module.recompile()
+    return module.forward

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from against_stock import close, streaming_plan
+from against_stock import streaming_plan
+from dense_oracle import close
 from tiny_models import generate, new_model, padded_prompt, prompt
 
 import zigzag_ext as zz

@@ -6,8 +6,8 @@ Compared with stock eager attention in the same forwards: a recurrence rounds ot
 import pytest
 import torch
 import transformers
-from against_stock import close, logits_of, stock, streaming_plan, traced_only
-from dense_oracle import dense_oracle
+from against_stock import streaming_plan
+from dense_oracle import close, dense_oracle, logits_of, stock, traced_only
 from tiny_models import HYBRID, generate, new_model, padded_prompt, prompt
 from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -5,8 +5,8 @@ Compared with stock eager attention on the model's own masks, in float32.
 
 import pytest
 import torch
-from against_stock import close, logits_of, stock, streaming_plan, traced_only
-from dense_oracle import dense_oracle, next_logits
+from against_stock import streaming_plan
+from dense_oracle import close, dense_oracle, logits_of, next_logits, stock, traced_only
 from tiny_models import WINDOWED, generate, new_model, padded_prompt, prompt, windowed_model
 from transformers.masking_utils import (
     causal_mask_function,

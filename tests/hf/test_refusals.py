@@ -26,7 +26,7 @@ _MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_
 REFUSED = {
     "chunked": ("llama4_text", {"layer_types": ["chunked_attention"] * 4}, "llama4_text .*layer 0 is 'chunked_attention'"),
     "latent": ("deepseek_v3", _MLA | {"first_k_dense_replace": 4}, "deepseek_v3 .*latent attention"),
-    "head_dim": ("llama", {"head_dim": 32}, "llama .*head_dim is 32; supported: 64, 80, 96, 128, 256"),
+    "head_dim": ("llama", {"head_dim": 32}, "llama .*head_dim is 32; supported: 64, 80, 96, 128, 192, 256, 512"),
     "group_size": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 1}, "llama .*32 query heads share 1 KV heads"),
     "no_heads": ("rwkv", {"num_attention_heads": None}, "rwkv .*config.num_attention_heads is None"),
     "encoder": ("bert", {}, "bert .*is not causal"),
@@ -59,12 +59,17 @@ def test_composite_model_raises():
         zz.enable(model, PLAN)
 
 
-def test_shared_kv_caches_raise():
+def test_shared_kv_caches_that_the_code_does_not_have_raise():
     model = new_model("llama")
     model.config.num_kv_shared_layers = 2
-    for make in (zz.enable, lambda model, plan: zz.ZigzagCache(model.config, plan)):
-        with pytest.raises(ValueError, match="last 2 layers share"):
-            make(model, PLAN)
+    with pytest.raises(ValueError, match=r"llama .*by its config layers \[2, 3\] read .* of others, by its code layers \[\]"):
+        zz.enable(model, PLAN)
+    with pytest.raises(ValueError, match="the plan has 4 layers, the model has 2"):
+        zz.ZigzagCache(model.config, PLAN)
+    for shared in (4, -1, "2"):
+        model.config.num_kv_shared_layers = shared
+        with pytest.raises(ValueError, match="num_kv_shared_layers must be less than the 4 layers"):
+            zz.ZigzagCache(model.config)
 
 
 def test_states_need_transformers_that_hold_them(monkeypatch):

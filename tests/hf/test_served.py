@@ -57,5 +57,5 @@ def test_info_of_a_model_from_its_config(tmp_path):
 
 def test_info_of_a_model_that_is_refused():
     rows = dict(report(LlamaConfig(head_dim=48)))
-    assert rows["served"] == "no: its head_dim is 48; supported: 64, 80, 96, 128, 256" and "KV bytes at 32K" not in rows
+    assert rows["served"] == "no: its head_dim is 48; supported: 64, 80, 96, 128, 192, 256, 512" and "KV bytes at 32K" not in rows
     assert served(LlamaConfig(num_hidden_layers=2)).refusal is None

@@ -164,6 +164,21 @@ HYBRID: dict[str, dict] = {
     },
     "zaya": {},
 }
+# Families whose last layers read the KV caches of earlier ones, the last of their kind: here layers 4 and 6 read layer 2, layers
+# 5 and 7 layer 3. Gemma 4's full layers have heads of their own.
+SHARED: dict[str, dict] = {
+    "gemma3n_text": {"laurel_rank": 8, "altup_num_inputs": 2},
+    "gemma4_text": {"global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+}
+_SHARED = {
+    "num_hidden_layers": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 4,
+    "num_kv_shared_layers": 4,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCAB,
+    "initializer_range": 0.05,
+}
+SHARED = {family: _SHARED | options for family, options in SHARED.items() if family in CONFIG_MAPPING}
 if Version(transformers.__version__) < Version("5.13"):
     del FAMILIES["nemotron"]  # refused there: its attention does not go through transformers' AttentionInterface
 
@@ -193,6 +208,15 @@ def new_model(family: str, **overrides):
 def windowed_model(family: str, window: int, **overrides):
     """A model of its own whose sliding layers see `window` tokens."""
     return new_model(family, **{"sliding_window": window} | WINDOWED[family] | overrides)
+
+
+def shared_model(family: str, window: int, **overrides):
+    """A model of its own whose sliding layers see `window` tokens and whose last layers read the caches of others."""
+    model = new_model(family, **{"sliding_window": window} | SHARED[family] | overrides)
+    for name, weight in model.named_parameters():
+        if name.endswith("q_norm.weight"):  # logits have no other scale; at 1 each query sees one key, and rounding which
+            torch.nn.init.constant_(weight, 0.25)
+    return model
 
 
 def prompt(length: int, batch: int = 1, seed: int = 1) -> torch.Tensor:

@@ -109,7 +109,7 @@ def test_the_name_is_what_the_config_was_read_from(tmp_path):
         ({**RAW, "num_key_value_heads": [2, 4]}, ValueError, r"config.num_key_value_heads is \[2, 4\]"),
         ({**RAW, "num_hidden_layers": True}, ValueError, "config.num_hidden_layers is True"),
         ({**RAW, "head_dim": None}, ValueError, "config.hidden_size is None"),
-        (SimpleNamespace(), ValueError, "config.num_attention_heads is None"),
+        (SimpleNamespace(), ValueError, "config.num_hidden_layers is None"),
         ("org/tiny", TypeError, "config must be a model's config .* got 'org/tiny'"),
     ],
 )

@@ -88,7 +88,7 @@ def test_kv_bytes_of_one_shape():
         (lambda: scheduler(kinds=["ring"]), 'layer 0 has the kind "ring"'),
         (lambda: scheduler(sink=-1), "sink"),
         (lambda: scheduler(window=0), "window"),
-        (lambda: scheduler(head_dim=72), "head_dim 72 is not supported; supported: 64, 80, 96, 128, 256"),
+        (lambda: scheduler(head_dim=72), "head_dim 72 is not supported; supported: 64, 80, 96, 128, 192, 256, 512"),
         (lambda: scheduler(num_q_heads=30), "30 query heads and 8 KV heads"),
         (lambda: scheduler(num_kv_heads=1), "at most 16 times"),
         (lambda: scheduler(num_kv_heads=0), "0 KV heads"),
@@ -110,6 +110,7 @@ def test_errors_are_value_errors(call, message):
 
 def test_limits_and_build_info():
     assert _C.HEAD_DIMS == (64, 80, 96, 128, 256)
+    assert _C.CPU_HEAD_DIMS == (64, 80, 96, 128, 192, 256, 512)
     assert (_C.MAX_GROUP_SIZE, _C.MAX_DECODE_QUERIES) == (16, 16)
     assert 1 << 20 < _C.WORKSPACE_BYTES < 16 << 20
     info = _C.build_info()

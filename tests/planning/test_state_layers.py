@@ -11,7 +11,8 @@ import zigzag_ext as zz
 from zigzag_ext import _C
 from zigzag_ext.planning.costs import kv_costs
 from zigzag_ext.planning.exchange import to_duo, to_layer_string, to_layer_types
-from zigzag_ext.planning.native import check_native, layer_kinds, native_windows, whole_plan
+from zigzag_ext.planning.layers import layer_kinds
+from zigzag_ext.planning.native import check_native, native_windows, whole_plan
 from zigzag_ext.planning.plan import Plan
 
 WINDOWS = (0, None, 16, 0, None)

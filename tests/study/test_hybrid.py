@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma3TextConfig, Lfm2Config
 
 import zigzag_ext as zz
 from zigzag_ext.cache import states
@@ -34,6 +34,25 @@ def test_scores_have_a_row_per_full_layer(hybrid, tokenizer, method):
     options = {"tokens": 2400} if method == "gates" else {}
     scores = zz.identify(hybrid, tokenizer, method, **SMALL | options)
     assert scores.shape == (len(FULL), KV_HEADS) and scores.min() >= 0 and scores.max() <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_read_the_keys_of_others_have_no_rows(tokenizer, method):
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=KV_HEADS,
+        head_dim=64, vocab_size=len(string.printable), max_position_embeddings=3072, eos_token_id=None, bos_token_id=None,
+        pad_token_id=0, initializer_range=0.3, tie_word_embeddings=False, sliding_window=WINDOW, num_kv_shared_layers=2,
+        layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"], hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=len(string.printable), laurel_rank=4, activation_sparsity_pattern=[0.0] * 5,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    options = {"tokens": 2400} if method == "gates" else {}
+    scores = zz.identify(model, tokenizer, method, **SMALL | {"prompts": 1} | options)
+    assert scores.shape == (2, KV_HEADS) and scores.min() >= 0 and scores.max() <= 1
+    plan = zz.solve(scores, retrieval_layers=1, sink=4, window=8, config=config)
+    assert plan.native_windows == (None, WINDOW, None) and plan.origin["layers"] == 3
+    zz.ZigzagCache(config, plan)
 
 
 def test_from_scores_to_tokens(hybrid, tokenizer):

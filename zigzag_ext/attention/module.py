@@ -61,7 +61,7 @@ class ZigzagAttention(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in ops.DTYPES:
             raise ValueError(f"dtype must be float16 or bfloat16, or float32 on the CPU; got {dtype}")
-        _check_geometry(num_q_heads, num_kv_heads, head_dim, max_batch)
+        _check_geometry(num_q_heads, num_kv_heads, head_dim, max_batch, torch.get_default_device() if device is None else device)
         _check_kind(kind, sink, window, max_len)
         self.kind, self.max_len = kind, max_len if kind == "retrieval" else None
         self.sink, self.window = (sink, window) if kind == "streaming" else (0, 0)
@@ -169,9 +169,9 @@ class ZigzagAttention(nn.Module):
         return max(longest, int(self.seq_lens.max()))
 
 
-def _check_geometry(num_q_heads: int, num_kv_heads: int, head_dim: int, max_batch: int) -> None:
-    if head_dim not in ops.HEAD_DIMS:
-        raise ValueError(f"head_dim must be one of {', '.join(map(str, ops.HEAD_DIMS))}; got {head_dim}")
+def _check_geometry(num_q_heads: int, num_kv_heads: int, head_dim: int, max_batch: int, device) -> None:
+    if head_dim not in (served := ops.head_dims_of(device)):
+        raise ValueError(f"head_dim must be one of {', '.join(map(str, served))}; got {head_dim}")
     if num_kv_heads < 1 or num_q_heads % num_kv_heads or not 1 <= num_q_heads // num_kv_heads <= ops.MAX_GROUP_SIZE:
         raise ValueError(
             f"num_q_heads must be 1 to {ops.MAX_GROUP_SIZE} times num_kv_heads; got {num_q_heads} and {num_kv_heads}"

@@ -318,11 +318,18 @@ class LayerStore:
         chunk: Chunk,
         out: Tensor | None = None,
         terms: LogitTerms = NO_TERMS,
+        is_last: bool = True,
     ) -> Tensor:
         """Attention of the chunk over the store and itself, then append.
 
         q [batch, num_q_heads, q_len, head_dim], k, v [batch, num_kv_heads, q_len, head_dim]: all heads of the layer. out: where
-        the results of `heads` go, see `ops.new_output`.
+        the results of `heads` go, see `ops.new_output`. is_last: whether no other layer attends this chunk after this one.
+
+        Layers that share a store bring it the same keys and values, each with its own queries, before any length advances. The
+        op looks for keys by position, and an append writes the same tokens to the same slots. So appending once per layer is
+        what appending once is, where it overwrites nothing that the next layer's queries see: in full buffers, and in rings for
+        up to `rollback` + 1 tokens. A ring that loses older tokens to the chunk is appended to by the last layer; the others
+        attend a copy of it, which costs sink + window tokens and is thrown away.
         """
         if self.key_offset is not None and terms != NO_TERMS:
             raise ValueError("key_smoothing moves all logits of a query alike, which soft caps and sink logits would notice")
@@ -334,6 +341,8 @@ class LayerStore:
         caches = self.caches
         if q.shape[0] < caches.keys.shape[0]:  # the first rows only
             caches = ops.KvBuffers(*(None if t is None else t[: q.shape[0]] for t in caches))
+        if not is_last and self.window and q.shape[2] > self.rollback + 1:
+            caches = ops.KvBuffers(*(None if t is None else t.clone() for t in caches))
         options = {"pad": chunk.pad, "heads": self.head_numbers, "out": out, "sink": self.sink, "window": self.window}
         options |= {"scale": scale, "workspace": chunk.workspace, **terms._asdict()}
         if q.shape[2] > 1 and chunk.cos is None and not chunk.decodes:
@@ -350,11 +359,12 @@ def attend(
     scale: float | None,
     chunk: Chunk,
     terms: LogitTerms = NO_TERMS,
+    is_last: bool = True,
 ) -> Tensor:
     """Attention of one layer, then append: out [batch, num_q_heads, q_len, head_dim]. One call per store, each for its heads."""
     if len(stores) == 1:
-        return stores[0].attend(q, k, v, scale, chunk, None, terms)
+        return stores[0].attend(q, k, v, scale, chunk, None, terms, is_last)
     out, _ = ops.new_output(q)
     for store in stores:
-        store.attend(q, k, v, scale, chunk, out, terms)
+        store.attend(q, k, v, scale, chunk, out, terms, is_last)
     return out

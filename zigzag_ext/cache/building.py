@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..attention.store import LayerStore
 from ..planning.kv_format import PLAIN
-from ..planning.native import EMPTY, HYBRID, STATES, layer_kinds
+from ..planning.layers import EMPTY, HYBRID, STATES, layer_kinds
 from ..planning.plan import Plan
 from .layer import ZigzagLayer
 from .state import CacheState

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, LayerStore, in_normal_mode
+from ..planning.layers import geometries, kv_sources
 from ..planning.native import plan_for
 from ..planning.origin import origin_of
 from .building import layers_of
@@ -35,8 +36,9 @@ class ZigzagCache(Cache):
     """KV cache of a plan, for `model.generate(..., cache=cache)` on a model prepared by `zigzag_ext.enable`.
 
     Args:
-        config: the model's config; a retrieval, streaming, native or mixed layer, or one that holds a state, is made for each of
-            its `num_hidden_layers`.
+        config: the model's config; a retrieval, streaming, native or mixed layer, or one that holds a state, is made for each
+            layer that has keys or a state of its own. Layers that share the KV cache of another one, as the last ones of Gemma 3n
+            and Gemma 4, attend that one's.
         plan: `zigzag_ext.Plan`, native layers as the config has them (`Plan.with_native`). The plan of the cache wins over the
             plan given to `enable`. None: the model as it is, rings for native windows and every token in the other layers.
         max_len: most tokens a row may hold (padding does not count), up to 2^30. None: as many as there is memory for.
@@ -57,7 +59,7 @@ class ZigzagCache(Cache):
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
         ValueError: layer or KV head counts or native windows differ, the plan was made for another geometry (`Plan.origin`),
-            layers share KV caches, or `max_len` or `rollback` is out of range.
+            or `max_len` or `rollback` is out of range.
         RuntimeError: used without `enable`; or more than `max_len` tokens, before anything is written.
         MemoryError: no memory for the tokens of a forward; what is held stays as it was.
 
@@ -85,12 +87,11 @@ class ZigzagCache(Cache):
     ) -> None:
         model, config = origin_of(config), config.get_text_config(decoder=True)
         plan = plan_for(config, plan)
-        if getattr(config, "num_kv_shared_layers", None):
-            raise ValueError(f"{config.model_type}: the last {config.num_kv_shared_layers} layers share KV caches; not supported")
+        sources = kv_sources(config)
         compress = None if compress is None else checked(compress, plan.sink, bool(plan.mixed_layers), config=config)
         num_lengths = 1 + len(plan.kinds) if compress else 1
-        self.state, self.rollback = CacheState(max_len, stores, compress, num_lengths, plan.sink), rollback
-        self.state.made_for = plan, model
+        self.state, self.rollback = CacheState(max_len, stores, sources, compress, num_lengths, plan.sink), rollback
+        self.state.made_for = plan, model, geometries(config)
         plan.check_kv_heads(model["kv_heads"])
         super().__init__(layers=layers_of(self.state, config, plan, rollback))
 
@@ -143,6 +144,11 @@ class ZigzagCache(Cache):
     def attention_layers(self) -> list[ZigzagLayer]:
         """The layers that keep keys and values."""
         return [layer for layer in self.layers if isinstance(layer, ZigzagLayer)]
+
+    @cached_property
+    def attending(self) -> list[int]:
+        """The layers of the model that attend, those without keys of their own as well."""
+        return [layer for layer, source in enumerate(self.state.sources) if isinstance(self.layers[source], ZigzagLayer)]
 
     @cached_property
     def states(self) -> list[StateLayer]:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..attention import ops
 from ..attention.store import Chunk, LogitTerms, in_normal_mode
+from .columns import back_in_order, copy_on, in_order, is_mixed
 from .compression.observed import Observed
 from .rows import Rows
+from .shared import SharedKeys
 from .state import locked
 from .tokens import raise_mask_error, to_device
 
@@ -39,9 +41,10 @@ class Forward:
     ):
         self.cache, self.state, self.batch, self.total = cache, cache.state, batch, q_len
         self.mask, self.ids, self.positions, self.counts = mask, ids, positions, counts
-        self.given: set[int] = set()  # layers whose new keys the cache was given in the present piece
-        self.attended: set[int] = set()  # those that it has been through
+        self.given: set[int] = set()  # layers of the cache that were given their new keys in the present piece
+        self.attended: set[int] = set()  # layers of the model that it has been through
         self.read: set[int] = set()  # layers whose states it has read, and so may have changed
+        self.shared = SharedKeys(self)
         self.written = self.done = 0  # columns that any layer, that all layers have appended
         self.committing = False
         self.q_len = q_len  # columns of the present piece
@@ -78,6 +81,7 @@ class Forward:
     @locked
     def __exit__(self, kind, error, traceback) -> None:
         try:
+            vars(self.cache).pop("shared_layers", None)  # keys that Gemma 3n in transformers 5.4 has left there
             if kind is None:
                 self.state.check_open(self)
                 self._check_attended()
@@ -92,7 +96,7 @@ class Forward:
     def piece(self, q_len: int) -> Iterator["Forward"]:
         """The next `q_len` columns of this forward, through all layers."""
         self.q_len = q_len
-        for noted in (self.given, self.attended, self.read):
+        for noted in (self.given, self.attended, self.read, self.shared.kept):
             noted.clear()
         self._set_pad()
         yield self
@@ -120,33 +124,33 @@ class Forward:
         return self.total == 1 and self.state.columns > 0 and self.state.stores and not self.observes
 
     def pad_on(self, device: torch.device) -> Tensor | None:
-        return _copy_on(self.pad, device)
+        return copy_on(self.pad, device)
 
     def was_given(self, layer: int) -> bool:
-        """Whether the cache got the new keys of a layer in this forward, or keeps none at all."""
-        return layer in self.given or not self.state.stores
+        """Whether the cache got the new keys that a layer attends in this forward, or keeps none at all."""
+        return self.state.sources[layer] in self.given or not self.state.stores
 
     def native_window(self, layer: int) -> int:
-        return self.cache.layers[layer].native_window
+        return self.cache.layers[self.state.sources[layer]].native_window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms) -> Tensor:
         """Attention of a layer, then append. The ops skip leading columns: others to skip are brought there, and outputs back."""
-        with self.state.lock:
-            self.state.check_open(self)
-            attend, order = self.cache.layers[layer].attend, _copy_on(self.order, q.device)
-            if order is None:
-                return attend(q, k, v, scale, terms)
+        state = self.state
+        with state.lock:
+            state.check_open(self)
+            if state.sources[layer] != layer:
+                return self.shared.attend(layer, q, scale, terms)
             self.check_keys(layer, k)
-            index = order[:, None, :, None]
-            out = attend(*(t.gather(2, index.expand_as(t)) for t in (q, k, v)), scale, terms)
-            return torch.empty_like(out).scatter_(2, index.expand_as(out), out)
+            q, k, v = (in_order(t, self.order) for t in (q, k, v))
+            self.shared.keep(layer, k, v)
+            return back_in_order(self.cache.layers[layer].attend(q, k, v, scale, terms), self.order)
 
     def chunk(self, layer: int, k: Tensor) -> Chunk:
         """What layer `layer` needs to attend new keys k [batch, num_kv_heads, q_len, head_dim]. Raises unless it may."""
         state, device = self.state, k.device
         self.check_keys(layer, k)
         if layer in self.attended:
-            raise RuntimeError(f"layer {layer} attended twice in one forward: shared KV caches are not supported")
+            raise RuntimeError(f"layer {layer} attended twice in one forward")
         self.written = self.done + self.q_len
         return Chunk(
             state.lengths_on(device),
@@ -190,7 +194,7 @@ class Forward:
             for states in self.cache.states:
                 states.is_dirty = True
             yield
-            self.attended.update(layer.index for layer in self.cache.attention_layers)
+            self.attended.update(self.cache.attending)
             self.read.update(states.index for states in self.cache.states)
 
     def _check_batch(self) -> None:
@@ -203,7 +207,7 @@ class Forward:
             state.start(self.batch)
 
     def _check_attended(self) -> None:
-        missed = [layer.index for layer in self.cache.attention_layers if layer.index not in self.attended]
+        missed = [index for index in self.cache.attending if index not in self.attended]
         if missed:
             raise RuntimeError(f"layers {missed} never called zigzag attention: this model's layers are not all plain attention")
         missed = [states.index for states in self.cache.states if states.index not in self.read and self.state.stores]
@@ -292,7 +296,7 @@ class Forward:
         else:
             self.hidden = mask[:, -q_len:] == 0
             self.padding = self.hidden.sum(1, dtype=torch.int32)
-            self.reorders = not on_cpu or bool(_is_mixed(self.hidden))
+            self.reorders = not on_cpu or bool(is_mixed(self.hidden))
         return state.rows.with_some_left_out(q_len)  # until the next prompt's mask is read
 
     @in_normal_mode
@@ -302,7 +306,7 @@ class Forward:
         padding = hidden.sum(1, dtype=torch.int32)
         held = state.lengths_on(mask.device)[0] + (q_len - padding)
         fault = self._mask_fault().to(mask.device)
-        code, mixed, *known = torch.cat([fault.reshape(1), _is_mixed(hidden).reshape(1), held.long(), padding.long()]).tolist()
+        code, mixed, *known = torch.cat([fault.reshape(1), is_mixed(hidden).reshape(1), held.long(), padding.long()]).tolist()
         raise_mask_error(code)
         held_then, left_out = np.array(known, dtype=np.int64).reshape(2, self.batch)
         if left_out.any():
@@ -384,15 +388,3 @@ class Forward:
                 if took_in
                 else f"its tokens have overwritten older ones in the rings of layers {lost}"
             )
-
-
-def _copy_on(copies: dict[torch.device, Tensor], device: torch.device) -> Tensor | None:
-    """The tensor of which `copies` are, on `device`; None if there is none."""
-    if copies and device not in copies:
-        copies[device] = in_normal_mode(next(iter(copies.values())).to)(device)
-    return copies.get(device)
-
-
-def _is_mixed(hidden: Tensor) -> Tensor:
-    """0-d bool: whether any row of `hidden` [batch, columns] has a column to skip behind another one."""
-    return (hidden[:, 1:] & ~hidden[:, :-1]).any()

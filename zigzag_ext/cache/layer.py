@@ -102,22 +102,34 @@ class ZigzagLayer(CacheLayerMixin):
         forward.given.add(self.index)
         return key_states, value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms = NO_TERMS) -> Tensor:
-        """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim]."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        terms: LogitTerms = NO_TERMS,
+        reader: int | None = None,
+    ) -> Tensor:
+        """Attention of the chunk over this layer and itself, then append. Returns out [batch, num_q_heads, q_len, head_dim].
+
+        reader: the model's layer that attends, if it is another one than this, whose new keys and values are those of this one.
+        """
+        number = self.index if reader is None else reader
         with self.state.lock:  # until it has written where it may
             forward = self.state.forward
             self.state.check_open(forward)
             if self.is_initialized and (self.dtype, self.device) != (k.dtype, k.device):
                 self._follow(k)
-            chunk = forward.chunk(self.index, k)
+            chunk = forward.chunk(number, k)
             if not self.is_initialized:
                 self.lazy_initialization(k, v)
             if forward.observes and not self.window:
                 if terms.softcap:
                     raise ValueError("prompts of layers with soft-capped logits cannot be compressed")
                 forward.observe(self.index, q, q.shape[3] ** -0.5 if scale is None else scale)
-            out = attend(self.stores, q, k, v, scale, chunk, terms)
-            forward.attended.add(self.index)
+            out = attend(self.stores, q, k, v, scale, chunk, terms, self.state.is_last(number))
+            forward.attended.add(number)
             return out
 
     def _follow(self, k: Tensor) -> None:

@@ -15,6 +15,9 @@ class Rows:
     be tokens, without one that it left out. ahead: columns behind its end that were written and taken back, which rings may
     still hold. prompt, sealed: tokens and columns of a prompt that was compressed, which layers may have dropped some of; 0
     without.
+
+    `ahead` is of columns although rings hold tokens: where a row leaves columns out, what it had written ahead stays as far ahead
+    as it was when a crop to that place was allowed. Further back every column counts.
     """
 
     ends: np.ndarray
@@ -82,8 +85,7 @@ class Rows:
         """
         rows = self.followed_by(columns)
         solid = np.where(padding > 0, columns - padding if leads else 0, rows.solid)
-        ahead = self._overwritten(columns - padding)
-        return replace(rows, held=held, solid=np.where(held == rows.ends, held, solid), ahead=ahead)
+        return replace(rows, held=held, solid=np.where(held == rows.ends, held, solid))
 
     def grown_by(self, tokens: np.ndarray) -> "Rows":
         """Behind `tokens` [batch] more, which follow each row's own last one."""

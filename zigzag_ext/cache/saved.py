@@ -63,10 +63,11 @@ def save(self: "ZigzagCache", path: str | os.PathLike) -> None:
         raise ValueError("the ZigzagCache holds no tokens: there is nothing to save")
     if state.tokens.fault is not None:
         raise_mask_error(int(state.tokens.fault))
-    plan, model = state.made_for
-    kv_heads = self.stores[0].geometry[1]
-    if kv_heads != model["kv_heads"]:
-        raise ValueError(f"a cache that holds {kv_heads} of {model['kv_heads']} KV heads (tensor parallelism) cannot be saved")
+    plan, model, sizes = state.made_for
+    for layer in self.attention_layers:
+        planned = sizes[layer.index]
+        if (kv_heads := layer.stores[0].geometry[1]) != planned.kv_heads:
+            raise ValueError(f"a cache that holds {kv_heads} of {planned.kv_heads} KV heads (tensor parallelism) cannot be saved")
     lengths = state.lengths_on(self.attention_layers[0].device)
     parts = {"seq_lens": [torch.stack(lengths)], "tokens": [state.tokens.ids[:, : state.columns]]}
     parts |= {f"{layer}.queries": [each.q] for layer, each in state.observed.items()}
@@ -117,7 +118,8 @@ def load(cls, path: str | os.PathLike, model) -> "ZigzagCache":
             config, Plan.from_json(content["plan"]), content["max_len"], content["rollback"],
             compress=_method_of(content["compression"]),
         )  # fmt: skip
-        _restore(cache, file, content, _devices(model, len(cache.layers)), found)
+        devices = _devices(model, len(cache.state.sources))[: len(cache.layers)]
+        _restore(cache, file, content, devices, found)
         return cache
 
 
@@ -163,7 +165,9 @@ def _content(file: TensorFile) -> dict:
 
 def _restore(cache: "ZigzagCache", file: TensorFile, content: dict, devices: list[torch.device], model: dict) -> None:
     """Fills an empty cache. `content` and the shapes of all tensors are compared with each other before they are believed."""
-    state, dtype = cache.state, _DTYPES[content["dtype"]]
+    state, dtype, sizes = cache.state, _DTYPES[content["dtype"]], cache.state.made_for[2]
+    if content["head_dim"] != sizes[0].head_dim:
+        raise ValueError(f"head_dim is {content['head_dim']}, that of the model's first layer is {sizes[0].head_dim}")
     batch = (file.shape("seq_lens") + [0, 0])[1]
     if not 1 <= batch <= MAX_TOKENS:
         raise ValueError(f"seq_lens is {shown(file.shape('seq_lens'))}; [{state.num_lengths}, rows] is expected")
@@ -176,9 +180,10 @@ def _restore(cache: "ZigzagCache", file: TensorFile, content: dict, devices: lis
     counts = _checked_counts(cache, rows, lengths.numpy(), left_out)
 
     state.start(batch)
-    like = torch.empty(batch, model["kv_heads"], 0, content["head_dim"], dtype=dtype)
     for layer in cache.attention_layers:
-        layer.lazy_initialization(*[like.to(devices[layer.index])] * 2)
+        size, device = sizes[layer.index], devices[layer.index]
+        like = torch.empty(batch, size.kv_heads, 0, size.head_dim, dtype=dtype, device=device)
+        layer.lazy_initialization(like, like)
     for states in cache.states:
         states.restore(dict(_state_tensors(file, content["states"], states, batch, devices[states.index])))
     state.rows, state.left_out, state.capacity = rows, left_out, -1  # so that what a compressed prompt kept gets memory, too
@@ -188,7 +193,7 @@ def _restore(cache: "ZigzagCache", file: TensorFile, content: dict, devices: lis
     state.seq_lens[devices[0]] = lengths.to(devices[0])
     state.tokens.note(ids, None, batch, rows.columns, devices[0], 0)
     state.compressed, state.prompt_end = content["compressed"], content["prompt_end"]
-    state.observed = dict(_queries(cache, file, content["query_scales"], (batch, model["query_heads"], content["head_dim"])))
+    state.observed = dict(_queries(cache, file, content["query_scales"], (batch, model["query_heads"], model["head_dim"])))
 
 
 def _checked_counts(cache: "ZigzagCache", rows: Rows, lengths: np.ndarray, left_out: np.ndarray) -> list[list[int]]:

@@ -48,11 +48,19 @@ class CacheState:
     """
 
     def __init__(
-        self, max_len: int | None, stores: bool, compression: PromptCompression | None = None, num_lengths: int = 1, sink: int = 0
+        self,
+        max_len: int | None,
+        stores: bool,
+        sources: tuple[int, ...],
+        compression: PromptCompression | None = None,
+        num_lengths: int = 1,
+        sink: int = 0,
     ):
         self.max_len, self.stores, self.compression, self.num_lengths = max_len, stores, compression, num_lengths
         self.sink = sink  # of the plan
-        self.made_for = None  # plan, and name and geometry of the model
+        self.sources = sources  # of the model's layers, see `kv_sources`: the layers of the cache that they attend
+        self.last_readers = {source: layer for layer, source in enumerate(sources)}
+        self.made_for = None  # plan, name and geometry of the model, and geometries of its layers
         self.num_forwards = 0
         self.prompt_end = 0  # columns of a prompt that comes in several forwards
         self.lock = threading.RLock()
@@ -106,6 +114,10 @@ class CacheState:
     def longest(self) -> int:
         """Tokens of the longest row, an upper bound."""
         return self.rows.longest
+
+    def is_last(self, layer: int) -> bool:
+        """Whether no layer of the model after `layer` attends the same layer of the cache."""
+        return self.last_readers[self.sources[layer]] == layer
 
     def check(self) -> None:
         """Raises RuntimeError if the contents are not whole. Before anything but the forward under way uses the cache."""

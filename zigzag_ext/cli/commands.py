@@ -136,9 +136,9 @@ def solve(
     plan.save(output)
     console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
     console.print(plan.summary(), highlight=False)
-    head_dim, element_bytes = plan.provenance["head_dim"], plan.provenance["element_bytes"]
-    layers = Layers(plan.native_windows, len(matrix))
-    retrieval, _ = layers.kv_costs(matrix.shape[1], head_dim, element_bytes, context, sink=sink, window=window)
+    element_bytes = plan.provenance["element_bytes"]
+    sizes = plan.provenance.get("kv_heads", matrix.shape[1]), plan.provenance["head_dim"], element_bytes
+    retrieval, _ = Layers(plan.native_windows, len(matrix)).kv_costs(*sizes, context, sink=sink, window=window)
     full, kept = sum(retrieval), plan.provenance["kv_bytes"]
     console.print(
         f"KV cache at {context} tokens: {kept / 2**30:.2f} GiB per sequence ({kept:,} bytes), {kept / full:.0%} of "
@@ -270,7 +270,7 @@ def info(
         ("torch", torch.__version__),
         ("GPUs", "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus) or "none"),
         ("CPU threads", str(torch.get_num_threads())),
-        ("head_dim", ", ".join(map(str, ops.HEAD_DIMS))),
+        ("head_dim", f"{', '.join(map(str, ops.HEAD_DIMS))}; on the CPU {', '.join(map(str, ops.CPU_HEAD_DIMS))}"),
         ("dtypes", "float16, bfloat16; float32 on the CPU"),
         ("query heads per KV head", f"1 to {ops.MAX_GROUP_SIZE}"),
     ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention.buffers import free_bytes
 from ..cache.forward import Forward
-from ..planning.origin import origin_of
+from ..planning.layers import geometries
 from ..planning.plan import token_count
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
@@ -101,12 +101,15 @@ def automatic_chunk(model: nn.Module, cache, batch: int) -> int:
     """
     config, element = model.config, model.dtype.itemsize
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # of Gemma 3n one for each layer
     experts = (getattr(config, "num_experts_per_tok", None) or 0) * (getattr(config, "moe_intermediate_size", None) or inner)
     token_bytes = element * (8 * config.hidden_size + 4 * max(inner, experts))
-    origin = origin_of(config)
-    shape = (batch, origin["kv_heads"], origin["head_dim"], element)
-    waiting = [store for store in cache.stores if not store.is_allocated]
-    pending = sum(store.bytes_for(cache.state.capacity, *shape) for store in waiting)
+    pending = sum(
+        store.bytes_for(cache.state.capacity, batch, size.kv_heads, size.head_dim, element)
+        for layer, size in zip(cache.layers, geometries(config), strict=True)
+        for store in layer.stores
+        if not store.is_allocated
+    )
     free = min(free_bytes(device) for device in {parameter.device for parameter in model.parameters()}) - pending
     fits = max(int(free * _MEMORY_SHARE / token_bytes), 1)
     tokens = 1 << (min(fits, MAX_CHUNK) // batch or 1).bit_length() - 1

@@ -80,9 +80,9 @@ def enable(
             format or `key_smoothing` of another type than in `Plan`.
         ValueError: layer counts or native windows differ, or layers, KV heads or head_dim from those that the plan was made for;
             `max_len` or `prefill_chunk` < 1, the dtype or a format is not supported, `key_smoothing` without quantised keys, or
-            the family cannot be computed exactly (chunked or latent attention, shared KV caches, states in caches of the family's
-            own, encoders, unsupported head_dim or group size, key_smoothing with soft caps or learned sinks). With `compile`:
-            several devices, or RoPE whose frequencies follow the length ("dynamic", "longrope").
+            the family cannot be computed exactly (chunked or latent attention, states in caches of the family's own, encoders,
+            unsupported head_dim or group size, key_smoothing with soft caps or learned sinks). With `compile`: several devices,
+            or RoPE whose frequencies follow the length ("dynamic", "longrope").
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
             forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
             the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).

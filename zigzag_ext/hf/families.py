@@ -2,14 +2,14 @@
 
 import inspect
 import sys
-from operator import itemgetter
 
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..attention.ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
+from ..attention.ops import CPU_HEAD_DIMS, DTYPES, MAX_GROUP_SIZE, head_dims_of
 from ..cache.states import check_served
-from ..planning.native import EMPTY, FULL, HYBRID, SLIDING, STATES, layer_kinds, native_windows
+from ..planning.layers import EMPTY, FULL, HYBRID, SLIDING, STATES, geometries, kv_sources, layer_kinds
+from ..planning.native import native_windows
 from ..planning.origin import origin_of
 
 
@@ -98,23 +98,21 @@ def _latent_attention(model, config):
 
 
 def _shared_caches(model, config):
-    if getattr(config, "num_kv_shared_layers", None):
-        return f"its last {config.num_kv_shared_layers} layers share the KV caches of others"
-
-
-def _configs(config) -> list:
-    """The configs of layers, where a family has one for each; else the one of all."""
-    return list(getattr(config, "per_layer_config", None) or [config])
+    said = [layer for layer, source in enumerate(kv_sources(config)) if layer != source]
+    found = sorted(module.layer_idx for module in model.modules() if getattr(module, "is_kv_shared_layer", False))
+    if said != found:
+        return f"by its config layers {said} read the KV caches of others, by its code layers {found}"
 
 
 def _geometry(model, config):
     try:
-        sizes = [origin_of(each) for each in _configs(config)]
+        sizes, _ = geometries(config), origin_of(config)
     except ValueError as error:
         return str(error)
-    for num_q_heads, num_kv_heads, head_dim in dict.fromkeys(itemgetter("query_heads", "kv_heads", "head_dim")(s) for s in sizes):
-        if head_dim not in HEAD_DIMS:
-            return f"its head_dim is {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}"
+    for num_q_heads, num_kv_heads, head_dim in dict.fromkeys(sizes):
+        if head_dim not in (served := head_dims_of(model.device)):
+            where = " on CUDA" if head_dim in CPU_HEAD_DIMS else ""
+            return f"its head_dim is {head_dim}; supported{where}: {', '.join(map(str, served))}"
         if num_q_heads % num_kv_heads or num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
             return f"{num_q_heads} query heads share {num_kv_heads} KV heads; supported: groups of 1 to {MAX_GROUP_SIZE}"
         if (value_dim := getattr(config, "v_head_dim", None)) not in (None, head_dim):

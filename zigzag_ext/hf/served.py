@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .. import _C
+from ..attention.ops import HEAD_DIMS
+from ..planning.layers import geometries, kv_sources
 from ..planning.native import native_windows, whole_plan
-from ..planning.origin import origin_of
 from ..planning.plan_text import counts_of, ranges
 from .attention import NAME
 from .cache_argument import cache_parameter
@@ -18,10 +19,14 @@ CONTEXTS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}  # tokens
 
 @dataclass(frozen=True)
 class Served:
-    """refusal: why `enable` raises, or None. windows: see `native_windows`; empty where the config names no layers."""
+    """refusal: why `enable` raises, or None; on CUDA it raises for `limit`, too.
+
+    windows: see `native_windows`; empty where the config names no layers.
+    """
 
     refusal: str | None
     windows: tuple[int | None, ...]
+    limit: str | None = None
 
 
 def served(config) -> Served:
@@ -30,7 +35,13 @@ def served(config) -> Served:
         windows = native_windows(config)
     except (AttributeError, TypeError, ValueError):
         windows = ()
-    return Served(_refusal(config), windows)
+    refusal = _refusal(config)
+    return Served(refusal, windows, None if refusal else _limit(config))
+
+
+def _limit(config) -> str | None:
+    dims = sorted({size.head_dim for size in geometries(config)} - {*HEAD_DIMS})
+    return f"on the CPU only: CUDA has no kernels for head_dim {dims[0]}" if dims else None
 
 
 def _refusal(config) -> str | None:
@@ -55,18 +66,18 @@ def _refusal(config) -> str | None:
 
 def kv_table(config, element_bytes: int = 2, sink: int = 64, window: int = 256) -> dict[str, tuple[int, int]]:
     """KV bytes of one sequence at `CONTEXTS`: of the model as it is, and if the later half of its full layers streams."""
-    model, windows = origin_of(config), native_windows(config)
+    windows = native_windows(config)
     full = [layer for layer, own in enumerate(windows) if own is None]
     streaming = set(full[len(full) // 2 :])
     sizes: dict[str, tuple[int, int]] = {}
     for name, context in CONTEXTS.items():
         both = [0, 0]
-        for layer, own in enumerate(windows):
+        for layer, (own, size) in enumerate(zip(windows, geometries(config), strict=True)):
             held = [context if own is None else min(own, context)] * 2  # 0 without keys
             if layer in streaming:
                 held[1] = min(sink + window, context)
             for way, tokens in enumerate(held):
-                both[way] += _C.kv_bytes(tokens, model["kv_heads"], model["head_dim"], element_bytes)
+                both[way] += _C.kv_bytes(tokens, size.kv_heads, size.head_dim, element_bytes)
         sizes[name] = both[0], both[1]
     return sizes
 
@@ -74,12 +85,15 @@ def kv_table(config, element_bytes: int = 2, sink: int = 64, window: int = 256) 
 def report(config) -> list[tuple[str, str]]:
     """Rows of text for `zigzag info MODEL`."""
     found = served(config)
-    rows = [("family", config.model_type), ("served", f"no: {found.refusal}" if found.refusal else "yes")]
+    served_as = f"no: {found.refusal}" if found.refusal else found.limit or "yes"
+    rows = [("family", config.model_type), ("served", served_as)]
     if found.windows:
         plan = whole_plan(found.windows)
         some = len(plan.full_layers) < plan.num_layers
         rows += [("layers", counts_of(plan) if some else f"{plan.num_layers}, all with full attention")]
         rows += [("a plan may choose", ranges(plan.full_layers))]
+        if shared := len(kv_sources(config)) - plan.num_layers:
+            rows += [("shared KV caches", f"the last {shared} layers read those of earlier ones, and go by their kinds")]
     if not found.refusal:
         rows += [
             (f"KV bytes at {name}", f"{full:,} as it is, {half:,} with the half of its full layers streaming (64 + 256)")

@@ -195,8 +195,9 @@ class Session:
                 f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}: pass "
                 f"{self.cache_name}=zz.ZigzagCache(model.config, plan), or the one that the first forward returns"
             )
-        if len(given.layers) != config.num_hidden_layers:
-            raise ValueError(f"the ZigzagCache has {len(given.layers)} layers, the model has {config.num_hidden_layers}")
+        layers = len(given.state.sources)
+        if layers != config.num_hidden_layers:
+            raise ValueError(f"the ZigzagCache is for {layers} layers, the model has {config.num_hidden_layers}")
         return given, kwargs | {self.cache_name: given}
 
     def _with_positions(self, cache: ZigzagCache, kwargs: dict) -> dict:

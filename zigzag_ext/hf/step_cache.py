@@ -41,8 +41,8 @@ class StepLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms) -> Tensor:
-        return attend(self.stores, q, k, v, scale, self.shared.chunk, terms)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms, is_last: bool = True) -> Tensor:
+        return attend(self.stores, q, k, v, scale, self.shared.chunk, terms, is_last)
 
     def get_seq_length(self) -> Tensor:
         """A tensor: right in arithmetic on the device, and the compiler's error where a model wants it on the host."""
@@ -83,6 +83,8 @@ class StepCache(Cache):
 
         super().__init__(layers=[step_layer(layer) for layer in cache.layers])
         self.state_tensors = [tensor for states in cache.states for tensor in states.tensors.values()]
+        self.sources, self.is_last = cache.state.sources, [cache.state.is_last(i) for i in range(len(cache.state.sources))]
+        self.shared_layers: dict = {}  # where Gemma 3n in transformers 5.4 puts the keys that later layers read
         self.num_columns = 0  # what `columns` is on the device, UNKNOWN while it changes
 
     @classmethod
@@ -100,10 +102,10 @@ class StepCache(Cache):
         return True
 
     def native_window(self, layer: int) -> int:
-        return self.layers[layer].native_window
+        return self.layers[self.sources[layer]].native_window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, terms: LogitTerms) -> Tensor:
-        return self.layers[layer].attend(q, k, v, scale, terms)
+        return self.layers[self.sources[layer]].attend(q, k, v, scale, terms, self.is_last[layer])
 
     def refresh(self, forward: Forward) -> None:
         """Copies in what the forward under way has noted. A step that follows another finds all of it in place."""

@@ -23,7 +23,7 @@ _REQUIRED = ("context", "retrieval", "streaming")
 
 def kv_costs(
     layers: int,
-    kv_heads: int,
+    kv_heads: int | Sequence[int],
     head_dim: int | Sequence[int],
     element_bytes: int,
     context: int,
@@ -37,7 +37,8 @@ def kv_costs(
     """KV bytes of each layer for one sequence: as retrieval layer at `context` tokens, and as streaming layer.
 
     Args:
-        head_dim: elements per head, one number or one per layer. element_bytes: of a key or value in the model's dtype.
+        kv_heads, head_dim: KV heads, and elements of each, one number or one per layer.
+        element_bytes: of a key or value in the model's dtype.
         rollback: slots of a ring beyond sink + window.
         kv_format, ring_kv_format: of retrieval and of streaming layers; scales of quantised formats are counted.
 
@@ -45,17 +46,24 @@ def kv_costs(
         The bytes that `ZigzagCache.kv_bytes` reports: without what an allocator rounds up to whole pages.
 
     Raises:
-        ValueError: a size is out of range, or `head_dim` has another number of layers.
+        ValueError: a size is out of range, or `kv_heads` or `head_dim` has another number of layers.
     """
-    dims = [head_dim] * layers if isinstance(head_dim, int) else list(head_dim)
-    if len(dims) != layers:
-        raise ValueError(f"head_dim must be one number or one per layer, {layers}, got {len(dims)}")
+    heads, dims = per_layer("kv_heads", kv_heads, layers), per_layer("head_dim", head_dim, layers)
     formats = {"retrieval": kv_format, "streaming": ring_kv_format}
     slots = {kind: _C.cache_slots(kind, sink, window, context, rollback) for kind in formats}
     retrieval, streaming = (
-        [_C.kv_bytes(slots[kind], kv_heads, dim, element_bytes, formats[kind]) for dim in dims] for kind in formats
+        [_C.kv_bytes(slots[kind], n, dim, element_bytes, formats[kind]) for n, dim in zip(heads, dims, strict=True)]
+        for kind in formats
     )
     return retrieval, streaming
+
+
+def per_layer(name: str, value: int | Sequence[int], layers: int) -> list[int]:
+    """One number for each layer. Raises ValueError for a list of another length."""
+    numbers = [value] * layers if isinstance(value, int) else list(value)
+    if len(numbers) != layers:
+        raise ValueError(f"{name} must be one number or one per layer, {layers}, got {len(numbers)}")
+    return numbers
 
 
 def ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -2,21 +2,17 @@
 
 from collections.abc import Sequence
 
-from .origin import check_geometry, field_of, origin_of, text_config
+from .layers import EMPTY, SLIDING, STATES, field_of, kv_sources, layer_kinds, text_config
+from .origin import check_geometry, origin_of
 from .plan import Plan
 from .plan_text import ranges
-
-SLIDING = "sliding_attention"
-# What configs call their layers. A hybrid layer attends and has a state beside it.
-HYBRID = ("hybrid",)
-FULL = ("full_attention", "attention", *HYBRID)
-STATES = ("linear_attention", "mamba", "conv")  # recurrent and convolution layers: a state of fixed size
-EMPTY = ("moe", "mlp")  # layers that keep nothing
 
 
 def native_windows(config) -> tuple[int | None, ...]:
     """The window of each layer that has one of its own, in tokens, the newest one included; None: the layer sees every token; 0:
     it has no attention, and so no keys (linear attention, recurrence, convolution, or no mixing of tokens at all).
+
+    Of the layers that have keys of their own: last ones that read the KV cache of an earlier layer do as that one (`kv_sources`).
 
     Args:
         config: of a model of transformers, or of one with a text decoder inside; or a dict as in config.json, whose layers must
@@ -40,13 +36,8 @@ def native_windows(config) -> tuple[int | None, ...]:
         kinds = [SLIDING if slides else None] * field_of(config, "num_hidden_layers")
     if SLIDING in kinds and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"config.sliding_window must be a number of tokens, as layers slide; got {window!r}")
-    return tuple(window if kind == SLIDING else 0 if kind in STATES + EMPTY else None for kind in kinds)
-
-
-def layer_kinds(config) -> list[str] | None:
-    """What a config calls its layers, in order; None where it does not say. Raises TypeError as `text_config`."""
-    config = text_config(config)
-    return field_of(config, "layer_types") or field_of(config, "layers_block_type")
+    fixed = dict.fromkeys((*STATES, *EMPTY), 0) | {SLIDING: window}
+    return tuple(fixed.get(kind) for kind in kinds[: len(set(kv_sources(config)))])
 
 
 def check_native(plan: Plan, windows: Sequence[int | None]) -> None:

@@ -6,9 +6,10 @@ their files (`scores.py`); `solve` hands it on to its plan, which keeps it in it
 `ZigzagCache` refuse a plan whose origin has other layers, KV heads or head_dim than the model; what is not known fits any.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import PurePath
+
+from .layers import field_of, full_layers, geometries, text_config
 
 FIELDS = {"model": str, "method": str, "layers": int, "kv_heads": int, "head_dim": int, "query_heads": int}
 _GEOMETRY = ("layers", "kv_heads", "head_dim")
@@ -22,7 +23,9 @@ def known(value) -> dict:
 
 
 def origin_of(config) -> dict:
-    """Name and geometry of a model, from its config.
+    """Name and geometry of a model, from its config: of the full-attention layers, among which plans choose, if it has any.
+
+    Layers that read the KV cache of another one (`kv_sources`) are not counted.
 
     Args:
         config: a config of transformers, a dict as in config.json, or anything with those attributes. Of a composite model the
@@ -30,19 +33,17 @@ def origin_of(config) -> dict:
 
     Raises:
         TypeError: `config` is a name or path.
-        ValueError: a size is missing, or not one positive number for all layers; the message names the field.
+        ValueError: a size is missing, or not one positive number for all full-attention layers; the message names the field.
     """
-    text = text_config(config)
-    query_heads = _size(text, "num_attention_heads")
-    kv_heads = 1 if field_of(text, "multi_query") else _size(text, "num_key_value_heads", query_heads)
-    name = field_of(config, "_name_or_path") or field_of(text, "_name_or_path")
-    return {
-        **({"model": str(name)} if name else {}),
-        "layers": _size(text, "num_hidden_layers"),
-        "kv_heads": kv_heads,
-        "head_dim": _size(text, "head_dim", 0) or _size(text, "hidden_size") // query_heads,
-        "query_heads": query_heads,
-    }
+    sizes = geometries(config)
+    chosen = [sizes[layer] for layer in full_layers(config)] or list(sizes)
+    if len({(of.kv_heads, of.head_dim) for of in chosen}) > 1:
+        raise ValueError(
+            f"the full-attention layers must be alike, they have {sorted({of.kv_heads for of in chosen})} KV heads and head_dim "
+            f"{sorted({of.head_dim for of in chosen})}"
+        )
+    name = field_of(config, "_name_or_path") or field_of(text_config(config), "_name_or_path")
+    return {**({"model": str(name)} if name else {}), "layers": len(sizes), **chosen[0]._asdict()}
 
 
 def element_bytes_of(config) -> int:
@@ -64,27 +65,6 @@ def other_model(origin: dict, model: dict) -> bool:
     """Whether two models are known to have different names. A hub name and a folder of that name are one model."""
     names = {PurePath(of.get("model", "")).name for of in (origin, model)}
     return "" not in names and len(names) > 1
-
-
-def text_config(config):
-    if config is None or isinstance(config, str | os.PathLike):
-        raise TypeError(f"config must be a model's config (model.config, or AutoConfig.from_pretrained), got {config!r}")
-    if isinstance(config, Mapping):
-        return config.get("text_config") or config
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
-def field_of(config, name: str):
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-
-
-def _size(config, name: str, default: int | None = None) -> int:
-    value = field_of(config, name)
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.{name} is {value!r}; it must be one positive number for all layers")
-    return value
 
 
 def _as_text(origin: dict) -> str:

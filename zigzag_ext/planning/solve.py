@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from .. import _C
 from .costs import ms_costs
 from .kv_format import KvFormat, parse_kv_format
+from .layers import geometries
 from .native import native_windows
 from .origin import check_geometry, element_bytes_of, known, origin_of
 from .plan import Plan
@@ -76,6 +77,7 @@ def solve(
         context: tokens, for KV bytes and milliseconds.
         config: the config of the model that the plan is for: of transformers, or a dict as in config.json. Scores of other
             layers, KV heads or head_dim are refused, and `head_dim` and `element_bytes` are the model's where they are not given.
+            Where its layers differ in KV heads, the memory of each is that of its own.
         head_dim, element_bytes: elements per head (one number or one per layer) and bytes per element, for KV bytes. Without a
             config, the head_dim that the scores record, or 128, and 2 bytes.
         kv_format, ring_kv_format: how the plan's retrieval and streaming layers hold keys and values, see `Plan`.
@@ -134,7 +136,7 @@ def solve(
     _C.check_plan(["streaming"], _integer("sink", sink), _integer("window", window))
     formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format}
     shape = {name: parse_kv_format(name, value) for name, value in formats.items()} | {"sink": sink, "window": window}
-    bytes_of = model.kv_costs(kv_heads, **sizes, **shape, rollback=_integer("rollback", rollback))
+    bytes_of = model.kv_costs(**{"kv_heads": kv_heads} | sizes, **shape, rollback=_integer("rollback", rollback))
     sizes |= {"rollback": rollback} if rollback else {}
     ticks_of = None if costs is None else _in_ticks(*ms_costs(costs, sizes["context"], layers))
     if level == "head":
@@ -192,8 +194,10 @@ def _constraints(layers: int, force_retrieval, force_streaming, max_streaming_ru
 
 def _sizes(context: int, head_dim: int | Sequence[int] | None, element_bytes: int | None, origin: dict, config) -> dict:
     """What KV bytes depend on beside plan and formats, checked."""
+    own = [] if config is None else geometries(config)
+    kv_heads, head_dims = ([getattr(size, name) for size in own] for name in ("kv_heads", "head_dim"))
     if head_dim is None:
-        head_dim = origin.get("head_dim", 128)
+        head_dim = head_dims if len(set(head_dims)) > 1 else origin.get("head_dim", 128)
     if element_bytes is None:
         element_bytes = 2 if config is None else element_bytes_of(config)
     per_layer = isinstance(head_dim, Sequence) and not isinstance(head_dim, str)
@@ -201,6 +205,7 @@ def _sizes(context: int, head_dim: int | Sequence[int] | None, element_bytes: in
         "context": _positive("context", context),
         "head_dim": [_positive("head_dim", dim) for dim in head_dim] if per_layer else _positive("head_dim", head_dim),
         "element_bytes": _positive("element_bytes", element_bytes),
+        **({"kv_heads": kv_heads} if len(set(kv_heads)) > 1 else {}),
     }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .costs import kv_costs
+from .costs import kv_costs, per_layer
 from .plan import token_count
 from .plan_text import ranges
 
@@ -45,15 +45,14 @@ class Layers:
         ends = [sum(stages[: i + 1]) for i in range(len(stages))]
         return [sum(end - length <= layer < end for layer in self.full) for end, length in zip(ends, stages, strict=True)]
 
-    def kv_costs(self, kv_heads: int, head_dim: int | list[int], element_bytes: int, context: int, **shape) -> tuple:
+    def kv_costs(self, kv_heads: int | list[int], head_dim: int | list[int], element_bytes: int, context: int, **shape) -> tuple:
         """KV bytes per full-attention layer, as in `costs.kv_costs`; what native layers take is counted with the first one."""
-        dims = [head_dim] * len(self) if isinstance(head_dim, int) else head_dim
-        if len(dims) != len(self):
-            raise ValueError(f"head_dim must be one number or one per layer, {len(self)}, got {len(dims)}")
-        kinds = kv_costs(len(self.full), kv_heads, [dims[layer] for layer in self.full], element_bytes, context, **shape)
+        heads, dims = per_layer("kv_heads", kv_heads, len(self)), per_layer("head_dim", head_dim, len(self))
+        own = [[sizes[layer] for layer in self.full] for sizes in (heads, dims)]
+        kinds = kv_costs(len(self.full), *own, element_bytes, context, **shape)
         rings = [
-            kv_costs(1, kv_heads, dim, element_bytes, context, **shape | {"sink": 0, "window": window})[1][0]
-            for dim, window in zip(dims, self.windows, strict=True)
+            kv_costs(1, heads[layer], dims[layer], element_bytes, context, **shape | {"sink": 0, "window": window})[1][0]
+            for layer, window in enumerate(self.windows)
             if window
         ]
         for kind in kinds:

@@ -14,10 +14,11 @@ from ..cache.attending import attending
 from ..hf.attention import NAME
 from ..hf.cache_argument import split_cache
 from ..hf.families import check_family
+from ..planning.layers import kv_sources
 from ..planning.native import native_windows
 from .torch_attention import banded
 
-# layer: its number among the full-attention layers.
+# layer: its number among the full-attention layers, those that read the keys of another one included.
 # attend(layer, query [batch, num_q_heads, n, head_dim], key and value [batch, num_kv_heads, n, head_dim], scale) -> like query
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -39,7 +40,7 @@ def probe(model: nn.Module, attend: Attend):
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
     hook = model.register_forward_pre_hook(_check_arguments, with_kwargs=True)
     try:
-        with attending(None), attending(_Probe(attend, native_windows(model.config))):
+        with attending(None), attending(_Probe(attend, model.config)):
             yield model
     finally:
         hook.remove()
@@ -49,9 +50,12 @@ def probe(model: nn.Module, attend: Attend):
 class _Probe:
     """Native windows attend by themselves; the full-attention layers, numbered without them, by `function`."""
 
-    def __init__(self, function: Attend, windows: tuple[int | None, ...]):
-        self.function, self.windows = function, windows
-        self.rows = [sum(window is None for window in windows[:layer]) for layer in range(len(windows))]
+    def __init__(self, function: Attend, config):
+        self.function, self.sources = function, kv_sources(config)
+        windows = native_windows(config)
+        self.windows = [windows[source] for source in self.sources]
+        self.numbers = [self.windows[:layer].count(None) for layer in range(len(self.windows))]
+        self.shared: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values that later layers read
 
     def native_window(self, layer: int) -> int:
         return self.windows[layer] or 0
@@ -65,9 +69,14 @@ class _Probe:
                 "soft-capped logits and learned sink logits are not computed here: use a method that asks for answers"
             )
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        source = self.sources[layer]
+        if source != layer:
+            key, value = self.shared[source]  # see `SharedKeys`
+        elif self.sources.count(layer) > 1:
+            self.shared[layer] = key, value
         if window := self.windows[layer]:
             return banded(query, key, value, scale, 0, window)
-        return self.function(self.rows[layer], query, key, value, scale)
+        return self.function(self.numbers[layer], query, key, value, scale)
 
 
 def _check_arguments(model: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -1,7 +1,8 @@
 // The shapes that have a kernel, so that Python never repeats the lists of core/types.h.
-#include <iterator>
+#include <cstddef>
 
 #include "bindings/c/bindings.h"
+#include "core/head_dims.h"
 #include "kernels/attention.h"
 
 namespace py = pybind11;
@@ -23,12 +24,18 @@ py::dict formats() {
   return all;
 }
 
+template <std::size_t kCount>
+py::tuple as_tuple(const int (&numbers)[kCount]) {
+  py::tuple all(kCount);
+  for (std::size_t i = 0; i < kCount; ++i) all[i] = numbers[i];
+  return all;
+}
+
 }  // namespace
 
 void bind_limits(py::module_& module) {
-  py::tuple head_dims(std::size(kHeadDims));
-  for (std::size_t i = 0; i < std::size(kHeadDims); ++i) head_dims[i] = kHeadDims[i];
-  module.attr("HEAD_DIMS") = head_dims;
+  module.attr("HEAD_DIMS") = as_tuple(kHeadDims);
+  module.attr("CPU_HEAD_DIMS") = as_tuple(kCpuHeadDims);
   module.attr("MAX_GROUP_SIZE") = kMaxGroupSize;
   module.attr("MAX_DECODE_QUERIES") = kMaxDecodeQueries;
   module.def(

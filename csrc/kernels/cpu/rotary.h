@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "core/head_dims.h"
 #include "core/parallel.h"
 #include "core/params.h"
 #include "cpu/buffer.h"
@@ -11,8 +12,6 @@
 #include "kernels/append/append_cpu.h"
 
 namespace zigzag::ZIGZAG_CPU_ISA {
-
-inline constexpr int kMaxHeadDim = 256;
 
 // Row [b, column] of a table as float32.
 template <class Table>

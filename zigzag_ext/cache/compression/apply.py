@@ -26,6 +26,8 @@ def checked(method, sink: int, mixed: bool, most_observed: int | None = None, co
         raise TypeError(f"compress must be None or a method such as zigzag_ext.PromptWindows, got {method!r}")
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError(f"{config.model_type}: prompts of layers with soft-capped logits cannot be compressed")
+    if getattr(config, "num_kv_shared_layers", None):  # only the queries of the layer that has the keys are observed
+        raise ValueError(f"{config.model_type}: prompts in KV caches that layers share cannot be compressed")
     if method.group > 1 and method.per_head and mixed:
         raise ValueError("compress: layers with heads of both kinds choose alone; use group=1 or per_head=False")
     if most_observed is not None and method.observe > most_observed:

@@ -97,7 +97,9 @@ class Gates(Method):
         sink, window = self.settings.sink, self.settings.window
 
         def attend(layer, query, key, value, scale):
-            gate = self.gates[layer].expand(self.kv_heads).repeat_interleave(self.q_heads // self.kv_heads)[:, None, None]
+            gate = (
+                self.gates[self.rows[layer]].expand(self.kv_heads).repeat_interleave(self.q_heads // self.kv_heads)[:, None, None]
+            )
             streaming = banded(query, key, value, scale, sink, window)
             return (gate * full[layer] + (1.0 - gate) * streaming).to(query.dtype)
 

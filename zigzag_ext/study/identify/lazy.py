@@ -23,7 +23,7 @@ class Lazy(Method):
         self.positions = torch.arange(settings.tokens - queries, settings.tokens, device=model.device)
         keys = torch.arange(settings.tokens, device=model.device)
         self.seen = visible(keys, self.positions[:, None], settings.sink, settings.window)
-        self.state = {"mass": self.zeros(self.layers, self.kv_heads)}
+        self.state = {"mass": self.zeros(len(self.rows), self.kv_heads)}
 
     @torch.no_grad()
     def step(self, index: int) -> None:
@@ -37,10 +37,11 @@ class Lazy(Method):
         ids = torch.tensor([self.sample(index).ids], device=self.model.device)
         with probe(self.model, attend):
             self.model(ids, use_cache=False, logits_to_keep=1)
-        self.state["mass"] += torch.stack([found[layer] for layer in range(self.layers)]).double().cpu()
+        self.state["mass"] += torch.stack([found[layer] for layer in range(len(self.rows))]).double().cpu()
 
     def scores(self) -> np.ndarray:
-        return (1.0 - self.state["mass"] / self.steps).clamp(0.0, 1.0).numpy()
+        scores = (1.0 - self.state["mass"] / self.steps).clamp(0.0, 1.0).numpy()
+        return np.stack([group.mean(0) for group in self.by_row(scores)])
 
 
 METHOD = Lazy

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...planning.layers import kv_sources
 from ...planning.native import native_windows
 from ...planning.origin import origin_of
 from ..evaluate.haystack import Sample
@@ -48,7 +49,10 @@ class Method(ABC):
         check_length(model, settings.tokens)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.native = native_windows(model.config)
-        self.layers = self.native.count(None)  # with full attention: those that a plan chooses for
+        self.layers = self.native.count(None)  # with full attention and keys of their own: those that a plan chooses for
+        # Of each layer with full attention, as `probe` numbers them, the one of these whose keys it attends.
+        full = [layer for layer, window in enumerate(self.native) if window is None]
+        self.rows = [full.index(source) for source in kv_sources(model.config) if source in full]
         geometry = origin_of(model.config)
         self.q_heads, self.kv_heads = geometry["query_heads"], geometry["kv_heads"]
         self.steps = settings.prompts
@@ -65,6 +69,10 @@ class Method(ABC):
     def sample(self, number: int, tokens: int | None = None) -> Sample:
         rng = random.Random(f"identify/{self.settings.seed}/{number}")
         return data.sample(self.tokenizer, tokens or self.settings.tokens, rng)
+
+    def by_row(self, values: np.ndarray) -> list[np.ndarray]:
+        """From values [len(self.rows), ...] of layers those [n, ...] of the n that attend the keys of each of `self.layers`."""
+        return [values[np.array(self.rows) == row] for row in range(self.layers)]
 
     def zeros(self, *shape: int) -> Tensor:
         """Float64 on the CPU, so that sums neither round nor depend on the device."""

@@ -2,7 +2,7 @@
 
 Source: Retrieval Head (https://arxiv.org/abs/2404.15574): the share of a needle's tokens, mean over needles, so that long ones
 weigh no more than short ones. Deviations: the right answer is fed instead of what the model generates (the same whenever the
-model answers right), and a KV head scores as the best query head of its group.
+model answers right), and a KV head scores as the best query head of its group, in all layers that attend its keys.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from .method import Method, Settings, weights_of
 class Retrieval(Method):
     def __init__(self, model, tokenizer, settings: Settings):
         super().__init__(model, tokenizer, settings)
-        self.state = {"shares": self.zeros(self.layers, self.q_heads), "needles": self.zeros(1)}
+        self.state = {"shares": self.zeros(len(self.rows), self.q_heads), "needles": self.zeros(1)}
 
     @torch.no_grad()
     def step(self, index: int) -> None:
@@ -38,12 +38,13 @@ class Retrieval(Method):
 
         with probe(self.model, attend):
             self.model(ids[None], use_cache=False, logits_to_keep=1)
-        self.state["shares"] += torch.stack([found[layer] for layer in range(self.layers)]).cpu()
+        self.state["shares"] += torch.stack([found[layer] for layer in range(len(self.rows))]).cpu()
         self.state["needles"] += len(sample.answers)
 
     def scores(self) -> np.ndarray:
         rates = self.state["shares"] / self.state["needles"]
-        return rates.unflatten(1, (self.kv_heads, -1)).amax(-1).numpy()
+        best = rates.unflatten(1, (self.kv_heads, -1)).amax(-1).numpy()
+        return np.stack([group.max(0) for group in self.by_row(best)])
 
 
 METHOD = Retrieval
