@@ -21,10 +21,13 @@ TARGET = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 # What the default configs of some families leave open.
 COMPLETED = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
+    "lfm2_moe": {"layer_types": (["conv", "conv", "full_attention", "conv"]) * 8},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"), {"head_dim": 128, "num_key_value_heads": 8}),
     **dict.fromkeys(("idefics3", "smolvlm"), {"pad_token_id": 0}),
 }
-HEADER = ["family", "served", "native layers", "why not"]
+HEADER = ["family", "served", "fixed layers", "why not"]
 
 
 def families() -> list[str]:
@@ -37,12 +40,18 @@ def line(family: str) -> list[str]:
         found = served(CONFIG_MAPPING[family](**COMPLETED.get(family, {})))
     except Exception as error:  # whatever a config's constructor raises
         found = Served(f"it has no default config ({type(error).__name__})", ())
-    windows = [window for window in found.windows if window is not None]
-    sizes = " and ".join(str(window) for window in dict.fromkeys(windows))
-    native = f"{len(windows)} of {len(found.windows)}, {sizes} tokens" if windows and not found.refusal else ""
+    fixed = "" if found.refusal else fixed_layers(found.windows)
     answer = "no" if found.refusal else "text" if found.text_only else "yes"
     limits = "; ".join(filter(None, (found.refusal, found.limit, found.text_only)))
-    return [family, answer, native, limits.replace("|", "/")]
+    return [family, answer, fixed, limits.replace("|", "/")]
+
+
+def fixed_layers(windows: tuple[int | None, ...]) -> str:
+    """Which layers no plan chooses: "24 of 32, 1024 tokens", "24 of 32 without keys"."""
+    native, empty = [window for window in windows if window], windows.count(0)
+    sizes = " and ".join(str(window) for window in dict.fromkeys(native))
+    parts = [f"{len(native)} of {len(windows)}, {sizes} tokens"] if native else []
+    return "; ".join(parts + ([f"{empty} of {len(windows)} without keys"] if empty else []))
 
 
 def main() -> int:

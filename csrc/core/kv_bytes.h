@@ -16,7 +16,7 @@ inline int64_t cache_slots(LayerKind kind, int64_t sink, int64_t window, int64_t
   ZZ_CHECK(sink >= 0 && window >= 0 && rollback >= 0 && max_len >= 0,
            "sink, window, rollback and max_len must be >= 0 tokens, got sink ", sink, ", window ", window,
            ", rollback ", rollback, " and max_len ", max_len);
-  return is_ring(kind) ? sink + window + rollback : max_len;
+  return kind == LayerKind::kState ? 0 : is_ring(kind) ? sink + window + rollback : max_len;
 }
 
 // Keys and values of some KV heads of one layer.

@@ -16,17 +16,20 @@ enum class LayerKind : int8_t {
   kRetrieval,  // every token, for ever: a full cache
   kStreaming,  // the first `sink` and the last `window` tokens: a ring
   kNative,     // the last `window` tokens, by the model itself: a ring of sink 0 that loses nothing
+  kState,      // no keys: the model's own recurrent or convolution layer, or one that keeps nothing
 };
 
-inline constexpr LayerKind kLayerKinds[] = {LayerKind::kRetrieval, LayerKind::kStreaming, LayerKind::kNative};
+inline constexpr LayerKind kLayerKinds[] = {LayerKind::kRetrieval, LayerKind::kStreaming, LayerKind::kNative,
+                                            LayerKind::kState};
 
-constexpr bool is_ring(LayerKind kind) { return kind != LayerKind::kRetrieval; }
+constexpr bool is_ring(LayerKind kind) { return kind == LayerKind::kStreaming || kind == LayerKind::kNative; }
 
 constexpr const char* name(LayerKind kind) {
   switch (kind) {
     case LayerKind::kRetrieval: return "retrieval";
     case LayerKind::kStreaming: return "streaming";
     case LayerKind::kNative: return "native";
+    case LayerKind::kState: return "state";
   }
   return "unknown";
 }
@@ -37,7 +40,7 @@ inline LayerKind parse_layer_kind(const std::string& given, const std::string& w
     if (given == name(kind)) return kind;
   }
   throw Error(concat(what, " kind \"", given, "\"; supported: ", name(LayerKind::kRetrieval), ", ",
-                     name(LayerKind::kStreaming), ", ", name(LayerKind::kNative)));
+                     name(LayerKind::kStreaming), ", ", name(LayerKind::kNative), ", ", name(LayerKind::kState)));
 }
 
 // What the KV heads of one layer keep: one kind for all of them, or a kind for each. A layer with heads of both kinds

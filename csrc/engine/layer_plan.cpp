@@ -21,6 +21,8 @@ void check_layer_size(const HeadKinds& layer, const std::optional<RingSize>& siz
   const bool native = layer.kinds[0] == LayerKind::kNative;
   ZZ_CHECK(size.has_value() || !native, "layer ", index, " is native and needs a size of its own: sink 0, its window");
   if (!size) return;
+  ZZ_CHECK(layer.mixed() || layer.kinds[0] != LayerKind::kState, "layer ", index,
+           " keeps no keys and has no sink and window");
   ZZ_CHECK(layer.mixed() || is_ring(layer.kinds[0]), "layer ", index,
            " retrieves: it keeps every token and has no sink and window");
   check_size(*size, concat("layer ", index, ": "));
@@ -40,8 +42,10 @@ LayerPlan::LayerPlan(std::vector<HeadKinds> layers, int64_t sink, int64_t window
     const std::vector<LayerKind>& kinds = layers_[layer].kinds;
     check_layer_size(layers_[layer], sizes_.empty() ? std::nullopt : sizes_[layer], layer);
     if (!layers_[layer].mixed()) continue;
-    ZZ_CHECK(std::find(kinds.begin(), kinds.end(), LayerKind::kNative) == kinds.end(), "layer ", layer,
-             " mixes native heads with others; a native layer is one as a whole");
+    for (const LayerKind whole : {LayerKind::kNative, LayerKind::kState}) {
+      ZZ_CHECK(std::find(kinds.begin(), kinds.end(), whole) == kinds.end(), "layer ", layer, " mixes ", name(whole),
+               " heads with others; a ", name(whole), " layer is one as a whole");
+    }
     const int heads = static_cast<int>(kinds.size());
     if (num_kv_heads_ == 0) num_kv_heads_ = heads;
     ZZ_CHECK(heads == num_kv_heads_, "layers must have one number of KV heads; layer ", layer, " names ", heads,

@@ -1,5 +1,5 @@
 // Which layers and KV heads retrieve, which stream and which have a window of the model's own, with the sink and window
-// of each. Valid by construction.
+// of each, and which layers keep no keys. Valid by construction.
 #pragma once
 
 #include <optional>
@@ -20,8 +20,8 @@ class LayerPlan {
  public:
   // sink and window are of the streaming layers that have none of their own in `sizes`, which is empty or has an entry
   // per layer; a native layer needs one. Throws zigzag::Error on no layers, layers that name different numbers of KV
-  // heads, mixed layers with native heads, sizes of retrieval layers, sinks of native ones, sink < 0, window < 1 or
-  // sink + window >= 2^31.
+  // heads, mixed layers with native heads or ones without keys, sizes of layers that have no ring, sinks of native
+  // ones, sink < 0, window < 1 or sink + window >= 2^31.
   LayerPlan(std::vector<HeadKinds> layers, int64_t sink, int64_t window,
             std::vector<std::optional<RingSize>> sizes = {});
 

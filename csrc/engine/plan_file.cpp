@@ -15,7 +15,7 @@ namespace {
 
 using Type = Json::Type;
 
-constexpr int kVersion = 5;                 // the newest that zigzag_ext/planning/plan.py writes
+constexpr int kVersion = 6;                 // the newest that zigzag_ext/planning/plan.py writes
 constexpr std::size_t kMaxBytes = 4 << 20;  // as in zigzag_ext/planning/reading.py
 constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 constexpr std::string_view kRequired[] = {"format", "version", "kinds", "sink", "window"};

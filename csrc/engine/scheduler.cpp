@@ -1,5 +1,6 @@
 #include "engine/scheduler.h"
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -41,7 +42,7 @@ Scheduler::Scheduler(const LayerPlan& plan, const ModelGeometry& geometry, int64
     std::vector<CacheSpec>& caches = layers_.emplace_back();
     for (const LayerKind kind : kLayerKinds) {
       std::vector<int32_t> heads = heads_of(layer, kind);
-      if (heads.empty()) continue;
+      if (heads.empty() || kind == LayerKind::kState) continue;
       if (!layer.mixed()) heads.clear();
       const int count = layer.mixed() ? static_cast<int>(heads.size()) : geometry.num_kv_heads;
       caches.push_back(is_ring(kind)
@@ -74,7 +75,9 @@ KvBytes Scheduler::kv_bytes(int64_t batch, int64_t max_len) const {
   KvBytes bytes{0, 0, 0};
   for (const std::vector<CacheSpec>& caches : layers_) {
     for (const CacheSpec& cache : caches) {
-      int64_t& sum = bytes.of(cache.kind);
+      int64_t& sum = cache.kind == LayerKind::kRetrieval   ? bytes.retrieval
+                     : cache.kind == LayerKind::kStreaming ? bytes.streaming
+                                                           : bytes.native;
       sum = detail::checked_sum(sum, cache_bytes(cache, batch, max_len));
     }
   }
@@ -84,7 +87,9 @@ KvBytes Scheduler::kv_bytes(int64_t batch, int64_t max_len) const {
 
 int64_t Scheduler::all_retrieval_kv_bytes(int64_t batch, int64_t max_len) const {
   const CacheSpec whole{LayerKind::kRetrieval, 0, 0, 0, geometry_.retrieval, geometry_.num_kv_heads, {}};
-  return detail::checked_product({num_layers(), cache_bytes(whole, batch, max_len)});
+  const auto keeps = [](const std::vector<CacheSpec>& caches) { return !caches.empty(); };
+  return detail::checked_product(
+      {std::count_if(layers_.begin(), layers_.end(), keeps), cache_bytes(whole, batch, max_len)});
 }
 
 AttentionParams Scheduler::params(int layer, int cache, const Step& step, const LayerTensors& tensors) const {
@@ -138,11 +143,15 @@ void Scheduler::run_layer_cuda(int layer, const Step& step, const LayerTensors& 
 }
 
 void Scheduler::step_cpu(const Step& step, const LayerCall& tensors, const ParallelFor& parallel) const {
-  for (int layer = 0; layer < num_layers(); ++layer) run_layer_cpu(layer, step, tensors(layer), parallel);
+  for (int layer = 0; layer < num_layers(); ++layer) {
+    if (!caches(layer).empty()) run_layer_cpu(layer, step, tensors(layer), parallel);
+  }
 }
 
 void Scheduler::step_cuda(const Step& step, const LayerCall& tensors, void* stream) const {
-  for (int layer = 0; layer < num_layers(); ++layer) run_layer_cuda(layer, step, tensors(layer), stream);
+  for (int layer = 0; layer < num_layers(); ++layer) {
+    if (!caches(layer).empty()) run_layer_cuda(layer, step, tensors(layer), stream);
+  }
 }
 
 }  // namespace zigzag

@@ -43,8 +43,15 @@ struct KvBytes {
   int64_t retrieval;
   int64_t streaming;
   int64_t native;
-  int64_t& of(LayerKind kind) {
-    return kind == LayerKind::kRetrieval ? retrieval : kind == LayerKind::kStreaming ? streaming : native;
+  // 0 for layers without keys.
+  int64_t of(LayerKind kind) const {
+    switch (kind) {
+      case LayerKind::kRetrieval: return retrieval;
+      case LayerKind::kStreaming: return streaming;
+      case LayerKind::kNative: return native;
+      case LayerKind::kState: return 0;
+    }
+    return 0;
   }
   int64_t total() const { return retrieval + streaming + native; }
 };
@@ -95,14 +102,17 @@ class Scheduler {
   Scheduler(const LayerPlan& plan, const ModelGeometry& geometry, int64_t rollback = 0);
 
   int num_layers() const { return static_cast<int>(layers_.size()); }
-  int launches_per_step() const;  // attention launches in a decode step: one per layer, two where it is mixed
+  // Attention launches in a decode step: one per layer, two where it is mixed, none where it keeps no keys.
+  int launches_per_step() const;
   const ModelGeometry& geometry() const { return geometry_; }
-  // One cache, or two where the layer mixes heads of both kinds: retrieval first. Throws if there is no such layer.
+  // One cache; two where the layer mixes heads of both kinds, retrieval first; none where it keeps no keys. Throws if
+  // there is no such layer.
   const std::vector<CacheSpec>& caches(int layer) const;
 
   int64_t cache_bytes(const CacheSpec& cache, int64_t batch, int64_t max_len) const;
-  KvBytes kv_bytes(int64_t batch, int64_t max_len) const;                // of all layers
-  int64_t all_retrieval_kv_bytes(int64_t batch, int64_t max_len) const;  // of the same model without streaming layers
+  KvBytes kv_bytes(int64_t batch, int64_t max_len) const;  // of all layers
+  // Of the same model where every layer that keeps keys keeps all of them.
+  int64_t all_retrieval_kv_bytes(int64_t batch, int64_t max_len) const;
 
   // What is launched for cache `cache` of a layer. Throws on tensors that its spec needs and that are missing.
   AttentionParams params(int layer, int cache, const Step& step, const LayerTensors& tensors) const;
@@ -112,8 +122,8 @@ class Scheduler {
   void run_layer_cuda(int layer, const Step& step, const LayerTensors& tensors, void* stream) const;
 
   // All layers in order. `tensors(l)` is called after layer l - 1 was run (on CUDA: enqueued), so that it may compute
-  // the queries, keys and values of layer l from the output of the layer before. seq_lens is the caller's to advance,
-  // once per step.
+  // the queries, keys and values of layer l from the output of the layer before. Layers that keep no keys are left out:
+  // they are the caller's to run. seq_lens is the caller's to advance, once per step.
   void step_cpu(const Step& step, const LayerCall& tensors, const ParallelFor& parallel) const;
   void step_cuda(const Step& step, const LayerCall& tensors, void* stream) const;
 

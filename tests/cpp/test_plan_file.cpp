@@ -82,6 +82,24 @@ TEST_CASE("plan file: native layers and sizes of layers") {
   CHECK(error("\"layer_sizes\": [[0, 0.5], null, null, null]").find("must be an integer") != std::string::npos);
 }
 
+TEST_CASE("plan file: layers without keys have no caches") {
+  const std::string kinds = "\"kinds\": [\"state\", \"retrieval\", \"state\", \"streaming\"]";
+  const LayerPlan plan = parse_plan(plan_with(kinds)).plan;
+  CHECK(plan.layers()[0].kinds == std::vector<LayerKind>{LayerKind::kState});
+  const Scheduler scheduler(plan, {4, 2, 64, DType::kBFloat16});
+  CHECK(scheduler.caches(0).empty());
+  CHECK(scheduler.launches_per_step() == 2);
+  const int64_t token = 2 * 2 * 64 * 2;
+  CHECK(scheduler.kv_bytes(1, 1000).retrieval == 1000 * token);
+  CHECK(scheduler.kv_bytes(1, 1000).streaming == 12 * token);
+  CHECK(scheduler.kv_bytes(1, 1000).of(LayerKind::kState) == 0);
+  CHECK(scheduler.all_retrieval_kv_bytes(1, 1000) == 2 * 1000 * token);
+  const auto error = [&](const std::string& given) { return error_of([&] { parse_plan(plan_with(given)); }); };
+  CHECK(error(kinds + ", \"layer_sizes\": [[0, 4], null, null, null]").find("layer 0 keeps no keys") !=
+        std::string::npos);
+  CHECK(error("\"kinds\": [[\"state\", \"retrieval\"]]").find("mixes state heads") != std::string::npos);
+}
+
 TEST_CASE("plan file: an error says what is wrong") {
   const auto check = [](const std::string& text, const std::string& message) {
     CAPTURE(text);
@@ -89,8 +107,8 @@ TEST_CASE("plan file: an error says what is wrong") {
   };
   check("[]", "not a JSON object with \"format\"");
   check("{\"format\": \"zigzag-plan\"}", "missing field: version");
-  check("{\"format\": \"zigzag-plan\", \"version\": 6}", "version 6, from a newer zigzag_ext");
-  check("{\"format\": \"zigzag-plan\", \"version\": 0}", "its version is 0; supported: 1 to 5");
+  check("{\"format\": \"zigzag-plan\", \"version\": 7}", "version 7, from a newer zigzag_ext");
+  check("{\"format\": \"zigzag-plan\", \"version\": 0}", "its version is 0; supported: 1 to 6");
   check("{\"format\": \"zigzag-plan\", \"version\": true}", "version must be an integer");
   check("{\"format\": \"zigzag-plan\", \"version\": 1}", "missing field: kinds");
   check(plan_with(kKinds + ", \"color\": 1"), "unknown field: color");

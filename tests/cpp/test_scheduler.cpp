@@ -186,9 +186,9 @@ TEST_CASE("parse_head_kinds: the names of the kinds, and nothing else") {
   CHECK(std::vector<bool>{layers[0].mixed(), layers[1].mixed(), layers[2].mixed()} ==
         std::vector<bool>{false, true, false});
   CHECK(error_of([] { parse_head_kinds({{"retrieval"}, {"full"}}); }) ==
-        "layer 1 has the kind \"full\"; supported: retrieval, streaming, native");
+        "layer 1 has the kind \"full\"; supported: retrieval, streaming, native, state");
   CHECK(error_of([] { parse_head_kinds({{"retrieval", "full"}}); }) ==
-        "layer 0 has a KV head of the kind \"full\"; supported: retrieval, streaming, native");
+        "layer 0 has a KV head of the kind \"full\"; supported: retrieval, streaming, native, state");
   CHECK(error_of([] { parse_head_kinds({{"retrieval"}, {}}); }) == "layer 1 has no KV heads");
 }
 

@@ -11,7 +11,7 @@ from tiny_models import new_model, prompt
 
 import zigzag_ext as zz
 from zigzag_ext.attention import store
-from zigzag_ext.cache.forward import current
+from zigzag_ext.cache.attending import current
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 PLANS = {

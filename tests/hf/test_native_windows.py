@@ -5,6 +5,7 @@ Compared with stock eager attention on the model's own masks, in float32.
 
 import pytest
 import torch
+from against_stock import streaming_plan
 from dense_oracle import close, dense_oracle, logits_of, next_logits, stock, traced_only
 from tiny_models import WINDOWED, generate, new_model, padded_prompt, prompt, windowed_model
 from transformers.masking_utils import (
@@ -36,13 +37,6 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def model(family):
     return windowed_model(family, WINDOW)
-
-
-def streaming_plan(model) -> zz.Plan:
-    """Every other full layer streams, the first one too, with a sink and a window shorter than the model's own."""
-    windows = zz.native_windows(model.config)
-    kinds = ["retrieval" if place % 2 else "streaming" for place in range(windows.count(None))]
-    return zz.Plan(kinds, sink=2, window=5).with_native(windows) if kinds else whole_plan(windows)
 
 
 def test_one_shot_and_every_chunking(model):

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import zigzag_ext as zz
+from zigzag_ext.cache import states
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 _MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
@@ -25,11 +26,6 @@ _MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_
 # family, what is changed in its config, words of the error
 REFUSED = {
     "chunked": ("llama4_text", {"layer_types": ["chunked_attention"] * 4}, "llama4_text .*layer 0 is 'chunked_attention'"),
-    "linear": (
-        "qwen3_next",
-        {"layer_types": ["full_attention"] + ["linear_attention"] * 3},
-        "qwen3_next .*layer 1 is 'linear_att",
-    ),
     "latent": ("deepseek_v3", _MLA | {"first_k_dense_replace": 4}, "deepseek_v3 .*latent attention"),
     "head_dim": ("llama", {"head_dim": 32}, "llama .*head_dim is 32; supported: 64, 80, 96, 128, 192, 256, 512"),
     "group_size": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 1}, "llama .*32 query heads share 1 KV heads"),
@@ -81,6 +77,14 @@ def test_shared_kv_caches_that_the_code_does_not_have_raise():
         model.config.num_kv_shared_layers = shared
         with pytest.raises(ValueError, match="num_kv_shared_layers must be less than the 4 layers"):
             zz.ZigzagCache(model.config)
+
+
+def test_states_need_transformers_that_hold_them(monkeypatch):
+    monkeypatch.setattr(states, "SERVED", False)
+    model = new_model("lfm2")
+    for make in (lambda: zz.enable(model), lambda: zz.ZigzagCache(model.config)):
+        with pytest.raises(ValueError, match="lfm2.*: its layers with recurrent or convolution states need transformers 5.14 or"):
+            make()
 
 
 def test_a_layer_that_never_attends_raises():

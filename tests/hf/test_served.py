@@ -23,7 +23,7 @@ TABLE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 ROW = re.compile(r"^\| ([\w.-]+) \| (yes|text|no) \| (.*?) ?\| (.*?) ?\|$", re.MULTILINE)
 ROWS = {cells[0]: cells for cells in ROW.findall(TABLE.read_text())}
 # Others take seconds each to import.
-FEW = ["cohere2", "deepseek_v3", "gemma2", "gemma3", "gpt_oss", "llama", "mistral", "qwen3_next", "qwen3_vl"]
+FEW = ["cohere2", "deepseek_v3", "gemma2", "gemma3", "gpt_oss", "jamba", "llama", "mistral", "qwen3_next", "qwen3_vl"]
 GEMMA = Gemma3TextConfig(num_hidden_layers=12, head_dim=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=512)
 
 

@@ -118,6 +118,52 @@ WINDOWED: dict[str, dict] = {
     "starcoder2": {},
     "vaultgemma": {"layer_types": None, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 2.0},
 }
+# Families with layers that hold a state: recurrent ones beside full attention, or, in the last two, in the same layer.
+_ALTERNATING = ["linear_attention", "full_attention"] * 2
+_DELTA_NET = {
+    "layer_types": _ALTERNATING,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+HYBRID: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1, 3], **_MAMBA},
+    "granitemoehybrid": {
+        "layer_types": _ALTERNATING,
+        "attention_multiplier": 0.125,
+        "shared_intermediate_size": 64,
+        **_MAMBA,
+        **_EXPERTS,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "num_dense_layers": 1, **_EXPERTS},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention", "full_attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 64,
+        **_EXPERTS,
+    },
+    "olmo_hybrid": _DELTA_NET,
+    "qwen3_5_moe_text": {"shared_expert_intermediate_size": 64, **_DELTA_NET, **_EXPERTS},
+    "qwen3_5_text": _DELTA_NET,
+    "qwen3_next": {"shared_expert_intermediate_size": 64, **_DELTA_NET, **_EXPERTS},
+    "falcon_h1": {
+        "mamba_d_ssm": 256,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 16,
+    },
+    "zaya": {},
+}
 # Families whose last layers read the KV caches of earlier ones, the last of their kind: here layers 4 and 6 read layer 2, layers
 # 5 and 7 layer 3. Gemma 4's full layers have heads of their own.
 SHARED: dict[str, dict] = {
@@ -152,7 +198,7 @@ def tiny_model(family: str = "llama"):
 
 def new_model(family: str, **overrides):
     """A model of its own, with some options of its config changed."""
-    options = _COMMON | FAMILIES.get(family, {}) | overrides
+    options = _COMMON | (HYBRID | FAMILIES).get(family, {}) | overrides
     if family in ("gpt2", "opt"):
         options = {name: value for name, value in options.items() if name not in ("head_dim", "num_key_value_heads")}
     torch.manual_seed(0)

@@ -120,7 +120,7 @@ def test_a_plan_of_another_model_is_refused_with_the_layers(plan, words):
 def test_with_native_needs_as_many_layers_as_the_model_leaves_open():
     with pytest.raises(ValueError, match="the plan has 3 layers, the model has 2 full-attention layers: 0 3"):
         FULL.with_native([None, 8, 8, None])
-    with pytest.raises(ValueError, match="the plan has native layers already: 0 2 5"):
+    with pytest.raises(ValueError, match="the plan has native layers, or ones without keys, already: 0 2 5"):
         WHOLE.with_native(WINDOWS)
 
 
@@ -151,7 +151,7 @@ def test_solve_counts_the_bytes_of_the_whole_model():
     "options, message",
     [
         ({"native": [16, None, None]}, "scores have 3 rows, native names 2 full-attention layers, one per row: 1-2"),
-        ({"native": [0, None, None, None]}, "native: the window of layer 0 must be at least 1 token, got 0"),
+        ({"native": [-1, None, None, None]}, "native: the window of layer 0 must be a number of tokens or 0: no keys; got -1"),
         (
             {"native": WINDOWS, "force_retrieval": [0]},
             "force_retrieval: layer 0 is none of the model's full-attention layers, 1 3-4",

@@ -167,7 +167,7 @@ def content(**changes) -> dict:
         ("3", '"format": "zigzag-plan"'),
         (content(format=...), '"format": "zigzag-plan"'),
         (content(format="zigzag-scores"), '"format": "zigzag-plan"'),
-        (content(version=6), "version 6, from a newer zigzag_ext; this one supports versions up to 5"),
+        (content(version=7), "version 7, from a newer zigzag_ext; this one supports versions up to 6"),
         (content(version=...), "version is None; supported: 1"),
         (content(version=0), "version is 0; supported: 1"),
         (content(version="1"), "version is '1'"),

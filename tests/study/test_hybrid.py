@@ -1,13 +1,15 @@
-"""Scores, plans and tasks of a model with sliding windows of its own: they are about its full-attention layers."""
+"""Scores, plans and tasks of models with sliding windows or recurrences of their own: they are about full-attention layers."""
 
 import string
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma3TextConfig
+import transformers
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma3TextConfig, Lfm2Config
 
 import zigzag_ext as zz
+from zigzag_ext.cache import states
 from zigzag_ext.study.identify import METHODS
 
 from .conftest import KV_HEADS
@@ -80,3 +82,23 @@ def test_tasks_name_the_full_layers(hybrid, tokenizer):
     sized = zz.Plan(["streaming"] * 2, sink=4, window=8, layer_sizes=[(4, 9), None]).with_native(plan.native_windows)
     with pytest.raises(ValueError, match="a row of results names one sink and window"):
         zz.evaluate.passkey(hybrid, tokenizer, sized, **options)
+
+
+@pytest.mark.skipif(not states.SERVED, reason=f"transformers {transformers.__version__} has no classes for states")
+@pytest.mark.parametrize("method", ["lazy", "gates", "ablation"])
+def test_layers_with_states_get_no_row_and_stay_as_they_are(tokenizer, method):
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        hidden_size=128, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=KV_HEADS,
+        vocab_size=len(string.printable), max_position_embeddings=3072, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+        initializer_range=0.3, tie_word_embeddings=False, layer_types=["conv", "full_attention"] * 2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    scores = zz.identify(model, tokenizer, method, **SMALL | ({"tokens": 2400} if method == "gates" else {}))
+    assert scores.shape == (len(FULL), KV_HEADS) and scores.min() >= 0 and scores.max() <= 1
+    plan = zz.solve(scores, retrieval_layers=1, sink=4, window=8, config=config)
+    assert plan.state_layers == (0, 2) and plan.retrieval_layers[0] in FULL and plan.origin["layers"] == 4
+    as_it_is, *_ = zz.evaluate.passkey(model, tokenizer, lengths=[400], depths=[0.5], prompts=2)
+    streamed, *_ = zz.evaluate.passkey(model, tokenizer, plan, lengths=[400], depths=[0.5], prompts=2)
+    assert as_it_is.kinds == "00" and sorted(streamed.kinds) == ["0", "1"]
+    assert abs(streamed.logprob - as_it_is.logprob) > 1e-3

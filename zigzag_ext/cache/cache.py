@@ -1,11 +1,14 @@
 """ZigzagCache: full buffers for retrieval layers, rings for streaming layers, one set of per-row lengths for all of them.
 
+Beside them it holds the states of layers that keep no keys, or states beside their keys (`states.py`).
+
 `update` copies nothing: it hands the new keys and values on, and the attention function that `zigzag_ext.enable` installs
 attends and appends in one launch per layer through `ZigzagLayer.attend` (two where a layer mixes heads of both kinds). A forward
 pass is one `Forward`: checks and memory come before anything is written, the lengths advance at the end.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,25 +17,28 @@ from transformers.cache_utils import Cache
 
 from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, LayerStore, in_normal_mode
-from ..planning.kv_format import PLAIN
 from ..planning.layers import geometries, kv_sources
 from ..planning.native import plan_for
 from ..planning.origin import origin_of
+from .building import layers_of
 from .compression import PromptCompression
 from .compression.apply import checked, compress
 from .forward import Forward
 from .layer import ZigzagLayer
+from .report import memory_report
 from .rows import Rows
 from .saved import load, save
 from .state import Addresses, CacheState, check_lengths, locked
+from .states import StateLayer
 
 
 class ZigzagCache(Cache):
     """KV cache of a plan, for `model.generate(..., cache=cache)` on a model prepared by `zigzag_ext.enable`.
 
     Args:
-        config: the model's config; a retrieval, streaming, native or mixed layer is made for each layer with keys of its own.
-            Layers that share the KV cache of another one, as the last ones of Gemma 3n and Gemma 4, attend that one's.
+        config: the model's config; a retrieval, streaming, native or mixed layer, or one that holds a state, is made for each
+            layer that has keys or a state of its own. Layers that share the KV cache of another one, as the last ones of Gemma 3n
+            and Gemma 4, attend that one's.
         plan: `zigzag_ext.Plan`, native layers as the config has them (`Plan.with_native`). The plan of the cache wins over the
             plan given to `enable`. None: the model as it is, rings for native windows and every token in the other layers.
         max_len: most tokens a row may hold (padding does not count), up to 2^30. None: as many as there is memory for.
@@ -48,6 +54,7 @@ class ZigzagCache(Cache):
     pass the whole conversation, longer than what is held, and it goes on where it stopped; `reset()` empties it and keeps its
     addresses. Only an empty cache takes `prefill_chunk_size`, whose chunks start with the first token. A forward that fails, at
     whatever point, leaves the cache as it was, or marked: further use then raises RuntimeError with the reason until `reset()`.
+    Recurrent and convolution states cannot go back: with such layers nothing can be taken back but all tokens.
 
     Raises:
         TypeError: `plan` is not a Plan, or `max_len` not an integer.
@@ -86,24 +93,7 @@ class ZigzagCache(Cache):
         self.state, self.rollback = CacheState(max_len, stores, sources, compress, num_lengths, plan.sink), rollback
         self.state.made_for = plan, model, geometries(config)
         plan.check_kv_heads(model["kv_heads"])
-        formats = (plan.kv_format, plan.ring_kv_format) if stores else (PLAIN, PLAIN)
-        smooth = plan.key_smoothing
-
-        def store(kind: str, layer: int, heads: tuple[int, ...] | None = None) -> LayerStore:
-            if kind == "retrieval":
-                return LayerStore(0, 0, 0, formats[0], smooth, heads, layer + 1 if compress else 0)
-            return LayerStore(*plan.size(layer), rollback, formats[1], smooth, heads)
-
-        def layer_stores(layer: int, kind: str | tuple[str, ...]) -> list[LayerStore]:
-            if isinstance(kind, str):
-                return [store(kind, layer)]
-            numbers = {name: tuple(head for head, own in enumerate(kind) if own == name) for name in ("retrieval", "streaming")}
-            return [store(name, layer, heads) for name, heads in numbers.items()]
-
-        layers = zip(plan.kinds, plan.native_windows, strict=True)
-        super().__init__(
-            layers=[ZigzagLayer(self.state, i, layer_stores(i, kind), window or 0) for i, (kind, window) in enumerate(layers)]
-        )
+        super().__init__(layers=layers_of(self.state, config, plan, rollback))
 
     def forward(
         self, batch: int, q_len: int, attention_mask=None, ids=None, position_ids: Tensor | None = None, counts=None,
@@ -119,13 +109,14 @@ class ZigzagCache(Cache):
         """
         return Forward(self, batch, q_len, attention_mask, ids, position_ids, counts, images)
 
+    memory_report = memory_report
     save = save
     load = classmethod(load)
 
     @property
     def seq_lens(self) -> Tensor | None:
         """[batch] int32 on the device: tokens held per row, padding not counted. None before the first forward."""
-        first = self.layers[0]
+        first = self.attention_layers[0]
         return self.state.lengths_on(first.device)[0] if first.is_initialized else None
 
     @property
@@ -135,15 +126,15 @@ class ZigzagCache(Cache):
 
     def lives_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the buffers, if there are any, are what a model of this device and dtype needs."""
-        return all((layer.device, layer.dtype) == (device, dtype) for layer in self.layers if layer.is_initialized)
+        return all((layer.device, layer.dtype) == (device, dtype) for layer in self.attention_layers if layer.is_initialized)
 
     @property
-    def memory(self) -> tuple[CacheState, list[ZigzagLayer], int]:
+    def memory(self) -> tuple[CacheState, list[ZigzagLayer | StateLayer], int]:
         """The buffers and what they hold, without the cache itself: `on_memory_of` makes another one of them."""
         return self.state, self.layers, self.rollback
 
     @classmethod
-    def on_memory_of(cls, state: CacheState, layers: list[ZigzagLayer], rollback: int) -> "ZigzagCache":
+    def on_memory_of(cls, state: CacheState, layers: list[ZigzagLayer | StateLayer], rollback: int) -> "ZigzagCache":
         """An empty cache on the `memory` of one that is gone."""
         cache = cls.__new__(cls)
         cache.state, cache.rollback = state, rollback
@@ -151,44 +142,42 @@ class ZigzagCache(Cache):
         cache.reset()
         return cache
 
+    @cached_property
+    def attention_layers(self) -> list[ZigzagLayer]:
+        """The layers that keep keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, ZigzagLayer)]
+
+    @cached_property
+    def attending(self) -> list[int]:
+        """The layers of the model that attend, those without keys of their own as well."""
+        return [layer for layer, source in enumerate(self.state.sources) if isinstance(self.layers[source], ZigzagLayer)]
+
+    @cached_property
+    def states(self) -> list[StateLayer]:
+        """The states of all layers that have one, in its place or beside keys and values."""
+        layers = (getattr(layer, "states", layer) for layer in self.layers)
+        return [layer for layer in layers if isinstance(layer, StateLayer) and layer.keeps]
+
+    @cached_property
+    def holders(self) -> list[ZigzagLayer | StateLayer]:
+        """All that hold something of each row: the layers with keys, and the states, those beside keys as well."""
+        return [*self.attention_layers, *self.states]
+
     @property
     def stores(self) -> list[LayerStore]:
         """All stores of all layers."""
-        return [store for layer in self.layers for store in layer.stores]
+        return [store for layer in self.attention_layers for store in layer.stores]
 
     def memory_bytes(self) -> int:
-        """Bytes of memory that all key and value buffers take now."""
-        return sum(layer.memory_bytes for layer in self.layers)
+        """Bytes of memory that all key and value buffers, and all states, take now."""
+        return sum(holder.memory_bytes for holder in self.holders)
 
     def kv_bytes(self) -> int:
-        """Bytes of the keys, values and scales of the tokens held: `memory_bytes` without pages and room to grow.
+        """Bytes of the keys, values and scales of the tokens held: `memory_bytes` without states, pages and room to grow.
 
         Retrieval layers count the longest row for every row, rings all their slots: what `solve` reckons with.
         """
         return sum(store.kv_bytes(self.state.slots_held(store)) for store in self.stores)
-
-    def memory_report(self) -> str:
-        """A small table of text: layers, bytes of tokens (`kv_bytes`) and bytes of memory, by kind and format, with scales."""
-        groups: dict[tuple[str, str], list] = {}
-        for layer in self.layers:
-            for store in layer.stores:
-                kind = "native" if layer.native_window else "streaming" if store.window else "retrieval"
-                groups.setdefault((kind + (" heads" if store.heads else ""), str(store.kv_format)), []).append(store)
-        held = self.state.slots_held
-        sums = [
-            (*key, len(group), sum(store.kv_bytes(held(store)) for store in group), sum(store.memory_bytes for store in group))
-            for key, group in groups.items()
-        ]
-        sums.append(("all", "", len(self.layers), self.kv_bytes(), self.memory_bytes()))
-        rows = [
-            (kind, f"{n} layers", kv_format, f"{held:,} bytes in", f"{memory:,} bytes")
-            for kind, kv_format, n, held, memory in sums
-        ]
-        if compressed := self.compressed.values():
-            kept = sum(kept for kept, _ in compressed) / len(compressed)
-            rows.append(("compressed", f"{len(compressed)} layers", "", f"{kept:,.0f} of {self.state.longest:,} tokens kept", ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     @locked
     def reserve(self, tokens: int) -> None:
@@ -218,7 +207,7 @@ class ZigzagCache(Cache):
         """Memory for `rows`. Raises RuntimeError beyond `max_len`, MemoryError where there is none."""
         state, needed = self.state, rows.grown
         full = state.max_len is not None and rows.longest > state.max_len
-        if not state.stores or (needed <= state.capacity and not full) or all(layer.window for layer in self.layers):
+        if not state.stores or (needed <= state.capacity and not full) or all(layer.window for layer in self.attention_layers):
             return
         if full:
             raise RuntimeError(
@@ -230,7 +219,7 @@ class ZigzagCache(Cache):
         check_free(wanted for store in self.stores for wanted in store.growth(state.slots_for(capacity, store)))
         if any(store.moves_for(state.slots_for(capacity, store)) for store in self.stores):
             state.addresses = Addresses()  # first: an interrupt below must not leave steps that were compiled on old addresses
-        for layer in self.layers:
+        for layer in self.attention_layers:
             layer.grow(capacity)
         state.capacity = capacity  # last: out of memory above leaves the old one, so that the next forward grows the rest
 
@@ -259,12 +248,21 @@ class ZigzagCache(Cache):
     def compressed(self) -> dict[int, tuple[int, int]]:
         """Tokens of the longest row that each compressed layer holds, and that it has dropped, by layer."""
         row = int(self.state.rows.held.argmax()) if self.state.compressed else 0
-        left_out = {layer.index: self.state.left_out[layer.index + 1] for layer in self.layers if self.state.compressed}
+        layers = self.attention_layers if self.state.compressed else []
+        left_out = {layer.index: self.state.left_out[layer.index + 1] for layer in layers}
         return {index: (self.state.longest - int(n[row]), int(n[row])) for index, n in left_out.items() if n.any()}
 
     def incomplete_layers(self, rows: Rows) -> list[int]:
-        """Layers that no longer hold what `rows` show, after what was written ahead of them."""
-        return [layer.index for layer in self.layers if not layer.is_whole(rows)]
+        """Layers that no longer hold what `rows` show, after what was written ahead of them; states never go back."""
+        return sorted({holder.index for holder in self.holders if not holder.is_whole(rows)})
+
+    def refuse_states(self, layers: list[int], what: str) -> None:
+        """Raises RuntimeError if any of `layers`, which cannot take tokens back, has a state."""
+        if held := [states.index for states in self.states if states.index in layers]:
+            raise RuntimeError(
+                f"{what} would take tokens back, which the recurrent or convolution states of layers {held} have taken in; "
+                "nothing was changed. Call reset() and read the prompt again"
+            )
 
     @locked
     def reset(self) -> None:
@@ -274,8 +272,8 @@ class ZigzagCache(Cache):
             self.state.forget()
         else:
             self.state.start(None)  # a change of the rows may have gone through some layers only
-        for layer in self.layers:
-            layer.release() if whole else layer.drop()
+        for holder in self.holders:
+            holder.release() if whole else holder.drop()
 
     @locked
     def crop(self, tokens: int | Sequence[int]) -> None:
@@ -296,6 +294,7 @@ class ZigzagCache(Cache):
         if not removed:
             return
         if layers := self.incomplete_layers(rows):
+            self.refuse_states(layers, f"crop({tokens})")
             self._refuse_compressed(layers, f"crop({tokens})")
             raise RuntimeError(
                 f"crop({tokens}) takes {removed} tokens back; the rings of layers {layers} can take back "
@@ -315,11 +314,12 @@ class ZigzagCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can take tokens back at any time: no layer streams, or rings have `rollback` slots for it."""
-        return all(layer.is_croppable for layer in self.layers)
+        """Whether `crop` can take tokens back at any time: no layer streams, or rings have `rollback` slots for it; no states."""
+        return not self.states and all(layer.is_croppable for layer in self.attention_layers)
 
     def activate_past_recording(self) -> None:
         """What assisted decoding calls before it starts; raises RuntimeError if rings cannot take tokens back."""
+        self.refuse_states([states.index for states in self.states], "assisted or prompt-lookup decoding")
         if not self.is_croppable:
             raise RuntimeError(
                 "assisted and prompt-lookup decoding take tokens back, which rings can do only with slots for it: give "
@@ -345,6 +345,7 @@ class ZigzagCache(Cache):
         if same == state.columns:
             return
         if layers := self.incomplete_layers(state.rows.cut_at(np.minimum(state.rows.ends, same))):
+            self.refuse_states(layers, "generate()")
             self._refuse_compressed(layers, "generate()")
             shorter = same == ids.shape[1] - 1
             what = f"{state.columns - same} tokens beyond those given" if shorter else f"another token at position {same}"
@@ -368,8 +369,8 @@ class ZigzagCache(Cache):
         if not index.is_cuda and (index.min() < 0 or index.max() >= state.batch):  # on a GPU this would wait for it
             raise IndexError(f"{what}: rows must be in [0, {state.batch}), got {index.tolist()}")
         with state.change(what):
-            for layer in self.layers:
-                layer.select_rows(index)
+            for holder in self.holders:
+                holder.select_rows(index)
             state.select_rows(index)
 
     @in_normal_mode

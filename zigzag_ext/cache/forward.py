@@ -1,6 +1,5 @@
 """Forward: one forward of a ZigzagCache, which commits, or leaves the cache as it was, or marks it with the reason."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,32 +20,6 @@ from .tokens import raise_mask_error, to_device
 
 if TYPE_CHECKING:
     from .cache import ZigzagCache
-
-_current = threading.local()  # .entry: what attends in this thread, None or absent outside a forward
-
-
-def current():
-    """What attends in this thread, or None: an object with `was_given(layer)`, `attend(layer, q, k, v, scale, terms)` and
-    `native_window(layer)`, the window that the model itself must ask for, 0: none."""
-    return getattr(_current, "entry", None)
-
-
-class attending:
-    """`with attending(entry):` makes `entry` the `current()` one. May be nested: a model may call another one.
-
-    The outermost ones come in pairs, `with attending(None), attending(entry):`. An interrupt may keep the inner one from putting
-    back what was there before; the outer one does then.
-    """
-
-    def __init__(self, entry):
-        self.entry = entry
-
-    def __enter__(self) -> None:
-        self.before = current()
-        _current.entry = self.entry
-
-    def __exit__(self, *error) -> None:
-        _current.entry = self.before
 
 
 class Forward:
@@ -72,6 +45,7 @@ class Forward:
         self.mask, self.ids, self.positions, self.counts, self.images = mask, ids, positions, counts, images
         self.given: set[int] = set()  # layers of the cache that were given their new keys in the present piece
         self.attended: set[int] = set()  # layers of the model that it has been through
+        self.read: set[int] = set()  # layers whose states it has read, and so may have changed
         self.shared = SharedKeys(self)
         self.written = self.done = 0  # columns that any layer, that all layers have appended
         self.committing = False
@@ -97,6 +71,9 @@ class Forward:
         self.observed = dict(state.observed)
         self.after = read()
         self.cache.ensure_capacity(self.after)
+        if not self.before.columns:
+            for states in self.cache.states:
+                states.restart()
         self.lengths: dict[torch.device, Tensor] = {}  # before this forward; kept once a piece has advanced them
         self._set_pad()
         state.num_forwards += 1
@@ -121,9 +98,8 @@ class Forward:
     def piece(self, q_len: int) -> Iterator["Forward"]:
         """The next `q_len` columns of this forward, through all layers."""
         self.q_len = q_len
-        self.given.clear()
-        self.attended.clear()
-        self.shared.kept.clear()
+        for noted in (self.given, self.attended, self.read, self.shared.kept):
+            noted.clear()
         self._set_pad()
         yield self
         self._check_attended()
@@ -217,22 +193,28 @@ class Forward:
         with self.state.lock:
             self.state.check_open(self)
             self.written = self.done + self.q_len
+            for states in self.cache.states:
+                states.is_dirty = True
             yield
-            self.attended.update(range(len(self.state.sources)))
+            self.attended.update(self.cache.attending)
+            self.read.update(states.index for states in self.cache.states)
 
     def _check_batch(self) -> None:
         state = self.state
         if state.batch != self.batch:
             if state.columns:
                 raise ValueError(f"the cache holds {state.batch} rows, the input has {self.batch}; use reset() or another cache")
-            for layer in self.cache.layers:
-                layer.drop()
+            for holder in self.cache.holders:
+                holder.drop()
             state.start(self.batch)
 
     def _check_attended(self) -> None:
-        missed = [index for index in range(len(self.state.sources)) if index not in self.attended]
+        missed = [index for index in self.cache.attending if index not in self.attended]
         if missed:
             raise RuntimeError(f"layers {missed} never called zigzag attention: this model's layers are not all plain attention")
+        missed = [states.index for states in self.cache.states if states.index not in self.read and self.state.stores]
+        if missed:
+            raise RuntimeError(f"layers {missed} never read the states that the ZigzagCache holds for them: it keeps others")
 
     def _read_counts(self) -> Rows:
         """The rows after this forward, where each gets the last `counts` [batch] columns, behind its own end."""
@@ -243,7 +225,7 @@ class Forward:
             raise ValueError(f"counts go with up to {ops.MAX_DECODE_QUERIES} new columns, got {self.total}")
         if counts.shape != (self.batch,) or (counts < 0).any() or (counts > self.total).any():
             raise ValueError(f"counts must be [{self.batch}] numbers of 0 to {self.total} new tokens, got {counts.tolist()}")
-        device = next((layer.device for layer in self.cache.layers if layer.is_initialized), torch.device("cpu"))
+        device = next((layer.device for layer in self.cache.attention_layers if layer.is_initialized), torch.device("cpu"))
         self.padding = in_normal_mode(lambda: to_device((self.total - counts).astype(np.int32), device))()
         return self.state.rows.grown_by(counts)
 
@@ -281,12 +263,17 @@ class Forward:
             "(prefill_chunk_size needs an empty cache)"
         )
 
+    def _mask_fault(self) -> Tensor:
+        """0-d int64: what is wrong with the mask, see `HeldTokens`. transformers masks no states in forwards of one column."""
+        ahead = self.short and self.state.rows.furthest_ahead > 0
+        return self.state.tokens.mask_fault(self.mask, self.total, ahead, self.total == 1 and bool(self.cache.states))
+
     @in_normal_mode
     def _read_short_mask(self) -> Rows:
         state, q_len, mask = self.state, self.total, self.mask
         on_cpu = mask.device.type == "cpu"
         if on_cpu:
-            raise_mask_error(int(state.tokens.mask_fault(mask, q_len, state.rows.furthest_ahead > 0)))
+            raise_mask_error(int(self._mask_fault()))
         if q_len == 1:
             self.padding = state.read_step(mask[:, -1])
             self.hidden = self.padding[:, None] > 0
@@ -302,7 +289,7 @@ class Forward:
         hidden = mask[:, -q_len:] == 0
         padding = hidden.sum(1, dtype=torch.int32)
         held = state.lengths_on(mask.device)[0] + (q_len - padding)
-        fault = state.tokens.mask_fault(mask, q_len, False).to(mask.device)
+        fault = self._mask_fault().to(mask.device)
         code, mixed, *known = torch.cat([fault.reshape(1), is_mixed(hidden).reshape(1), held.long(), padding.long()]).tolist()
         raise_mask_error(code)
         held_then, left_out = np.array(known, dtype=np.int64).reshape(2, self.batch)
@@ -341,6 +328,8 @@ class Forward:
         self.done += self.q_len
         if last:
             state.forward, state.observed = None, self.observed
+            for states in self.cache.states:
+                states.is_dirty = False
         self.committing = state.changing = None
 
     def _note_tokens(self, last: bool) -> None:
@@ -349,7 +338,7 @@ class Forward:
         if not state.stores or not state.seq_lens:
             return
         if last and self.short and self.mask is not None and self.mask.is_cuda:
-            tokens.remember(tokens.mask_fault(self.mask, self.total, state.rows.furthest_ahead > 0))
+            tokens.remember(self._mask_fault())
         device = next(iter(state.seq_lens))
         ids = None if self.ids is None else self.ids[:, self.done : self.done + self.q_len]
         tokens.images_end = state.columns + self.q_len if self.images else tokens.images_end
@@ -378,4 +367,9 @@ class Forward:
         lost = self.cache.incomplete_layers(state.rows)
         state.changing = None
         if lost:
-            state.changing = f"a forward failed half-way, its tokens have overwritten older ones in the rings of layers {lost}"
+            took_in = [states.index for states in self.cache.states if states.index in lost]
+            state.changing = "a forward failed half-way, " + (
+                f"the recurrent or convolution states of layers {took_in} may have taken its tokens in"
+                if took_in
+                else f"its tokens have overwritten older ones in the rings of layers {lost}"
+            )

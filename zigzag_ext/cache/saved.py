@@ -4,7 +4,8 @@ A safetensors file. Its metadata has one entry, "zigzag_cache", JSON: plan, mode
 cache, and what the host knows of it. Tensors: "seq_lens" [1 or 1 + layers, batch] int32 and "tokens" [batch, columns] int32
 (`HeldTokens`); for every store of a layer, as "<layer>.<store>.<buffer>", the slots that hold tokens, one row behind the other:
 [slots of all rows, heads, width], without width for scales; "key_offset" if keys are smoothed; "<layer>.queries", of which
-"<layer>.valid" count, that a choice of tokens still needs. Rows of a retrieval layer have a slot per token; rings of full rows
+"<layer>.valid" count, that a choice of tokens still needs; "<layer>.conv.<number>" and "<layer>.recurrent.<number>" [batch, ...],
+states in the model's own shapes, as they are (version 2). Rows of a retrieval layer have a slot per token; rings of full rows
 are there whole.
 """
 
@@ -27,13 +28,14 @@ from . import compression
 from .compression.observed import Observed
 from .rows import Rows
 from .state import locked
+from .states import StateLayer
 from .tensor_file import TensorFile, open_tensors, write_tensors
 from .tokens import raise_mask_error
 
 if TYPE_CHECKING:
     from .cache import ZigzagCache
 
-VERSION = 1
+VERSION = 2  # 1 is written for caches without states, which older ones can read
 _ENTRY = "zigzag_cache"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -64,10 +66,11 @@ def save(self: "ZigzagCache", path: str | os.PathLike) -> None:
     if state.tokens.fault is not None:
         raise_mask_error(int(state.tokens.fault))
     plan, model, sizes = state.made_for
-    for layer, planned in zip(self.layers, sizes, strict=True):
+    for layer in self.attention_layers:
+        planned = sizes[layer.index]
         if (kv_heads := layer.stores[0].geometry[1]) != planned.kv_heads:
             raise ValueError(f"a cache that holds {kv_heads} of {planned.kv_heads} KV heads (tensor parallelism) cannot be saved")
-    lengths = state.lengths_on(self.layers[0].device)
+    lengths = state.lengths_on(self.attention_layers[0].device)
     parts = {"seq_lens": [torch.stack(lengths)], "tokens": [state.tokens.ids[:, : state.columns]]}
     parts |= {f"{layer}.queries": [each.q] for layer, each in state.observed.items()}
     parts |= {f"{layer}.valid": [each.valid.int()] for layer, each in state.observed.items()}
@@ -76,14 +79,17 @@ def save(self: "ZigzagCache", path: str | os.PathLike) -> None:
         slots = _slots(store, counts)
         parts |= {f"{name}.{part}": list(_held(buffer, slots)) for part, buffer in store.buffers.items()}
         parts |= {} if store.key_offset is None else {f"{name}.key_offset": [store.key_offset]}
+    parts |= {f"{states.index}.{name}": [tensor] for states in self.states for name, tensor in states.tensors.items()}
     write_tensors(path, parts, {_ENTRY: json.dumps(_host_state(self, plan, model))})
 
 
 def _host_state(cache: "ZigzagCache", plan: Plan, model: dict) -> dict:
     state = cache.state
     rows = {field.name: getattr(state.rows, field.name).tolist() for field in dataclasses.fields(Rows)}
-    return {
-        "version": VERSION, "plan": plan.as_json(), "model": model, "dtype": str(cache.stores[0].dtype).removeprefix("torch."),
+    states = {str(each.index): {name: str(t.dtype)[6:] for name, t in each.tensors.items()} for each in cache.states}
+    with_states = {"version": VERSION, "states": states} if states else {"version": 1}
+    return with_states | {
+        "plan": plan.as_json(), "model": model, "dtype": str(cache.stores[0].dtype).removeprefix("torch."),
         "head_dim": cache.stores[0].geometry[2], "max_len": state.max_len, "rollback": cache.rollback,
         "compression": _method_as_json(state.compression), "compressed": state.compressed, "prompt_end": state.prompt_end,
         "rows": rows, "left_out": state.left_out.tolist(),
@@ -146,8 +152,9 @@ def _content(file: TensorFile) -> dict:
         raise ValueError(f"{_ENTRY} must be an object with a version, got {shown(content)}")
     if version > VERSION:
         raise ValueError(f"its version is {version}; this zigzag_ext reads up to {VERSION}: update it")
+    content = {"states": {}} | content
     kinds = {
-        "plan": dict, "model": dict, "dtype": str, "head_dim": int, "max_len": int | None, "rollback": int,
+        "states": dict, "plan": dict, "model": dict, "dtype": str, "head_dim": int, "max_len": int | None, "rollback": int,
         "compression": dict | None, "compressed": bool, "prompt_end": int, "rows": dict, "left_out": list, "query_scales": dict,
     }  # fmt: skip
     for name, kind in kinds.items():
@@ -175,9 +182,12 @@ def _restore(cache: "ZigzagCache", file: TensorFile, content: dict, devices: lis
     counts = _checked_counts(cache, rows, lengths.numpy(), left_out)
 
     state.start(batch)
-    for layer, size, device in zip(cache.layers, sizes, devices, strict=True):
+    for layer in cache.attention_layers:
+        size, device = sizes[layer.index], devices[layer.index]
         like = torch.empty(batch, size.kv_heads, 0, size.head_dim, dtype=dtype, device=device)
         layer.lazy_initialization(like, like)
+    for states in cache.states:
+        states.restore(dict(_state_tensors(file, content["states"], states, batch, devices[states.index])))
     state.rows, state.left_out, state.capacity = rows, left_out, -1  # so that what a compressed prompt kept gets memory, too
     cache.ensure_capacity(rows)
     for (name, store), slots in zip(_named_stores(cache), counts, strict=True):
@@ -213,7 +223,7 @@ def _fill(store: LayerStore, file: TensorFile, name: str, slots: list[int]) -> N
 
 def _queries(cache: "ZigzagCache", file: TensorFile, scales: dict, shape: tuple[int, int, int]) -> Iterator[tuple]:
     """The last queries of a prompt that is still to be compressed, with their scales, by layer."""
-    layers = {str(layer.index): layer for layer in cache.layers if cache.state.compression and not layer.window}
+    layers = {str(layer.index): layer for layer in cache.attention_layers if cache.state.compression and not layer.window}
     batch, heads, head_dim = shape
     for name, scale in scales.items():
         if name not in layers or not isinstance(scale, float) or not math.isfinite(scale):
@@ -227,6 +237,24 @@ def _queries(cache: "ZigzagCache", file: TensorFile, scales: dict, shape: tuple[
         if (valid < 0).any() or (valid > last).any():
             raise ValueError(f"{name}.valid must be 0 to {last} queries per row, got {shown(valid.tolist())}")
         yield layer.index, Observed(q.to(layer.device), valid.to(layer.device, torch.int64), scale)
+
+
+def _state_tensors(file: TensorFile, names: dict, states: StateLayer, batch: int, device: torch.device) -> Iterator[tuple]:
+    """The states of a layer by name, as `StateLayer.tensors` names them."""
+    own = names.get(str(states.index))
+    known = {f"{kind}.{number}" for kind in ("conv", "recurrent") for number in range(states.number_of_states)}
+    if (
+        not isinstance(own, dict)
+        or not own
+        or not own.keys() <= known
+        or not all(isinstance(dtype, str) and dtype in _DTYPES for dtype in own.values())
+    ):
+        raise ValueError(f"states must name the dtypes of {', '.join(sorted(known))} of layer {states.index}, got {shown(own)}")
+    for name, dtype in own.items():
+        shape = file.shape(f"{states.index}.{name}")
+        if len(shape) < 3 or shape[0] != batch:
+            raise ValueError(f"{states.index}.{name} must have {batch} rows and at least 3 dimensions, got {shown(shape)}")
+        yield name, file.read(f"{states.index}.{name}", shape, _DTYPES[dtype]).to(device)
 
 
 def _left_out(content: list, num_lengths: int, batch: int) -> np.ndarray:
@@ -245,7 +273,7 @@ def _numbers(what: str, content: dict, name: str, count: int) -> np.ndarray:
 
 
 def _named_stores(cache: "ZigzagCache") -> Iterator[tuple[str, LayerStore]]:
-    for layer in cache.layers:
+    for layer in cache.attention_layers:
         yield from ((f"{layer.index}.{number}", store) for number, store in enumerate(layer.stores))
 
 

@@ -8,10 +8,12 @@ from ..attention.store import in_normal_mode
 from .rows import Rows
 
 SKIPPED, UNKNOWN = -1, -2  # in the place of an id: a column that the row left out; a token that came as an embedding
-_CHANGED, _SKIPPED_AHEAD = 1, 2
+_CHANGED, _SKIPPED_AHEAD, _SKIPPED_ALONE = 1, 2, 3
 _ERRORS = {
     _CHANGED: "attention_mask masks other tokens than those the cache left out before: start from an empty cache",
     _SKIPPED_AHEAD: "attention_mask leaves new tokens out right after crop() or a failure, while rings hold those taken back",
+    _SKIPPED_ALONE: "attention_mask leaves a row out of a forward of one token, which recurrent and convolution states take in "
+    "all the same: give the row a token, or the forward more columns",
 }
 
 
@@ -129,14 +131,19 @@ class HeldTokens:
         return int(columns[0]) if len(columns) else n
 
     @in_normal_mode
-    def mask_fault(self, mask: Tensor, q_len: int, ahead: bool) -> Tensor:
-        """0-d int64, not waited for: what is wrong with `mask` [batch, columns + q_len], or 0. ahead: see `CacheState`."""
+    def mask_fault(self, mask: Tensor, q_len: int, ahead: bool, takes_all: bool = False) -> Tensor:
+        """0-d int64, not waited for: what is wrong with `mask` [batch, columns + q_len], or 0.
+
+        ahead: whether rings hold tokens taken back. takes_all: whether layers take in what they are given, masked or not.
+        """
         visible, seen = mask != 0, self.columns
         tail, faults = visible[:, seen:], []
         if seen:
             faults.append((visible[:, :seen] != (self.ids[:, :seen] != SKIPPED).to(mask.device)).any() * _CHANGED)
         if ahead:
             faults.append((~tail).any() * _SKIPPED_AHEAD)
+        if takes_all:
+            faults.append((~tail).any() * _SKIPPED_ALONE)
         return torch.stack(faults).max() if faults else mask.new_zeros((), dtype=torch.int64)
 
     @in_normal_mode

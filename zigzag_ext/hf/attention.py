@@ -1,6 +1,6 @@
 """The attention and mask functions registered with transformers under the name "zigzag".
 
-What attends is `zigzag_ext.cache.forward.current()`, one per thread: a keyword argument would not do, since some families
+What attends is `zigzag_ext.cache.attending.current()`, one per thread: a keyword argument would not do, since some families
 (Nemotron, StableLM) do not hand theirs down to the attention.
 """
 
@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
 from ..attention.store import LogitTerms
-from ..cache.forward import current
+from ..cache.attending import current
 from .cache_argument import tested_range
 
 NAME = "zigzag"

@@ -72,10 +72,12 @@ def pieces_of(model: nn.Module, forward: Forward, kwargs: dict, chunk: int | str
         return [kwargs]
     seen, cut = forward.columns, _cutter(kwargs)
     size = automatic_chunk(model, forward.cache, batch) if automatic else chunk
-    first_kept = min(q_len - keep, (q_len - 1) // size * size)
-    if first_kept <= 0:
+    least = 2 if forward.cache.states else 1  # columns of a piece: transformers does not mask padding for states in one of 1
+    size = max(size, least)
+    first_kept = min(q_len - max(keep, least), (q_len - 1) // size * size)
+    if first_kept < least:
         return [kwargs]
-    ends = [*range(size, first_kept, size), first_kept]
+    ends = [*range(size, first_kept - least + 1, size), first_kept]
     cache = {name: value for name, value in kwargs.items() if value is forward.cache}
     body = [cut(start, end, seen) | cache | {"use_cache": True} for start, end in zip([0, *ends], ends, strict=False)]
     return [*body, kwargs | cut(first_kept, q_len, seen)]

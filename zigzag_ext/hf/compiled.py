@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 
 from ..attention.store import in_normal_mode
 from ..cache import ZigzagCache
-from ..cache.forward import Forward, attending
+from ..cache.attending import attending
+from ..cache.forward import Forward
 from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
 from .own_config import plain_name
@@ -73,7 +74,7 @@ class CompiledDecoding:
     @in_normal_mode
     def _step(self, cache: ZigzagCache, kind: tuple, inputs: dict, view: Callable[[], StepCache]) -> "_Step":
         steps = self.steps.setdefault(cache.addresses, {})
-        signature = (kind, *_signature(inputs, cache.layers[0].device.type))
+        signature = (kind, *_signature(inputs, cache.attention_layers[0].device.type))
         if signature not in steps:
             steps[signature] = _Step(self.model, self._compiled(kind[:2]), view(), inputs)
         return steps[signature]
@@ -95,7 +96,7 @@ class CompiledDecoding:
 
     def _fingerprint(self, cache: ZigzagCache, before: int) -> tuple | None:
         """Of the model, looked at again unless the forward `before` this step was a compiled one; None on a CPU."""
-        if cache.layers[0].device.type != "cuda":
+        if cache.attention_layers[0].device.type != "cuda":
             return None
         if self.last != (weakref.ref(cache.addresses), before):
             self.model_is = _fingerprint(self.model)
@@ -165,7 +166,7 @@ class _Step:
         graph, stream, caller = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
         # Compiles and loads what a capture must not. Running the step twice is harmless: it appends at the lengths it is given.
         stream.wait_stream(caller)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self.view.states_kept():
             self._run()
         caller.wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):

@@ -44,12 +44,13 @@ def enable(
         model: a transformers decoder-only language model (`AutoModelForCausalLM`) or an image-text model around one
             (`AutoModelForImageTextToText`), of which the text decoder is served and other parts attend as before; also inside
             PEFT's wrappers or `torch.compile(model)`. Served exactly or refused: see Raises. It gets a config of its own.
-        plan: `zigzag_ext.Plan` with one kind per layer, sliding windows of the model's own as native layers (`Plan.with_native`).
-            None: the model as it is, exactly, with rings for its native windows. Where a plan records what it was made for
-            (`Plan.origin`), the model has to have that geometry; a model of another name is warned of once.
+        plan: `zigzag_ext.Plan` with one kind per layer, sliding windows of the model's own as native layers, layers without keys
+            as state layers (`Plan.with_native`). None: the model as it is, exactly, with rings for its native windows. Where a
+            plan records what it was made for (`Plan.origin`), the model has to have that geometry; a model of another name is
+            warned of once.
         max_len: tokens per row of the caches made for calls without one; None lets them grow.
-        rollback: tokens that these caches can take back (`ZigzagCache.crop`). Assisted and prompt-lookup decoding need it: 20
-            is transformers' longest draft by default.
+        rollback: tokens that these caches can take back (`ZigzagCache.crop`), unless layers hold states. Assisted and
+            prompt-lookup decoding need it: 20 is transformers' longest draft by default.
         prefill_chunk: most new tokens per row that go through the model at once, in forwards that ask for the logits of the last
             tokens only, as generate() does. Peak memory beside the KV then does not depend on the prompt; the result is that of
             one shot, in every turn of a conversation. "auto": from the free memory, at most 8192 tokens over all rows, where
@@ -82,9 +83,9 @@ def enable(
             format or `key_smoothing` of another type than in `Plan`.
         ValueError: layer counts or native windows differ, or layers, KV heads or head_dim from those that the plan was made for;
             `max_len` or `prefill_chunk` < 1, the dtype or a format is not supported, `key_smoothing` without quantised keys, or
-            the family cannot be computed exactly (chunked, latent or linear attention, encoders, unsupported
-            head_dim or group size, key_smoothing with soft caps or learned sinks). With `compile`: several devices, or RoPE whose
-            frequencies follow the length ("dynamic", "longrope").
+            the family cannot be computed exactly (chunked or latent attention, states in caches of the family's own, encoders,
+            unsupported head_dim or group size, key_smoothing with soft caps or learned sinks). With `compile`: several devices,
+            or RoPE whose frequencies follow the length ("dynamic", "longrope").
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
             forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
             the model's step cannot be one graph (for one, `output_hidden_states=True` cannot).

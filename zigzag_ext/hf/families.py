@@ -1,11 +1,14 @@
 """Which model families zigzag attention serves exactly, decided from the config and the parameters. All others raise by name."""
 
+import inspect
 import sys
 
 from torch import nn
+from transformers.cache_utils import Cache
 
 from ..attention.ops import CPU_HEAD_DIMS, DTYPES, MAX_GROUP_SIZE, head_dims_of
-from ..planning.layers import SLIDING, geometries, kv_sources, text_config
+from ..cache.states import check_served
+from ..planning.layers import EMPTY, FULL, HYBRID, SLIDING, STATES, geometries, kv_sources, layer_kinds, text_config
 from ..planning.native import native_windows
 from ..planning.origin import origin_of
 from .own_config import text_decoder
@@ -46,17 +49,42 @@ def _dtype(model, config):
 def _layer_kinds(model, config):
     for field in ("layer_types", "layers_block_type"):
         for index, kind in enumerate(getattr(config, field, None) or ()):
-            if kind not in ("full_attention", "attention", SLIDING):
-                return f"layer {index} is '{kind}' in config.{field}; full attention and sliding windows are served"
+            if kind not in (*FULL, SLIDING, *STATES, *EMPTY):
+                return (
+                    f"layer {index} is '{kind}' in config.{field}; full attention, sliding windows and layers with a state of "
+                    "fixed size are served"
+                )
 
 
 def _windows(model, config):
     try:
-        windows = set(native_windows(config)) - {None}
+        windows = set(native_windows(config)) - {None, 0}
     except ValueError as error:
         return str(error)
     if windows and not hasattr(sys.modules[type(model).__module__], "create_sliding_window_causal_mask"):
         return f"its config names a sliding window of {windows.pop()} tokens, and its code makes no such mask"
+
+
+def _states(model, config):
+    kinds = set(layer_kinds(config) or ())
+    if not kinds & {*STATES, *EMPTY, *HYBRID}:
+        return None
+    if not kinds & {*FULL, SLIDING}:
+        return "none of its layers has attention"
+    try:
+        check_served(config)
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+    code = vars(sys.modules[type(model).__module__])
+    if own := [name for name, each in code.items() if inspect.isclass(each) and issubclass(each, Cache) and _is_of(each, code)]:
+        return f"its layers keep their states in a cache of its own ({own[0]})"
+    if "create_recurrent_attention_mask" not in code:
+        return "its layers with states take padding by a rule of its own"
+
+
+def _is_of(kind: type, code: dict) -> bool:
+    """Whether a class was defined in the module with these variables."""
+    return kind.__module__ == code["__name__"]
 
 
 def _softcap(model, config):
@@ -97,10 +125,14 @@ def _geometry(model, config):
             return f"its values have {value_dim} elements, its keys {head_dim}; one number is served"
 
 
+_SHARED = "its attention modules serve several layers each, and do not say which one they run as"
 _OWN_ATTENTION = {
     "diffllama": "its layers attend twice, with the halves of their values",
     "doge": "its attention takes a mask that depends on the values",
     "hrm_text": "its layers run several times in one forward",
+    "jamba": "its recurrent layers start from no state in a forward of several tokens, and so would each chunk of a prompt",
+    "zamba": _SHARED,
+    "zamba2": _SHARED,
 }
 
 
@@ -133,6 +165,7 @@ def check_smoothing(model: nn.Module, plan) -> None:
 _CHECKS = (
     _layer_kinds,
     _windows,
+    _states,
     _softcap,
     _learned_sinks,
     _latent_attention,

@@ -84,7 +84,7 @@ def kv_table(config, element_bytes: int = 2, sink: int = 64, window: int = 256) 
     for name, context in CONTEXTS.items():
         both = [0, 0]
         for layer, (own, size) in enumerate(zip(windows, geometries(config), strict=True)):
-            held = [context if own is None else min(own, context)] * 2
+            held = [context if own is None else min(own, context)] * 2  # 0 without keys
             if layer in streaming:
                 held[1] = min(sink + window, context)
             for way, tokens in enumerate(held):
@@ -101,7 +101,8 @@ def report(config) -> list[tuple[str, str]]:
     rows = [("family", config.model_type), ("served", served_as)]
     if found.windows:
         plan = whole_plan(found.windows)
-        rows += [("layers", counts_of(plan) if plan.native_layers else f"{plan.num_layers}, all with full attention")]
+        some = len(plan.full_layers) < plan.num_layers
+        rows += [("layers", counts_of(plan) if some else f"{plan.num_layers}, all with full attention")]
         rows += [("a plan may choose", ranges(plan.full_layers))]
         if shared := len(kv_sources(config)) - plan.num_layers:
             rows += [("shared KV caches", f"the last {shared} layers read those of earlier ones, and go by their kinds")]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import ZigzagCache
-from ..cache.forward import attending
+from ..cache.attending import attending
 from ..planning.layers import text_config
 from .cache_argument import cache_parameter, forward_parameters, split_cache
 from .chunking import TOKEN_ARGUMENTS, new_tokens, pieces_of
@@ -94,6 +94,7 @@ class Session:
         kwargs = {name: value for name, value in self._by_name(args, kwargs).items() if name not in _FOR_GENERATE}
         self._check_arguments(kwargs)
         cache, kwargs = self._with_cache(kwargs)
+        kwargs = self._with_positions(cache, kwargs)
         noted = (kwargs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
         forward = cache.forward(*new_tokens(kwargs), *noted, images=brings_images(kwargs))
         deltas = deltas_of(self.model, cache, kwargs)
@@ -204,6 +205,13 @@ class Session:
         if layers != config.num_hidden_layers:
             raise ValueError(f"the ZigzagCache is for {layers} layers, the model has {config.num_hidden_layers}")
         return given, kwargs | {self.cache_name: given}
+
+    def _with_positions(self, cache: ZigzagCache, kwargs: dict) -> dict:
+        """Some hybrid models count from 0 in every forward that is not told its positions."""
+        if not cache.states or kwargs.get("position_ids") is not None or "position_ids" not in self.parameters:
+            return kwargs
+        columns, tokens = cache.state.columns, next(kwargs[name] for name in TOKEN_ARGUMENTS if kwargs.get(name) is not None)
+        return kwargs | {"position_ids": torch.arange(columns, columns + tokens.shape[1], device=tokens.device)[None]}
 
     def _without_gradients(self):
         """no_grad, and one warning where gradients would have been recorded."""

@@ -1,5 +1,8 @@
 """What a compiled decode step sees of a ZigzagCache: tensors at fixed addresses, and nothing that changes from step to step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -8,6 +11,7 @@ from ..attention.store import Chunk, LogitTerms, attend
 from ..cache import ZigzagCache
 from ..cache.forward import Forward
 from ..cache.layer import ZigzagLayer
+from ..cache.states import HybridLayer, StateLayer, WithStates
 
 UNKNOWN = -1
 
@@ -53,6 +57,14 @@ class StepLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in older transformers
 
 
+class HybridStepLayer(StepLayer, WithStates):
+    """A layer of a StepCache with a state beside its keys."""
+
+    def __init__(self, layer: HybridLayer, *args):
+        super().__init__(layer, *args)
+        self.states = layer.states.for_compiler()
+
+
 class StepCache(Cache):
     """The buffers of a cache, after its first forward. `refresh` goes before a step, `advance` behind it.
 
@@ -61,9 +73,16 @@ class StepCache(Cache):
     """
 
     def __init__(self, cache: ZigzagCache, seq_lens: tuple[Tensor, ...], pad: Tensor, through: tuple[int, int] | None = None):
-        self.device, self.through = cache.layers[0].device, through
-        shared = _Shared(Chunk(seq_lens, pad, cache.state.workspace(self.device), decodes=True))
-        super().__init__(layers=[StepLayer(layer, shared, through) for layer in cache.layers])
+        self.device, self.through = cache.attention_layers[0].device, through
+        self.shared = shared = _Shared(Chunk(seq_lens, pad, cache.state.workspace(self.device), decodes=True))
+
+        def step_layer(layer: ZigzagLayer | StateLayer):
+            if isinstance(layer, StateLayer):
+                return layer.for_compiler()
+            return (HybridStepLayer if isinstance(layer, HybridLayer) else StepLayer)(layer, shared, through)
+
+        super().__init__(layers=[step_layer(layer) for layer in cache.layers])
+        self.state_tensors = [tensor for states in cache.states for tensor in states.tensors.values()]
         self.sources, self.is_last = cache.state.sources, [cache.state.is_last(i) for i in range(len(cache.state.sources))]
         self.shared_layers: dict = {}  # where Gemma 3n in transformers 5.4 puts the keys that later layers read
         self.num_columns = 0  # what `columns` is on the device, UNKNOWN while it changes
@@ -75,7 +94,7 @@ class StepCache(Cache):
         Steps without a mask have padding too, of zeros: they share their compiled graph with steps that have one. transformers
         leaves a mask of ones out, or does not.
         """
-        cache, device = forward.cache, forward.cache.layers[0].device
+        cache, device = forward.cache, forward.cache.attention_layers[0].device
         lengths, padding = forward.state.lengths_on(device), forward.pad_on(device)
         return cls(cache, lengths, torch.zeros_like(lengths[0]) if padding is None else padding)
 
@@ -90,7 +109,7 @@ class StepCache(Cache):
 
     def refresh(self, forward: Forward) -> None:
         """Copies in what the forward under way has noted. A step that follows another finds all of it in place."""
-        shared, padding, columns = self.layers[0].shared, forward.pad_on(self.device), forward.columns
+        shared, padding, columns = self.shared, forward.pad_on(self.device), forward.columns
         if padding is not None and padding is not shared.chunk.pad:
             shared.chunk.pad.copy_(padding)
         if columns != self.num_columns:
@@ -101,5 +120,13 @@ class StepCache(Cache):
     def advance(self) -> None:
         """Prepares the next step while the device is busy with this one."""
         columns, self.num_columns = self.num_columns + 1, UNKNOWN
-        self.layers[0].shared.columns.add_(1)
+        self.shared.columns.add_(1)
         self.num_columns = columns
+
+    @contextmanager
+    def states_kept(self) -> Iterator[None]:
+        """Around a step that is not to count: keys are written where the next step writes them again, states are put back."""
+        held = [tensor.clone() for tensor in self.state_tensors]
+        yield
+        for tensor, before in zip(self.state_tensors, held, strict=True):
+            tensor.copy_(before)

@@ -87,13 +87,14 @@ def to_layer_types(plan: Plan) -> dict:
         streaming ones do.
 
     Raises:
-        ValueError: the plan has mixed layers, or windows of several sizes.
+        ValueError: the plan has mixed layers, layers without keys, or windows of several sizes.
 
     Warns:
         UserWarning: the plan has sink tokens. Such engines drop them, and quality beyond the window usually collapses without
         them (https://arxiv.org/abs/2309.17453).
     """
     plan.require_whole_layers("layer_types")
+    plan.require_keys("layer_types")
     sizes = [plan.size(layer) for layer, kind in enumerate(plan.kinds) if kind != "retrieval"]
     windows = sorted({window for _, window in sizes}) or [plan.window]
     if len(windows) > 1:

@@ -4,7 +4,12 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+# What configs call their layers. A hybrid layer attends and has a state beside it.
 SLIDING = "sliding_attention"
+HYBRID = ("hybrid",)
+FULL = ("full_attention", "attention", *HYBRID)
+STATES = ("linear_attention", "mamba", "conv")  # recurrent and convolution layers: a state of fixed size
+EMPTY = ("moe", "mlp")  # layers that keep nothing
 # Gemma 4's names for what its full-attention layers have of their own, where its config has no `per_layer_config`.
 _OF_FULL_LAYERS = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 
@@ -15,6 +20,12 @@ class Geometry(NamedTuple):
     query_heads: int
     kv_heads: int
     head_dim: int
+
+
+def layer_kinds(config) -> list[str] | None:
+    """What a config calls its layers, in order; None where it does not say. Raises TypeError as `text_config`."""
+    config = text_config(config)
+    return field_of(config, "layer_types") or field_of(config, "layers_block_type")
 
 
 def kv_sources(config) -> tuple[int, ...]:
@@ -34,7 +45,7 @@ def kv_sources(config) -> tuple[int, ...]:
         (0, 1, 0, 1)
     """
     config = text_config(config)
-    kinds = field_of(config, "layer_types") or [None] * size_of(config, "num_hidden_layers")
+    kinds = layer_kinds(config) or [None] * size_of(config, "num_hidden_layers")
     shared = field_of(config, "num_kv_shared_layers") or 0
     if isinstance(shared, bool) or not isinstance(shared, int) or not 0 <= shared < len(kinds):
         raise ValueError(f"config.num_kv_shared_layers must be less than the {len(kinds)} layers, got {shared!r}")
@@ -47,9 +58,9 @@ def kv_sources(config) -> tuple[int, ...]:
 
 
 def full_layers(config) -> list[int]:
-    """The layers that have keys of their own and that `layer_types` does not call sliding."""
-    kinds = field_of(text_config(config), "layer_types")
-    return [layer for layer in sorted(set(kv_sources(config))) if not kinds or kinds[layer] != SLIDING]
+    """The layers that have keys of their own, of all tokens."""
+    kinds = layer_kinds(config)
+    return [layer for layer in sorted(set(kv_sources(config))) if not kinds or kinds[layer] not in (SLIDING, *STATES, *EMPTY)]
 
 
 def geometries(config) -> tuple[Geometry, ...]:

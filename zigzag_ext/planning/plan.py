@@ -5,6 +5,7 @@ A plan with quantised caches has version 2 and `"kv_format": {"k": "int8", "v": 
 A plan with layers of both kinds of heads has version 3; such a layer is a list of kinds, one per KV head.
 A plan with key smoothing has version 4 and `"key_smoothing": true`.
 A plan with native layers, or layers of their own size, has version 5 and `"layer_sizes"`: null or [sink, window] per layer.
+A plan with layers that keep no keys ("state") has version 6.
 What the plan was made for (model, method, geometry: `origin.py`) stands in the provenance, as "origin", in every version.
 """
 
@@ -23,9 +24,10 @@ from .reading import MAX_TEXT, one_line, parse_json, read_json, shown
 from .writing import write
 
 FORMAT = "zigzag-plan"
-# The oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers, 4 with key smoothing, 5 with layer sizes.
-VERSION = 5
-KINDS = ("retrieval", "streaming", "native")
+# The oldest that can hold a plan is written: 1, 2 with KV formats, 3 with mixed layers, 4 with key smoothing, 5 with layer sizes,
+# 6 with layers that keep no keys.
+VERSION = 6
+KINDS = ("retrieval", "streaming", "native", "state")
 _REQUIRED = {"format", "version", "kinds", "sink", "window"}
 _KNOWN = _REQUIRED | {"provenance", "key_smoothing", "layer_sizes", *FORMAT_FIELDS}
 
@@ -35,8 +37,9 @@ class Plan:
     """The kind of every layer of a model, with the cache size of its streaming layers. Immutable and hashable.
 
     Args:
-        kinds: for each layer, in order, "retrieval" (keeps every token), "streaming" (keeps `sink` + `window` tokens) or "native"
-            (the model itself gives the layer a sliding window, so that a ring of it loses nothing). A list of kinds, one per KV
+        kinds: for each layer, in order, "retrieval" (keeps every token), "streaming" (keeps `sink` + `window` tokens), "native"
+            (the model itself gives the layer a sliding window, so that a ring of it loses nothing) or "state" (a layer of the
+            model without keys: a recurrent or convolution state of fixed size, or nothing at all). A list of kinds, one per KV
             head, makes a *mixed* layer: two caches and two attention calls instead of one, as in DuoAttention
             (https://arxiv.org/abs/2410.10819). A list of one kind only becomes that kind.
         sink: first tokens that streaming layers and heads keep for ever, >= 0.
@@ -51,9 +54,9 @@ class Plan:
             has. A native layer needs one, with sink 0.
         provenance: where the plan comes from; any JSON object.
 
-    A plan names every layer of its model, native ones too, with their windows: it is then checked against the model's config
-    instead of being completed from it, and one file says what each layer keeps, for C++ as for Python. `with_native` makes such a
-    plan from one over the full-attention layers, which is what `solve` chooses for.
+    A plan names every layer of its model, native ones too, with their windows, and those without keys: it is then checked against
+    the model's config instead of being completed from it, and one file says what each layer keeps, for C++ as for Python.
+    `with_native` makes such a plan from one over the full-attention layers, which is what `solve` chooses for.
 
     Raises:
         TypeError: an argument has the wrong type. ValueError: it has a value that no plan can have; or `key_smoothing` is asked
@@ -149,18 +152,24 @@ class Plan:
         return tuple(layer for layer, kind in enumerate(self.kinds) if kind == "native")
 
     @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that keep no keys, ascending."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == "state")
+
+    @property
     def full_layers(self) -> tuple[int, ...]:
         """Indices of the other layers, ascending: full attention in the model, retrieval or streaming by choice."""
-        return tuple(layer for layer, kind in enumerate(self.kinds) if kind != "native")
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind not in ("native", "state"))
 
     @property
     def native_windows(self) -> tuple[int | None, ...]:
-        """The window of each native layer in tokens, None for every other layer."""
-        return tuple(self.size(layer)[1] if kind == "native" else None for layer, kind in enumerate(self.kinds))
+        """The window of each native layer in tokens, 0 for each layer without keys, None for every other layer."""
+        fixed = ("native", "state")
+        return tuple(self.size(layer)[1] if kind in fixed else None for layer, kind in enumerate(self.kinds))
 
     def size(self, layer: int) -> tuple[int, int]:
-        """(sink, window) in tokens of the ring of `layer`; of its streaming heads if it is mixed; (0, 0) if it retrieves."""
-        if self.kinds[layer] == "retrieval":
+        """(sink, window) in tokens of the ring of `layer`; of its streaming heads if it is mixed; (0, 0) if it has none."""
+        if self.kinds[layer] in ("retrieval", "state"):
             return 0, 0
         return (self.layer_sizes[layer] if self.layer_sizes else None) or (self.sink, self.window)
 
@@ -168,11 +177,11 @@ class Plan:
         """The plan of a whole model, from this one over its full-attention layers.
 
         Args:
-            windows: for each layer of the model its own window in tokens, the newest token included; None: full attention,
-                the next layer of this plan. `zigzag_ext.native_windows(config)` reads them.
+            windows: for each layer of the model its own window in tokens, the newest token included; 0: the layer keeps no
+                keys; None: full attention, the next layer of this plan. `zigzag_ext.native_windows(config)` reads them.
 
         Raises:
-            ValueError: this plan has native layers, or another number of layers than `windows` has Nones.
+            ValueError: this plan has native layers or ones without keys, or another number of layers than `windows` has Nones.
 
         Example:
             >>> Plan(["retrieval", "streaming"], sink=4, window=8).with_native([64, None, 64, None]).kinds
@@ -180,8 +189,8 @@ class Plan:
         """
         windows = tuple(windows)
         full = tuple(layer for layer, window in enumerate(windows) if window is None)
-        if self.native_layers:
-            raise ValueError(f"the plan has native layers already: {ranges(self.native_layers)}")
+        if fixed := tuple(layer for layer in range(self.num_layers) if layer not in self.full_layers):
+            raise ValueError(f"the plan has native layers, or ones without keys, already: {ranges(fixed)}")
         if len(full) != self.num_layers:
             raise ValueError(
                 f"the plan has {self.num_layers} layers, the model has {len(full)} full-attention layers: {ranges(full)}"
@@ -189,7 +198,8 @@ class Plan:
         if len(full) == len(windows):
             return self
         own = dict(zip(full, zip(self.kinds, self.layer_sizes or (None,) * len(full), strict=True), strict=True))
-        layers = [own.get(layer, ("native", (0, window))) for layer, window in enumerate(windows)]
+        given = [("native", (0, window)) if window else ("state", None) for window in windows]
+        layers = [own.get(layer, given[layer]) for layer in range(len(windows))]
         kinds, sizes = zip(*layers, strict=True)
         provenance = dict(self.provenance)
         if "layers" in self.origin:  # of the scores: a row per full-attention layer
@@ -197,9 +207,15 @@ class Plan:
         return replace(self, kinds=kinds, layer_sizes=sizes, provenance=provenance)
 
     def require_one_size(self, use: str) -> None:
-        """Raises ValueError if there are layers of their own size, native ones too, which `use` cannot express."""
+        """Raises ValueError if there are layers without keys or of their own size, native too, which `use` cannot express."""
+        self.require_keys(use)
         if own := tuple(layer for layer, size in enumerate(self.layer_sizes) if size):
             raise ValueError(f"{use} needs one sink and window for all layers; layers {ranges(own)} have their own")
+
+    def require_keys(self, use: str) -> None:
+        """Raises ValueError if there are layers without keys, which `use` cannot express."""
+        if self.state_layers:
+            raise ValueError(f"{use} needs layers with attention; layers {ranges(self.state_layers)} keep no keys")
 
     @property
     def kv_heads(self) -> int | None:
@@ -225,7 +241,7 @@ class Plan:
 
     @property
     def retrieval_ratio(self) -> float:
-        """Share of the KV heads of full-attention layers that keep every token, 0 to 1; 1 where all layers are native.
+        """Share of the KV heads of full-attention layers that keep every token, 0 to 1; 1 where no layer is one.
 
         Without mixed layers that is the share of retrieval layers among them.
         """
@@ -259,7 +275,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """What a plan file holds, as JSON's types."""
         formats = {name: getattr(self, name)._asdict() for name in FORMAT_FIELDS if getattr(self, name) != PLAIN}
-        version = 5 if self.layer_sizes else 4 if self.key_smoothing else 3 if self.mixed_layers else 2 if formats else 1
+        needs = {6: self.state_layers, 5: self.layer_sizes, 4: self.key_smoothing, 3: self.mixed_layers, 2: formats}
+        version = next((number for number, needed in needs.items() if needed), 1)
         formats |= {"key_smoothing": True} if self.key_smoothing else {}
         formats |= {"layer_sizes": self.layer_sizes} if self.layer_sizes else {}
         content = {"format": FORMAT, "version": version, "kinds": self.kinds, "sink": self.sink, "window": self.window, **formats}
@@ -290,10 +307,11 @@ class Plan:
         return summary(self)
 
     def __repr__(self) -> str:
-        pattern = "".join(kind[0].upper() if isinstance(kind, str) else "M" for kind in self.kinds)
+        letters = {"retrieval": "R", "streaming": "S", "native": "N", "state": "-"}
+        pattern = "".join(letters[kind] if isinstance(kind, str) else "M" for kind in self.kinds)
         counts = f"{len(self.retrieval_layers)} retrieval, {len(self.streaming_layers)} streaming"
         counts += f", {len(self.mixed_layers)} mixed" if self.mixed_layers else ""
-        counts = counts_of(self) if self.native_layers else counts
+        counts = counts_of(self) if len(self.full_layers) < self.num_layers else counts
         formats = "".join(f", {name} {getattr(self, name)}" for name in FORMAT_FIELDS if getattr(self, name) != PLAIN)
         formats += ", key_smoothing" if self.key_smoothing else ""
         return f"<Plan {pattern}: {counts}, sink {self.sink}, window {self.window}{formats}>"

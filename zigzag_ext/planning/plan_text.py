@@ -13,18 +13,18 @@ FORMAT_FIELDS = ("kv_format", "ring_kv_format")
 
 def summary(plan: "Plan") -> str:
     """See `Plan.summary`."""
-    mixed, native = plan.mixed_layers, plan.native_layers
-    share = len(plan.retrieval_layers) / (plan.num_layers - len(native) or 1)
-    own = tuple(layer for layer, size in enumerate(plan.layer_sizes) if size and layer not in native)
+    mixed, native, state = plan.mixed_layers, plan.native_layers, plan.state_layers
+    share = len(plan.retrieval_layers) / (len(plan.full_layers) or 1)
+    sized = tuple(layer for layer, size in enumerate(plan.layer_sizes) if size and layer not in native)
     rows = [
-        ("layers", f"{plan.num_layers}{': ' + counts_of(plan) if native else ''}"),
+        ("layers", f"{plan.num_layers}{': ' + counts_of(plan) if native or state else ''}"),
         ("retrieval", f"{len(plan.retrieval_layers)} ({share:.0%}): {ranges(plan.retrieval_layers)}"),
         ("streaming", f"{len(plan.streaming_layers)}: {ranges(plan.streaming_layers)}"),
         *([("mixed", f"{len(mixed)}: {ranges(mixed)}"), ("heads", f"{plan.retrieval_ratio:.1%} retrieve")] if mixed else []),
-        *([("native", f"{len(native)}: {ranges(native)}")] if native else []),
+        *((name, f"{len(own)}: {ranges(own)}") for name, own in (("native", native), ("without keys", state)) if own),
         ("sink", f"{plan.sink} tokens"),
         ("window", f"{plan.window} tokens"),
-        *((f"layer {layer}", "sink {}, window {}".format(*plan.size(layer))) for layer in own),
+        *((f"layer {layer}", "sink {}, window {}".format(*plan.size(layer))) for layer in sized),
         *((name.replace("_", " "), str(getattr(plan, name))) for name in FORMAT_FIELDS if getattr(plan, name) != PLAIN),
         *([("key smoothing", "yes")] if plan.key_smoothing else []),
     ]
@@ -36,11 +36,13 @@ def summary(plan: "Plan") -> str:
 
 
 def counts_of(plan: "Plan") -> str:
-    """Of a plan with native layers: "24 native windows of 1024, 6 full: 3 retrieve, 3 stream"."""
-    windows = sorted({window for window in plan.native_windows if window is not None})
+    """Of a plan with layers that it does not choose: "24 native windows of 1024, 6 full: 3 retrieve, 3 stream"."""
+    windows = sorted({window for window in plan.native_windows if window})
     counts = {"retrieve": plan.retrieval_layers, "stream": plan.streaming_layers, "mix both": plan.mixed_layers}
     kinds = ", ".join(f"{len(layers)} {verb}" for verb, layers in counts.items() if layers or verb != "mix both")
-    return f"{len(plan.native_layers)} native windows of {' and '.join(map(str, windows))}, {len(plan.full_layers)} full: {kinds}"
+    fixed = [f"{len(plan.state_layers)} without keys"] if plan.state_layers else []
+    fixed += [f"{len(plan.native_layers)} native windows of {' and '.join(map(str, windows))}"] if windows else []
+    return ", ".join([*fixed, f"{len(plan.full_layers)} full: {kinds}"])
 
 
 def _as_text(value) -> str:

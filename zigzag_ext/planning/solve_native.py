@@ -8,7 +8,7 @@ from .plan_text import ranges
 
 
 class Layers:
-    """The layers of a model, `windows` of native ones and None for those that scores have a row for, in order.
+    """The layers of a model, `windows` of native ones, 0 without keys and None for those that scores have a row for, in order.
 
     Raises ValueError if there are not `rows` of them, or a window is out of range.
     """
@@ -16,8 +16,8 @@ class Layers:
     def __init__(self, windows: Sequence[int | None], rows: int):
         given = [None] * rows if not len(windows) else list(windows)
         self.windows = tuple(None if w is None else token_count(f"native: layer {i}", w) for i, w in enumerate(given))
-        if wrong := [(layer, window) for layer, window in enumerate(self.windows) if window is not None and window < 1]:
-            raise ValueError("native: the window of layer {} must be at least 1 token, got {}".format(*wrong[0]))
+        if wrong := [(layer, window) for layer, window in enumerate(self.windows) if window is not None and window < 0]:
+            raise ValueError("native: the window of layer {} must be a number of tokens or 0: no keys; got {}".format(*wrong[0]))
         self.full = tuple(layer for layer, window in enumerate(self.windows) if window is None)
         if len(self.full) != rows:
             raise ValueError(
@@ -53,7 +53,7 @@ class Layers:
         rings = [
             kv_costs(1, heads[layer], dims[layer], element_bytes, context, **shape | {"sink": 0, "window": window})[1][0]
             for layer, window in enumerate(self.windows)
-            if window is not None
+            if window
         ]
         for kind in kinds:
             if kind:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attention.store import in_normal_mode
 from ..cache import ZigzagCache
-from ..cache.forward import attending
+from ..cache.attending import attending
 from ..cache.tokens import to_device
 from ..hf.cache_argument import cache_argument
 from ..hf.session import Session
@@ -86,7 +86,7 @@ class _View:
 
     @in_normal_mode
     def __init__(self, cache: ZigzagCache, through: tuple[int, int]):
-        device = cache.layers[0].device
+        device = cache.attention_layers[0].device
         self.lengths, self.pad = torch.zeros_like(cache.state.seq_lens[device]), torch.zeros_like(cache.seq_lens)
         self.cache = StepCache(cache, self.lengths.unbind(0), self.pad, through)
 

@@ -51,6 +51,8 @@ class Speculation:
             raise ValueError("speculate needs a KV cache: leave use_cache on")
         if not isinstance(cache, ZigzagCache):
             raise TypeError(f"speculate takes a ZigzagCache or no cache, got a {type(cache).__name__}")
+        if self.rollback:
+            cache.refuse_states([states.index for states in cache.states], "speculate()")
         if cache.rollback < self.rollback and any(store.window for store in cache.stores):
             raise ValueError(
                 f"tokens={self.tokens} drafts may have to be taken back, and the rings of this ZigzagCache can take back "
@@ -93,7 +95,7 @@ def speculate(draft: str = "auto", tokens: int = 7, window: int = 1024, min_matc
         TypeError, ValueError: an option is of the wrong type or out of range. From generate(): beams, contrastive search,
             classifier-free guidance or anything else that needs another loop; scores or hidden states are asked for; the cache
             cannot take `tokens` tokens back.
-        RuntimeError: from generate(): the model is not enabled.
+        RuntimeError: from generate(): the model is not enabled, or has layers with states, which take nothing back.
 
     Sources: MagicDec (https://arxiv.org/abs/2408.11049) drafts with a streaming cache of its own, here the target's is read;
     prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding).

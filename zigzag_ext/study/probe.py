@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ..attention.store import NO_TERMS, LogitTerms
-from ..cache.forward import attending
+from ..cache.attending import attending
 from ..hf.attention import NAME
 from ..hf.cache_argument import split_cache
 from ..hf.families import check_family

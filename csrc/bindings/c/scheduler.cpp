@@ -24,6 +24,7 @@ Scheduler make_scheduler(const KindNames& kinds, int64_t sink, int64_t window, i
 // The layer's cache of that kind; without one, its only cache.
 const CacheSpec& cache_of(const Scheduler& scheduler, int layer, const std::optional<std::string>& kind) {
   const std::vector<CacheSpec>& caches = scheduler.caches(layer);
+  ZZ_CHECK(!caches.empty(), "layer ", layer, " keeps no keys: it has no cache");
   if (!kind) {
     ZZ_CHECK(caches.size() == 1, "layer ", layer, " is mixed: say which of its caches, by kind");
     return caches[0];
@@ -59,7 +60,7 @@ py::dict heads(const Scheduler& scheduler, int layer) {
 
 int64_t kv_bytes_of(const Scheduler& scheduler, int64_t batch, int64_t max_len,
                     const std::optional<std::string>& kind) {
-  KvBytes bytes = scheduler.kv_bytes(batch, max_len);
+  const KvBytes bytes = scheduler.kv_bytes(batch, max_len);
   return kind ? bytes.of(parse_layer_kind(*kind, "the cache has the")) : bytes.total();
 }
 
@@ -74,19 +75,20 @@ int64_t slots_of_kind(const std::string& kind, int64_t sink, int64_t window, int
 }
 
 std::string repr(const Scheduler& scheduler) {
-  int retrieval = 0, mixed = 0, native = 0;
+  int retrieval = 0, mixed = 0, native = 0, state = 0;
   for (int layer = 0; layer < scheduler.num_layers(); ++layer) {
     const std::vector<CacheSpec>& caches = scheduler.caches(layer);
     mixed += caches.size() > 1;
     retrieval += caches.size() == 1 && caches[0].kind == LayerKind::kRetrieval;
-    native += caches[0].kind == LayerKind::kNative;
+    native += caches.size() == 1 && caches[0].kind == LayerKind::kNative;
+    state += caches.empty();
   }
   const ModelGeometry& geometry = scheduler.geometry();
   return concat("Scheduler(", scheduler.num_layers(), " layers: ", retrieval, " retrieval, ",
-                scheduler.num_layers() - retrieval - mixed - native, " streaming",
-                mixed ? concat(", ", mixed, " mixed") : "", native ? concat(", ", native, " native") : "", "; ",
-                geometry.num_q_heads, " query heads, ", geometry.num_kv_heads, " KV heads, head_dim ",
-                geometry.head_dim, ", ", name(geometry.dtype), ")");
+                scheduler.num_layers() - retrieval - mixed - native - state, " streaming",
+                mixed ? concat(", ", mixed, " mixed") : "", native ? concat(", ", native, " native") : "",
+                state ? concat(", ", state, " without keys") : "", "; ", geometry.num_q_heads, " query heads, ",
+                geometry.num_kv_heads, " KV heads, head_dim ", geometry.head_dim, ", ", name(geometry.dtype), ")");
 }
 
 }  // namespace
@@ -98,8 +100,9 @@ void bind_scheduler(py::module_& module) {
            py::arg("kv_format") = FormatNames("none", "none"), py::arg("ring_kv_format") = FormatNames("none", "none"),
            py::arg("rollback") = 0, py::arg("layer_sizes") = LayerSizes())
       .def_property_readonly("num_layers", &Scheduler::num_layers)
-      .def_property_readonly("launches_per_step", &Scheduler::launches_per_step,
-                             "Attention launches in one decode step: one per layer, two where it is mixed.")
+      .def_property_readonly(
+          "launches_per_step", &Scheduler::launches_per_step,
+          "Attention launches in one decode step: one per layer, two where it is mixed, none without keys.")
       .def("kernel", &kernel_name, py::arg("layer"), py::arg("q_len"), py::arg("kind") = py::none(),
            "Name of the kernel that serves q_len new tokens; `kind` says which cache of a mixed layer.")
       .def("slots", &slots, py::arg("layer"), py::arg("max_len"), py::arg("kind") = py::none(),

@@ -73,7 +73,7 @@ def compress(cache: "ZigzagCache", method: PromptCompression) -> bool:
 
 
 def _retrieval_stores(cache: "ZigzagCache") -> Iterator[tuple[int, LayerStore]]:
-    for layer in cache.layers:
+    for layer in cache.attention_layers:
         yield from ((layer.index, store) for store in layer.stores if store.lengths)
 
 
