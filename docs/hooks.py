@@ -10,13 +10,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+import griffe
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+LIST = re.compile(r"([-*]|\d+\.) ")
 LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
 sys.path.insert(0, str(ROOT))
 from docs.messages import native, raised  # noqa: E402
+
+
+class DoctestExamples(griffe.Extension):
+    """Docstrings say "Example:"; griffe takes what follows for a program under "Examples:" only."""
+
+    def on_instance(self, *, obj, **_):
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
 
 
 def on_files(files, config):
@@ -33,8 +43,20 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     source = Path(page.file.abs_src_path)
-    markdown = LINK.sub(lambda link: _rewritten(source, link), markdown)
+    markdown = _with_blank_lines(LINK.sub(lambda link: _rewritten(source, link), markdown))
     return markdown.replace("<!-- all messages -->", _all_messages())
+
+
+def _with_blank_lines(markdown: str) -> str:
+    """With a blank line before each list that follows a line of text: GitHub needs none there, Python's Markdown does."""
+    lines, fenced = [], False
+    for line in markdown.splitlines():
+        fenced ^= line.startswith("```")
+        before = lines[-1] if lines else ""
+        if not fenced and LIST.match(line) and before.strip() and not (LIST.match(before) or before.startswith((" ", "#"))):
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def _targets(page: Path) -> Iterator[Path]:

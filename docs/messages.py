@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, NATIVE = ROOT / "zigzag_ext", ROOT / "csrc"
 VALUE = "…"
 _STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
-_CALL = re.compile(r"\b(?:ZZ_CHECK|Error|concat|fail)\(")
+_CALL = re.compile(r"\b(?:ZZ_CHECK|throw Error\(concat|throw Error|throw ::zigzag::Error\(::zigzag::concat|fail)\(")
 
 
 def texts() -> set[str]:

@@ -9,7 +9,11 @@ model = AutoModelForCausalLM.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
 zz.enable(model, zz.load_plan(name, retrieval_ratio=0.5))
 
-prompts = ["The capital of France is", "Water boils at a temperature of", "The first three prime numbers are 2, 3 and"]
+prompts = [
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "The first three prime numbers are 2, 3 and",
+]
 inputs = tokenizer(prompts, padding=True, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
 for text in tokenizer.batch_decode(output, skip_special_tokens=True):

@@ -1,4 +1,4 @@
-"""A chat on one cache: each turn reads only what is new. Questions come line by line from standard input; an empty one ends.
+"""A chat on one cache: each turn reads only what is new. Questions are lines; an empty one ends.
 
 echo "What is the capital of France?" | python examples/chat_loop.py
 """
@@ -24,11 +24,12 @@ for line in sys.stdin:
     messages.append({"role": "user", "content": line.strip()})
     turn = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # The tokens of earlier answers stay as they were generated: only what is new is tokenised.
-    assert turn.startswith(text), "this template changes earlier turns: reset the cache and begin with the whole conversation"
+    assert turn.startswith(text), "this template changes earlier turns: reset() and read all of them again"
     new = tokenizer(turn[len(text) :], return_tensors="pt", add_special_tokens=False)["input_ids"]
     ids = torch.cat([ids, new], dim=1)
     held = cache.get_seq_length()
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=48, do_sample=False)
+    mask = torch.ones_like(ids)
+    output = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=48, do_sample=False)
     answer = output[0, ids.shape[1] :]
     print(tokenizer.decode(answer, skip_special_tokens=True))
     print(f"({ids.shape[1] - held} tokens read, {held} were held)")

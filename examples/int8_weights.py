@@ -1,4 +1,4 @@
-"""Weights of 8 bits by torchao, under a plan: linear layers shrink to half of bfloat16, the KV cache by the plan."""
+"""Weights of 8 bits by torchao, under a plan: linear layers take half of what they take in bfloat16."""
 
 import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -15,7 +15,8 @@ def megabytes(model: torch.nn.Module) -> float:
 
 
 name = "HuggingFaceTB/SmolLM2-135M-Instruct"
-model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+tokenizer = AutoTokenizer.from_pretrained(name)
 before = megabytes(model)
 quantize_(model, Int8WeightOnlyConfig())  # the embeddings stay as they are, here a fifth of the weights
 print(f"{before:.0f} MB of weights became {megabytes(model):.0f} MB")

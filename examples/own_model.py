@@ -1,4 +1,4 @@
-"""A model of your own with ZigzagAttention: a prompt in one call, then token by token, equal to reading it all at once."""
+"""A model of your own with ZigzagAttention: a prompt, then token by token, equal to all at once."""
 
 import torch
 from torch import nn
@@ -13,7 +13,8 @@ class Block(nn.Module):
 
     def __init__(self, kind: str):
         super().__init__()
-        self.q, self.out = nn.Linear(WIDTH, HEADS * HEAD_DIM), nn.Linear(HEADS * HEAD_DIM, WIDTH)
+        self.q = nn.Linear(WIDTH, HEADS * HEAD_DIM)
+        self.out = nn.Linear(HEADS * HEAD_DIM, WIDTH)
         self.kv = nn.Linear(WIDTH, 2 * KV_HEADS * HEAD_DIM)
         self.attention = zz.ZigzagAttention(HEADS, KV_HEADS, HEAD_DIM, kind=kind, sink=4, window=16, max_len=1024)
 

@@ -1,4 +1,4 @@
-"""Prompts are thinned out once they are read: retrieval layers keep a share of them, by the method that is given."""
+"""Prompts are thinned out once they are read: retrieval layers keep a share of them."""
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Keys and values as int8 codes: under the same plan, the cache takes about a quarter of the memory of float32."""
+"""Keys and values as int8 codes: the cache takes about a quarter of the memory of float32."""
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,6 +13,5 @@ for plan in (plain, plain.with_formats(kv_format="int8", ring_kv_format="int8"))
     with zz.zigzag(model, plan):
         cache = zz.ZigzagCache(model.config, plan)
         output = model.generate(**inputs, cache=cache, max_new_tokens=4, do_sample=False)
-    print(
-        f"{str(plan.kv_format):5} {cache.kv_bytes():>10,} bytes  {tokenizer.decode(output[0, inputs['input_ids'].shape[1] :])!r}"
-    )
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    print(f"{str(plan.kv_format):5} {cache.kv_bytes():>10,} bytes  {answer!r}")

@@ -1,4 +1,4 @@
-"""A long text is read once: its cache goes to a file, and another process goes on behind it without reading it again."""
+"""A long text is read once: its cache goes to a file, and another process goes on behind it."""
 
 import time
 
@@ -12,7 +12,8 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.fro
 plan = zz.load_plan(name, retrieval_ratio=0.5)
 zz.enable(model, plan)
 
-text = tokenizer("The pass key is 71432. Remember it. " + "The grass is green. The sky is blue. " * 25, return_tensors="pt")
+filler = "The grass is green. The sky is blue. " * 25
+text = tokenizer("The pass key is 71432. Remember it. " + filler, return_tensors="pt")
 cache = zz.ZigzagCache(model.config, plan)
 start = time.perf_counter()
 model.generate(**text, cache=cache, max_new_tokens=1)
@@ -24,6 +25,7 @@ start = time.perf_counter()
 cache = zz.ZigzagCache.load("text.cache", model)
 print(f"loaded {cache.get_seq_length()} tokens in {time.perf_counter() - start:.2f} s")
 question = tokenizer("What is the pass key? The pass key is", return_tensors="pt")
-ids = torch.cat([text["input_ids"], question["input_ids"]], dim=1)  # the whole text; what the cache holds is not read again
-output = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=6, do_sample=False)
+ids = torch.cat([text["input_ids"], question["input_ids"]], dim=1)  # what the cache holds is not read again
+mask = torch.ones_like(ids)
+output = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=6, do_sample=False)
 print(tokenizer.decode(output[0, ids.shape[1] :]))

@@ -1,4 +1,4 @@
-"""Speculative decoding: tokens are drafted from the text itself and checked several at once. The output is the same."""
+"""Speculative decoding: tokens are drafted from the text itself and checked several at once."""
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -7,7 +7,8 @@ import zigzag_ext as zz
 name = "HuggingFaceTB/SmolLM2-135M-Instruct"
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 zz.enable(model, zz.load_plan(name, retrieval_ratio=0.5))
-inputs = tokenizer("The grass is green. The sky is blue. The sun is yellow. The grass is green. The", return_tensors="pt")
+prompt = "The grass is green. The sky is blue. The sun is yellow. The grass is green. The"
+inputs = tokenizer(prompt, return_tensors="pt")
 
 plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 speculation = zz.speculate("lookup")

@@ -1,4 +1,4 @@
-"""Text as it is generated: printed by a streamer, then piece by piece from an iterator, as a server would send it."""
+"""Text as it is generated: by a streamer that prints, then piece by piece from an iterator."""
 
 from threading import Thread
 
