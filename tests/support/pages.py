@@ -95,9 +95,13 @@ def same_output(printed: str, shown: str, tolerance: float = 0.02) -> bool:
 
 
 def _python(block: Block, namespace: dict) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(block.text, block.place, "exec"), namespace)
+    printed, stdin = io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO()  # a program that asks is told nothing
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block.text, block.place, "exec"), namespace)
+    finally:
+        sys.stdin = stdin
     return printed.getvalue()
 
 
