@@ -9,8 +9,9 @@ GUIDE = [pages.ROOT / "docs" / "index.md", *sorted((pages.ROOT / "docs" / "guide
 BLOCKS = [block for page in GUIDE for block in pages.blocks(page)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [page for page in GUIDE if any(b.runs(long=True) for b in pages.blocks(page))], ids=lambda p: p.stem
+    "page", dict.fromkeys(block.page for block in BLOCKS if block.runs(long=True)), ids=lambda page: page.stem
 )
 def test_a_page_runs_as_it_stands(page, demo_place, tmp_path, request):
     long = request.config.getoption("--long")
@@ -39,6 +40,18 @@ def test_quoted_messages_are_in_the_sources():
     assert len(quoted) > 50
     assert not [quote for quote in quoted if not any(quote in text for text in known)]
     assert not [quote for quote in quoted if len(quote.replace(messages.VALUE, "").split()) < 3]
+
+
+def test_the_list_of_messages_has_those_of_both_languages():
+    found = {message for _, _, message in messages.raised()} | {message for _, message in messages.native()}
+    assert len(found) > 400
+    assert found >= {
+        "zigzag attention is not enabled on this model",
+        "the cache is full: max_len is … tokens, this forward needs … (… are held); nothing was written. "
+        "Make the ZigzagCache with a larger max_len",
+        "a thread pool needs at least 1 thread, got …",
+        "CUDA error in …: …",
+    }
 
 
 @pytest.mark.parametrize("source, printed, same", [
