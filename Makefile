@@ -2,6 +2,7 @@
 #   make demo      a real model answers a passkey question with full attention, a good plan and a bad plan
 #   make test      C++ tests and Python tests
 #   make test-long    also with the oldest and the newest transformers that is supported (constraints-lower.txt, constraints-upper.txt)
+#   make docs      the documentation as a site in build/docs, with its links checked
 #   make fuzz      sequences of uses, failures and interrupts of caches for FUZZ_SECONDS, then 10,000 generate() calls, on the CPU
 #   make test-newest  Python tests with what the package index gives today, unpinned
 # Variables: PYTHON (>= 3.10), ZIGZAG_CUDA=auto|on|off, ZIGZAG_CUDA_ARCHS="80;90a", MAX_JOBS, PYTEST_ARGS, DEMO_ARGS, FUZZ_SECONDS.
@@ -31,18 +32,18 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' 'examples/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
-.PHONY: help demo test test-long test-newest fuzz pytest pytest-upper pytest-lower cpptest examples build lint format sanitize bench bench-build figures clean
+.PHONY: help demo test test-long test-newest fuzz pytest pytest-upper pytest-lower cpptest examples docs pages build lint format sanitize bench bench-build figures clean
 
 help:
-	@sed -n '2,7s/^# \{0,1\}//p' Makefile
-	@echo '  other targets: build pytest cpptest examples lint format sanitize bench figures clean'
+	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+	@echo '  other targets: build pytest cpptest examples docs pages lint format sanitize bench figures clean'
 
 demo: $(BUILT) $(VENV)/model
 	zigzag demo $(DEMO_ARGS)
 
 test: cpptest pytest
 
-test-long: test pytest-lower pytest-upper
+test-long: test pages pytest-lower pytest-upper
 
 # Passive waiting: the workers' thread pools would otherwise spin against each other. Work is stolen because the slow tests are
 # neighbours: one worker would still be at them when the others have nothing left.
@@ -82,6 +83,15 @@ examples: $(BUILT)
 	$(ZIGZAG_BUILD_DIR)/examples/cpp/decode_step examples/cpp/plan.json | tee $(EXAMPLE)/output
 	$(EXAMPLE)/build/decode_step examples/cpp/plan.json | diff $(EXAMPLE)/output -
 	$(if $(GPUS),$(EXAMPLE)/build/decode_step examples/cpp/plan.json cuda)
+
+# What the documents tell to run, the long parts too; `make test` runs the others.
+pages: $(BUILT) $(VENV)/model
+	$(PYTEST) --long tests/test_pages.py
+
+# The API reference is read from the sources: nothing is built for it.
+docs: $(VENV)/docs-tools
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "wrote build/docs/index.html"
 
 build: $(BUILT)
 
@@ -130,6 +140,10 @@ $(VENV)/bin/python:
 
 $(VENV)/tools: constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) ruff clang-format
+	@touch $@
+
+$(VENV)/docs-tools: constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
 # What pyproject.toml's build-system.requires names, in this environment: torch is then fetched once, not once more for the build.

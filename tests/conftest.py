@@ -1,5 +1,6 @@
 import collections
 
+import pages
 import pytest
 import torch
 from op_cases import DTYPES
@@ -15,17 +16,33 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", devices)
 
 
-@pytest.fixture(scope="module")
-def demo_model():
-    """The demo's model and tokenizer. Without the package that carries them a test is skipped, but never in CI: .ci/checks.py."""
+@pytest.fixture(scope="session")
+def demo_folder():
+    """The demo's model. Without the package that carries it a test is skipped, but never in CI: .ci/checks.py."""
     from zigzag_ext.cli import demo
 
     try:
-        return demo.load(device="cpu")
+        return demo.model_folder()
     except FileNotFoundError as error:
         if demo.FETCH_COMMAND not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def demo_model(demo_folder):
+    """The demo's model and tokenizer."""
+    from zigzag_ext.cli import demo
+
+    return demo.load(device="cpu")
+
+
+@pytest.fixture
+def demo_place(demo_folder, tmp_path, monkeypatch):
+    """Makes `tmp_path` the present folder, where the demo's model has its name on the hub; the environment of commands there."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return pages.prepare(tmp_path, demo_folder)
 
 
 def pytest_addoption(parser):

@@ -106,7 +106,7 @@ class Plan:
         """A plan per KV head.
 
         Args:
-            retrieval: [layers][kv_heads] of bool, nested or an array: whether the head keeps every token.
+            retrieval: `[layers][kv_heads]` of bool, nested or an array: whether the head keeps every token.
             sink, window, provenance: as in `Plan`.
 
         Raises:
@@ -223,7 +223,7 @@ class Plan:
         return next((len(self.kinds[layer]) for layer in self.mixed_layers), None)
 
     def retrieval_heads(self, kv_heads: int) -> tuple[tuple[bool, ...], ...]:
-        """[layers][kv_heads]: which heads retrieve. Raises ValueError if the plan is for another number of KV heads."""
+        """`[layers][kv_heads]`: which heads retrieve. Raises ValueError if the plan is for another number of KV heads."""
         self.check_kv_heads(kv_heads)
         rows = ((kind,) * kv_heads if isinstance(kind, str) else kind for kind in self.kinds)
         return tuple(tuple(kind == "retrieval" for kind in row) for row in rows)
