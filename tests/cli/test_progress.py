@@ -70,7 +70,10 @@ SMALL = ["--tokens", 300, "--prompts", 2, "--sink", 4, "--window", 8, "--device"
 
 def commands(folder, scores_file, plan, out):
     return {
-        "identify": (["identify", folder, "--method", "ablation", *SMALL, "-o", out / "s.tsv"], ["loading", "scoring heads by ablation"]),
+        "identify": (
+            ["identify", folder, "--method", "ablation", *SMALL, "-o", out / "s.tsv"],
+            ["loading", "scoring heads by ablation"],
+        ),
         "eval": (
             ["eval", folder, "--plan", plan, "--task", "perplexity", "--length", 50, "--prompts", 1, "--device", "cpu"],
             ["loading", "evaluating prompts: 0 of 2"],
