@@ -38,7 +38,7 @@ CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' 'exam
   wheels check-wheels clean
 
 help:
-	@sed -n '2,10s/^# \{0,1\}//p' Makefile
+	@sed -n '2,/^SHELL/s/^# \{0,1\}//p' Makefile
 	@echo '  other targets: build pytest cpptest examples lint format sanitize bench figures clean'
 
 demo: $(BUILT) $(VENV)/model
