@@ -41,6 +41,16 @@ def test_the_text_of_a_line(updates, seconds, expected):
     assert line.at(line.start + seconds) == expected
 
 
+def test_a_step_is_timed_for_itself():
+    line = progress.Line("both")
+    line.step("first", 1, 4)
+    line.step("first", 2, 4)
+    line.start -= 60
+    assert line.at(line.start + 60) == "first: 2 of 4, 1:00, about 2:00 left"
+    line.step("second", 0, 3)
+    assert line.at(line.start + 2) == "second: 0 of 3, 0:02"
+
+
 def test_lines_stand_below_each_other_and_go(terminal):
     with progress.waiting("outer") as outer, progress.waiting("inner"):
         outer.say("other")
