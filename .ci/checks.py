@@ -1,13 +1,15 @@
 """CI checks: `build` (CUDA is compiled wherever nvcc is), `skips FILE` (junit XML: skipped for want of a GPU only).
 
-`names` prints the packages that the tests need, without versions.
+`names` prints the packages that the tests need, without versions. `release` prints the version, if its commit may be tagged.
 """
 
 import re
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from importlib.metadata import requires
+from pathlib import Path
 
 # The score files are published data that is not part of the repository.
 ALLOWED_SKIPS = ("needs a CUDA GPU", "needs two CUDA GPUs", "published score files are not at")
@@ -42,5 +44,18 @@ def print_names() -> None:
     print(*sorted({re.match(r"[\w.-]+", line)[0] for line in needed} - {"zigzag_ext", "zigzag-ext"}))
 
 
+def check_release(root: str = ".") -> str | None:
+    """The changelog's topmost section is dated and of the version, and all is committed."""
+    version = re.search(r'^version = "(.+?)"', Path(root, "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    section = re.search(r"^## (.*)", Path(root, "CHANGELOG.md").read_text(), re.MULTILINE).group(1)
+    if not re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", section):
+        return f"the topmost section of CHANGELOG.md must be '[{version}] - ' and the date, it is '{section}'"
+    if changed := subprocess.run(["git", "status", "--short"], cwd=root, capture_output=True, text=True, check=True).stdout:
+        return f"not committed:\n{changed}"
+    print(version)
+    return None
+
+
 if __name__ == "__main__":
-    sys.exit({"build": check_build, "skips": check_skips, "names": print_names}[sys.argv[1]](*sys.argv[2:]))
+    checks = {"build": check_build, "skips": check_skips, "names": print_names, "release": check_release}
+    sys.exit(checks[sys.argv[1]](*sys.argv[2:]))

@@ -5,9 +5,11 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+from test_structure import tracked
 
 import zigzag_ext as zz
 
@@ -58,9 +60,63 @@ def test_a_source_folder_that_is_not_built_says_so(tmp_path):
 
 def test_the_version_stands_in_one_place():
     version = re.search(r'^version = "(.+?)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
-    assert zz.__version__ == version
+    assert zz.__version__.partition("+")[0] == version
+    changelog = re.search(r"^## \[(.+?)\] - (unreleased|\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert changelog.group(1) == version
     for name in ("CITATION.cff", "setup.py", "CMakeLists.txt", "README.md"):
         assert version not in (ROOT / name).read_text(), name
+
+
+@pytest.mark.parametrize("section, change, error", [
+    ("[1.2.0] - unreleased", False, "must be '[1.2.0] - ' and the date, it is '[1.2.0] - unreleased'"),
+    ("[1.1.0] - 2026-01-02", False, "must be '[1.2.0] - ' and the date, it is '[1.1.0] - 2026-01-02'"),
+    ("[1.2.0] - 2026-01-02", True, "not committed:\n M pyproject.toml"),
+    ("[1.2.0] - 2026-01-02", False, None),
+])  # fmt: skip
+def test_what_may_be_tagged(tmp_path, section, change, error):
+    (tmp_path / "pyproject.toml").write_text('version = "1.2.0"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {section}\n- x\n\n## [0.1.0] - 2025-01-02\n")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "pyproject.toml").write_text('version = "1.2.0"\n' + "# x" * change)
+    run = subprocess.run([sys.executable, ROOT / ".ci" / "checks.py", "release"], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.stdout, run.returncode) == (("", 1) if error else ("1.2.0\n", 0))
+    assert error is None or error in run.stderr
+
+
+README = "![a picture](docs/a.png)\n\n[file](docs/b.md#c) [here](#d) [there](https://e.org/f) ![far](https://e.org/g.png)\n"
+AT = "https://h.org/zz/{}/v1.2/docs"
+
+
+@pytest.mark.parametrize("repository, expected", [
+    (None, "\nfile [here](#d) [there](https://e.org/f) ![far](https://e.org/g.png)\n"),
+    (
+        "https://h.org/zz/",
+        f"![a picture]({AT.format('raw')}/a.png)\n\n[file]({AT.format('blob')}/b.md#c) [here](#d) [there](https://e.org/f) "
+        "![far](https://e.org/g.png)\n",
+    ),
+])  # fmt: skip
+def test_the_description_on_an_index_has_no_dead_links(build, repository, expected):
+    assert build["long_description"](README, "1.2+cpu", repository) == expected
+
+
+def test_the_sdist_has_every_file_and_says_what_the_readme_says(tmp_path):
+    source = tmp_path / "source"
+    for path in tracked():
+        (source / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, source / path.relative_to(ROOT))
+    shutil.copytree(ROOT / "third_party", source / "third_party", dirs_exist_ok=True)
+    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--tag-build=+cpu", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("zigzag_ext-*+cpu.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames() if opened.getmember(name).isfile()}
+        description = opened.extractfile(archive.name.removesuffix(".tar.gz") + "/PKG-INFO").read().decode()
+    made = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert names - made == files
+    assert "\nName: zigzag_ext\n" in description and "\nAuthor: The zigzag_ext authors\n" in description
+    assert "# zigzag_ext\nFor whoever runs" in description and "](docs/" not in description
 
 
 def test_extras_are_quoted():

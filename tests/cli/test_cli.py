@@ -25,10 +25,10 @@ def zigzag(*arguments, stdin=None):
 
 
 def failure(*arguments, stdin=None) -> str:
-    """The one line that a failing command prints, after what it said it was loading."""
+    """The one line that a failing command prints."""
     result = zigzag(*arguments, stdin=stdin)
     assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("loading ")]
+    lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.output
     return lines[0]
 

@@ -52,13 +52,12 @@ def test_markup_in_names_is_shown_as_it_is(tmp_path, monkeypatch):
 def test_markup_in_tables_and_progress(tmp_path, monkeypatch):
     """Plan names and tasks come from files; the progress line shows a method that is not yet known to exist."""
     screen = Console(file=open(tmp_path / "screen", "w+"), force_terminal=True, markup=app_module.console._markup, width=200)  # noqa: SIM115
-    from zigzag_ext.cli import study
+    from zigzag_ext.cli import progress, study
 
-    monkeypatch.setattr(study, "console", screen)
+    monkeypatch.setattr(progress, "screen", screen)
     screen.print(study._table([evaluate.results._row(a_row(plan="x[/b]", task="t[red]"))]))
-    with study._progress() as bar:
-        bar.add_task("a[/b]", total=1)
-        bar.refresh()
+    with progress.waiting("a[/b]"):
+        pass
     screen.file.seek(0)
     text = screen.file.read()
     assert "x[/b]" in text and "t[red]" in text and "a[/b]" in text

@@ -11,6 +11,7 @@ from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt
 from torch._dynamo.utils import counters
 
 import zigzag_ext as zz
+from zigzag_ext.planning import waiting
 
 SINK, WINDOW = 4, 16
 MIXED = ["streaming", "retrieval", "streaming", "streaming"]
@@ -39,9 +40,13 @@ def compiled():
     model = new_model("llama")
     with zz.zigzag(model, PLAN, max_len=256, compile=True):
         before = counters["stats"]["unique_graphs"]
+        told = []
+        waiting.show_by(lambda text: (told.append(text), contextlib.nullcontext())[1])
         for batch in ({"input_ids": prompt(20)}, padded_prompt([20, 9, 3]), padded_prompt([12, 20])):
             generate(model, 2, **batch)
+        waiting.show_by(None)
         assert counters["stats"]["unique_graphs"] - before == 2 and not counters["graph_break"]
+        assert told[0].startswith("compiling the decode step, once")
         yield model
 
 

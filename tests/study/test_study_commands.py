@@ -25,7 +25,7 @@ def zigzag(*arguments):
 def failure(*arguments) -> str:
     result = zigzag(*arguments)
     assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("loading ")]
+    lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.output
     return lines[0]
 

@@ -14,6 +14,7 @@ from .. import __version__
 from ..planning import env
 from ..planning.kv_format import FORMATS
 from ..planning.reading import one_line
+from .progress import want
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -87,7 +88,11 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No lines about what takes long; without a terminal there are none.")
+    ] = False,
 ) -> None:
+    want(not quiet)
     for stream in (sys.stdout, sys.stderr):  # a name or text that the terminal's encoding lacks is shown escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

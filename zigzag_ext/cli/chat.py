@@ -1,6 +1,5 @@
 """`zigzag chat`: a conversation on one cache; each turn reads only what is new."""
 
-import functools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .app import Device, DeviceMap, Dtype, KeySmoothing, KvFormat, RingKvFormat, app, one_line_errors, quiet_transformers
+from .progress import load, show
 
 
 @app.command()
@@ -32,16 +32,13 @@ def chat(
     """
     quiet_transformers()
     from ..hf import zigzag
-    from ..study.loading import load_model
     from .checks import check_options, plans_for
     from .conversation import Conversation
 
     check_options(device, dtype, device_map)
     chosen = plans_for(model, {"": plan}, (kv_format, ring_kv_format, key_smoothing))[""]
-    print(f"loading {model}", file=sys.stderr)
-    network, tokenizer = load_model(model, device, dtype, device_map)
+    network, tokenizer = load(model, device, dtype, device_map)
     options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    show = functools.partial(print, end="", flush=True)
     with zigzag(network, chosen, compile=compile):
         talk = Conversation(network, tokenizer, chosen, system, max_new_tokens=max_new_tokens, **options)
         print("/reset begins anew, /exit ends", file=sys.stderr)
@@ -52,7 +49,7 @@ def chat(
                 print(f"unknown command {line.split()[0]!r}: /reset, /exit", file=sys.stderr)
             elif line:
                 said = talk.say(line, show)
-                print(flush=True)
+                show("\n")
                 print(f"({said})", file=sys.stderr)
 
 

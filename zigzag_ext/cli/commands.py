@@ -1,6 +1,5 @@
 """Commands that use a model or a plan: demo, solve, generate, info."""
 
-import functools
 import os
 import shlex
 import sys
@@ -29,6 +28,7 @@ from .app import (
     quiet_transformers,
 )  # fmt: skip
 from .explain import launch_table
+from .progress import load, screen, show, waiting
 
 _MIB = 1024**2
 
@@ -56,10 +56,10 @@ def demo(
     quiet_transformers()
     from . import demo as demo_task
 
-    with console.status("loading SmolLM2-135M-Instruct (converted once, the first time takes a minute)") as status:
+    with waiting("loading SmolLM2-135M-Instruct") as line:
         model, tokenizer = demo_task.load(device)
         prompts = demo_task.passkey_prompts(tokenizer, tokens, depth or [0.25], seed or [0])
-        outcomes = demo_task.run(prompts, model, tokenizer, status.update if console.is_terminal else console.print)
+        outcomes = demo_task.run(prompts, model, tokenizer, line.say if screen.is_terminal else console.print)
     first, dtype = prompts[0], str(model.dtype).removeprefix("torch.")
     console.print(f"\nSmolLM2-135M-Instruct on {model.device}, {dtype}", highlight=False)
     console.print(f'Prompt: {first.tokens} tokens of filler that hide "The pass key is {first.key}"\n', highlight=False)
@@ -126,13 +126,14 @@ def solve(
 
         config = load_config(model)
     matrix, stage_list = load_scores(scores), _layers("--stages", stages)
-    plan = solve_plan(
-        matrix, retrieval_ratio, objective, retrieval_layers=retrieval_layers, kv_bytes=kv_bytes, ms=ms, costs=costs,
-        context=context, config=config, head_dim=head_dim, force_retrieval=_layers("--force-retrieval", force_retrieval),
-        force_streaming=_layers("--force-streaming", force_streaming), max_streaming_run=max_streaming_run,
-        stages=stage_list[0] if len(stage_list) == 1 else stage_list or None, threshold=threshold, sparsity=sparsity,
-        top_heads=top_heads, level=level, sink=sink, window=window, kv_format=kv_format, ring_kv_format=ring_kv_format,
-    )  # fmt: skip
+    with waiting("solving"):
+        plan = solve_plan(
+            matrix, retrieval_ratio, objective, retrieval_layers=retrieval_layers, kv_bytes=kv_bytes, ms=ms, costs=costs,
+            context=context, config=config, head_dim=head_dim, force_retrieval=_layers("--force-retrieval", force_retrieval),
+            force_streaming=_layers("--force-streaming", force_streaming), max_streaming_run=max_streaming_run,
+            stages=stage_list[0] if len(stage_list) == 1 else stage_list or None, threshold=threshold, sparsity=sparsity,
+            top_heads=top_heads, level=level, sink=sink, window=window, kv_format=kv_format, ring_kv_format=ring_kv_format,
+        )  # fmt: skip
     plan.save(output)
     console.print(f"{scores}: {matrix.shape[0]} layers x {matrix.shape[1]} KV heads")
     console.print(plan.summary(), highlight=False)
@@ -186,7 +187,6 @@ def generate(
     """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
     quiet_transformers()
     from ..cache import ZigzagCache
-    from ..study.loading import load_model
     from .checks import check_options, check_saved, plans_for
     from .compression import method_of
     from .timing import generate as timed
@@ -202,8 +202,7 @@ def generate(
         check_saved(load_cache, model, dict(zip(names, (plan, *formats, chunk, compress), strict=True)))
     else:
         chosen = plans_for(model, {"": plan}, formats)[""]
-    print(f"loading {model}", file=sys.stderr)
-    network, tokenizer = load_model(model, device, dtype, device_map)
+    network, tokenizer = load(model, device, dtype, device_map)
     cache = ZigzagCache.load(load_cache, network) if load_cache else None
     chosen = cache.state.made_for[0] if cache else chosen
     if chat:
@@ -211,7 +210,6 @@ def generate(
     options = {"prefill_chunk_size": chunk} if chunk else {}
     if temperature:
         options |= {"do_sample": True, "temperature": temperature}
-    show = functools.partial(print, end="", flush=True)
     result = timed(
         network, tokenizer, text, chosen, max_new_tokens, show, draft=speculate, compile=compile, compress=method, cache=cache,
         save=save_cache, special_tokens=not chat and cache is None, **options,

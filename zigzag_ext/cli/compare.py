@@ -1,7 +1,6 @@
 """`zigzag compare`: methods that choose layers or heads, side by side at equal budgets."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,8 @@ from rich.table import Column, Table
 
 from ..study.identify import METHODS
 from .app import Device, Dtype, app, console, one_line_errors, quiet_transformers
-from .study import MODEL, RULER_NAMES, TASK_NAMES, progress, task_named
+from .progress import load, waiting
+from .study import MODEL, RULER_NAMES, TASK_NAMES, task_named
 
 _METHODS = f"{', '.join(METHODS)}; even (no scores); package.module:function; a score file. May be repeated."
 
@@ -65,7 +65,7 @@ def compare(
     from ..study.compare import Settings, sources_of
     from ..study.compare import compare as run
     from ..study.compare import figures as drawing
-    from ..study.loading import load_config, load_model
+    from ..study.loading import load_config
     from .checks import check_options
 
     given = {name: value for name, value in (("tokens", identify_tokens), ("prompts", identify_prompts)) if value is not None}
@@ -86,12 +86,9 @@ def compare(
         plots.pyplot()
     output.mkdir(parents=True, exist_ok=True)
     check_writable(output / "compare.csv")
-    print(f"loading {model}", file=sys.stderr)
-    network, tokenizer = load_model(model, device, dtype)
-    with progress() as bar:
-        line = bar.add_task("", total=None)
-        report = lambda what, done, total: bar.update(line, description=what, completed=done, total=total)  # noqa: E731
-        lines, overlaps = run(network, tokenizer, settings, output, report)
+    network, tokenizer = load(model, device, dtype)
+    with waiting("comparing methods") as line:
+        lines, overlaps = run(network, tokenizer, settings, output, line.step)
     _show(lines)
     written = [output / name for name in ("rows.csv", "compare.csv", "overlap.csv")]
     for path in [*written, *(drawing.draw_all(lines, overlaps, output) if figures else [])]:

@@ -17,6 +17,7 @@ from statistics import median
 
 from ..planning.native import whole_plan
 from ..planning.plan import Plan
+from ..planning.waiting import waiting
 from ..planning.writing import locked
 from ..study.evaluate.passkey import PasskeyPrompt, build_prompt, is_hit
 from ..study.loading import load_model
@@ -131,7 +132,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         for left in folder.parent.glob(f"{_PARTIAL}*") if alone else ():  # of a conversion that was killed
             shutil.rmtree(left, ignore_errors=True)
         if not (folder / "config.json").exists():  # another process was faster
-            _convert_into(folder, gguf)
+            with waiting("converting its weights of 4 bits, once; about a minute on two cores"):
+                _convert_into(folder, gguf)
     if not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(f"could not write the converted model to {folder}")

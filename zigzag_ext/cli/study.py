@@ -2,12 +2,10 @@
 
 import functools
 import math
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ..study.identify import METHODS
@@ -27,6 +25,7 @@ from .app import (
     one_line_errors,
     quiet_transformers,
 )  # fmt: skip
+from .progress import load, waiting
 
 MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
 TASK_NAMES = "passkey, multikey, multivalue, second_question, quotation, perplexity"
@@ -64,7 +63,7 @@ def identify(
     from ..planning.scores import check_output
     from ..study.identify import identify as run
     from ..study.identify.own import load_function
-    from ..study.loading import load_config, load_model
+    from ..study.loading import load_config
     from .checks import check_options
 
     given = {"level": level, "keep": keep, "exhaustive": exhaustive or None, "tokens": tokens, "prompts": prompts}
@@ -76,13 +75,11 @@ def identify(
     check_options(device, dtype, None)
     check_output(output)
     load_config(model)
-    print(f"loading {model}", file=sys.stderr)
-    network, tokenizer = load_model(model, device, dtype)
-    with progress() as bar:
-        line = bar.add_task(method, total=None)
+    network, tokenizer = load(model, device, dtype)
+    with waiting(f"scoring heads by {method}") as line:
         scores = run(
             network, tokenizer, method, seed=seed, sink=sink, window=window, output=output,
-            advance=lambda done, total: bar.update(line, completed=done, total=total), **given,
+            advance=line.update, **given,
         )  # fmt: skip
     best = scores.mean(1).argsort()[::-1][:5]
     console.print(f"{scores.shape[0]} layers x {scores.shape[1]} KV heads by {method}, on {network.device}", highlight=False)
@@ -131,7 +128,6 @@ def evaluate(
     """
     quiet_transformers()
     from ..study import evaluate as tasks
-    from ..study.loading import load_model
     from .checks import check_options
     from .compression import method_of
 
@@ -148,16 +144,15 @@ def evaluate(
         raise ValueError(f"--compile is for decode steps, and {', '.join(each.name for each in chosen)} have none: leave it out")
     if output is not None:
         tasks.append(output, [])
-    print(f"loading {model}", file=sys.stderr)
-    network, tokenizer = load_model(model, device, dtype, device_map)
-    with progress() as bar:
+    network, tokenizer = load(model, device, dtype, device_map)
+    with waiting("evaluating prompts") as line:
         total = sum(prompts * (len(depths) if each.has_depth else 1) for each in chosen) * len(plans) * len(lengths)
-        line = bar.add_task("prompts", total=total)
         rows = []
+        line.update(0, total)
         for name, each, tokens in ((n, t, x) for n in plans for t in chosen for x in lengths):
             found = each(
                 network, tokenizer, plans[name], lengths=[tokens], depths=depths, prompts=prompts, seed=seed, name=name,
-                compress=None if plans[name] is None else method, advance=lambda done: bar.advance(line, done),
+                compress=None if plans[name] is None else method, advance=lambda done: line.update(line.done + done, total),
                 **({"compile": compile} if each.name in tasks.RULER else {}),
             )  # fmt: skip
             rows += found
@@ -223,24 +218,15 @@ def task_named(tasks: dict, name: str, what: str = "task"):
     return tasks[name]
 
 
-def progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)
-
-
 def _speculation_table(accepted, tokenizer, plans, chosen, lengths, depths, prompts, seed) -> Table:
     """What `accepted` reports of each plan, task and length."""
     headers = ("plan", "task", "tokens", "drafted", "kept", "per round", "ms per token")
     table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 2, 0, 0))
-    for name, task, tokens in ((n, t, x) for n in plans for t in chosen for x in lengths):
+    cells = [(n, t, x) for n in plans for t in chosen for x in lengths]
+    for number, (name, task, tokens) in enumerate(cells):
         samples = task.samples(tokenizer, tokens, depths if task.has_depth else [None], prompts, seed)
-        report = accepted(samples=samples, plan=plans[name])
+        with waiting(f"continuing prompts, {number + 1} of {len(cells)} rows"):
+            report = accepted(samples=samples, plan=plans[name])
         drafted = sum(report.drafted.values())
         ms = report.rounds_ms / max(1, report.tokens - report.prompts)
         table.add_row(

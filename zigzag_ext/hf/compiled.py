@@ -8,6 +8,7 @@ records anew for every other cache, outputs that stay valid, and no guards to ev
 import types
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..attention.store import in_normal_mode
 from ..cache import ZigzagCache
 from ..cache.attending import attending
 from ..cache.forward import Forward
+from ..planning.waiting import waiting
 from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
 from .own_config import plain_name
@@ -134,6 +136,7 @@ class _Step:
         }
         self.inputs = inputs | self.tensors | cache_argument(model, self.view)
         self.graph = self.output = self.captured_on = None
+        self.has_run = False
 
     @torch.no_grad()
     def __call__(self, inputs: dict, model_is: tuple | None):
@@ -153,12 +156,15 @@ class _Step:
 
     @in_normal_mode
     def _run(self):
+        told = nullcontext() if self.has_run else waiting("compiling the decode step, once; seconds to minutes")
         try:
-            with attending(self.view), plain_name(self.model):
-                return self.compiled(self.inputs)
+            with told, attending(self.view), plain_name(self.model):
+                output = self.compiled(self.inputs)
         except TorchDynamoException as error:
             name = type(self.model).__name__
             raise RuntimeError(f"{name} cannot decode as one compiled graph; enable it without compile=True. {error}") from error
+        self.has_run = True
+        return output
 
     def _capture(self) -> None:
         self.graph = self.output = self.captured_on = None
