@@ -138,7 +138,7 @@ def test_arguments_of_a_call_as_python_checks_them():
 def test_an_interrupted_forward_leaves_no_cache_behind(monkeypatch):
     model = new_model("llama")
 
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     with zz.zigzag(model, PLAN), torch.no_grad():
