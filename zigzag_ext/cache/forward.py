@@ -46,7 +46,7 @@ class Forward:
         self.given: set[int] = set()  # layers of the cache that were given their new keys in the present piece
         self.attended: set[int] = set()  # layers of the model that it has been through
         self.read: set[int] = set()  # layers whose states it has read, and so may have changed
-        self.shared = SharedKeys(self)
+        self.shared = SharedKeys()
         self.written = self.done = 0  # columns that any layer, that all layers have appended
         self.committing = False
         self.q_len = q_len  # columns of the present piece
@@ -141,10 +141,10 @@ class Forward:
         with state.lock:
             state.check_open(self)
             if state.sources[layer] != layer:
-                return self.shared.attend(layer, q, scale, terms)
+                return self.shared.attend(self, layer, q, scale, terms)
             self.check_keys(layer, k)
             q, k, v = (in_order(t, self.order) for t in (q, k, v))
-            self.shared.keep(layer, k, v)
+            self.shared.keep(self, layer, k, v)
             return back_in_order(self.cache.layers[layer].attend(q, k, v, scale, terms), self.order)
 
     def chunk(self, layer: int, k: Tensor) -> Chunk:
