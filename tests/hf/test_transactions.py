@@ -1,12 +1,16 @@
 """A forward commits, or leaves the cache as it was, or says so: a failure of any module; copies; other conversations."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from tiny_models import generate, new_model, padded_prompt, prompt, tiny_model
+from tiny_models import SHARED, generate, new_model, padded_prompt, prompt, shared_model, tiny_model
 
 import zigzag_ext as zz
+from zigzag_ext.cache import states
+from zigzag_ext.hf.cache_argument import split_cache
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 PLANS = {"rings": PLAN, "retrieval": zz.Plan(["retrieval"] * 4, sink=0, window=1)}
@@ -173,10 +177,29 @@ def test_a_cache_of_another_conversation_under_beams():
                 assert generate(model, 6, other, num_beams=2, past_key_values=cache).equal(fresh)
 
 
-def test_a_kept_cache_does_not_keep_its_model():
-    import gc
-    import weakref
+FREED = ["llama", *(["lfm2"] if states.SERVED else []), *SHARED]
 
+
+@pytest.mark.parametrize("family", FREED)
+def test_a_cache_goes_with_its_last_reference(family):
+    """Its memory must not wait for a collection of cycles."""
+    model = shared_model(family, 8) if family in SHARED else new_model(family)
+    with zz.zigzag(model), torch.no_grad():
+        cache, _ = split_cache(dict(model(**padded_prompt([20, 9]))))
+        model(prompt(1, 2), past_key_values=cache)
+        with pytest.raises(IndexError):
+            model(prompt(3, 2), past_key_values=cache, logits_to_keep=torch.tensor([3]))
+        gone = weakref.ref(cache)
+        gc.collect()
+        gc.disable()
+        try:
+            del cache
+            assert gone() is None
+        finally:
+            gc.enable()
+
+
+def test_a_kept_cache_does_not_keep_its_model():
     model = new_model("llama", num_hidden_layers=2)
     zz.enable(model, zz.Plan(["streaming", "retrieval"], sink=4, window=16), compile=True)
     cache = zz.ZigzagCache(model.config, zz.Plan(["streaming", "retrieval"], sink=4, window=16))
