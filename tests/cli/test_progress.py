@@ -86,7 +86,7 @@ def commands(folder, scores_file, plan, out):
         ),
         "eval": (
             ["eval", folder, "--plan", plan, "--task", "perplexity", "--length", 50, "--prompts", 1, "--device", "cpu"],
-            ["loading", "evaluating prompts: 0 of 2"],
+            ["loading", "evaluating prompts: "],
         ),
         "solve": (["solve", scores_file, "-o", out / "p.json"], ["solving"]),
         "generate": (["generate", folder, "--plan", plan, "-p", "w1 w2", "-n", 2, "--device", "cpu"], ["loading"]),
