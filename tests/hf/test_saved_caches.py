@@ -215,7 +215,7 @@ def changed(path, change) -> None:
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda inner, header: inner.update(version=2), "its version is 2"),
+    (lambda inner, header: inner.update(version=3), "its version is 3"),
     (lambda inner, header: inner.update(version=True), "with a version"),
     (lambda inner, header: inner.update(dtype="int8"), "dtype must be one of float32"),
     (lambda inner, header: inner.update(rollback=-1), "rollback"),
