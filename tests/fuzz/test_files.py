@@ -109,6 +109,12 @@ READERS = {
     ),
     "text.cache": (a_cache, lambda path: ZigzagCache.load(path, LlamaConfig(**GEOMETRY))),
 }
+# What readers of these names once refused by a text that was too long, or did not name the file.
+FOUND = {
+    "plan.json": [json.dumps(PLAN.as_json() | {"kv_format": {"k": "int8", "9" * 5000: "int8"}}).encode()],
+    "costs.json": [json.dumps(COSTS | {"mixed": [[1], 2]}).encode(), json.dumps(COSTS | {"x" * 5000: 1}).encode()],
+    "config.json": [b'{"sink_size": "' + b"9" * 5000 + b'", "recent_size": 8}'],
+}
 # What the readers look for, or what has broken such readers elsewhere.
 TOKENS = [
     b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\xe2\x80\xa8", b"\x1b[2J", b"\n", b"\r", b'"', b"'", b",", b"\t", b"-",
@@ -181,6 +187,10 @@ def test_a_reader_refuses_by_one_line_or_reads(name, tmp_path):
             assert str(path.parent) in text and "\n" not in text and len(text) < 3000, text[:3000]
             counts["refused"] += 1
         assert time.process_time() - start < LONGEST
+
+    for content in FOUND.get(name, []):
+        check(content)
+    assert counts["refused"] == len(FOUND.get(name, []))
 
     options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     phases = (Phase.explicit, Phase.generate, Phase.shrink)

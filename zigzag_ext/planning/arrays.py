@@ -14,7 +14,7 @@ import zlib
 
 import numpy as np
 
-from .reading import MIB, read_bytes, shown
+from .reading import MIB, located, read_bytes, shown
 
 MAX_BYTES = 64 * MIB  # of a file, and of what is unpacked from it
 MAX_ELEMENTS = 1 << 20  # of a score matrix, layers x KV heads
@@ -38,10 +38,8 @@ _REFUSED = {
 def read_npy(path: str | os.PathLike, what: str) -> tuple[np.ndarray, bytes]:
     """The array of an .npy file, and the bytes behind it. Raises as the readers of `reading` do."""
     content = read_bytes(path, what, MAX_BYTES)
-    try:
+    with located(f"{path} is not {what}"):
         return parse_npy(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is not {what}: {error}") from None
 
 
 def parse_npy(content: bytes) -> tuple[np.ndarray, bytes]:
@@ -65,10 +63,8 @@ def parse_npy(content: bytes) -> tuple[np.ndarray, bytes]:
 def read_npz(path: str | os.PathLike, what: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file that `numpy.savez` wrote, uncompressed. Raises as the readers of `reading` do."""
     content = read_bytes(path, what, MAX_BYTES)
-    try:
+    with located(f"{path} is not {what}"):
         return {name.removesuffix(".npy"): parse_npy(data)[0] for name, data in _members(content).items()}
-    except ValueError as error:
-        raise ValueError(f"{path} is not {what}: {error}") from None
 
 
 def read_pt(path: str | os.PathLike, what: str) -> np.ndarray:
@@ -77,12 +73,9 @@ def read_pt(path: str | os.PathLike, what: str) -> np.ndarray:
     Files of torch before 1.6, which are no zip files, are refused. Needs torch.
     """
     content = read_bytes(path, what, MAX_BYTES)
-    try:
+    with located(f"{path} is not {what}"):
         _check_pickle(_members(content))
-        tensor = _load_tensor(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is not {what}: {error}") from None
-    return tensor
+        return _load_tensor(content)
 
 
 def _members(content: bytes) -> dict[str, bytes]:

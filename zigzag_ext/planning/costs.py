@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import _C
 from .kv_format import PLAIN, KvFormat
-from .reading import read_json, shown
+from .reading import located, read_json, shown
 
 _REQUIRED = ("context", "retrieval", "streaming")
 _OPTIONAL = ("other", "mixed")
@@ -76,11 +76,9 @@ def ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int) -> t
         ValueError: the table lacks an entry, an entry has the wrong shape or a negative number, or `context` lies outside it.
     """
     if not isinstance(table, Mapping):
-        path, table = Path(table), _read(Path(table))
-        try:
-            return ms_costs(table, context, layers)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        content = _read(Path(table))
+        with located(str(table)):
+            return ms_costs(content, context, layers)
     contexts = _contexts(table, context)
 
     def at_context(name, entry, columns):
@@ -105,19 +103,19 @@ def head_ms_costs(table: Mapping | str | os.PathLike, context: int, layers: int,
     Raises:
         ValueError: as `ms_costs`, or the table says nothing of layers with heads of both kinds.
     """
+    if not isinstance(table, Mapping):
+        content = _read(Path(table))
+        with located(str(table)):
+            return head_ms_costs(content, context, layers, kv_heads)
     retrieval, streaming, other = ms_costs(table, context, layers)
-    source = "" if isinstance(table, Mapping) else f"{Path(table)}: "
-    table = table if isinstance(table, Mapping) else _read(Path(table))
     mixed = np.empty((0,))
     if kv_heads > 1:
         if "mixed" not in table:
-            raise ValueError(
-                f"{source}cost table: missing mixed, the time of layers with heads of both kinds: level='head' needs it"
-            )
+            raise ValueError("cost table: missing mixed, the time of layers with heads of both kinds: level='head' needs it")
         contexts, rows = _contexts(table, context), _numbers("mixed", table["mixed"])
         if rows.shape != (contexts.size, kv_heads - 1):
             raise ValueError(
-                f"{source}cost table: mixed must hold per context ({contexts.size}) a list of {kv_heads - 1}, "
+                f"cost table: mixed must hold per context ({contexts.size}) a list of {kv_heads - 1}, "
                 f"one number for each count of retrieval heads from 1 to {kv_heads - 1}"
             )
         mixed = np.array([np.interp(context, contexts, column) for column in rows.T])

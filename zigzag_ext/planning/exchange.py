@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from .plan import Plan, token_count
-from .reading import read_json, shown
+from .reading import located, read_json, shown
 from .scores import DUO_SCORES, Scores, load_scores, save_scores
 from .solve import solve
 from .writing import write
@@ -63,10 +63,8 @@ def from_duo(folder: str | os.PathLike, *, threshold: float | None = None, spars
     sizes = read_json(config, "a JSON object with sink_size and recent_size")
     if not isinstance(sizes, dict) or not {"sink_size", "recent_size"} <= sizes.keys():
         raise ValueError(f"{config} must be a JSON object with sink_size and recent_size, got {shown(sizes)}")
-    try:
+    with located(str(config)):
         sink, window = token_count("sink_size", sizes["sink_size"]), token_count("recent_size", sizes["recent_size"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config}: {error}") from None
     if threshold is not None or sparsity is not None:
         return solve(scores, level="head", threshold=threshold, sparsity=sparsity, sink=sink, window=window)
     for layer, row in enumerate(scores.tolist()):

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from .. import _C
+from .reading import shown
 
 FORMATS = tuple(_C.formats())
 
@@ -34,8 +35,8 @@ def parse_kv_format(name: str, value) -> KvFormat:
         value = value._asdict()
     if not isinstance(value, dict) or value.keys() != {"k", "v"}:
         supported = f'None, one of {", ".join(FORMATS)}, two of them as "keys/values", or {{"k": format, "v": format}}'
-        raise TypeError(f"{name} must be {supported}; got {value!r}")
+        raise TypeError(f"{name} must be {supported}; got {shown(value)}")
     for given in value.values():
         if given not in FORMATS:
-            raise ValueError(f"{name} {given!r} is not supported; supported: {', '.join(FORMATS)}")
+            raise ValueError(f"{name} {shown(given)} is not supported; supported: {', '.join(FORMATS)}")
     return KvFormat(**value)

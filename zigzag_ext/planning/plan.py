@@ -20,7 +20,7 @@ from .. import _C
 from .kv_format import PLAIN, KvFormat, parse_kv_format
 from .origin import known
 from .plan_text import FORMAT_FIELDS, counts_of, ranges, summary
-from .reading import MAX_TEXT, one_line, parse_json, read_json, shown
+from .reading import MAX_TEXT, located, one_line, parse_json, read_json, shown
 from .writing import write
 
 FORMAT = "zigzag-plan"
@@ -291,10 +291,8 @@ class Plan:
             ValueError: it is not a plan file, comes from a newer version, or holds no valid plan; the message says which.
         """
         content = read_json(path, "a plan file")
-        try:
+        with located(f"{path} is not a usable plan file"):
             return cls.from_json(content)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a usable plan file: {error}") from error
 
     @classmethod
     def from_json(cls, content) -> "Plan":

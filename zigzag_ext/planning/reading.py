@@ -8,6 +8,8 @@ import csv
 import json
 import os
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ def one_line(text: str, limit: int = 1000) -> str:
     text = " ".join(text[: 8 * limit].split())
     text = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") else c for c in text)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """A TypeError or ValueError about the content of a file becomes a ValueError: one line that names the place."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {one_line(str(error))}") from error
 
 
 def read_bytes(path: str | os.PathLike, what: str, limit: int) -> bytes:
@@ -66,10 +77,8 @@ def decode(path: str | os.PathLike, what: str, content: bytes) -> str:
 def read_json(path: str | os.PathLike, what: str, limit: int = MAX_TEXT) -> Any:
     """The value of a JSON file, see `parse_json`."""
     text = read_text(path, what, limit)
-    try:
+    with located(f"{path} is not {what}: it is not JSON"):
         return parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not {what}: it is not JSON ({error})") from None
 
 
 def parse_json(text: str) -> Any:

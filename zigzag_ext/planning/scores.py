@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from .arrays import MAX_ELEMENTS, parse_npy, read_npy, read_pt
 from .origin import known
-from .reading import one_line, parse_json, read_text, shown
+from .reading import located, one_line, parse_json, read_text, shown
 from .writing import check_writable, is_stream, write
 
 DUO_SCORES = "full_attention_heads.tsv"
@@ -150,10 +150,8 @@ def _read_text(path: Path) -> tuple[np.ndarray, dict]:
 
 
 def _parse_note(text: str, path: Path) -> dict:
-    try:
+    with located(f"{path}: what follows {_ORIGIN_MARK.strip()!r} is not JSON"):
         return known(parse_json(text.removeprefix(_ORIGIN_MARK)))
-    except ValueError as error:
-        raise ValueError(f"{path}: what follows {_ORIGIN_MARK.strip()!r} is not JSON: {error}") from None
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, dict]:

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, fields
 from statistics import fmean, stdev
 
 from ...planning.plan import Plan
-from ...planning.reading import MIB, decode, parse_csv, read_text, shown
+from ...planning.reading import MIB, decode, located, parse_csv, read_text, shown
 from ...planning.writing import is_stream, update, write
 from .scoring import Verdict
 
@@ -119,10 +119,8 @@ def read(path: str | os.PathLike) -> list[Row]:
     """Rows of a CSV file. Raises ValueError naming the file if its columns are not `COLUMNS`, or the line that is damaged."""
     rows = []
     for number, values in _check_table(path, read_text(path, _WHAT, MAX_BYTES)):
-        try:
+        with located(f"{path}:{number}"):
             rows.append(_row(values))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
     return rows
 
 
