@@ -36,7 +36,8 @@ def model():
 
 
 def next_logits(model, cache):
-    return model(prompt(1, cache.state.batch or 1, seed=9), past_key_values=cache).logits
+    rows = cache.state.batch if cache.get_seq_length() else 3
+    return model(prompt(1, rows, seed=9), past_key_values=cache).logits
 
 
 def refuses(model, cache, follow, expected, fresh):
@@ -81,6 +82,7 @@ ACTIONS = {  # what is interrupted, and what it does to a cache that is not inte
     "keep_first": lambda model, cache: cache.keep_first(prompt(HELD)[:, : HELD - 2]),
     "failing": failing_forward,
     "compress": lambda model, cache: cache.compress(),
+    "other_rows": lambda model, cache: model(prompt(3, 3), past_key_values=cache),  # of a cache that is empty again
 }
 METHOD = zz.PromptWindows(budget=14, window=3, observe=4)  # of the caches of "compress"
 FOLLOWING = [  # what is done next, before the cache is asked for its next logits
@@ -88,7 +90,7 @@ FOLLOWING = [  # what is done next, before the cache is asked for its next logit
     copy.deepcopy,
     lambda cache: cache.get_seq_length() and cache.crop(-1),
     lambda cache: cache.reserve(3),
-    lambda cache: cache.reorder_cache(torch.arange(cache.state.batch or 0)),
+    lambda cache: cache.state.batch and cache.reorder_cache(torch.arange(cache.state.batch)),
 ]
 
 
@@ -110,6 +112,8 @@ def test_a_failure_at_any_place(model, action, plan, kind, request, record_prope
     following = FOLLOWING[:2] + FOLLOWING[3:] if action == "compress" else FOLLOWING  # a compressed prompt is not cropped
     act, start = ACTIONS[action], zz.ZigzagCache(model.config, PLANS[plan], **options)
     model(prompt(HELD, rows), past_key_values=start)
+    if action == "other_rows":
+        start.reset()
     done = copy.deepcopy(start)
     counted = KINDS[kind]()
     assert not counted.run(lambda: act(model, done))

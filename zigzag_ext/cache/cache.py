@@ -269,7 +269,7 @@ class ZigzagCache(Cache):
         """Empties the cache, gives the memory of retrieval layers back and keeps all addresses; none of a marked cache."""
         whole, self.state.prompt_end = self.state.changing is None, 0
         if whole:
-            self.state.forget()
+            self.state.forget(self.state.batch)
         else:
             self.state.start(None)  # a change of the rows may have gone through some layers only
         for holder in self.holders:

@@ -162,7 +162,7 @@ class ZigzagLayer(CacheLayerMixin):
 
     @locked
     def reset(self) -> None:
-        self.state.forget()
+        self.state.forget(self.state.batch)
 
     def release(self) -> None:
         """Gives the memory of a retrieval layer back and keeps its addresses. Waits for the device."""

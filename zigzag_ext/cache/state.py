@@ -82,7 +82,7 @@ class CacheState:
 
     def start(self, batch: int | None) -> None:
         """Nothing is held and there are no buffers, for `batch` rows."""
-        self.batch = batch
+        self.batch = None  # until all is as these rows need it: after an interrupt the next forward starts anew
         # [num_lengths, batch] int32, one copy per device that holds layers: tokens held per row, and then, for layers that may
         # leave tokens out, those that they hold. All of them advance alike.
         self.seq_lens: dict[torch.device, Tensor] = {}
@@ -90,16 +90,17 @@ class CacheState:
         self.step_pad: Tensor | None = None  # [batch] int32, of steps of one column
         self.addresses = Addresses()
         self.tokens = HeldTokens()
-        self.forget()
+        self.forget(batch)
+        self.batch = batch
 
-    def forget(self) -> None:
-        """Nothing is held; buffers stay."""
+    def forget(self, batch: int | None) -> None:
+        """Nothing is held by any of `batch` rows; buffers stay."""
         self.changing = "reset() was interrupted"
         self.forward = None  # the Forward under way
-        self.capacity, self.rows = 0, Rows.empty(self.batch)
+        self.capacity, self.rows = 0, Rows.empty(batch)
         self.compressed = False
         self.observed: dict[int, Observed] = {}
-        self.left_out = np.zeros((self.num_lengths, self.batch or 0), dtype=np.int64)
+        self.left_out = np.zeros((self.num_lengths, batch or 0), dtype=np.int64)
         self.tokens.cut(0)
         for lengths in self.seq_lens.values():
             lengths.zero_()
