@@ -25,7 +25,7 @@ from zigzag_ext.hf.cache_argument import cache_argument
 
 from .cells import step_prefill
 from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
-from .cells.models import MODELS, PLANS, K, build_model, even_plan, make_plan
+from .cells.models import MODELS, PLANS, K, build_model, make_plan
 from .peers.duo_recreation import duo_weights, fake_duo
 from .report import comparisons
 from .report.records import StepRecord, held, writer
@@ -117,7 +117,8 @@ IMPLS = ("zigzag_eager", "zigzag_compiled", "transformers_eager", "transformers_
 def cells(impl: str, model, plans: list[str], contexts: list[int]) -> Iterator[tuple[str, int, Callable]]:
     """Plan, context and a measurement for every cell of one implementation, which is on while they are drawn."""
     if impl == "duo_recreation":
-        for name in (name for name in plans if name != "retrieval_100"):
+        served = [name for name in plans if name != "retrieval_100"]
+        for name in [] if any(zz.native_windows(model.config)) else served:  # it knows no windows of layers
             plan = make_plan(name, model.config)
             with duo_weights(model, plan):
                 for context in contexts:
@@ -132,8 +133,7 @@ def cells(impl: str, model, plans: list[str], contexts: list[int]) -> Iterator[t
             torch.compiler.reset()  # or the second context is compiled for shapes of any size, which is slower
             yield "full", context, partial(measure, lambda n=context: Decoder(model, fake(model, n), n, call))
         return
-    layers = model.config.num_hidden_layers
-    with zz.zigzag(model, even_plan(layers, 1.0), compile=impl == "zigzag_compiled"):
+    with zz.zigzag(model, make_plan("retrieval_100", model.config), compile=impl == "zigzag_compiled"):
         for name in plans:
             plan = make_plan(name, model.config)
             for context in contexts:

@@ -45,9 +45,12 @@ def append_random(store, context: int) -> None:
 
 def fake_dynamic(model, context: int) -> DynamicCache:
     cache, config = DynamicCache(config=model.config), model.config
-    shape = (1, config.num_key_value_heads, context, config.head_dim)
-    for layer in range(config.num_hidden_layers):
-        cache.update(*(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)), layer)
+    for index, layer in enumerate(cache.layers):
+        held = min(context, layer.sliding_window - 1) if layer.is_sliding else context
+        shape = (1, config.num_key_value_heads, held, config.head_dim)
+        cache.update(*(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)), index)
+        if layer.is_sliding:
+            layer.cumulative_length = context
     return cache
 
 
@@ -58,4 +61,6 @@ def fake_static(model, context: int) -> StaticCache:
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(context)
+        if layer.is_sliding:
+            layer.cumulative_length_int = context
     return cache

@@ -1,7 +1,7 @@
 """Models of random weights and plans spread evenly: what benchmarks of whole models share."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen2Config
 
 import zigzag_ext as zz
 
@@ -19,6 +19,20 @@ MODELS = {
     "qwen2.5-7b": Qwen2Config(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, max_position_embeddings=512 * K, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "yi-6b": LlamaConfig(
+        vocab_size=64000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=4, max_position_embeddings=512 * K, rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+    ),
+    "gemma3-27b": Gemma3TextConfig(
+        vocab_size=262208, hidden_size=5376, intermediate_size=21504, num_hidden_layers=62, num_attention_heads=32,
+        num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024, max_position_embeddings=512 * K,
+    ),
+    "gpt-oss-20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32, max_position_embeddings=512 * K),
+    "tiny-native": Gemma3TextConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, query_pre_attn_scalar=64, sliding_window=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
     ),
     "tiny": LlamaConfig(
         vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
@@ -57,6 +71,11 @@ def mixed_plan(num_layers: int, kv_heads: int, share: float) -> zz.Plan:
 
 
 def make_plan(name: str, config) -> zz.Plan:
+    """A plan of PLANS over the layers with full attention; native windows stay as they are."""
+    windows = zz.native_windows(config)
+    layers = windows.count(None)
     if name.startswith("heads"):
-        return mixed_plan(config.num_hidden_layers, config.num_key_value_heads, PLANS[name])
-    return even_plan(config.num_hidden_layers, PLANS[name])
+        plan = mixed_plan(layers, config.num_key_value_heads, PLANS[name])
+    else:
+        plan = even_plan(layers, PLANS[name])
+    return plan.with_native(windows)

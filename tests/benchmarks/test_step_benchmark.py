@@ -45,6 +45,31 @@ def test_steps_of_a_whole_model(tmp_path, capsys):
     assert "unknown all; known: retrieval_100" in capsys.readouterr().err
 
 
+def test_steps_of_a_model_with_native_windows(tmp_path):
+    path = tmp_path / "step.csv"
+    arguments = ["--device", "cpu", "--model", "tiny-native", "--plan", "retrieval_100,exclusive_50", "--context", "500"]
+    assert step.main([*arguments, "--impl", "zigzag_eager,transformers_eager,duo_recreation", "--csv", str(path)]) == 0
+    rows = read(path, StepRecord)
+    assert [(row.impl, row.plan) for row in rows[::2]] == [
+        ("zigzag_eager", "retrieval_100"), ("zigzag_eager", "exclusive_50"), ("transformers_eager", "full"),
+    ]  # fmt: skip
+    full, half, stock = (row.kv_bytes for row in rows[::2])
+    windows, page = 4 * 32 * PER_TOKEN, 2 * 4096
+    assert 0 <= full - windows - 2 * PER_TOKEN * 500 <= 2 * (PER_TOKEN * step.MARGIN + page)
+    assert 0 <= half - windows - PER_TOKEN * (500 + models.SINK + models.WINDOW) <= PER_TOKEN * step.MARGIN + page
+    assert stock < full  # its caches end with the last token
+
+
+def test_faked_stock_caches_continue_native_windows():
+    model = models.build_model("tiny-native", "cpu")
+    for fake in (fake_context.fake_dynamic, fake_context.fake_static):
+        cache, ids = fake(model, 500), torch.zeros(1, 1, dtype=torch.long)
+        with torch.no_grad():
+            logits = model(ids, past_key_values=cache, position_ids=torch.tensor([[500]])).logits
+        assert logits.isfinite().all() and [int(cache.get_seq_length(i)) for i in range(6)] == [501] * 6
+        assert {layer.keys.shape[2] for layer in cache.layers if layer.is_sliding} <= {31, 32}
+
+
 def test_an_interrupted_run_goes_on(tmp_path, capsys):
     path = tmp_path / "step.csv"
     arguments = [*CPU, "--plan", "exclusive_50,heads_50", "--context", "40", "--impl", "zigzag_eager", "--csv", str(path)]
@@ -123,7 +148,7 @@ def test_every_slot_of_a_faked_context_is_filled(monkeypatch, kv_format):
 
 def test_a_faked_context_decodes_like_a_real_one():
     """The step after `fake_zigzag` attends to every faked key: it equals a step on the same keys after a real prompt."""
-    model, plan = step.build_model("tiny", "cpu"), step.even_plan(4, 0.5)
+    model, plan = step.build_model("tiny", "cpu"), models.even_plan(4, 0.5)
     with torch.no_grad(), step.zz.zigzag(model, plan):
         cache = step.fake_zigzag(model, plan, 500)
         twin = step.zz.ZigzagCache(model.config, plan, max_len=500 + step.MARGIN)
