@@ -20,7 +20,7 @@ class History:
 
     def cut(self, ends):
         for row, end in enumerate(ends):
-            self.ahead[row] += len(self.columns[row]) - end
+            self.ahead[row] = self.ahead[row] + len(self.columns[row]) - end if end else 0
             del self.columns[row][end:]
 
 

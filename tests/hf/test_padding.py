@@ -121,6 +121,19 @@ def test_a_conversation_goes_on_and_is_taken_back_over_right_padding(model):
     assert fresh.isfinite().all() and cache.seq_lens.tolist() == [34, 23]
 
 
+def test_a_row_may_skip_a_step_after_all_was_taken_back(model):
+    cache, ids = zz.ZigzagCache(model.config, PLAN, rollback=20), prompt(3, 2, seed=5)
+    model(prompt(3, 2), past_key_values=cache)
+    cache.crop(-3)
+    model(ids[:, :1], past_key_values=cache)
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1]])
+    for end in (2, 3):
+        given = {"attention_mask": mask[:, :end], "position_ids": positions_of(mask[:, :end])[:, -1:]}
+        logits = model(ids[:, end - 1 : end], **given, past_key_values=cache).logits
+    fresh = model(ids, attention_mask=mask, position_ids=positions_of(mask)).logits[:, -1:]
+    torch.testing.assert_close(logits, fresh, atol=1e-5, rtol=1e-5)
+
+
 def test_tokens_that_are_held_cannot_be_hidden(model):
     cache = zz.ZigzagCache(model.config, PLAN)
     ids, mask = prompt(WIDTH, 2), MASKS["random"]

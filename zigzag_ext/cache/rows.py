@@ -97,7 +97,8 @@ class Rows:
         removed = self.ends - ends
         known = np.minimum(removed, self.solid)
         held = np.where(removed > known, np.minimum(self.held - known, ends), self.held - known)
-        return Rows(ends, held, self.solid - known, self.ahead + removed, self.prompt, self.sealed)
+        ahead = np.where(ends > 0, self.ahead + removed, 0)  # from nothing on all is written anew
+        return Rows(ends, held, self.solid - known, ahead, self.prompt, self.sealed)
 
     def cropped(self, tokens: int | Sequence[int]) -> "Rows":
         """Cut by `ZigzagCache.crop(tokens)`. Raises RuntimeError, ValueError as that does."""

@@ -9,6 +9,7 @@ import math
 import os
 import pickletools
 import struct
+import sys
 import zipfile
 import zlib
 
@@ -57,6 +58,8 @@ def parse_npy(content: bytes) -> tuple[np.ndarray, bytes]:
     if any(size < 0 for size in shape) or count * dtype.itemsize > rest:
         raise ValueError(f"its header says {dtype} {shown(list(shape))}, {count * dtype.itemsize} bytes, and {rest} bytes follow")
     flat = np.frombuffer(content, dtype, count, file.tell()) if count else np.empty(0, dtype)
+    if dtype.kind == "U" and flat.nbytes and flat.view(np.dtype("u4").newbyteorder(dtype.byteorder)).max() > sys.maxunicode:
+        raise ValueError("it holds text with characters beyond Unicode")  # of which Python would make a broken string
     return flat.reshape(shape, order="F" if fortran else "C"), content[len(content) - rest + count * dtype.itemsize :]
 
 
