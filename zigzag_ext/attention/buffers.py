@@ -204,6 +204,11 @@ class GrowingBuffer:
                 self._commit(self._buffer, row_bytes, row)
                 self._row_slots = (*self._row_slots[:row], slots, *self._row_slots[row + 1 :])
 
+    def row_memory(self, slots: int) -> int:
+        """Bytes of memory that a row takes with `slots` committed: whole pages."""
+        page = self._buffer.page_bytes
+        return -(-self._row_bytes(slots, "row_memory") // page) * page
+
     def growth_bytes(self, slots: int, row: int | None = None) -> int:
         """Bytes of memory that `commit(slots)`, or `commit_row(row, slots)`, would take; see `check_free`."""
         with self._lock:

@@ -30,7 +30,9 @@ class Chunk(NamedTuple):
     leading columns to skip, or None. workspace: scratch of the ops. past: what every row has seen, if the host knows that it is
     the same number; else None. started: whether no row can be empty. cos, sin: tables of RoPE, see `ops.attention`. decodes:
     whether it continues texts rather than reads a prompt: it takes our kernels, and rules for prompts do not apply. left_out:
-    [len(seq_lens), batch], tokens by which `seq_lens` count less than their first row; None: the same.
+    [len(seq_lens), batch], tokens by which `seq_lens` count less than their first row; None: the same. first_row: of the caches,
+    the row that the first of the batch has, others the next ones; `seq_lens` are of these rows. cache_rows: [batch] int32, the
+    rows of the caches and of `seq_lens` instead, see `ops.attention`.
     """
 
     seq_lens: tuple[Tensor, ...]
@@ -42,6 +44,8 @@ class Chunk(NamedTuple):
     sin: Tensor | None = None
     decodes: bool = False
     left_out: np.ndarray | None = None
+    first_row: int = 0
+    cache_rows: Tensor | None = None
 
     def past_of(self, lengths: int) -> int | None:
         """Tokens that every row holds by `seq_lens[lengths]`, if the host knows that it is the same number; else None."""
@@ -49,6 +53,12 @@ class Chunk(NamedTuple):
             return self.past
         less = self.left_out[lengths]
         return self.past - int(less[0]) if (less == less[0]).all() else None
+
+    def rows_of(self, t: Tensor, batch: int) -> Tensor:
+        """Those of t [cache rows, ...] that the batch has: a view where they are one behind the other, else a copy."""
+        if self.cache_rows is not None:
+            return t.index_select(0, self.cache_rows.clamp(min=0))  # of a row that is skipped, -1, any will do
+        return t if batch == t.shape[0] else t[self.first_row : self.first_row + batch]
 
 
 class LogitTerms(NamedTuple):
@@ -256,6 +266,23 @@ class LayerStore:
         for buffer in self.growing.values():
             buffer.release()
 
+    def row_memory(self, slots: int) -> int:
+        """Bytes that a row of a retrieval layer takes with memory for `slots` slots; 0 for a ring, which has its own."""
+        return sum(buffer.row_memory(slots) for buffer in self.growing.values())
+
+    def commit_row(self, row: int, slots: int) -> None:
+        """`grow` for one row of a retrieval layer, within its addresses."""
+        for buffer in self.growing.values():
+            buffer.commit_row(row, slots)
+
+    @in_normal_mode
+    def release_row(self, row: int) -> None:
+        """`release` for one row."""
+        if self.key_offset is not None:
+            self.key_offset[row].zero_()
+        for buffer in self.growing.values():
+            buffer.release_row(row)
+
     @in_normal_mode
     def move(self, like: Tensor) -> None:
         """What is held goes to the device and the dtype of `like` [batch, num_kv_heads, 0, head_dim]; codes stay codes."""
@@ -335,16 +362,17 @@ class LayerStore:
             raise ValueError("key_smoothing moves all logits of a query alike, which soft caps and sink logits would notice")
         seq_lens = chunk.seq_lens[self.lengths]
         if self.key_offset is not None:
+            offset = chunk.rows_of(self.key_offset, q.shape[0])
             if smoothing.sets_offsets(k.shape[2], chunk.started):
-                smoothing.set_offsets(self.key_offset, k, seq_lens, chunk.pad)
-            k = k - self.key_offset
+                smoothing.set_offsets(offset, k, seq_lens, chunk.pad)
+            k = k - offset
         caches = self.caches
-        if q.shape[0] < caches.keys.shape[0]:  # the first rows only
-            caches = ops.KvBuffers(*(None if t is None else t[: q.shape[0]] for t in caches))
+        if chunk.cache_rows is None and q.shape[0] < caches.keys.shape[0]:
+            caches = ops.KvBuffers(*(None if t is None else chunk.rows_of(t, q.shape[0]) for t in caches))
         if not is_last and self.window and q.shape[2] > self.rollback + 1:
             caches = ops.KvBuffers(*(None if t is None else t.clone() for t in caches))
         options = {"pad": chunk.pad, "heads": self.head_numbers, "out": out, "sink": self.sink, "window": self.window}
-        options |= {"scale": scale, "workspace": chunk.workspace, **terms._asdict()}
+        options |= {"scale": scale, "workspace": chunk.workspace, "cache_rows": chunk.cache_rows, **terms._asdict()}
         if q.shape[2] > 1 and chunk.cos is None and not chunk.decodes:
             return routes.attend(q, k, v, caches, seq_lens, past=chunk.past_of(self.lengths), **options)
         rope = {"cos": chunk.cos, "sin": chunk.sin}

@@ -149,11 +149,14 @@ class Forward:
 
     def chunk(self, layer: int, k: Tensor) -> Chunk:
         """What layer `layer` needs to attend new keys k [batch, num_kv_heads, q_len, head_dim]. Raises unless it may."""
-        state, device = self.state, k.device
         self.check_keys(layer, k)
         if layer in self.attended:
             raise RuntimeError(f"layer {layer} attended twice in one forward")
         self.written = self.done + self.q_len
+        return self._chunk(k.device)
+
+    def _chunk(self, device: torch.device) -> Chunk:
+        state = self.state
         return Chunk(
             state.lengths_on(device),
             self.pad_on(device),

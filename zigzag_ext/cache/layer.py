@@ -143,10 +143,11 @@ class ZigzagLayer(CacheLayerMixin):
         self.state.addresses = Addresses()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.state.columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.state.columns
+        forward = self.state.forward
+        return self.state.columns if forward is None else forward.columns
 
     def get_max_length(self) -> int:
         """Most tokens a row can hold: `max_len`, or -1 (no limit) for a ring or a growing cache."""

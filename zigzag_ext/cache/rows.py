@@ -115,6 +115,11 @@ class Rows:
         """After at least `ahead` tokens were written behind the end of each row."""
         return replace(self, ahead=np.maximum(self.ahead, ahead))
 
+    def without(self, row: int) -> "Rows":
+        """Where `row` is empty, and everything about it forgotten."""
+        others = np.arange(len(self.ends)) != row
+        return Rows(*(getattr(self, field.name) * others for field in fields(self)))
+
     def compressed(self, held: np.ndarray) -> "Rows":
         """After the prompt was compressed, where rows hold `held` tokens."""
         return replace(self, held=held, prompt=held, sealed=self.ends)

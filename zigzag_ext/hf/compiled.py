@@ -185,12 +185,18 @@ def check_compilable(model: nn.Module) -> None:
     family, devices = model.config.model_type, sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:
         raise ValueError(f"{family}: compile=True needs the whole model on one device, it is on {', '.join(devices)}")
+    if found := rope_by_length(model):
+        raise ValueError(f"{family}: compile=True does not serve {found}: its frequencies follow the length")
+
+
+def rope_by_length(model: nn.Module) -> str | None:
+    """Which RoPE of the model takes its frequencies from the longest row of a forward; None: none does."""
     for name, module in model.named_modules():
         kinds = getattr(module, "rope_type", None)
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if found := kinds & _ROPE_BY_LENGTH:
-            kind = found.pop()
-            raise ValueError(f"{family}: compile=True does not serve '{kind}' RoPE ({name}): its frequencies follow the length")
+            return f"'{found.pop()}' RoPE ({name})"
+    return None
 
 
 def _keep_spare(spare: list, memory: tuple) -> None:

@@ -96,7 +96,7 @@ def enable(
         raise TypeError(f"model must be a transformers language model (AutoModelForCausalLM), got a {type(model).__name__}")
     if not isinstance(plan, Plan | None):
         raise TypeError(f"plan must be a zigzag_ext.Plan (Plan.load(path) reads a plan file) or None, got {plan!r}")
-    given, model = model, _inner(model)
+    given, model = model, served_model(model)
     if session_of(model) is not None:
         raise RuntimeError("zigzag attention is already enabled on this model: call zigzag_ext.disable(model) first")
     if not isinstance(compile, bool):
@@ -127,7 +127,7 @@ def _warn_of_other_model(scored: str, name: str) -> None:
 
 def disable(model: nn.Module) -> nn.Module:
     """Gives `model` its former attention back. Raises RuntimeError if `enable` was not called on it. Returns the model."""
-    inner = _inner(model)
+    inner = served_model(model)
     session = session_of(inner)
     if session is None:
         raise RuntimeError("zigzag attention is not enabled on this model")
@@ -136,7 +136,7 @@ def disable(model: nn.Module) -> nn.Module:
     return model
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def served_model(model: nn.Module) -> nn.Module:
     """The transformers model behind torch.compile(model) and PEFT's wrappers, which call its forward and its generate."""
     while isinstance(model, nn.Module):
         if (compiled := vars(model).get("_modules", {}).get("_orig_mod")) is not None:

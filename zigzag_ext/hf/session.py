@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..cache import ZigzagCache
 from ..cache.attending import attending
+from ..cache.forward import Forward
 from ..planning.layers import text_config
 from .cache_argument import cache_parameter, forward_parameters, split_cache
 from .chunking import TOKEN_ARGUMENTS, new_tokens, pieces_of
@@ -19,10 +20,11 @@ from .images import brings_images, deltas_of, give_deltas
 from .own_config import use_zigzag
 
 _ATTRIBUTE = "_zigzag_session"
+_ENGINE = "zz.Engine serves requests that come and go; or use generate() with a left-padded batch, or disable() before"
 _INSTEAD = {  # what an enabled model does not serve: what to do
-    "generate_batch": "use generate() with a left-padded batch, or disable() before",
-    "init_continuous_batching": "use generate() with a left-padded batch, or disable() before",
-    "continuous_batching_context_manager": "use generate() with a left-padded batch, or disable() before",
+    "generate_batch": _ENGINE,
+    "init_continuous_batching": _ENGINE,
+    "continuous_batching_context_manager": _ENGINE,
     "set_attn_implementation": "call zigzag_ext.disable(model) before",
     "_replicate_for_data_parallel": "torch.nn.DataParallel copies no cache; use device_map='auto' or tp_plan='auto'",
 }
@@ -114,13 +116,17 @@ class Session:
         inputs: arguments of the model's forward, `position_ids` among them, no mask. One compiled graph where steps are compiled.
         """
         batch, q_len = new_tokens(inputs)
-        forward = cache.forward(batch, q_len, ids=inputs.get("input_ids"), counts=counts)
-        inputs = {name: value for name, value in inputs.items() if name not in _FOR_GENERATE} | {self.cache_name: cache}
+        inputs = {name: value for name, value in inputs.items() if name not in _FOR_GENERATE}
+        return self.run(cache.forward(batch, q_len, ids=inputs.get("input_ids"), counts=counts), inputs)
+
+    def run(self, forward: Forward, inputs: dict, head: bool = True):
+        """A forward in one piece, which is not open yet. Returns the model's output, of its body alone without `head`."""
+        inputs = inputs | {self.cache_name: forward.cache}
         with self._without_gradients(), forward, attending(None), attending(forward):
-            if self.compiled is not None:
+            if self.compiled is not None and head:
                 return self.compiled(forward, inputs)
-            with forward.piece(q_len):
-                return self.behind("forward")(**inputs)
+            with forward.piece(forward.total):
+                return (self.behind("forward") if head else self.model.base_model)(**inputs)
 
     def generate(self, *args, **kwargs):
         names = [name for name in inspect.signature(self.behind("generate")).parameters if name != "kwargs"]

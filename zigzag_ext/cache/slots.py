@@ -1,0 +1,194 @@
+"""Slots: the rows of a ZigzagCache as places that requests come to and leave, each with tokens and memory of its own.
+
+The cache is made for all rows at once, and a forward is over some of them: `SlotForward`. A retrieval layer's memory comes row by
+row as tokens come and goes with the row; rings have theirs for all rows from the start.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attention import ops
+from ..attention.store import GROWTH_STEP, Chunk, in_normal_mode
+from .cache import ZigzagCache
+from .columns import copy_on
+from .forward import Forward
+from .state import locked
+from .tokens import to_device
+
+
+class Slots:
+    """`count` rows of a new cache, for keys of `dtype` on `device`. `take` a row, run forwards over it, and `release` it.
+
+    limits: [count], most tokens of each row that is taken, 0 for others. committed: [count], tokens of each row that retrieval
+    layers have memory for.
+
+    Raises:
+        ValueError: the cache grows without end, compresses prompts, or has layers with states, which take in all rows at once.
+    """
+
+    def __init__(self, cache: ZigzagCache, count: int, dtype: torch.dtype, device: torch.device):
+        self.cache, self.state = cache, cache.state
+        if cache.state.max_len is None or cache.state.compression is not None:
+            raise ValueError("rows that come and go need a cache with a max_len and without compress")
+        if cache.states:
+            layers = [states.index for states in cache.states]
+            raise ValueError(f"layers {layers} keep recurrent or convolution states, which cannot be those of some rows only")
+        cache.state.start(count)
+        for layer in cache.attention_layers:
+            size = cache.state.made_for[2][layer.index]
+            like = torch.empty(count, size.kv_heads, 0, size.head_dim, dtype=dtype, device=device)
+            layer.lazy_initialization(like, like)
+            layer.release()  # of what a GPU needs to know addresses by
+        self.limits, self.committed = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        self.void: set[int] = set()  # rows that a forward has failed on: their contents are unknown
+
+    @property
+    def held(self) -> np.ndarray:
+        """[count] tokens of each row."""
+        return self.state.rows.held
+
+    def row_memory(self, tokens: int) -> int:
+        """Bytes of the pages that a row of so many tokens takes."""
+        return sum(store.row_memory(tokens) for store in self.cache.stores)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the pages that all rows take now; rings, which take none of them, apart."""
+        return sum(store.memory_bytes for store in self.cache.stores if store.growing)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of the rings of all rows."""
+        return sum(store.memory_bytes for store in self.cache.stores if store.window)
+
+    @locked
+    def take(self, row: int, tokens: int) -> None:
+        """Row `row` is for up to `tokens` tokens from now on."""
+        if self.limits[row] or not 1 <= tokens <= self.state.max_len:
+            raise ValueError(f"row {row} is taken, or {tokens} tokens are not 1 to {self.state.max_len}")
+        self.limits[row] = tokens
+
+    @locked
+    def grow(self, row: int, tokens: int) -> None:
+        """Memory for `tokens` more tokens of a row. Raises RuntimeError beyond its limit, MemoryError where there is none."""
+        needed, limit = int(self.held[row]) + tokens, int(self.limits[row])
+        if needed > limit:
+            raise RuntimeError(f"row {row} was taken for {limit} tokens, this forward needs {needed}; nothing was written")
+        if needed > self.committed[row]:
+            capacity = min(-(-needed // GROWTH_STEP) * GROWTH_STEP, limit)
+            for store in self.cache.stores:
+                store.commit_row(row, capacity)
+            self.committed[row] = capacity
+
+    @locked
+    @in_normal_mode
+    def release(self, row: int) -> None:
+        """Empties a row and gives its memory back."""
+        state = self.state
+        state.check()
+        for lengths in state.seq_lens.values():
+            lengths[:, row].zero_()
+        state.rows = state.rows.without(row)
+        self.limits[row] = self.committed[row] = 0
+        for store in self.cache.stores:
+            store.release_row(row)
+        self.void.discard(row)
+
+    def forward(self, rows: Sequence[int], q_len: int) -> "SlotForward":
+        """`with slots.forward(rows, q_len):` brackets a forward pass of `q_len` new tokens behind each of `rows`."""
+        return SlotForward(self, rows, q_len)
+
+    def check(self) -> None:
+        """Raises RuntimeError unless what is noted here is what buffers and devices have. Waits for the device."""
+        held, faults = self.held, []
+        for store in self.cache.stores:
+            for buffer in store.growing.values():
+                if buffer.row_slots != tuple(self.committed.tolist()):
+                    faults.append(f"rows have memory for {buffer.row_slots} slots")
+        if (pages := sum(map(self.row_memory, self.committed.tolist()))) != self.memory_bytes:
+            faults.append(f"{self.memory_bytes} bytes are committed instead of {pages}")
+        if (held > self.limits).any() or (self.committed > self.limits).any():
+            faults.append(f"limits are {self.limits.tolist()}")
+        for device, lengths in self.state.seq_lens.items():
+            if (lengths.cpu().numpy() != held).any():
+                faults.append(f"{device} has lengths {lengths.tolist()}")
+        if faults:
+            noted = f"rows hold {held.tolist()} tokens with memory for {self.committed.tolist()}"
+            raise RuntimeError(f"the slots of the ZigzagCache are not as noted: {noted}, but {'; '.join(faults)}")
+
+
+class SlotForward(Forward):
+    """A forward over some rows of `Slots`: `q_len` new tokens behind each, no padding.
+
+    One row may take any number of tokens, and is attended as a batch of one: what serves prompts serves it. Several take up to
+    `MAX_DECODE_QUERIES`, through `cache_rows`. A forward that fails leaves other rows as they were, and its own to be released.
+    """
+
+    def __init__(self, slots: Slots, rows: Sequence[int], q_len: int):
+        super().__init__(slots.cache, len(rows), q_len)
+        self.slots, self.rows, self.index = slots, np.asarray(rows, dtype=np.int32), {}
+
+    @locked
+    def __enter__(self) -> "SlotForward":
+        state, rows = self.state, self.rows.tolist()
+        state.check()
+        if not rows or len({*rows}) < len(rows) or not all(0 <= row < state.batch for row in rows):
+            raise ValueError(f"a forward takes distinct rows of 0 to {state.batch - 1}, got {rows}")
+        if self.total < 1 or (len(rows) > 1 and self.total > ops.MAX_DECODE_QUERIES):
+            raise ValueError(
+                f"a forward over {len(rows)} rows takes 1 to {ops.MAX_DECODE_QUERIES} tokens of each, got {self.total}; "
+                "longer ones take a row at a time"
+            )
+        if void := self.slots.void.intersection(rows):
+            raise RuntimeError(f"a forward over rows {sorted(void)} has failed: release them first")
+        for row in rows:
+            self.slots.grow(row, self.total)
+        self.before, self.lengths = state.rows, {}
+        self.after = self.before.grown_by(np.bincount(self.rows, minlength=state.batch) * self.total)
+        state.num_forwards += 1
+        state.forward = self
+        return self
+
+    @property
+    def columns(self) -> int:
+        """Tokens of the longest of its rows before the forward."""
+        return int(self.before.ends[self.rows].max())
+
+    def check_keys(self, layer: int, k: Tensor) -> None:
+        super().check_keys(layer, k)
+        store = self.cache.layers[self.state.sources[layer]].stores[0]
+        if (store.dtype, store.device) != (k.dtype, k.device):
+            raise ValueError(
+                f"layer {layer} gives {str(k.dtype)[6:]} keys on {k.device}, its rows are {str(store.dtype)[6:]} on "
+                f"{store.device}: leave the model where it is while rows are served"
+            )
+
+    @in_normal_mode
+    def _chunk(self, device: torch.device) -> Chunk:
+        lengths, workspace = self.state.lengths_on(device), self.state.workspace(device)
+        if len(self.rows) > 1:
+            return Chunk(lengths, None, workspace, decodes=True, cache_rows=self._index_on(device))
+        row = int(self.rows[0])
+        own, past = tuple(each[row : row + 1] for each in lengths), int(self.before.held[row])
+        return Chunk(own, None, workspace, past=past, started=past > 0, first_row=row)
+
+    def _index_on(self, device: torch.device) -> Tensor:
+        """[batch] int32, the rows."""
+        self.index = self.index or {device: to_device(self.rows, device)}
+        return copy_on(self.index, device)
+
+    @in_normal_mode
+    def _commit(self, last: bool) -> None:
+        """Advances the lengths."""
+        state = self.state
+        for device, lengths in state.seq_lens.items():
+            lengths.index_add_(1, self._index_on(device), lengths.new_full((len(lengths), self.batch), self.total))
+        state.rows, state.forward = self.after, None
+
+    def roll_back(self) -> None:
+        if self.state.forward is self:
+            self.slots.void.update(self.rows.tolist())
+            self.state.forward = None

@@ -1,0 +1,289 @@
+"""Engine: many requests at once on one model, which come and go at any time."""
+
+import random
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..attention.buffers import free_bytes
+from ..cache import ZigzagCache
+from ..cache.slots import Slots
+from ..hf.chunking import check_chunk
+from ..hf.compiled import rope_by_length
+from ..hf.enable import disable, enable, served_model
+from ..hf.own_config import is_composite
+from ..hf.session import session_of
+from ..planning.kv_format import KvFormat
+from ..planning.plan import Plan, token_count
+from .loop import Loop
+from .pace import Pace
+from .pool import Pool
+from .request import Completion, Request, Token
+from .sampling import Sampling
+from .scheduler import DECODING, PREFILLING, QUEUED, Scheduler
+from .steps import Steps
+from .text import TextStream
+
+MAX_ROWS = 1024
+
+
+class Engine:
+    """Decodes many requests at once, each with tokens and memory of its own: requests come and go while others run.
+
+    Args:
+        model: as `enable` takes it, of text, and not enabled yet: the engine enables it, and `close` gives it back as it was.
+        plan: as in `enable`; None: the model as it is.
+        max_len: most tokens of a request, prompt and new ones together.
+        max_rows: most requests that run at once. Streaming layers have memory for all of them from the start.
+        memory: for keys and values. A float: that share of what is free on the model's device now. An int: bytes.
+        max_stall_ms: how long a chunk of a prompt may hold up the rows that decode, in milliseconds, by what earlier chunks took.
+            A chunk has at least 128 tokens, or what is left of its prompt, whatever it takes.
+        queue: most requests that wait until others have ended.
+        tokenizer: for prompts that are strings, the text of completions, and stop strings.
+        prefill_chunk: tokens of a prompt that are read at once, instead of as many as `max_stall_ms` allows ("auto").
+        kv_format, ring_kv_format, key_smoothing: as in `enable`.
+
+    A request is admitted when the memory of its prompt and of max_tokens new tokens is free, and keeps it reserved: what runs
+    never runs out of memory, and is never put off. Pages are taken as tokens come. Requests are admitted in the order in which
+    they come; a smaller one may overtake one that finds no memory, 16 times at most. Each step decodes all rows and then reads a
+    chunk of one prompt, the one with the least left, unless another has waited for 8 chunks.
+
+    The tokens of a request are those of `model.generate()` with the same plan, whatever runs beside it; only where two logits
+    are within rounding of each other, another may be chosen. A failure ends the requests of its step and no others; only where
+    their memory cannot be given back, the engine stops (`EngineStopped`).
+
+    Use it as a context manager, or call `close()`. It is for several threads. Not served: image-text models, layers with states,
+    models on several devices, and RoPE whose frequencies follow the length.
+
+    Raises:
+        TypeError, ValueError: what `enable` raises; an option is out of range; the model cannot be served, by name; or the memory
+            does not hold the rings of all rows and one token.
+        RuntimeError: the model is enabled already.
+
+    Example:
+        >>> with zz.Engine(model, plan, max_len=8192, tokenizer=tokenizer) as engine:
+        ...     done = engine.generate(["The capital of France is", "Two and two are"], zz.Sampling(max_tokens=8))
+        >>> [completion.text for completion in done]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan | None = None,
+        *,
+        max_len: int,
+        max_rows: int = 32,
+        memory: float | int = 0.9,
+        max_stall_ms: float = 50.0,
+        queue: int = 256,
+        tokenizer=None,
+        prefill_chunk: int | str = "auto",
+        kv_format: KvFormat | str | dict[str, str] | None = None,
+        ring_kv_format: KvFormat | str | dict[str, str] | None = None,
+        key_smoothing: bool | None = None,
+    ):
+        _between("max_rows", max_rows, 1, MAX_ROWS)
+        _between("max_len", max_len, 1, 1 << 30)
+        _between("queue", queue, 1, 1 << 30)
+        if isinstance(max_stall_ms, bool) or not isinstance(max_stall_ms, int | float) or not max_stall_ms > 0:
+            raise ValueError(f"max_stall_ms must be a number of milliseconds above 0, got {max_stall_ms!r}")
+        if prefill_chunk is None:
+            raise TypeError("prefill_chunk must be a number of tokens or 'auto', got None")
+        self.tokenizer = tokenizer
+        formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format, "key_smoothing": key_smoothing}
+        enable(model, plan, max_len=max_len, prefill_chunk=prefill_chunk, **formats)
+        self.model = inner = served_model(model)
+        try:
+            chunk = None if prefill_chunk == "auto" else check_chunk(inner, prefill_chunk)
+            _check_served(inner)
+            session = session_of(inner)
+            cache = ZigzagCache(inner.config, session.plan, max_len=max_len)
+            budget = _budget(cache, inner, max_rows, memory)
+            slots = Slots(cache, max_rows, inner.dtype, inner.device)
+            self._pool = Pool(budget, max_rows, max_len, slots.row_memory)
+            self._scheduler, lock = Scheduler(self._pool, queue), threading.Condition()
+            self._steps = Steps(session, slots, self._scheduler, Pace(max_stall_ms), lock, chunk, _eos_of(inner))
+            self._steps.try_once()
+            self._loop = Loop(self._steps)
+        except BaseException:
+            disable(model)
+            raise
+        self._close = weakref.finalize(self, _stop, self._loop, model, session)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close(drain=kind is None)
+
+    def close(self, drain: bool = True) -> None:
+        """Takes no more requests, waits until all have ended, and gives memory and model back. Once; then nothing.
+
+        drain: False cancels what has not ended. Raises RuntimeError if called from `on_token`.
+        """
+        self._refuse_own_thread("close()")
+        if (parts := self._close.detach()) is not None:
+            _stop(*parts[2], drain)
+
+    def submit(
+        self, prompt: str | Sequence[int] | Tensor, sampling: Sampling, on_token: Callable[[Token], None] | None = None
+    ) -> Request:
+        """Takes a request, and returns at once.
+
+        Args:
+            prompt: token ids, or a string for the tokenizer.
+            on_token: called with each `Token` in the engine's thread, which waits for it. What it raises ends the request.
+
+        Raises:
+            TypeError, ValueError: the prompt is empty, or not of the model's tokens; strings without a tokenizer.
+            RequestTooLarge: it could never run; `fits` has the largest prompt + max_tokens that could.
+            QueueFull: as many wait as may. EngineStopped: the engine is closed.
+        """
+        request = self._request(prompt, sampling, on_token)
+        self._loop.submit(request)
+        return request
+
+    def generate(self, prompts: Sequence, sampling: Sampling | Sequence[Sampling], progress: bool = False) -> list[Completion]:
+        """Completions of all prompts, in their order. Waits for them, and for room in the queue.
+
+        Args:
+            prompts: as in `submit`. sampling: of all, or one for each. progress: show a bar.
+
+        Raises:
+            What `submit` raises, QueueFull apart, before any prompt is read; what a request fails with, and the others are
+            cancelled.
+        """
+        self._refuse_own_thread("generate()")
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of prompts, got a string")
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if len(samplings) != len(prompts):
+            raise ValueError(f"sampling must be one Sampling, or one for each of {len(prompts)} prompts; got {len(samplings)}")
+        requests = [self._request(*pair) for pair in zip(prompts, samplings, strict=True)]
+        for request in requests:
+            self._pool.check(request.job.prompt, request.job.max_tokens)
+        try:
+            for request in requests:
+                self._loop.submit(request, waits=True)
+            return [request.result() for request in tqdm(requests, disable=not progress, unit="prompt")]
+        except BaseException:
+            for request in requests:
+                request.cancel()
+            raise
+
+    def capacity(self, prompt: int, max_tokens: int) -> int:
+        """Requests with prompts of so many tokens and so many new ones that can run at once; 0: such a request never can."""
+        _between("prompt", prompt, 1, 1 << 30)
+        _between("max_tokens", max_tokens, 1, 1 << 30)
+        return self._pool.capacity(prompt + max_tokens)
+
+    def stats(self) -> dict[str, int]:
+        """What the engine does and has done.
+
+        queued, prefilling, decoding: requests now. finished, cancelled, failed: requests so far. kv_bytes: pages that rows take
+        now. reserved_bytes: that admitted requests can come to take. budget_bytes: that all rows may. ring_bytes: what streaming
+        layers take beside them. prompt_tokens, tokens: read and chosen so far. steps: so far.
+        """
+        steps, slots = self._steps, self._steps.slots
+        with steps.lock:
+            numbers = {state: len(self._scheduler.in_state(state)) for state in (QUEUED, PREFILLING, DECODING)}
+            numbers |= self._scheduler.ended | {"reserved_bytes": self._pool.reserved_bytes}
+        numbers |= {"kv_bytes": slots.memory_bytes, "budget_bytes": self._pool.budget, "ring_bytes": slots.ring_bytes}
+        return numbers | {"prompt_tokens": steps.prompt_tokens, "tokens": steps.tokens, "steps": steps.steps}
+
+    def _refuse_own_thread(self, call: str) -> None:
+        if self._loop.is_current:
+            raise RuntimeError(f"{call} waits for the engine, and was called by what the engine waits for: call it elsewhere")
+
+    def _request(self, prompt, sampling: Sampling, on_token=None) -> Request:
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a zz.Sampling, got a {type(sampling).__name__}")
+        if self.tokenizer is None and (sampling.stop or isinstance(prompt, str)):
+            what = "stop strings" if sampling.stop else "a prompt that is a string"
+            raise ValueError(f"{what} need a tokenizer: give one to zz.Engine(tokenizer=)")
+        ids = self._ids(prompt)
+        seed = random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed
+        stream = None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop)
+        return Request(self._loop, ids, sampling, seed, stream, on_token)
+
+    def _ids(self, prompt) -> list[int]:
+        if isinstance(prompt, str):
+            prompt = self.tokenizer(prompt)["input_ids"]
+        given = torch.as_tensor(prompt)
+        if given.dim() == 2 and len(given) == 1:
+            given = given[0]
+        if given.dim() != 1 or not len(given):
+            raise ValueError(f"a prompt must be a list of at least one token, got shape {list(given.shape)}")
+        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            raise TypeError(f"a prompt must be token ids, got {str(given.dtype)[6:]}")
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        if wrong := given[(given < 0) | (given >= vocab)].tolist():
+            raise ValueError(f"a prompt must be of tokens 0 to {vocab - 1}, got {wrong[0]}")
+        return given.tolist()
+
+
+def _stop(loop: Loop, model: nn.Module, session, drain: bool = False) -> None:
+    """Ends an engine. In the engine's own thread, where an engine that nobody holds was collected, another thread does it."""
+    if loop.is_current:
+        threading.Thread(target=_stop, args=(loop, model, session, drain)).start()
+        return
+    loop.stop(drain)
+    for layer in loop.steps.slots.cache.layers:
+        layer.drop()
+    if session_of(session.model) is session:
+        disable(model)
+
+
+def _check_served(model: nn.Module) -> None:
+    """Raises ValueError by name for what `enable` serves and an engine does not."""
+    family, session = model.config.model_type, session_of(model)
+    devices = sorted({str(p.device) for p in model.parameters()})
+    reason = None
+    if is_composite(model):
+        reason = "it is an image-text model"
+    elif session.plan.state_layers:
+        reason = f"layers {list(session.plan.state_layers)} keep states, which cannot be those of some rows only"
+    elif "position_ids" not in session.parameters:
+        reason = "its forward takes no position_ids"
+    elif len(devices) > 1:
+        reason = f"it is on several devices, {', '.join(devices)}"
+    elif found := rope_by_length(model):
+        reason = f"the frequencies of {found} follow the longest row"
+    if reason:
+        raise ValueError(f"{family} is not served by zz.Engine: {reason}")
+
+
+def _budget(cache: ZigzagCache, model: nn.Module, rows: int, memory: float | int) -> int:
+    """Bytes for what rows take as tokens come: `memory`, see `Engine`, without the rings of all rows. Raises ValueError."""
+    if isinstance(memory, bool) or not isinstance(memory, int | float):
+        raise TypeError(f"memory must be a share of the free memory or a number of bytes, got {memory!r}")
+    if not (0 < memory <= 1 if isinstance(memory, float) else memory > 0):
+        raise ValueError(f"memory must be a share above 0 and up to 1.0, or a number of bytes above 0; got {memory!r}")
+    total = int(memory * free_bytes(model.device)) if isinstance(memory, float) else memory
+    sizes = cache.state.made_for[2]
+    rings = sum(
+        store.bytes_for(0, rows, sizes[layer.index].kv_heads, sizes[layer.index].head_dim, model.dtype.itemsize)
+        for layer in cache.attention_layers
+        for store in layer.stores
+        if store.window
+    )
+    if rings >= total:
+        raise ValueError(
+            f"the rings of {rows} rows take {rings:,} bytes, memory={memory!r} allows {total:,}: give fewer max_rows"
+        )
+    return total - rings
+
+
+def _eos_of(model: nn.Module) -> frozenset[int]:
+    """The tokens that generate() ends with."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else map(int, eos))
+
+
+def _between(name: str, value, least: int, most: int) -> None:
+    if not least <= token_count(name, value) <= most:
+        raise ValueError(f"{name} must be {least} to {most}, got {value}")

@@ -1,0 +1,144 @@
+"""Steps: what an engine does in its thread, one step after the other. No threads are made here."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache.slots import Slots
+from ..cache.tokens import to_device
+from ..hf.session import Session
+from .pace import Pace
+from .sampling import choose
+from .scheduler import CANCELLED, DECODING, FAILED, FINISHED, Job, Scheduler
+
+
+class Steps:
+    """Runs the jobs of a scheduler on the rows of `slots`.
+
+    lock: a condition, of the scheduler, which other threads submit to. chunk: tokens of a prompt that are read at once; None: as
+    many as `pace` says. eos: tokens that end a request.
+    """
+
+    def __init__(
+        self, session: Session, slots: Slots, scheduler: Scheduler, pace: Pace, lock, chunk: int | None, eos: frozenset[int]
+    ):
+        self.session, self.slots, self.scheduler, self.pace, self.lock = session, slots, scheduler, pace, lock
+        self.chunk, self.eos, self.device = chunk, eos, slots.cache.attention_layers[0].device
+        self.constant = {"use_cache": True, "return_dict": True}
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in session.parameters else {}
+        self.has_body = session.model.base_model is not session.model
+        self.steps = self.prompt_tokens = self.tokens = 0  # done so far
+
+    def step(self) -> None:
+        """One token for every row that decodes, then at most one chunk of one prompt.
+
+        What fails in either ends the requests that took part in it. Raises only where their rows cannot be emptied.
+        """
+        with self.lock:
+            cancelled = [job for job in self.scheduler.jobs if job.request.is_cancelled]
+        for job in cancelled:
+            self._end(job, CANCELLED, "cancelled")
+        with self.lock:
+            admitted, decoding = self.scheduler.admit(), self.scheduler.in_state(DECODING)
+        for job in admitted:
+            self.slots.take(job.row, job.size)
+        if decoding:
+            self._decode(decoding)
+        with self.lock:
+            job = self.scheduler.next_prompt()
+        if job is not None:
+            self._read(job)
+        self.steps += 1
+
+    def try_once(self) -> None:
+        """One token in row 0. Raises what a model raises that cannot be served."""
+        with torch.no_grad():
+            self.slots.take(0, 1)
+            self._forward([0], [[0]])
+            self.slots.release(0)
+
+    def check(self) -> None:
+        """Raises RuntimeError unless jobs, rows, reservations and memory agree."""
+        with self.lock:
+            self.scheduler.check()
+            sizes = {job.row: job.size for job in self.scheduler.running}
+        if sizes != {row: limit for row, limit in enumerate(self.slots.limits.tolist()) if limit}:
+            raise RuntimeError(f"the scheduler runs rows of {sizes} tokens, the slots have {self.slots.limits.tolist()}")
+        self.slots.check()
+
+    def _decode(self, jobs: list[Job]) -> None:
+        jobs = [job for job in jobs if self._has_memory(job)]
+        if not jobs:
+            return
+        try:
+            logits = self._forward([job.row for job in jobs], [[job.request.latest] for job in jobs])
+            tokens = choose(logits, [job.request.draw for job in jobs])
+        except Exception as error:
+            for job in jobs:
+                self._fail(job, error)
+            return
+        for job, token in zip(jobs, tokens, strict=True):
+            self._emit(job, token)
+
+    def _has_memory(self, job: Job) -> bool:
+        """Gets memory for one more token of its row; a job that finds none fails alone."""
+        try:
+            self.slots.grow(job.row, 1)
+        except Exception as error:
+            self._fail(job, error)
+            return False
+        return True
+
+    def _read(self, job: Job) -> None:
+        before, started = job.read, time.perf_counter()
+        count = min(job.left, self.chunk or self.pace.chunk(job.left, before))
+        ids, is_last = job.request.prompt[before : before + count], count == job.left
+        token = None
+        try:
+            logits = self._forward([job.row], [ids], head=is_last)
+            if is_last:
+                [token] = choose(logits, [job.request.draw])
+            elif self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except Exception as error:
+            return self._fail(job, error)
+        self.pace.note(count, before, (time.perf_counter() - started) * 1e3)
+        self.prompt_tokens += count
+        with self.lock:
+            self.scheduler.advance(job, count)
+        if is_last:
+            self._emit(job, token)
+
+    def _forward(self, rows: list[int], ids: Sequence[Sequence[int]], head: bool = True) -> Tensor | None:
+        """Runs ids [rows, n] behind what the rows hold. Returns logits [rows, vocab] of the last ones; without `head` nothing."""
+        tokens = np.asarray(ids, dtype=np.int64)
+        positions = self.slots.held[rows][:, None] + np.arange(tokens.shape[1])
+        inputs = {"input_ids": to_device(tokens, self.device), "position_ids": to_device(positions, self.device)}
+        head = head or not self.has_body
+        inputs |= self.constant | (self.last_only if head else {})
+        output = self.session.run(self.slots.forward(rows, tokens.shape[1]), inputs, head)
+        return output.logits[:, -1] if head else None
+
+    def _emit(self, job: Job, token: int | None) -> None:
+        if token is None:
+            return self._fail(job, RuntimeError("the model gave logits that are not finite"))
+        self.tokens += 1
+        try:
+            reason = job.request.push(token, self.eos)
+        except Exception as error:  # of the tokenizer or of on_token
+            return self._fail(job, error)
+        if reason is not None:
+            self._end(job, FINISHED, reason)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._end(job, FAILED, "failed", error)
+
+    def _end(self, job: Job, state: str, reason: str, error: Exception | None = None) -> None:
+        if job.row is not None:
+            self.slots.release(job.row)
+        with self.lock:
+            self.scheduler.end(job, state)
+        job.request.end(reason, error)
