@@ -48,7 +48,9 @@ class Sampling:
         _number("temperature", self.temperature)
         if not 0 < _number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.seed is not None and not 0 <= token_count("seed", self.seed) < 1 << 64:
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer)):
+            raise TypeError(f"seed must be an integer or None, got {self.seed!r}")
+        if self.seed is not None and not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed must be 0 to 2^64 - 1 or None, got {self.seed}")
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
@@ -68,7 +70,7 @@ class Draw(NamedTuple):
     @property
     def uniform(self) -> float:
         """A number in [0, 1) that depends on nothing else: Philox (https://doi.org/10.1145/2063384.2063405)."""
-        return (int(np.random.Philox(key=self.seed, counter=self.position).random_raw()) >> 64 - _BITS) / (1 << _BITS)
+        return (int(np.random.Philox(key=int(self.seed), counter=self.position).random_raw()) >> 64 - _BITS) / (1 << _BITS)
 
     @property
     def filters(self) -> bool:
@@ -99,7 +101,7 @@ def _sampled(logits: Tensor, draws: Sequence[Draw], filters: bool) -> Tensor:
     scores = logits.double() / column([draw.sampling.temperature for draw in draws])
     order = None
     if filters:
-        scores, order = scores.sort(-1, descending=True, stable=True)
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(scores.shape[1], device=scores.device)
         scores = scores.masked_fill(rank >= column([draw.sampling.top_k or scores.shape[1] for draw in draws]), -math.inf)
     probs = scores.softmax(-1)
