@@ -56,7 +56,7 @@ def test_a_choice_depends_on_its_own_row_only():
 def test_seeds_and_positions_give_numbers_of_their_own():
     sampling = zz.Sampling(1, temperature=1.0)
     numbers = {Draw(sampling, seed, position).uniform for seed in (0, 1, 2**63, 2**64 - 1) for position in range(500)}
-    assert len(numbers) == 2000 and 0 <= min(numbers) and max(numbers) < 1 and abs(sum(numbers) / 2000 - 0.5) < 0.03
+    assert len(numbers) == 2000 and min(numbers) >= 0 and max(numbers) < 1 and abs(sum(numbers) / 2000 - 0.5) < 0.03
     assert Draw(sampling, 7, 3).uniform == Draw(sampling, 7, 3).uniform
 
 
