@@ -1,0 +1,118 @@
+"""Slots: forwards over some rows of a cache, which grow, fail and go without the others."""
+
+import pytest
+import torch
+from character_model import one_thread  # noqa: F401
+from tiny_models import new_model, prompt
+
+import zigzag_ext as zz
+from zigzag_ext.cache import ZigzagCache
+from zigzag_ext.cache.slots import Slots
+from zigzag_ext.hf.session import session_of
+
+PLAN = zz.Plan(["retrieval", "streaming", "streaming", "retrieval"], sink=4, window=20)
+
+
+@pytest.fixture(scope="module")
+def session():
+    with zz.zigzag(new_model("llama"), PLAN) as model:
+        yield session_of(model)
+
+
+@pytest.fixture
+def slots(session):
+    slots = Slots(ZigzagCache(session.model.config, PLAN, max_len=600), 4, torch.float32, torch.device("cpu"))
+    yield slots
+    slots.check()
+    for row in range(4):
+        slots.release(row)
+    assert slots.memory_bytes == 0
+    slots.check()
+
+
+@torch.no_grad()
+def run(session, slots, rows, ids):
+    """Logits [rows, n, vocab] of ids [rows, n] behind what the rows hold."""
+    positions = torch.from_numpy(slots.held[rows])[:, None] + torch.arange(ids.shape[1])
+    return session.run(slots.forward(rows, ids.shape[1]), {"input_ids": ids, "position_ids": positions}).logits
+
+
+def read(session, slots, row, length):
+    slots.take(row, 600)
+    return run(session, slots, [row], prompt(length, seed=length))[:, -1]
+
+
+@pytest.mark.parametrize("columns", [1, 5, 16])
+def test_several_rows_take_several_tokens_as_each_does_alone(session, slots, columns):
+    new = prompt(columns, batch=3, seed=9)
+    alone = []
+    for length, ids in zip((30, 3, 70), new, strict=True):
+        read(session, slots, 2, length)
+        alone.append(run(session, slots, [2], ids[None]))
+        slots.release(2)
+    for row, length in zip((3, 0, 2), (30, 3, 70), strict=True):
+        read(session, slots, row, length)
+    together = run(session, slots, [3, 0, 2], new)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    assert slots.held.tolist() == [3 + columns, 0, 70 + columns, 30 + columns]
+
+
+def test_rows_take_memory_as_they_grow_and_up_to_their_limit(session, slots):
+    slots.take(1, 300)
+    sizes = []
+    for length in (1, 255, 1, 43):
+        run(session, slots, [1], prompt(length))
+        sizes.append((int(slots.committed[1]), slots.memory_bytes))
+    assert [tokens for tokens, _ in sizes] == [256, 256, 300, 300]
+    assert [size for _, size in sizes] == [slots.row_memory(tokens) for tokens, _ in sizes]
+    with pytest.raises(RuntimeError, match="row 1 was taken for 300 tokens, this forward needs 301; nothing was written"):
+        run(session, slots, [1], prompt(1))
+    assert slots.held.tolist() == [0, 300, 0, 0]
+
+
+def test_a_failed_forward_leaves_other_rows_as_they_were(session, slots):
+    """Its own may have lost what rings held: they take nothing until they are released."""
+    read(session, slots, 0, 40), read(session, slots, 1, 50)
+    handle = session.model.model.layers[3].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(session, slots, [1], prompt(30))
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"a forward over rows \[1\] has failed: release them first"):
+        run(session, slots, [0, 1], prompt(1, batch=2))
+    slots.check()
+    slots.release(1)
+    again = read(session, slots, 1, 50)
+    slots.release(1)
+    torch.testing.assert_close(read(session, slots, 1, 50), again)
+    next_token = run(session, slots, [0], prompt(1))
+    slots.release(0)
+    read(session, slots, 0, 40)
+    torch.testing.assert_close(run(session, slots, [0], prompt(1)), next_token)
+
+
+BAD = {
+    r"distinct rows of 0 to 3, got \[1, 1\]": ([1, 1], 1),
+    r"distinct rows of 0 to 3, got \[4\]": ([4], 1),
+    r"distinct rows of 0 to 3, got \[\]": ([], 1),
+    "a forward over 2 rows takes 1 to 16 tokens of each, got 17; longer ones take a row at a time": ([0, 1], 17),
+    "a forward over 1 rows takes 1 to 16 tokens of each, got 0": ([0], 0),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_no_forward_is_named(slots, message):
+    with pytest.raises(ValueError, match=message), slots.forward(*BAD[message]):
+        pass
+
+
+def test_what_is_no_row_is_named(slots, session):
+    slots.take(0, 5)
+    for row, tokens in ((0, 5), (1, 0), (1, 601)):
+        with pytest.raises(ValueError, match=f"row {row} is taken, or {tokens} tokens are not 1 to 600"):
+            slots.take(row, tokens)
+    for options in ({}, {"max_len": 50, "compress": zz.PromptWindows(budget=0.5)}):
+        with pytest.raises(ValueError, match="a cache with a max_len and without compress"):
+            Slots(ZigzagCache(session.model.config, PLAN, **options), 2, torch.float32, torch.device("cpu"))
+    hybrid = new_model("qwen3_next")
+    with pytest.raises(ValueError, match=r"layers \[0, 2\] keep recurrent or convolution states"):
+        Slots(ZigzagCache(hybrid.config, max_len=50), 2, torch.float32, torch.device("cpu"))
