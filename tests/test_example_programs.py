@@ -18,6 +18,7 @@ PRINTED = {
     "chat_loop": rf"{PARIS}\n\(37 tokens read, 0 were held\)\n.*Rome.*\n\(15 tokens read, 44 were held\)\n",
     "int8_weights": rf"269 MB of weights became 19\d MB\n{PARIS}",
     "lora": rf"with the adapter: +'(?!{PARIS}).*\nwithout: +'{PARIS}.*\nmerged, the same: +True\n",
+    "many_requests": r"' Paris' stop 5 2\n' around .*\n' 5, .*\nbeside another one, the same: True\ncancelled 0 bytes\n",
     "own_model": r"largest difference: \de-(0[6-9]|1\d)\nZigzagAttention\(retrieval.*\n(ZigzagAttention\(streaming.*\n){2}",
     "pipeline": rf"{PARIS}(.|\n)*{PARIS}\n",
     "prompt_compression": r"None .* ' 71432'\nchunkkv .* ' 71432'\nrecent .* ' (?!71432).*'\n",

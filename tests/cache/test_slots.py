@@ -57,6 +57,16 @@ def test_several_rows_take_several_tokens_as_each_does_alone(session, slots, col
     assert slots.held.tolist() == [3 + columns, 0, 70 + columns, 30 + columns]
 
 
+def test_a_model_is_told_the_length_of_the_row_that_it_runs(session, slots):
+    """Some ask the cache where they are."""
+    read(session, slots, 0, 40), read(session, slots, 1, 7)
+    seen, layer = [], session.model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda *args: seen.append(slots.cache.get_seq_length()))
+    run(session, slots, [1], prompt(3)), run(session, slots, [1, 0], prompt(1, batch=2))
+    handle.remove()
+    assert seen == [7, 40]
+
+
 def test_rows_take_memory_as_they_grow_and_up_to_their_limit(session, slots):
     slots.take(1, 300)
     sizes = []
