@@ -19,9 +19,17 @@ def session():
         yield session_of(model)
 
 
+@pytest.fixture(scope="module")
+def like(session):
+    """A cache after a forward."""
+    cache = ZigzagCache(session.model.config, PLAN)
+    session.run(cache.forward(1, 3), {"input_ids": prompt(3)})
+    return cache
+
+
 @pytest.fixture
-def slots(session):
-    slots = Slots(ZigzagCache(session.model.config, PLAN, max_len=600), 4, torch.float32, torch.device("cpu"))
+def slots(session, like):
+    slots = Slots(ZigzagCache(session.model.config, PLAN, max_len=600), 4, like)
     yield slots
     slots.check()
     for row in range(4):
@@ -115,14 +123,14 @@ def test_what_is_no_forward_is_named(slots, message):
         pass
 
 
-def test_what_is_no_row_is_named(slots, session):
+def test_what_is_no_row_is_named(slots, session, like):
     slots.take(0, 5)
     for row, tokens in ((0, 5), (1, 0), (1, 601)):
         with pytest.raises(ValueError, match=f"row {row} is taken, or {tokens} tokens are not 1 to 600"):
             slots.take(row, tokens)
     for options in ({}, {"max_len": 50, "compress": zz.PromptWindows(budget=0.5)}):
         with pytest.raises(ValueError, match="a cache with a max_len and without compress"):
-            Slots(ZigzagCache(session.model.config, PLAN, **options), 2, torch.float32, torch.device("cpu"))
+            Slots(ZigzagCache(session.model.config, PLAN, **options), 2, like)
     hybrid = new_model("qwen3_next")
     with pytest.raises(ValueError, match=r"layers \[0, 2\] keep recurrent or convolution states"):
-        Slots(ZigzagCache(hybrid.config, max_len=50), 2, torch.float32, torch.device("cpu"))
+        Slots(ZigzagCache(hybrid.config, max_len=50), 2, like)

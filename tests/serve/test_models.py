@@ -11,7 +11,10 @@ import zigzag_ext as zz
 LENGTHS, NEW = (5, 70, 33, 150, 1, 17), 8
 # One of each trait: positions of its own, soft caps, learned sinks, experts, norms of queries, windows, shared caches.
 SOME = {
-    **{family: (new_model, {}) for family in ("llama", "gpt2", "opt", "phi3", "mixtral", "qwen3", "stablelm", "smollm3")},
+    **{
+        family: (new_model, {})
+        for family in ("llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral", "qwen3", "stablelm", "smollm3")
+    },
     **{
         f"windowed {family}": (windowed_model, {"window": 16})
         for family in ("gemma2", "gpt_oss", "cohere2", "ministral3", "qwen2")

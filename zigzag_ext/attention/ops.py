@@ -4,6 +4,7 @@ What each op computes is written down in `reference.py`. All ops run on the curr
 wait for the GPU, and can be captured in a CUDA graph: lengths are read on the device, so one captured graph serves every length.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,10 @@ class KvBuffers(NamedTuple):
     values: Tensor
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "KvBuffers":
+        """Of each of the tensors."""
+        return KvBuffers(*(None if t is None else function(t) for t in self))
 
     @property
     def is_quantised(self) -> bool:

@@ -92,6 +92,7 @@ def attend(
     pad: Tensor | None = None,
     heads: Tensor | None = None,
     cache_rows: Tensor | None = None,
+    row: int | None = None,
     out: Tensor | None = None,
     sink: int = 0,
     window: int = 0,
@@ -104,8 +105,9 @@ def attend(
 
     Args:
         past: tokens that every row holds before the call, if the host knows that they are equally many; None if it does not.
-        others: as in `ops.attention`. A call with `heads`, `cache_rows`, `out`, `softcap` or `sink_logits` always takes our
-            kernels.
+        row: what cache_rows has, if it is one number and the host knows it.
+        others: as in `ops.attention`. A call with `heads`, `cache_rows` without `row`, `out`, `softcap` or `sink_logits` always
+            takes our kernels.
 
     Returns:
         out [batch, num_q_heads, q_len, head_dim] in the dtype of q, memory order tokens before heads; or the given one.
@@ -124,10 +126,13 @@ def attend(
     if past is not None and pad is None and not window and slots and past + q_len > slots:
         raise ValueError(f"a full cache of {slots} slots cannot take {q_len} tokens after {past}; nothing was written")
     name = "zigzag"
-    simple = past is not None and not softcap and all(t is None for t in (pad, heads, cache_rows, out, sink_logits))
+    simple = past is not None and not softcap and all(t is None for t in (pad, heads, out, sink_logits))
+    simple = simple and (cache_rows is None or row is not None)
     if q_len > ops.MAX_DECODE_QUERIES and (whole_chunk or not window) and simple and not _is_captured(q):
         name = choose(q, k_new, min(past, slots), caches.is_quantised) if _is_regular(q, k_new, v_new) else name
     if name != "zigzag":
+        if cache_rows is not None:
+            caches, seq_lens = caches.map(lambda t: t[row : row + 1]), seq_lens[row : row + 1]
         return _attend_by(BACKENDS[name], q, k_new, v_new, caches, seq_lens, min(past, slots), sink, window, scale)
     options = {"pad": pad, "heads": heads, "cache_rows": cache_rows, "out": out, "scale": scale, "workspace": workspace}
     new, options = (q, k_new, v_new), options | {"softcap": softcap, "sink_logits": sink_logits} | caches.scales

@@ -30,9 +30,8 @@ class Chunk(NamedTuple):
     leading columns to skip, or None. workspace: scratch of the ops. past: what every row has seen, if the host knows that it is
     the same number; else None. started: whether no row can be empty. cos, sin: tables of RoPE, see `ops.attention`. decodes:
     whether it continues texts rather than reads a prompt: it takes our kernels, and rules for prompts do not apply. left_out:
-    [len(seq_lens), batch], tokens by which `seq_lens` count less than their first row; None: the same. first_row: of the caches,
-    the row that the first of the batch has, others the next ones; `seq_lens` are of these rows. cache_rows: [batch] int32, the
-    rows of the caches and of `seq_lens` instead, see `ops.attention`.
+    [len(seq_lens), batch], tokens by which `seq_lens` count less than their first row; None: the same. cache_rows: [batch] int32,
+    rows of the caches and of `seq_lens` that the batch has, see `ops.attention`; None: the first. row: the only one, if known.
     """
 
     seq_lens: tuple[Tensor, ...]
@@ -44,8 +43,8 @@ class Chunk(NamedTuple):
     sin: Tensor | None = None
     decodes: bool = False
     left_out: np.ndarray | None = None
-    first_row: int = 0
     cache_rows: Tensor | None = None
+    row: int | None = None
 
     def past_of(self, lengths: int) -> int | None:
         """Tokens that every row holds by `seq_lens[lengths]`, if the host knows that it is the same number; else None."""
@@ -55,10 +54,12 @@ class Chunk(NamedTuple):
         return self.past - int(less[0]) if (less == less[0]).all() else None
 
     def rows_of(self, t: Tensor, batch: int) -> Tensor:
-        """Those of t [cache rows, ...] that the batch has: a view where they are one behind the other, else a copy."""
+        """Those of t [cache rows, ...] that the batch has: a view, but a copy for several of `cache_rows`."""
+        if self.row is not None:
+            return t[self.row : self.row + 1]
         if self.cache_rows is not None:
             return t.index_select(0, self.cache_rows.clamp(min=0))  # of a row that is skipped, -1, any will do
-        return t if batch == t.shape[0] else t[self.first_row : self.first_row + batch]
+        return t[:batch]
 
 
 class LogitTerms(NamedTuple):
@@ -360,21 +361,22 @@ class LayerStore:
         """
         if self.key_offset is not None and terms != NO_TERMS:
             raise ValueError("key_smoothing moves all logits of a query alike, which soft caps and sink logits would notice")
-        seq_lens = chunk.seq_lens[self.lengths]
+        seq_lens, cache_rows, caches = chunk.seq_lens[self.lengths], chunk.cache_rows, self.caches
         if self.key_offset is not None:
             offset = chunk.rows_of(self.key_offset, q.shape[0])
             if smoothing.sets_offsets(k.shape[2], chunk.started):
-                smoothing.set_offsets(offset, k, seq_lens, chunk.pad)
+                smoothing.set_offsets(offset, k, chunk.rows_of(seq_lens, q.shape[0]), chunk.pad)
             k = k - offset
-        caches = self.caches
-        if chunk.cache_rows is None and q.shape[0] < caches.keys.shape[0]:
-            caches = ops.KvBuffers(*(None if t is None else chunk.rows_of(t, q.shape[0]) for t in caches))
+        if self.window and chunk.row is not None:  # not of a full cache: without cache_rows, kernels read ahead of its length
+            seq_lens, cache_rows = chunk.rows_of(seq_lens, 1), None
+        if cache_rows is None and q.shape[0] < caches.keys.shape[0]:
+            caches = caches.map(lambda t: chunk.rows_of(t, q.shape[0]))
         if not is_last and self.window and q.shape[2] > self.rollback + 1:
-            caches = ops.KvBuffers(*(None if t is None else t.clone() for t in caches))
+            caches = caches.map(torch.clone)
         options = {"pad": chunk.pad, "heads": self.head_numbers, "out": out, "sink": self.sink, "window": self.window}
-        options |= {"scale": scale, "workspace": chunk.workspace, "cache_rows": chunk.cache_rows, **terms._asdict()}
+        options |= {"scale": scale, "workspace": chunk.workspace, "cache_rows": cache_rows, **terms._asdict()}
         if q.shape[2] > 1 and chunk.cos is None and not chunk.decodes:
-            return routes.attend(q, k, v, caches, seq_lens, past=chunk.past_of(self.lengths), **options)
+            return routes.attend(q, k, v, caches, seq_lens, past=chunk.past_of(self.lengths), row=chunk.row, **options)
         rope = {"cos": chunk.cos, "sin": chunk.sin}
         return ops.attention(q, k, v, *caches[:2], seq_lens, **rope, **options, **caches.scales)[0]
 

@@ -20,8 +20,9 @@ from .tokens import to_device
 
 
 class Slots:
-    """`count` rows of a new cache, for keys of `dtype` on `device`. `take` a row, run forwards over it, and `release` it.
+    """`count` rows of a new cache. `take` a row, run forwards over it, and `release` it.
 
+    like: a cache of the same model and plan, after a forward: keys to come have the geometry, dtype and device of its own.
     limits: [count], most tokens of each row that is taken, 0 for others. committed: [count], tokens of each row that retrieval
     layers have memory for.
 
@@ -29,7 +30,7 @@ class Slots:
         ValueError: the cache grows without end, compresses prompts, or has layers with states, which take in all rows at once.
     """
 
-    def __init__(self, cache: ZigzagCache, count: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, cache: ZigzagCache, count: int, like: ZigzagCache):
         self.cache, self.state = cache, cache.state
         if cache.state.max_len is None or cache.state.compression is not None:
             raise ValueError("rows that come and go need a cache with a max_len and without compress")
@@ -37,10 +38,10 @@ class Slots:
             layers = [states.index for states in cache.states]
             raise ValueError(f"layers {layers} keep recurrent or convolution states, which cannot be those of some rows only")
         cache.state.start(count)
-        for layer in cache.attention_layers:
-            size = cache.state.made_for[2][layer.index]
-            like = torch.empty(count, size.kv_heads, 0, size.head_dim, dtype=dtype, device=device)
-            layer.lazy_initialization(like, like)
+        for layer, known in zip(cache.attention_layers, like.attention_layers, strict=True):
+            _, num_kv_heads, head_dim = known.stores[0].geometry
+            keys = torch.empty(count, num_kv_heads, 0, head_dim, dtype=known.dtype, device=known.device)
+            layer.lazy_initialization(keys, keys)
             layer.release()  # of what a GPU needs to know addresses by
         self.limits, self.committed = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
         self.void: set[int] = set()  # rows that a forward has failed on: their contents are unknown
@@ -123,8 +124,8 @@ class Slots:
 class SlotForward(Forward):
     """A forward over some rows of `Slots`: `q_len` new tokens behind each, no padding.
 
-    One row may take any number of tokens, and is attended as a batch of one: what serves prompts serves it. Several take up to
-    `MAX_DECODE_QUERIES`, through `cache_rows`. A forward that fails leaves other rows as they were, and its own to be released.
+    One row may take any number of tokens: what serves prompts serves it. Several take up to `MAX_DECODE_QUERIES`. A forward that
+    fails leaves other rows as they were, and its own to be released.
     """
 
     def __init__(self, slots: Slots, rows: Sequence[int], q_len: int):
@@ -168,12 +169,12 @@ class SlotForward(Forward):
 
     @in_normal_mode
     def _chunk(self, device: torch.device) -> Chunk:
-        lengths, workspace = self.state.lengths_on(device), self.state.workspace(device)
+        chunk = Chunk(self.state.lengths_on(device), None, self.state.workspace(device), cache_rows=self._index_on(device))
         if len(self.rows) > 1:
-            return Chunk(lengths, None, workspace, decodes=True, cache_rows=self._index_on(device))
+            return chunk._replace(decodes=True)
         row = int(self.rows[0])
-        own, past = tuple(each[row : row + 1] for each in lengths), int(self.before.held[row])
-        return Chunk(own, None, workspace, past=past, started=past > 0, first_row=row)
+        past = int(self.before.held[row])
+        return chunk._replace(row=row, past=past, started=past > 0)
 
     def _index_on(self, device: torch.device) -> Tensor:
         """[batch] int32, the rows."""

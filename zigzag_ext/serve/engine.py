@@ -101,9 +101,9 @@ class Engine:
             chunk = None if prefill_chunk == "auto" else check_chunk(inner, prefill_chunk)
             _check_served(inner)
             session = session_of(inner)
-            cache = ZigzagCache(inner.config, session.plan, max_len=max_len)
-            budget = _budget(cache, inner, max_rows, memory)
-            slots = Slots(cache, max_rows, inner.dtype, inner.device)
+            like = _after_a_forward(inner, session)
+            budget = _budget(like, max_rows, memory)
+            slots = Slots(ZigzagCache(inner.config, session.plan, max_len=max_len), max_rows, like)
             self._pool = Pool(budget, max_rows, max_len, slots.row_memory)
             self._scheduler, lock = Scheduler(self._pool, queue), threading.Condition()
             self._steps = Steps(session, slots, self._scheduler, Pace(max_stall_ms), lock, chunk, _eos_of(inner))
@@ -160,6 +160,7 @@ class Engine:
         self._refuse_own_thread("generate()")
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of prompts, got a string")
+        prompts = list(prompts)
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(prompts):
             raise ValueError(f"sampling must be one Sampling, or one for each of {len(prompts)} prompts; got {len(samplings)}")
@@ -257,20 +258,26 @@ def _check_served(model: nn.Module) -> None:
         raise ValueError(f"{family} is not served by zz.Engine: {reason}")
 
 
-def _budget(cache: ZigzagCache, model: nn.Module, rows: int, memory: float | int) -> int:
-    """Bytes for what rows take as tokens come: `memory`, see `Engine`, without the rings of all rows. Raises ValueError."""
+def _after_a_forward(model: nn.Module, session) -> ZigzagCache:
+    """A cache of one token: it has what keys are like, of which configs do not tell all. Raises what the model raises."""
+    cache, token = ZigzagCache(model.config, session.plan), torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        session.run(cache.forward(1, 1), {"input_ids": token, "position_ids": token, "use_cache": True})
+    return cache
+
+
+def _budget(like: ZigzagCache, rows: int, memory: float | int) -> int:
+    """Bytes for what rows take as tokens come: `memory`, see `Engine`, without the rings of all rows. Raises ValueError.
+
+    like: as `Slots` takes it.
+    """
     if isinstance(memory, bool) or not isinstance(memory, int | float):
         raise TypeError(f"memory must be a share of the free memory or a number of bytes, got {memory!r}")
     if not (0 < memory <= 1 if isinstance(memory, float) else memory > 0):
         raise ValueError(f"memory must be a share above 0 and up to 1.0, or a number of bytes above 0; got {memory!r}")
-    total = int(memory * free_bytes(model.device)) if isinstance(memory, float) else memory
-    sizes = cache.state.made_for[2]
-    rings = sum(
-        store.bytes_for(0, rows, sizes[layer.index].kv_heads, sizes[layer.index].head_dim, model.dtype.itemsize)
-        for layer in cache.attention_layers
-        for store in layer.stores
-        if store.window
-    )
+    device, rings = like.attention_layers[0].device, [store for store in like.stores if store.window]
+    total = int(memory * free_bytes(device)) if isinstance(memory, float) else memory
+    rings = sum(store.bytes_for(0, rows, *store.geometry[1:], store.dtype.itemsize) for store in rings)
     if rings >= total:
         raise ValueError(
             f"the rings of {rows} rows take {rings:,} bytes, memory={memory!r} allows {total:,}: give fewer max_rows"
