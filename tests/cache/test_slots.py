@@ -23,7 +23,8 @@ def session():
 def like(session):
     """A cache after a forward."""
     cache = ZigzagCache(session.model.config, PLAN)
-    session.run(cache.forward(1, 3), {"input_ids": prompt(3)})
+    with torch.no_grad():
+        session.run(cache.forward(1, 3), {"input_ids": prompt(3)})
     return cache
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 
+import processes
 import pytest
 import torch
 from driving import ids_of, plan_of
@@ -307,3 +308,16 @@ def test_hundreds_of_requests_leave_nothing_behind(model):
         assert stats["cancelled"] == ends.count("cancelled") > 10 and ends.count("length") == stats["finished"] > 200
         assert stats["tokens"] == sum(len(request.tokens) for request in requests)
     assert threading.active_count() == threads
+
+
+def test_a_process_ends_while_requests_run():
+    program = """
+        import zigzag_ext as zz
+        from tiny_models import new_model
+        engine = zz.Engine(new_model("llama"), max_len=4000)
+        request = engine.submit([1, 2, 3], zz.Sampling(3900))
+        while len(request.tokens) < 3:
+            pass
+        print(request.state)
+    """
+    assert processes.run(program, timeout=100).splitlines()[-1] == "decoding"
