@@ -233,6 +233,26 @@ def test_close_waits_for_what_runs_and_takes_nothing_more(model, alone):
     assert engine.stats()["finished"] == 4 and engine.stats()["ring_bytes"] == 0
 
 
+def test_a_close_that_is_interrupted_may_be_called_again(model, alone, monkeypatch):
+    engine = zz.Engine(model, PLAN, max_len=400, max_rows=2)
+    request, join = engine.submit(ids_of(30), zz.Sampling(300)), threading.Thread.join
+
+    def interrupted(thread, *timeout):
+        monkeypatch.setattr(threading.Thread, "join", join)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    closing = [threading.Thread(target=engine.close, kwargs={"drain": False}) for _ in range(3)]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join(60)
+    assert request.state == "cancelled" and not any(thread.is_alive() for thread in closing)
+    zz.disable(zz.enable(model))
+
+
 def test_an_error_of_the_caller_cancels_what_runs(model):
     with pytest.raises(KeyError), zz.Engine(model, PLAN, max_len=400, max_rows=2) as engine:
         requests = [engine.submit(ids_of(30), zz.Sampling(300)) for _ in range(4)]

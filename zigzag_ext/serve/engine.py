@@ -123,11 +123,13 @@ class Engine:
     def close(self, drain: bool = True) -> None:
         """Takes no more requests, waits until all have ended, and gives memory and model back. Once; then nothing.
 
-        drain: False cancels what has not ended. Raises RuntimeError if called from `on_token`.
+        drain: False cancels what has not ended. One that was interrupted while it waited may be called again. Raises RuntimeError
+        if called from `on_token`.
         """
         self._refuse_own_thread("close()")
-        if (parts := self._close.detach()) is not None:
+        if (parts := self._close.peek()) is not None:
             _stop(*parts[2], drain)
+            self._close.detach()
 
     def submit(
         self, prompt: str | Sequence[int] | Tensor, sampling: Sampling, on_token: Callable[[Token], None] | None = None
@@ -233,10 +235,11 @@ def _stop(loop: Loop, model: nn.Module, session, drain: bool = False) -> None:
         threading.Thread(target=_stop, args=(loop, model, session, drain)).start()
         return
     loop.stop(drain)
-    for layer in loop.steps.slots.cache.layers:
-        layer.drop()
-    if session_of(session.model) is session:
-        disable(model)
+    with loop.lock:  # of two that close at once
+        for layer in loop.steps.slots.cache.layers:
+            layer.drop()
+        if session_of(session.model) is session:
+            disable(model)
 
 
 def _check_served(model: nn.Module) -> None:

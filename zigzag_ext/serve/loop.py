@@ -30,6 +30,10 @@ class Loop:
     def submit(self, request: Request, waits: bool = False) -> None:
         """waits: until there is room in the queue, instead of QueueFull. Raises what the scheduler raises, and EngineStopped."""
         with self.lock:
+            if self.thread is None and not self.is_closing:
+                thread = threading.Thread(target=self._run, name="zigzag engine", daemon=True)
+                thread.start()
+                self.thread = thread
             while True:
                 if self.is_closing or self.error is not None:
                     raise self.stopped() from self.error
@@ -40,9 +44,6 @@ class Loop:
                     if not waits:
                         raise
                 self.lock.wait()
-            if self.thread is None:
-                self.thread = threading.Thread(target=self._run, name="zigzag engine", daemon=True)
-                self.thread.start()
             self.lock.notify_all()
 
     def stopped(self) -> EngineStopped:
