@@ -11,7 +11,6 @@ from ..planning.exchange import to_layer_types
 from ..planning.kv_format import PLAIN
 from ..planning.native import plan_for
 from ..planning.plan import Plan
-from ..planning.plan_text import ranges
 from ..planning.reading import shown
 
 ARCHITECTURE = "ZigzagForCausalLM"
@@ -118,9 +117,3 @@ def refusal(vllm_config) -> str | None:
     }
     reasons = [reason for reason, is_there in found.items() if is_there]
     return f"plans are not served with {', '.join(reasons)} by zigzag_ext's plugin for vLLM" if reasons else None
-
-
-def kinds_text(plan: Plan) -> str:
-    """What a log line says of a plan."""
-    kinds = {"retrieve": plan.retrieval_layers, "stream": plan.streaming_layers, "native windows": plan.native_layers}
-    return "; ".join(f"{name}: {ranges(layers)}" for name, layers in kinds.items() if layers)
