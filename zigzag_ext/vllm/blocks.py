@@ -1,7 +1,7 @@
 """Which blocks of vLLM's KV cache a streaming layer holds: those of its sink and of its window; the gap's go back to the pool.
 
 A sliding window that keeps its first blocks too. What vLLM does with windows (chunks of prompts, admission, prefix hits, frees)
-stays as it is, and each method here adds the sink to it. Block 0 of the table of a freed block is vLLM's null block.
+stays as it is, and each method here adds the sink to it.
 """
 
 from dataclasses import dataclass, fields
@@ -11,6 +11,7 @@ from . import require_tested
 require_tested()
 
 from vllm.utils.math_utils import cdiv  # noqa: E402
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes  # noqa: E402
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager  # noqa: E402
 from vllm.v1.kv_cache_interface import SlidingWindowSpec  # noqa: E402
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry  # noqa: E402
@@ -82,6 +83,7 @@ class SinkWindowManager(SlidingWindowManager):
             **options,
         )
         size = kv_cache_spec.block_size
+        block_hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
         for index in range(min(kv_cache_spec.sink_blocks, length // size)):
             cached = block_pool.get_cached_block(block_hashes[index], kv_cache_group_ids)
             if not cached:
