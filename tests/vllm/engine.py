@@ -1,7 +1,7 @@
 """vLLM in a process of its own: it patches transformers' models where they are loaded, and references are computed elsewhere.
 
 `python engine.py FILE`: FILE has the model folder, options of `vllm.LLM`, and jobs by name, each a list of prompts; results replace
-it. Every job is run by one engine, in order.
+it. The plugin is found by its entry point (`installed.py`). Every job is run by one engine, in order.
 """
 
 import json
@@ -9,18 +9,9 @@ import os
 import random
 import sys
 
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler can then be looked at
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler can then be looked at
 
 from vllm import LLM, SamplingParams  # noqa: E402
-
-from zigzag_ext import vllm as plugin  # noqa: E402
 
 BASE = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32", "block_size": 32, "max_model_len": 1024}
 
@@ -85,7 +76,6 @@ class Watched:
 def main(path: str) -> None:
     with open(path) as file:
         task = json.load(file)
-    plugin.register()
     watched = Watched(task["model"], task["options"])
     before, results = watched.free(), {}
     for name, job in task["jobs"].items():

@@ -6,7 +6,6 @@ References are dense masks over stock transformers. Where a token differs, the r
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_oracle import dense_oracle, logits_of
+from installed import environment
 from tiny_models import VOCAB, new_model, windowed_model
 
 import zigzag_ext as zz
@@ -24,7 +24,6 @@ try:
 except ImportError as error:
     pytest.skip(f"needs vLLM: {error}", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
 SINK, WINDOW, BLOCK, NEW, NEAR = 20, 70, 32, 24, 1e-3
 PLAN = zz.Plan(["retrieval", "streaming"] * 2, sink=SINK, window=WINDOW)
 LENGTHS = [3, 19, 20, 21, 33, 64, 89, 90, 91, 97, 128, 160, 200, 233, 256, 300, 350, 444, 590, 700]
@@ -39,11 +38,12 @@ PROMPTS = [random_tokens(length, length) for length in LENGTHS]
 
 def run_engine(folder: Path, plan: zz.Plan, jobs: dict, **options) -> dict:
     """What `engine.py` says of these jobs."""
-    file = folder.parent / f"task-{len(list(folder.parent.iterdir()))}.json"
+    place = folder.parent / f"run-{len(list(folder.parent.iterdir()))}"
+    variables, file = environment(place), place / "task.json"
     task = {"model": str(folder), "options": {"hf_overrides": plugin.overrides(plan)} | options, "jobs": jobs}
     file.write_text(json.dumps(task))
     program = [sys.executable, str(Path(__file__).with_name("engine.py")), str(file)]
-    done = subprocess.run(program, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(file.read_text())
 
@@ -165,3 +165,13 @@ def test_native_windows_soft_caps_and_layers_of_their_own_size(tmp_path, record_
     results = run_engine(folder, plan, {"all": {"prompts": PROMPTS, "tokens": NEW}}, max_num_batched_tokens=256)
     assert results["groups"].count("SinkWindowSpec") >= 2
     assert_equal_but_for_ties(results["all"], reference(model, plan, PROMPTS), record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_processes_give_the_same_tokens(llama, parallel, record_property):
+    """Half of the heads in each, or half of the layers."""
+    some = slice(None, None, 3)
+    jobs = {"all": {"prompts": PROMPTS[some], "tokens": NEW}}
+    results = run_engine(llama[0], PLAN, jobs, max_num_batched_tokens=256, **{parallel: 2})
+    assert_equal_but_for_ties(results["all"], llama[2][some], record_property, few=1)
