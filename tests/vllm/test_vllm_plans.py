@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import zigzag_ext as zz
 from zigzag_ext import vllm as plugin
 from zigzag_ext.cli.main import app
-from zigzag_ext.vllm.plans import ARCHITECTURE, KEY, refusal
+from zigzag_ext.vllm.plans import KEY, refusal
 
 UNIFORM = zz.Plan(["retrieval", "streaming"] * 2, sink=4, window=16)
 SIZED = zz.Plan(["retrieval", "streaming", "streaming"], sink=4, window=16, layer_sizes=[None, None, (0, 9)])
@@ -56,7 +56,9 @@ def test_the_arguments_carry_the_plan(plan, tmp_path):
     assert re.fullmatch(r"[A-Za-z0-9_.,:+ -]+", line)  # so `$(...)` passes on the words that a user sees, whatever the shell
     entries = parsed(line)
     assert entries == plugin.overrides(plan)
-    assert entries["architectures"] == [ARCHITECTURE]
+    assert entries["architectures"] == ["ZigzagForCausalLM"]
+    with_experts = parsed(vllm_args(tmp_path / "plan.json", "--experts").stdout)
+    assert with_experts == entries | {"architectures": ["ZigzagMoEForCausalLM"]}
     back = plugin.plan_of(config(plan, **entries))
     assert (back.kinds, back.sink, back.window) == (plan.kinds, plan.sink, plan.window)
     assert [back.size(layer) for layer in range(back.num_layers)] == [plan.size(layer) for layer in range(plan.num_layers)]
@@ -131,7 +133,7 @@ def test_a_plan_for_other_windows_is_refused():
 
 def vllm_config(**changed) -> SimpleNamespace:
     """What `refusal` looks at; the names are compared with vLLM's own in test_vllm_refusals.py."""
-    text = SimpleNamespace()
+    text = SimpleNamespace(architectures=["ZigzagForCausalLM"])
     fields = {
         "model_config": SimpleNamespace(hf_text_config=text, hf_config=text, dtype="torch.bfloat16", is_moe=False, use_mla=False),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
@@ -155,8 +157,9 @@ def vllm_config(**changed) -> SimpleNamespace:
     ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallelism"),
     ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallelism"),
     ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
-    ({"model_config__hf_config": SimpleNamespace()}, "models of text and images"),
-    ({"model_config__is_moe": True}, "mixtures of experts"),
+    ({"model_config__hf_config": SimpleNamespace(architectures=None)}, "models of text and images"),
+    ({"model_config__is_moe": True}, "mixtures of experts but by `zigzag vllm-args --experts`"),
+    ({"model_config__hf_config": SimpleNamespace(architectures=["ZigzagMoEForCausalLM"])}, "--experts for models without any"),
     ({"model_config__use_mla": True}, "latent attention"),
     ({"model_config__hf_text_config": SimpleNamespace(num_kv_shared_layers=2)}, "layers that read the KV cache of others"),
 ])  # fmt: skip

@@ -14,6 +14,7 @@ from .app import app, one_line_errors
 @one_line_errors
 def vllm_args(
     plan: Annotated[Path, typer.Argument(help="Plan file.")],
+    experts: Annotated[bool, typer.Option("--experts", help="The model is a mixture of experts.")] = False,
     stock: Annotated[
         bool, typer.Option("--stock", help="For a vLLM without zigzag_ext: layers that stream keep a window only, no sinks.")
     ] = False,
@@ -28,7 +29,7 @@ def vllm_args(
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        entries = (stock_overrides if stock else overrides)(Plan.load(plan))
+        entries = stock_overrides(Plan.load(plan)) if stock else overrides(Plan.load(plan), experts=experts)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     print(*arguments(entries))

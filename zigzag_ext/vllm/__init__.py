@@ -7,7 +7,7 @@ need no vLLM; the others are written for the internals of the versions in `TESTE
 
 import logging
 
-from .plans import ARCHITECTURE, arguments, overrides, plan_of, stock_overrides
+from .plans import ARCHITECTURES, arguments, overrides, plan_of, stock_overrides
 
 TESTED = ("0.32",)  # minor versions of vLLM
 
@@ -32,7 +32,7 @@ def require_tested() -> None:
 
 
 def register() -> None:
-    """Makes vLLM know the architecture that `overrides` names. Under an untested version it says so, and vLLM stays as it is."""
+    """Makes vLLM know the architectures that `overrides` names. Under an untested version it says so, and vLLM stays as it is."""
     from vllm.version import __version__
 
     if reason := unsupported(__version__):
@@ -43,4 +43,5 @@ def register() -> None:
     from .blocks import register_blocks
 
     register_blocks()
-    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+    for name in ARCHITECTURES.values():
+        ModelRegistry.register_model(name, f"{__name__}.model:{name}")

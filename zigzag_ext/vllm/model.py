@@ -1,11 +1,11 @@
-"""The model class: any text decoder that vLLM runs by transformers' code, each layer with the attention of its kind."""
+"""The model classes: any text decoder that vLLM runs by transformers' code, each layer with the attention of its kind."""
 
 from . import require_tested
 
 require_tested()
 
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
-from vllm.model_executor.models.transformers import TransformersForCausalLM  # noqa: E402
+from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM  # noqa: E402
 from vllm.model_executor.models.utils import extract_layer_index  # noqa: E402
 
 from ..hf.families import check_family  # noqa: E402
@@ -13,7 +13,7 @@ from .attention import SinkWindowAttention  # noqa: E402
 from .plans import plan_of, refusal  # noqa: E402
 
 
-class ZigzagForCausalLM(TransformersForCausalLM):
+class _Planned:
     """Raises ValueError, when vLLM builds it, for configurations and families that would not come out as the plan says."""
 
     def __init__(self, *, vllm_config, prefix: str = "") -> None:
@@ -39,3 +39,11 @@ class ZigzagForCausalLM(TransformersForCausalLM):
         if (own := per_layer_sliding_window or attention.sliding_window) is not None:
             raise ValueError(f"layer {layer} retrieves in the plan, and vLLM gives it a sliding window of {own} tokens")
         return attention
+
+
+class ZigzagForCausalLM(_Planned, TransformersForCausalLM):
+    """Dense models."""
+
+
+class ZigzagMoEForCausalLM(_Planned, TransformersMoEForCausalLM):
+    """Mixtures of experts, which vLLM computes by kernels of its own."""

@@ -13,15 +13,18 @@ from ..planning.native import plan_for
 from ..planning.plan import Plan
 from ..planning.reading import shown
 
-ARCHITECTURE = "ZigzagForCausalLM"
+ARCHITECTURES = {False: "ZigzagForCausalLM", True: "ZigzagMoEForCausalLM"}  # whether the model is a mixture of experts
 KEY = "zigzag_plan"
 _GEOMETRY = ("kv_heads", "head_dim")
 _SERVED_KINDS = ("retrieval", "streaming", "native")
 _LAYER = re.compile(rf"({'|'.join(_SERVED_KINDS)})(?::(\d+):(\d+))?", re.ASCII)
 
 
-def overrides(plan: Plan) -> dict:
+def overrides(plan: Plan, *, experts: bool = False) -> dict:
     """What `hf_overrides` of vLLM has to hold for `plan` to be run by this plugin.
+
+    Args:
+        experts: the model is a mixture of experts, for which vLLM needs another class.
 
     Returns:
         {"architectures": ["ZigzagForCausalLM"], "zigzag_plan": {"layers": [...], "sink": 64, "window": 256}}: a layer is its kind,
@@ -43,7 +46,7 @@ def overrides(plan: Plan) -> dict:
     sizes = plan.layer_sizes or (None,) * plan.num_layers
     layers = [f"{kind}:{size[0]}:{size[1]}" if size else kind for kind, size in zip(plan.kinds, sizes, strict=True)]
     geometry = {name: plan.origin[name] for name in _GEOMETRY if name in plan.origin}
-    return {"architectures": [ARCHITECTURE], KEY: {"layers": layers, "sink": plan.sink, "window": plan.window, **geometry}}
+    return {"architectures": [ARCHITECTURES[experts]], KEY: {"layers": layers, "sink": plan.sink, "window": plan.window, **geometry}}
 
 
 def stock_overrides(plan: Plan) -> dict:
@@ -102,6 +105,7 @@ def refusal(vllm_config) -> str | None:
     Each of these would drop sinks, or hold or compute something else than the plan says, without a word.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    experts = ARCHITECTURES[True] in (model.hf_config.architectures or ())
     text, dtype = model.hf_text_config, str(model.dtype).removeprefix("torch.")
     found = {
         "speculative decoding": vllm_config.speculative_config is not None,
@@ -111,7 +115,8 @@ def refusal(vllm_config) -> str | None:
         "--disable-hybrid-kv-cache-manager": bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", dtype),
         "models of text and images": text is not model.hf_config,
-        "mixtures of experts": model.is_moe,
+        "mixtures of experts but by `zigzag vllm-args --experts`": model.is_moe and not experts,
+        "--experts for models without any": experts and not model.is_moe,
         "latent attention": model.use_mla,
         "layers that read the KV cache of others": bool(getattr(text, "num_kv_shared_layers", 0)),
     }
