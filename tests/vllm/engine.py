@@ -1,7 +1,7 @@
 """vLLM in a process of its own: it patches transformers' models where they are loaded, and references are computed elsewhere.
 
-`python engine.py FILE`: FILE has the model folder, options of `vllm.LLM`, and jobs by name, each a list of prompts; results replace
-it. The plugin is found by its entry point (`installed.py`). Every job is run by one engine, in order.
+`python engine.py FILE`: FILE has the model folder, options of `vllm.LLM`, and jobs by name, each a list of prompts; results
+replace it. The plugin is found by its entry point (`installed.py`). Every job is run by one engine, in order.
 """
 
 import json

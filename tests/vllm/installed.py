@@ -1,11 +1,27 @@
-"""An environment in which vLLM finds the plugin, as it does where the package is installed."""
+"""Whether vLLM is here, and an environment in which it finds the plugin, as it does where the package is installed."""
 
 import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import pytest
+
+from zigzag_ext.vllm import require_tested
+
 ROOT = Path(__file__).parents[2]
+
+
+def _missing() -> str | None:
+    try:
+        require_tested()
+    except ImportError as error:
+        return f"needs vLLM: {error}"
+    return None
+
+
+MISSING = _missing()
+needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 def environment(folder: Path) -> dict[str, str]:

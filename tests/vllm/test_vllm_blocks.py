@@ -4,31 +4,25 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from installed import MISSING, needs_vllm
 
-from zigzag_ext import vllm as plugin
+if MISSING is None:
+    import torch
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-try:
-    plugin.require_tested()
-except ImportError as error:
-    pytest.skip(f"needs vLLM: {error}", allow_module_level=True)
+    from zigzag_ext.vllm.blocks import SinkWindowManager, SinkWindowSpec, register_blocks
 
-import torch  # noqa: E402
-from vllm.v1.core.block_pool import BlockPool  # noqa: E402
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id  # noqa: E402
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry  # noqa: E402
-
-from zigzag_ext.vllm.blocks import SinkWindowManager, SinkWindowSpec, register_blocks  # noqa: E402
-
+pytestmark = needs_vllm
 SIZE = 4  # tokens of a block
 
 
-def spec_of(sink: int, window: int) -> SinkWindowSpec:
-    return SinkWindowSpec(
-        block_size=SIZE, num_kv_heads=1, head_size=64, dtype=torch.float32, sliding_window=window, sink=sink
-    )
+def spec_of(sink: int, window: int) -> "SinkWindowSpec":
+    return SinkWindowSpec(block_size=SIZE, num_kv_heads=1, head_size=64, dtype=torch.float32, sliding_window=window, sink=sink)
 
 
-def manager_of(spec: SinkWindowSpec, blocks: int) -> SinkWindowManager:
+def manager_of(spec: "SinkWindowSpec", blocks: int) -> "SinkWindowManager":
     pool = BlockPool(num_gpu_blocks=blocks, enable_caching=True, hash_block_size=SIZE)
     return SinkWindowManager(spec, block_pool=pool, enable_caching=True, kv_cache_group_id=0, scheduler_block_size=SIZE)
 
@@ -38,7 +32,7 @@ def request_of(name: str, text: list[int]) -> SimpleNamespace:
     return SimpleNamespace(request_id=name, tokens=len(text), block_hashes=hashes, shared_prefix_boundary=None)
 
 
-def found(manager: SinkWindowManager, request) -> tuple[list, int]:
+def found(manager: "SinkWindowManager", request) -> tuple[list, int]:
     (row,), length = manager.find_longest_cache_hit(
         block_hashes=request.block_hashes,
         max_length=request.tokens - 1,
@@ -51,13 +45,13 @@ def found(manager: SinkWindowManager, request) -> tuple[list, int]:
     return row, length
 
 
-def needed(spec: SinkWindowSpec, tokens: int) -> set[int]:
+def needed(spec: "SinkWindowSpec", tokens: int) -> set[int]:
     """Blocks with a token that the next one of a request sees, or a later one."""
     seen = [place for place in range(tokens) if place < spec.sink or place > tokens - spec.sliding_window]
     return {place // SIZE for place in seen}
 
 
-def best_prefix(manager: SinkWindowManager, request) -> int:
+def best_prefix(manager: "SinkWindowManager", request) -> int:
     """By trying every length: the most tokens of a request all of whose needed blocks are cached."""
     cached = [manager.block_pool.get_cached_block(each, [0]) is not None for each in request.block_hashes]
     lengths = range(0, request.tokens, SIZE)
@@ -65,7 +59,7 @@ def best_prefix(manager: SinkWindowManager, request) -> int:
     return max(length for length in whole if length == 0 or cached[length // SIZE - 1])
 
 
-def admit(manager: SinkWindowManager, request) -> bool:
+def admit(manager: "SinkWindowManager", request) -> bool:
     """What vLLM's coordinator does for a request that comes; False where the pool has too few blocks."""
     row, length = found(manager, request)
     assert length == best_prefix(manager, request) and len(row) * SIZE == length
@@ -125,9 +119,11 @@ def test_a_prefix_without_its_sink_is_none():
 
 
 def test_sparse_retention_keeps_sinks():
-    """vLLM may be told to cache few blocks of a window (`--prefix-cache-retention-interval`); those of the sink are among them."""
+    """vLLM may be told to cache few blocks of a window (`--prefix-cache-retention-interval`): those of the sink, too."""
     spec = spec_of(sink=6, window=5)
-    mask = SinkWindowManager.reachable_block_mask(0, 8, SIZE, spec, use_eagle=False, retention_interval=0, reachable_boundaries=(31,))
+    mask = SinkWindowManager.reachable_block_mask(
+        0, 8, SIZE, spec, use_eagle=False, retention_interval=0, reachable_boundaries=(31,)
+    )
     assert mask == [True, True, False, False, False, False, True, False]
 
 

@@ -1,7 +1,7 @@
 """Plans in vLLM on the CPU: tokens, blocks, prefix hits, cancels, preemption. `make test-vllm` makes the environment.
 
-References are dense masks over stock transformers. Where a token differs, the reference's own logits of both tokens must be within
-`NEAR` of each other (float32 logits of a spread of about 1), and few prompts may have such a place.
+References are dense masks over stock transformers. Where a token differs, the reference's own logits of both tokens must be
+within `NEAR` of each other (float32 logits of a spread of about 1), and few prompts may have such a place.
 """
 
 import json
@@ -13,16 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from dense_oracle import dense_oracle, logits_of
-from installed import environment
+from installed import environment, needs_vllm
 from tiny_models import VOCAB, new_model, windowed_model
 
 import zigzag_ext as zz
 from zigzag_ext import vllm as plugin
 
-try:
-    plugin.require_tested()
-except ImportError as error:
-    pytest.skip(f"needs vLLM: {error}", allow_module_level=True)
+pytestmark = needs_vllm
 
 SINK, WINDOW, BLOCK, NEW, NEAR = 20, 70, 32, 24, 1e-3
 PLAN = zz.Plan(["retrieval", "streaming"] * 2, sink=SINK, window=WINDOW)
@@ -172,9 +169,7 @@ def test_native_windows_soft_caps_and_layers_of_their_own_size(tmp_path, record_
 def test_experts(tmp_path, record_property):
     model, folder = new_model("qwen3_moe"), tmp_path / "model"
     model.save_pretrained(folder)
-    results = run_engine(
-        folder, PLAN, {"all": {"prompts": PROMPTS, "tokens": NEW}}, experts=True, max_num_batched_tokens=256
-    )
+    results = run_engine(folder, PLAN, {"all": {"prompts": PROMPTS, "tokens": NEW}}, experts=True, max_num_batched_tokens=256)
     assert_equal_but_for_ties(results["all"], reference(model, PLAN, PROMPTS), record_property)
 
 

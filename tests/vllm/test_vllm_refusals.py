@@ -5,16 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from installed import environment
+from installed import environment, needs_vllm
 from tiny_models import new_model
 
 import zigzag_ext as zz
 from zigzag_ext import vllm as plugin
 
-try:
-    plugin.require_tested()
-except ImportError as error:
-    pytest.skip(f"needs vLLM: {error}", allow_module_level=True)
+pytestmark = needs_vllm
 
 PLAN = zz.Plan(["retrieval", "streaming"] * 2, sink=20, window=70)
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}

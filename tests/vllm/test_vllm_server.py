@@ -1,4 +1,4 @@
-"""`vllm serve MODEL $(zigzag vllm-args plan.json)`, in processes of its own, over HTTP; and what vLLM's options make of a plan."""
+"""`vllm serve MODEL $(zigzag vllm-args plan.json)`, in processes of its own, over HTTP."""
 
 import json
 import shlex
@@ -13,16 +13,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from dense_oracle import dense_oracle, logits_of
-from installed import environment
+from installed import environment, needs_vllm
 from tiny_models import VOCAB, new_model
 
 import zigzag_ext as zz
-from zigzag_ext import vllm as plugin
 
-try:
-    plugin.require_tested()
-except ImportError as error:
-    pytest.skip(f"needs vLLM: {error}", allow_module_level=True)
+pytestmark = needs_vllm
 
 PLAN, NEW = zz.Plan(["retrieval", "streaming"] * 2, sink=20, window=70), 16
 PROMPTS = [torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (30, 333)]
@@ -82,7 +78,7 @@ def test_a_server_runs_the_printed_arguments(tmp_path, stock):
         expected = [logits_of(model, NEW, input_ids=torch.tensor([prompt]))[0][0].tolist() for prompt in PROMPTS]
     fields = {"model": str(folder), "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     with served(folder, printed(tmp_path / "plan.json", *["--stock"] * stock)) as port:
-        answers = [post(port, fields | {"prompt": prompt, "detokenize": False}) for prompt in PROMPTS]
+        answers = [post(port, fields | {"prompt": prompt}) for prompt in PROMPTS]
         assert [answer["choices"][0]["token_ids"] for answer in answers] == expected
         with pytest.raises(urllib.error.HTTPError) as refused:
             post(port, fields | {"prompt": PROMPTS[1] * 4})

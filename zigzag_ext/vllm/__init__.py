@@ -1,8 +1,8 @@
 """A plugin for vLLM: plans in an engine with tensor and pipeline parallelism, several machines and a server. Experimental.
 
 vLLM finds `register` by its entry point (pyproject.toml) in each of its processes. `zigzag vllm-args plan.json` prints what makes
-`vllm serve` run a plan, `overrides(plan)` is the same for `vllm.LLM(model, hf_overrides=overrides(plan))`. This file and `plans.py`
-need no vLLM; the others are written for the internals of the versions in `TESTED`, which are not stable from minor to minor.
+`vllm serve` run a plan, `overrides(plan)` is the same for `vllm.LLM(model, hf_overrides=overrides(plan))`. This file and
+`plans.py` need no vLLM; the others are written for the internals of the versions in `TESTED`, which change from minor to minor.
 """
 
 import logging

@@ -1,9 +1,9 @@
 """Attention of streaming and native layers over vLLM's KV cache: our op over a copy of the tokens that the layer holds.
 
-Of each request the keys and values of the sink and of the window before the new tokens are gathered from their blocks into a ring
-of sink + window slots, at most that many tokens whatever the context is. Between the two there is no gap in the ring, so positions
-behind the sink are lower by what was left out. That changes no mask: it depends on differences of such positions, and on whether a
-position is below `sink`. The new tokens come from the call itself.
+Of each request the keys and values of the sink and of the window before the new tokens are gathered from their blocks into a
+ring of sink + window slots, at most that many tokens whatever the context is. Between the two there is no gap in the ring, so
+positions behind the sink are lower by what was left out. That changes no mask: it depends on differences of such positions, and
+on whether a position is below `sink`. The new tokens come from the call itself.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from .blocks import SinkWindowSpec
 require_tested()
 
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
+from vllm.utils.torch_utils import is_quantized_kv_cache  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
     AttentionImpl,
@@ -111,6 +112,7 @@ class SinkWindowImpl(AttentionImpl):
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
             "keys of another layer": kv_sharing_target_layer_name is not None,
             "learned sink logits": sinks is not None,
+            f"keys and values as {kv_cache_dtype}": is_quantized_kv_cache(kv_cache_dtype),
             f"head_dim {head_size} (served: {', '.join(map(str, ops.CPU_HEAD_DIMS))})": head_size not in ops.CPU_HEAD_DIMS,
             f"{num_heads // num_kv_heads} query heads per KV head": num_heads // num_kv_heads > ops.MAX_GROUP_SIZE,
         }

@@ -68,7 +68,15 @@ class SinkWindowManager(SlidingWindowManager):
 
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, drop_eagle_block, alignment_tokens, **options
+        cls,
+        block_hashes,
+        max_length,
+        kv_cache_group_ids,
+        block_pool,
+        kv_cache_spec,
+        drop_eagle_block,
+        alignment_tokens,
+        **options,
     ):
         """The longest prefix whose window is there, and whose sink is: where a block of the sink is missing, a shorter one may be
         whole. Such a prefix lies within the sink, so that all of its blocks are looked at here."""

@@ -27,8 +27,9 @@ def overrides(plan: Plan, *, experts: bool = False) -> dict:
         experts: the model is a mixture of experts, for which vLLM needs another class.
 
     Returns:
-        {"architectures": ["ZigzagForCausalLM"], "zigzag_plan": {"layers": [...], "sink": 64, "window": 256}}: a layer is its kind,
-        with `:sink:window` where it has a size of its own; KV heads and head_dim stand beside them where the plan knows them.
+        {"architectures": ["ZigzagForCausalLM"], "zigzag_plan": {"layers": [...], "sink": 64, "window": 256}}: a layer is its
+        kind, with `:sink:window` where it has a size of its own; KV heads and head_dim stand beside them where the plan knows
+        them.
 
     Raises:
         TypeError: `plan` is no Plan. ValueError: it has layers that the plugin does not serve, or quantised caches.
@@ -46,7 +47,10 @@ def overrides(plan: Plan, *, experts: bool = False) -> dict:
     sizes = plan.layer_sizes or (None,) * plan.num_layers
     layers = [f"{kind}:{size[0]}:{size[1]}" if size else kind for kind, size in zip(plan.kinds, sizes, strict=True)]
     geometry = {name: plan.origin[name] for name in _GEOMETRY if name in plan.origin}
-    return {"architectures": [ARCHITECTURES[experts]], KEY: {"layers": layers, "sink": plan.sink, "window": plan.window, **geometry}}
+    return {
+        "architectures": [ARCHITECTURES[experts]],
+        KEY: {"layers": layers, "sink": plan.sink, "window": plan.window, **geometry},
+    }
 
 
 def stock_overrides(plan: Plan) -> dict:
