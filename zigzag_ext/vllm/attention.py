@@ -1,19 +1,16 @@
 """Attention of streaming and native layers over vLLM's KV cache: our op over a copy of the tokens that the layer holds.
 
-Of each request the keys and values of the sink and of the window before the new tokens are gathered from their blocks into a
-ring of sink + window slots, at most that many tokens whatever the context is. Between the two there is no gap in the ring, so
-positions behind the sink are lower by what was left out. That changes no mask: it depends on differences of such positions, and
-on whether a position is below `sink`. The new tokens come from the call itself.
+The new tokens come from the call itself, the others from rings that `rings.py` tells how to fill.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
 from ..attention import ops
 from . import require_tested
 from .blocks import SinkWindowSpec
+from .rings import ring_positions, runs
 
 require_tested()
 
@@ -47,20 +44,6 @@ class SinkWindowMetadata:
     workspace: torch.Tensor
 
 
-def ring_positions(past: torch.Tensor, sink: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of requests that hold `past` [rows] tokens, what a ring gets for the next ones.
-
-    Returns:
-        positions: [rows, sink + window] int64, of the sink and then of the last window - 1 tokens; 0 where a slot gets none.
-        held: [rows] int32, slots that got one; they are the first ones.
-    """
-    start = (past - window + 1).clamp(min=sink)  # of the window, never within the sink
-    slot = torch.arange(sink + window, device=past.device)
-    positions = torch.where(slot < sink, slot, start[:, None] + slot - sink)
-    held = past.clamp(max=sink) + (past - start).clamp(min=0)
-    return torch.where(positions < past[:, None], positions, 0), held.int()
-
-
 class SinkWindowBuilder(AttentionMetadataBuilder[SinkWindowMetadata]):
     """Once per step, for all layers of a group. What it needs on the host vLLM has there: nothing waits for a device."""
 
@@ -73,17 +56,11 @@ class SinkWindowBuilder(AttentionMetadataBuilder[SinkWindowMetadata]):
     def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False) -> SinkWindowMetadata:
         batch, size = common_attn_metadata, self.kv_cache_spec.block_size
         starts = batch.query_start_loc_cpu.tolist()
-        lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-        calls, first = [], 0
-        for q_len, run in groupby(lengths):
-            rows = sum(1 for _ in run)
-            if q_len:  # rows without new tokens pad a batch
-                calls.append(self._call(batch, slice(first, first + rows), q_len, slice(starts[first], starts[first + rows])))
-            first += rows
+        calls = [self._call(batch, *run) for run in runs(starts)]
         slots = batch.slot_mapping[: starts[-1]].long().clamp(min=0)  # padding goes into the null block
         return SinkWindowMetadata(calls, slots // size, slots % size, self._workspace)
 
-    def _call(self, batch, rows: slice, q_len: int, tokens: slice) -> Call:
+    def _call(self, batch, rows: slice, tokens: slice, q_len: int) -> Call:
         spec, table = self.kv_cache_spec, batch.block_table_tensor[rows].long()
         positions, held = ring_positions(batch.seq_lens[rows].long() - q_len, spec.sink, spec.sliding_window)
         blocks = table.gather(1, positions // spec.block_size)
