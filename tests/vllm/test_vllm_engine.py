@@ -87,13 +87,15 @@ def whole(llama):
     start = random_tokens(640, 7)
     shared = [start + random_tokens(length, length) for length in (3, 9)]
     many = [random_tokens(5 + 7 * index % 300, index) for index in range(200)]
+    twins = [random_tokens(200, 8) + random_tokens(length, length) for length in (3, 9)]
     jobs = {
+        "twins": {"prompts": twins, "tokens": NEW},
         "alone": {"prompts": PROMPTS, "tokens": NEW, "alone": True},
         "together": {"prompts": PROMPTS[::-1], "tokens": NEW},
         "shared": {"prompts": shared, "tokens": NEW, "alone": True},
         "cancels": {"prompts": many, "tokens": NEW, "cancels": True},
     }
-    return run_engine(llama[0], PLAN, jobs, max_num_batched_tokens=1024, max_num_seqs=8), shared
+    return run_engine(llama[0], PLAN, jobs, max_num_batched_tokens=1024, max_num_seqs=8), shared, twins
 
 
 CHUNK = 96
@@ -143,9 +145,18 @@ def test_every_block_comes_back(whole, small):
 
 @pytest.mark.slow
 def test_a_prefix_is_found_and_gives_the_same_tokens(llama, whole, record_property):
-    results, shared = whole
+    results, shared, _ = whole
     assert [output["cached"] for output in results["shared"]] == [0, 640]
     assert_equal_but_for_ties(results["shared"], reference(llama[1], PLAN, shared), record_property, few=1)
+
+
+@pytest.mark.slow
+def test_a_prefix_may_be_read_in_the_step_that_writes_it(llama, whole):
+    """Of two requests that come together the second begins behind what the first is about to write: in each layer all new keys
+    are written before any are attended."""
+    results, _, twins = whole
+    assert [output["cached"] for output in results["twins"]] == [0, 192]
+    assert differing(results["twins"], reference(llama[1], PLAN, twins)) == []
 
 
 @pytest.mark.slow

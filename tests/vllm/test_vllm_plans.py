@@ -81,6 +81,7 @@ def test_the_stop_gap_has_windows_and_says_that_sinks_are_lost(tmp_path):
     assert parsed(result.stdout) == {"layer_types": kinds, "sliding_window": 16, "use_sliding_window": True}
     (warning,) = result.stderr.splitlines()
     assert warning.startswith("warning: layer_types have no sink tokens: 2 layers lose the first 4 tokens")
+    assert "leave it out with --stock" in vllm_args(tmp_path / "plan.json", "--stock", "--experts").stderr
     windows = zz.Plan(["retrieval", "streaming"], sink=0, window=16)
     windows.save(tmp_path / "plan.json")
     assert vllm_args(tmp_path / "plan.json", "--stock").stderr == ""

@@ -27,6 +27,8 @@ def vllm_args(
     from ..planning.plan import Plan
     from ..vllm import arguments, overrides, stock_overrides
 
+    if stock and experts:
+        raise ValueError("--experts is for zigzag_ext's plugin, leave it out with --stock")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         entries = stock_overrides(Plan.load(plan)) if stock else overrides(Plan.load(plan), experts=experts)

@@ -107,11 +107,12 @@ class SinkWindowImpl(AttentionImpl):
             raise NotImplementedError("the output of streaming layers is not quantised")
         if attn_metadata is None:
             return output.zero_()
-        for call in attn_metadata.calls:
-            self._attend(call, query, key, value, kv_cache, output, attn_metadata.workspace)
+        # First all are written: a request may begin behind a prefix that another one brings in this very step.
         count = len(attn_metadata.new_blocks)
         new = torch.cat([key[:count], value[:count]], dim=-1)
         kv_cache[attn_metadata.new_blocks, :, attn_metadata.new_offsets] = new
+        for call in attn_metadata.calls:
+            self._attend(call, query, key, value, kv_cache, output, attn_metadata.workspace)
         return output
 
     def _attend(self, call: Call, query, key, value, kv_cache, output, workspace) -> None:
