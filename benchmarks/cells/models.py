@@ -28,7 +28,12 @@ MODELS = {
         vocab_size=262208, hidden_size=5376, intermediate_size=21504, num_hidden_layers=62, num_attention_heads=32,
         num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024, max_position_embeddings=512 * K,
     ),
-    "gpt-oss-20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32, max_position_embeddings=512 * K),
+    "gpt-oss-20b": GptOssConfig(  # its factor is 32, for 128K tokens
+        num_hidden_layers=24, num_local_experts=32, max_position_embeddings=512 * K, rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1.5e5, "factor": 128.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4 * K,
+        },
+    ),
     "tiny-native": Gemma3TextConfig(
         vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, query_pre_attn_scalar=64, sliding_window=32,

@@ -90,6 +90,22 @@ class SpeculateRecord(StepRecord):
 
 
 @dataclass(frozen=True)
+class StartRecord:
+    """The first token of a compiled step. Written by start.py; its files are named start*.csv."""
+
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    transformers: str
+    model: str
+    plan: str
+    cache: str  # of the compiler: empty, or warm with what another process has left
+    batch: int  # 1, then 2 in the same process
+    seconds: float  # from the call of generate() with a short prompt to the end of the first step
+
+
+@dataclass(frozen=True)
 class PrefillRecord:
     """A chunk of a prompt through one layer. Written by prefill.py; its files are named prefill*.csv."""
 
