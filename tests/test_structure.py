@@ -60,6 +60,12 @@ def direction_errors(name: str, text: str) -> list[str]:
     return errors
 
 
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by their names, whichever folder they are in."""
+    names = [file.name for file in FILES if file.name.startswith("test_") and file.suffix == ".py"]
+    assert len(names) > 100 and sorted({*names}) == sorted(names)
+
+
 def test_there_is_something_to_check():
     assert {file.relative_to(ROOT / "csrc").parts[0] for file in CSRC} >= {"core", "kv", "kernels", "bindings"}
 

@@ -47,6 +47,8 @@ def refuses(model, cache, follow, expected, fresh):
     """
     try:
         cache = follow(cache) or cache
+        cache.state.check()
+        assert cache.state.tokens.columns == cache.state.columns
         found = next_logits(model, cache)
     except RuntimeError as error:
         assert "call reset()" in str(error)

@@ -10,6 +10,7 @@ from tiny_models import SHARED, generate, new_model, padded_prompt, prompt, shar
 
 import zigzag_ext as zz
 from zigzag_ext.cache import states
+from zigzag_ext.cache.state import CacheState
 from zigzag_ext.hf.cache_argument import split_cache
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
@@ -84,6 +85,21 @@ def test_rings_with_room_for_the_new_tokens_are_as_they_were(model):
     hook.remove()
     assert cache.get_seq_length() == HELD
     assert long_forward(model, cache).logits.equal(long_forward(model, before).logits)
+
+
+def test_an_interrupt_right_before_the_lengths_advance(model, monkeypatch):
+    def interrupted(state, name, value):
+        if name == "changing" and value and "lengths advanced" in value:
+            raise KeyboardInterrupt
+        object.__setattr__(state, name, value)
+
+    cache = filled(model, rollback=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CacheState, "__setattr__", interrupted, raising=False)
+        model(prompt(1, seed=2), past_key_values=cache)
+    cache.state.check()
+    assert cache.state.tokens.columns == cache.state.columns == HELD
+    torch.testing.assert_close(next_logits(model, cache), next_logits(model, filled(model)), atol=1e-5, rtol=1e-5)
 
 
 def test_models_that_call_each_other(model):

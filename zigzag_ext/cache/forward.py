@@ -322,7 +322,8 @@ class Forward:
         if not last and not self.lengths:
             self.lengths = {device: lengths.clone() for device, lengths in state.seq_lens.items()}
         self._note_tokens(last)
-        self.committing, state.changing = True, "a forward was interrupted while the lengths advanced"
+        state.changing = "a forward was interrupted while the lengths advanced"
+        self.committing = True  # behind the mark, which tells what `roll_back` then leaves as it is
         for device, lengths in state.seq_lens.items():
             lengths.add_(self.q_len)
             if self.pad:
