@@ -47,8 +47,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """A decode step, or the whole prompt, of a whole model. Written by step.py; its files are named step*.csv."""
+class ModelRecord:
+    """What records of a whole model begin with."""
 
     commit: str
     gpu: str
@@ -56,6 +56,12 @@ class StepRecord:
     torch: str
     transformers: str
     model: str
+
+
+@dataclass(frozen=True)
+class StepRecord(ModelRecord):
+    """A decode step, or the whole prompt, of a whole model. Written by step.py; its files are named step*.csv."""
+
     phase: str  # step: a loop of forwards; generate: model.generate(); prefill: a prompt, from an empty cache
     context: int  # tokens held before the first measured step (faked: see step.py), or tokens of the prompt
     plan: str
@@ -90,15 +96,9 @@ class SpeculateRecord(StepRecord):
 
 
 @dataclass(frozen=True)
-class StartRecord:
+class StartRecord(ModelRecord):
     """The first token of a compiled step. Written by start.py; its files are named start*.csv."""
 
-    commit: str
-    gpu: str
-    driver: str
-    torch: str
-    transformers: str
-    model: str
     plan: str
     cache: str  # of the compiler: empty, or warm with what another process has left
     batch: int  # 1, then 2 in the same process
