@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..planning.reading import MAX_TEXT, MIB, shown
+from ..planning.reading import MAX_TEXT, MIB, one_line, shown
 from ..planning.writing import write_pieces
 
 _MAX_HEADER = 2 * MAX_TEXT  # bytes: a plan of the largest size with its quotes escaped; 200 layers take a tenth of a MiB
@@ -102,4 +102,4 @@ def open_tensors(path: str | os.PathLike, what: str) -> Iterator[TensorFile]:
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not {what} that can be used: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not {what} that can be used: {one_line(str(error))}") from error
