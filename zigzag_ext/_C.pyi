@@ -7,7 +7,6 @@ from typing import TypedDict
 from numpy.typing import ArrayLike
 
 HEAD_DIMS: tuple[int, ...]
-CPU_HEAD_DIMS: tuple[int, ...]
 MAX_GROUP_SIZE: int
 MAX_DECODE_QUERIES: int
 WORKSPACE_BYTES: int

@@ -42,7 +42,7 @@ def line(family: str) -> list[str]:
         found = Served(f"it has no default config ({type(error).__name__})", ())
     fixed = "" if found.refusal else fixed_layers(found.windows)
     answer = "no" if found.refusal else "text" if found.text_only else "yes"
-    limits = "; ".join(filter(None, (found.refusal, found.limit, found.text_only)))
+    limits = "; ".join(filter(None, (found.refusal, found.text_only)))
     return [family, answer, fixed, limits.replace("|", "/")]
 
 

@@ -19,7 +19,9 @@ void dispatch_head_dim(int head_dim, F&& f) {
     case 80: return f(Int<80>{});
     case 96: return f(Int<96>{});
     case 128: return f(Int<128>{});
+    case 192: return f(Int<192>{});
     case 256: return f(Int<256>{});
+    case 512: return f(Int<512>{});
     default: throw Error(concat("head_dim ", head_dim, " has no compiled kernel"));
   }
 }

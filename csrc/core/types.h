@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <string>
 
 namespace zigzag {
@@ -79,7 +80,8 @@ struct Strides {
 };
 
 // Shapes that have a compiled kernel. One list: dispatch tables, checks and error messages all read it.
-inline constexpr int kHeadDims[] = {64, 80, 96, 128, 256};
+inline constexpr int kHeadDims[] = {64, 80, 96, 128, 192, 256, 512};
+inline constexpr int kMaxHeadDim = *(std::end(kHeadDims) - 1);
 inline constexpr int kMaxGroupSize = 16;      // num_q_heads / num_kv_heads
 inline constexpr int kMaxDecodeQueries = 16;  // q_len up to here takes a decode kernel, above it the prefill kernel
 

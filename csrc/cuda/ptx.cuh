@@ -49,6 +49,13 @@ __device__ __forceinline__ void cp_async_wait() {
 // Fragment layouts: PTX ISA, mma.m16n8k16. With lane = 4 * g + t, accumulator c[0..3] holds rows g, g, g + 8, g + 8 and
 // columns 2t, 2t + 1, 2t, 2t + 1.
 
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
+}
+
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

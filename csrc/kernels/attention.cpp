@@ -3,14 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <iterator>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "core/error.h"
-#include "core/head_dims.h"
 #include "kernels/append/append.h"
 #include "kernels/decode/codes/dispatch.h"
 #include "kernels/decode/full/full.h"
@@ -21,15 +19,12 @@
 namespace zigzag {
 namespace {
 
-template <std::size_t kCount>
-void check_head_dim(int head_dim, const int (&supported)[kCount], const char* where) {
-  if (std::find(std::begin(supported), std::end(supported), head_dim) != std::end(supported)) return;
+void check_head_dim(int head_dim) {
+  if (std::find(std::begin(kHeadDims), std::end(kHeadDims), head_dim) != std::end(kHeadDims)) return;
   std::string list;
-  for (int each : supported) list += (list.empty() ? "" : ", ") + std::to_string(each);
-  throw Error(concat("head_dim ", head_dim, " is not supported", where, "; supported: ", list));
+  for (int each : kHeadDims) list += (list.empty() ? "" : ", ") + std::to_string(each);
+  throw Error(concat("head_dim ", head_dim, " is not supported; supported: ", list));
 }
-
-void check_head_dim(int head_dim) { check_head_dim(head_dim, kCpuHeadDims, ""); }
 
 // Kernels may go on to the end of the tile that slot `slots` would be in, and count tokens from there, in an int.
 constexpr int kMaxSlots = std::numeric_limits<int>::max() - 4096;
@@ -117,8 +112,6 @@ void check_params(const AppendParams& p) {
 
 void check_params(const MergeParams& p) { check_head_dim(p.head_dim); }
 
-void check_cuda_head_dim(int head_dim) { check_head_dim(head_dim, kHeadDims, " on CUDA"); }
-
 int64_t attention_workspace_bytes() { return decode_full_workspace_bytes(); }
 
 void attention_cpu(const AttentionParams& p, const ParallelFor& parallel) {
@@ -150,8 +143,7 @@ void merge_states_cpu(const MergeParams& p, const ParallelFor& parallel) {
 #if ZIGZAG_WITH_CUDA
 namespace {
 
-void check_cuda(DType dtype, int head_dim) {
-  check_cuda_head_dim(head_dim);
+void check_cuda(DType dtype) {
   ZZ_CHECK(dtype != DType::kFloat32,
            "dtype float32 is not supported on CUDA; supported: float16, bfloat16 (float32 on the CPU)");
 }
@@ -160,7 +152,7 @@ void check_cuda(DType dtype, int head_dim) {
 
 void attention_cuda(const AttentionParams& p, void* stream) {
   check_params(p);
-  check_cuda(p.dtype, p.head_dim);
+  check_cuda(p.dtype);
   if (p.batch == 0 || p.q_len == 0) return;
   if (is_quantised(p)) return attention_codes_cuda(p, stream);
   switch (select_attention_kernel(p.window, p.q_len)) {
@@ -172,14 +164,14 @@ void attention_cuda(const AttentionParams& p, void* stream) {
 
 void append_cuda(const AppendParams& p, void* stream) {
   check_params(p);
-  check_cuda(p.dtype, p.head_dim);
+  check_cuda(p.dtype);
   if (p.batch == 0 || p.q_len == 0) return;
   append_kernel_cuda(p, stream);
 }
 
 void merge_states_cuda(const MergeParams& p, void* stream) {
   check_params(p);
-  check_cuda(p.dtype, p.head_dim);
+  check_cuda(p.dtype);
   if (p.rows == 0) return;
   merge_kernel_cuda(p, stream);
 }

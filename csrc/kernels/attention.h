@@ -44,7 +44,6 @@ constexpr int64_t readable_slots(int64_t length, int64_t batch, int64_t num_kv_h
 // Throws zigzag::Error on head counts or a head_dim that no kernel supports, naming what was given and what is
 // supported.
 void check_geometry(int num_q_heads, int num_kv_heads, int head_dim);
-void check_cuda_head_dim(int head_dim);  // of those the ones that CUDA kernels are compiled for
 
 // Throw zigzag::Error on an unsupported or inconsistent field, naming what was given and what is supported, before
 // anything is launched or written.

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "core/head_dims.h"
+#include "core/types.h"
 #include "cpu/vec.h"
 #include "kv/formats.h"
 

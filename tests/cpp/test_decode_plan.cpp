@@ -20,7 +20,7 @@ constexpr KvFormats kPlain = {}, kFp8 = {KvFormat::kFp8, KvFormat::kFp8}, kInt4 
 DecodeRequest request(int num_q_heads, int num_kv_heads, int head_dim, int slots, int q_len = 1, int batch = 1,
                       KvFormats formats = {}, int window = 0) {
   const int group = num_q_heads / num_kv_heads;
-  const BlockShape block = {head_dim, group * q_len > 8 ? 2 : 1, formats};
+  const BlockShape block = {head_dim, row_tiles(head_dim, group * q_len), formats};
   return {block, batch, num_kv_heads, group, q_len, slots, window > 0 ? 64 : 0, window, false};
 }
 

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "core/dispatch.h"
-#include "core/head_dims.h"
 #include "kernels/attention.h"
 #include "kernels/decode/full/workspace.h"
 
@@ -82,13 +81,8 @@ TEST_CASE("dispatch_head_dim: reaches every supported head_dim as a constant, an
   check_mentions(error_of([] { dispatch_head_dim(72, [](auto) {}); }), {"72"});
 }
 
-TEST_CASE("check_cuda_head_dim: accepts what is compiled, and names it for others") {
-  for (int head_dim : kHeadDims) CHECK_NOTHROW(check_cuda_head_dim(head_dim));
-  check_mentions(error_of([] { check_cuda_head_dim(512); }), {"head_dim 512", "on CUDA", "64, 80, 96, 128, 256"});
-}
-
 TEST_CASE("check_params: accepts what the kernels serve") {
-  for (int head_dim : kCpuHeadDims) {
+  for (int head_dim : kHeadDims) {
     for (int group = 1; group <= kMaxGroupSize; ++group) {
       AttentionParams params = good_attention();
       params.head_dim = head_dim;

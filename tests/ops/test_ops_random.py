@@ -48,7 +48,7 @@ def random_case(rng: random.Random, device: str) -> Case:
         q_len=q_len,
         group=rng.randint(1, ops.MAX_GROUP_SIZE),
         num_kv_heads=rng.choice([1, 2, 3, 4, 8]),
-        head_dim=rng.choice(ops.head_dims_of(device)),
+        head_dim=rng.choice(ops.HEAD_DIMS),
         sink=sink,
         window=window,
         pad=tuple(rng.choice([0, -2, rng.randint(0, q_len), q_len, q_len + 3]) for _ in range(batch))
@@ -83,7 +83,7 @@ def random_quantised_case(rng: random.Random, device: str, pair: tuple[str, str]
     else:
         edges = [0, 16, 48, 64, 128, rng.randint(0, 300), rng.choice([200] * 9 + [2500])]
     batch, q_len = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 1, 2, 3, 4, 8, 16, 17, rng.randint(1, 16), rng.randint(17, 60)])
-    head_dim = rng.choice(ops.CPU_HEAD_DIMS if device == "cpu" else CUDA_HEAD_DIMS)
+    head_dim = rng.choice(ops.HEAD_DIMS if device == "cpu" else CUDA_HEAD_DIMS)
     rope = q_len <= ops.MAX_DECODE_QUERIES and rng.random() < 0.3
     case = Case(
         seq_lens=tuple(near(rng, *edges) for _ in range(batch)),

@@ -81,7 +81,7 @@ def test_ring_lengths(device, dtype, sink, window, q_len, pair):
 
 @pytest.mark.parametrize("pair", SAME, ids="-".join)
 @pytest.mark.parametrize("group", [1, 9])
-@pytest.mark.parametrize("head_dim", ops.CPU_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", ops.HEAD_DIMS)
 def test_head_dims_and_groups(device, dtype, head_dim, group, pair):
     for window in (0, 24):
         case = Case((0, 33, 200), 2, group=group, head_dim=head_dim, sink=4, window=window).on(device, dtype)
@@ -90,7 +90,7 @@ def test_head_dims_and_groups(device, dtype, head_dim, group, pair):
 
 
 @pytest.mark.parametrize("pair", SAME, ids="-".join)
-@pytest.mark.parametrize("head_dim", sorted({*ops.CPU_HEAD_DIMS} - {*CUDA_HEAD_DIMS}))
+@pytest.mark.parametrize("head_dim", sorted({*ops.HEAD_DIMS} - {*CUDA_HEAD_DIMS}))
 def test_head_dims_without_cuda_kernels(device, head_dim, pair):
     """Refused by name; int4 rows of 40 bytes (head_dim 80) already for where they start."""
     if device == "cpu":

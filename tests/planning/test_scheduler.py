@@ -109,8 +109,7 @@ def test_errors_are_value_errors(call, message):
 
 
 def test_limits_and_build_info():
-    assert _C.HEAD_DIMS == (64, 80, 96, 128, 256)
-    assert _C.CPU_HEAD_DIMS == (64, 80, 96, 128, 192, 256, 512)
+    assert _C.HEAD_DIMS == (64, 80, 96, 128, 192, 256, 512)
     assert (_C.MAX_GROUP_SIZE, _C.MAX_DECODE_QUERIES) == (16, 16)
     assert 1 << 20 < _C.WORKSPACE_BYTES < 16 << 20
     info = _C.build_info()

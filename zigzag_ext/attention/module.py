@@ -16,7 +16,7 @@ class ZigzagAttention(nn.Module):
 
     Args:
         num_q_heads, num_kv_heads: local heads; num_q_heads is 1 to 16 times num_kv_heads.
-        head_dim: 64, 80, 96, 128 or 256.
+        head_dim: 64, 80, 96, 128, 192, 256 or 512.
         kind: "retrieval" keeps every token; "streaming" keeps the first `sink` and the last `window` tokens.
         sink, window: tokens, of a streaming layer; ignored by a retrieval layer, so that one plan can be passed to all layers.
         max_len: most tokens per row of a retrieval layer, up to 2^30; ignored by a streaming layer, which has no limit.
@@ -170,8 +170,8 @@ class ZigzagAttention(nn.Module):
 
 
 def _check_geometry(num_q_heads: int, num_kv_heads: int, head_dim: int, max_batch: int, device) -> None:
-    if head_dim not in (served := ops.head_dims_of(device)):
-        raise ValueError(f"head_dim must be one of {', '.join(map(str, served))}; got {head_dim}")
+    if head_dim not in ops.HEAD_DIMS:
+        raise ValueError(f"head_dim must be one of {', '.join(map(str, ops.HEAD_DIMS))}; got {head_dim}")
     if num_kv_heads < 1 or num_q_heads % num_kv_heads or not 1 <= num_q_heads // num_kv_heads <= ops.MAX_GROUP_SIZE:
         raise ValueError(
             f"num_q_heads must be 1 to {ops.MAX_GROUP_SIZE} times num_kv_heads; got {num_q_heads} and {num_kv_heads}"

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .. import _C, _ops  # noqa: F401  (importing _ops registers torch.ops.zigzag)
 
-HEAD_DIMS: tuple[int, ...] = tuple(_C.HEAD_DIMS)  # everywhere
-CPU_HEAD_DIMS: tuple[int, ...] = tuple(_C.CPU_HEAD_DIMS)  # these and more
+HEAD_DIMS: tuple[int, ...] = tuple(_C.HEAD_DIMS)
 DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)  # float32 on the CPU only
 MAX_GROUP_SIZE: int = _C.MAX_GROUP_SIZE
 MAX_DECODE_QUERIES: int = _C.MAX_DECODE_QUERIES
@@ -57,11 +56,6 @@ def cache_row(head_dim: int, dtype: torch.dtype, kv_format: str) -> tuple[int, t
         raise ValueError(f"KV format {kv_format!r} is not supported; supported: {', '.join(KV_FORMATS)}")
     bits = _C.formats()[kv_format]["bits"]
     return head_dim * bits // 8 if bits else head_dim, KV_FORMATS[kv_format] or dtype
-
-
-def head_dims_of(device: torch.device | str) -> tuple[int, ...]:
-    """What `attention` serves on a device. One without memory ("meta") has the CPU's."""
-    return HEAD_DIMS if torch.device(device).type == "cuda" else CPU_HEAD_DIMS
 
 
 class KvBuffers(NamedTuple):

@@ -270,7 +270,7 @@ def _is_regular(q: Tensor, k_new: Tensor, v_new: Tensor) -> bool:
     batch, num_q_heads, q_len, head_dim = q.shape
     like = k_new.shape == v_new.shape == (batch, k_new.shape[1], q_len, head_dim) and q.dtype == k_new.dtype == v_new.dtype
     group, rest = divmod(num_q_heads, k_new.shape[1])
-    if not like or rest or group > ops.MAX_GROUP_SIZE or head_dim not in ops.head_dims_of(q.device) or not q.numel():
+    if not like or rest or group > ops.MAX_GROUP_SIZE or head_dim not in ops.HEAD_DIMS or not q.numel():
         return False
     return all(t.stride(3) == 1 and _is_aligned(t) for t in (q, k_new, v_new))
 

@@ -268,7 +268,7 @@ def info(
         ("torch", torch.__version__),
         ("GPUs", "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus) or "none"),
         ("CPU threads", str(torch.get_num_threads())),
-        ("head_dim", f"{', '.join(map(str, ops.HEAD_DIMS))}; on the CPU {', '.join(map(str, ops.CPU_HEAD_DIMS))}"),
+        ("head_dim", ", ".join(map(str, ops.HEAD_DIMS))),
         ("dtypes", "float16, bfloat16; float32 on the CPU"),
         ("query heads per KV head", f"1 to {ops.MAX_GROUP_SIZE}"),
     ]

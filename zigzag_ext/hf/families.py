@@ -6,7 +6,7 @@ import sys
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..attention.ops import CPU_HEAD_DIMS, DTYPES, MAX_GROUP_SIZE, head_dims_of
+from ..attention.ops import DTYPES, HEAD_DIMS, MAX_GROUP_SIZE
 from ..cache.states import check_served
 from ..planning.layers import EMPTY, FULL, HYBRID, SLIDING, STATES, geometries, kv_sources, layer_kinds, text_config
 from ..planning.native import native_windows
@@ -116,9 +116,8 @@ def _geometry(model, config):
     except ValueError as error:
         return str(error)
     for num_q_heads, num_kv_heads, head_dim in dict.fromkeys(sizes):
-        if head_dim not in (served := head_dims_of(model.device)):
-            where = " on CUDA" if head_dim in CPU_HEAD_DIMS else ""
-            return f"its head_dim is {head_dim}; supported{where}: {', '.join(map(str, served))}"
+        if head_dim not in HEAD_DIMS:
+            return f"its head_dim is {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}"
         if num_q_heads % num_kv_heads or num_q_heads // num_kv_heads > MAX_GROUP_SIZE:
             return f"{num_q_heads} query heads share {num_kv_heads} KV heads; supported: groups of 1 to {MAX_GROUP_SIZE}"
         if (value_dim := getattr(config, "v_head_dim", None)) not in (None, head_dim):

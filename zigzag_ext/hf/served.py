@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .. import _C
-from ..attention.ops import HEAD_DIMS
 from ..planning.layers import geometries, kv_sources
 from ..planning.native import native_windows, whole_plan
 from ..planning.plan_text import counts_of, ranges
@@ -20,14 +19,13 @@ CONTEXTS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}  # tokens
 
 @dataclass(frozen=True)
 class Served:
-    """refusal: why `enable` raises, or None; on CUDA it raises for `limit`, too.
+    """refusal: why `enable` raises, or None.
 
     windows: see `native_windows`; empty where the config names no layers. text_only: why prompts with images raise, or None.
     """
 
     refusal: str | None
     windows: tuple[int | None, ...]
-    limit: str | None = None
     text_only: str | None = None
 
 
@@ -40,12 +38,7 @@ def served(config) -> Served:
     refusal = _refusal(config)
     if refusal:
         return Served(refusal, windows)
-    return Served(None, windows, _limit(config), images_refused(config))
-
-
-def _limit(config) -> str | None:
-    dims = sorted({size.head_dim for size in geometries(config)} - {*HEAD_DIMS})
-    return f"on the CPU only: CUDA has no kernels for head_dim {dims[0]}" if dims else None
+    return Served(None, windows, images_refused(config))
 
 
 def auto_class(config):
@@ -96,8 +89,8 @@ def kv_table(config, element_bytes: int = 2, sink: int = 64, window: int = 256) 
 def report(config) -> list[tuple[str, str]]:
     """Rows of text for `zigzag info MODEL`."""
     found = served(config)
-    limits = "; ".join(filter(None, (found.limit, found.text_only and f"text; {found.text_only}")))
-    served_as = f"no: {found.refusal}" if found.refusal else limits or "yes"
+    limit = found.text_only and f"text; {found.text_only}"
+    served_as = f"no: {found.refusal}" if found.refusal else limit or "yes"
     rows = [("family", config.model_type), ("served", served_as)]
     if found.windows:
         plan = whole_plan(found.windows)

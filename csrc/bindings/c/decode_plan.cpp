@@ -25,7 +25,6 @@ py::dict decode_plan(const std::string& gpu, int num_q_heads, int num_kv_heads, 
                      int batch, const std::string& kv_format, int sink, int window) {
   const attend::KnownDevice& device = attend::known_device(gpu.c_str());
   check_geometry(num_q_heads, num_kv_heads, head_dim);
-  check_cuda_head_dim(head_dim);
   ZZ_CHECK(q_len >= 1 && q_len <= kMaxDecodeQueries, "q_len must be 1 to ", kMaxDecodeQueries, ", got ", q_len);
   ZZ_CHECK(batch >= 1, "batch must be 1 or more, got ", batch);
   ZZ_CHECK(sink >= 0 && window >= 0, "sink and window must be 0 or more, got ", sink, " and ", window);

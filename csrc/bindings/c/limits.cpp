@@ -2,7 +2,6 @@
 #include <cstddef>
 
 #include "bindings/c/bindings.h"
-#include "core/head_dims.h"
 #include "kernels/attention.h"
 
 namespace py = pybind11;
@@ -35,7 +34,6 @@ py::tuple as_tuple(const int (&numbers)[kCount]) {
 
 void bind_limits(py::module_& module) {
   module.attr("HEAD_DIMS") = as_tuple(kHeadDims);
-  module.attr("CPU_HEAD_DIMS") = as_tuple(kCpuHeadDims);
   module.attr("MAX_GROUP_SIZE") = kMaxGroupSize;
   module.attr("MAX_DECODE_QUERIES") = kMaxDecodeQueries;
   module.def(

@@ -106,6 +106,8 @@ __global__ void __launch_bounds__(kThreads) append_codes_kernel(const __grid_con
 }
 
 void append_codes(const AppendParams& p, void* stream) {
+  ZZ_CHECK(p.head_dim <= 256, "head_dim ", p.head_dim,
+           " is not supported for quantised caches on CUDA; supported: up to 256");
   constexpr int kTokens = kThreads / 32;
   cuda::LaunchConfig config;
   config.block = dim3(kThreads);

@@ -4,9 +4,9 @@
 
 #include <cstring>
 
-#include "core/head_dims.h"
 #include "core/parallel.h"
 #include "core/params.h"
+#include "core/types.h"
 #include "cpu/buffer.h"
 #include "cpu/vec.h"
 #include "kernels/append/append_cpu.h"

@@ -34,9 +34,12 @@ __device__ __forceinline__ void send_to_cluster(const Params& p, const State<S>&
         cuda::cluster_store(cuda::cluster_address(address, owner + (i & mask)),
                             make_float4(low[e], low[e + 2], whole ? high[e] : 0.f, whole ? high[e + 2] : 0.f));
       }
-      if (g < Units<S>::kUsed) {
-        const uint32_t address = norm + place * 8 + (g >> p.cluster_log2) * sources * 8;
-        cuda::cluster_store(cuda::cluster_address(address, owner + (g & mask)),
+#pragma unroll
+      for (int i = 0; i < Units<S>::kUsed; i += 8) {
+        const int unit = i + g;
+        if (unit >= Units<S>::kUsed) continue;
+        const uint32_t address = norm + place * 8 + (unit >> p.cluster_log2) * sources * 8;
+        cuda::cluster_store(cuda::cluster_address(address, owner + (unit & mask)),
                             make_float2(state.max[n][e], state.sum[n][e]));
       }
     }

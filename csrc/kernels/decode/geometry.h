@@ -20,6 +20,10 @@ constexpr int row_pitch(int bytes) {
   return pitch;
 }
 
+// Row tiles of a block that serves `rows` query rows, or those it takes of them at a time. Of wide heads one: the
+// output of two would not fit in the registers of a warp.
+constexpr int row_tiles(int head_dim, int rows) { return rows > 8 && head_dim <= 256 ? 2 : 1; }
+
 // What a block of a decode kernel works on: tiles of kTileKeys keys and values, 8 query rows per row tile.
 struct BlockShape {
   int head_dim;
@@ -49,7 +53,11 @@ struct BlockShape {
   // A cluster shares the output out by units: 32 floats of a row, which are what 8 lanes hold of two steps. A row has a
   // power of two of them, which keeps their addresses cheap; the last ones may be empty.
   constexpr int used_units() const { return (head_dim / 16 + 1) / 2; }
-  constexpr int row_units() const { return used_units() > 4 ? 8 : used_units() > 2 ? 4 : 2; }
+  constexpr int row_units() const {
+    int units = 2;
+    while (units < used_units()) units *= 2;
+    return units;
+  }
 };
 
 // Byte offsets in dynamic shared memory. What a block has for itself where it merges alone, it has for what the blocks

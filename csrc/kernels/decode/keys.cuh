@@ -259,9 +259,10 @@ __device__ __forceinline__ bool is_one_run(const KeyParams& p, const Keys& keys,
 // others along the rows.
 template <class S>
 struct TileLanes {
-  static constexpr int kWide = S::kChunks & -S::kChunks;  // largest power of two that divides kChunks
+  static constexpr int kPower = S::kChunks & -S::kChunks;  // largest power of two that divides kChunks
+  static constexpr int kWide = kPower < 32 ? kPower : 32;
   static constexpr int kTall = 32 / kWide;
-  static_assert(kWide <= 32 && kTileKeys % kTall == 0);
+  static_assert(kTileKeys % kTall == 0);
 };
 
 // First column of the chunk of this head, of V or of K.

@@ -32,9 +32,13 @@ struct NewToken {
     }
   }
 
-  // `turn` is that of pair `lane` at the token's position.
-  __device__ __forceinline__ void rotate(const KeyParams& p, const Turn<typename S::Element>& turn) {
-    if (threadIdx.x % 32 < turning_pairs(p)) piece[0] = turn.apply(p, piece[0]);
+  // `turn` has those of pairs `lane`, `lane` + 32, ... at the token's position.
+  template <int kParts>
+  __device__ __forceinline__ void rotate(const KeyParams& p, const Turn<typename S::Element> (&turn)[kParts]) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (threadIdx.x % 32 + 32 * i < turning_pairs(p)) piece[i] = turn[i].apply(p, piece[i]);
+    }
   }
 
   __device__ __forceinline__ void store(const KeyParams& p, char* stage, int row) const {

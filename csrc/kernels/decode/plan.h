@@ -75,7 +75,7 @@ DecodePlan plan_rows(const DecodeRequest& request, int tile_rows, int shared_byt
 
 inline DecodeRequest decode_request(const AttentionParams& a) {
   const int group = a.num_q_heads / a.num_kv_heads;
-  return {{a.head_dim, group * a.q_len > 8 ? 2 : 1, {a.k_store.format, a.v_store.format}},
+  return {{a.head_dim, row_tiles(a.head_dim, group * a.q_len), {a.k_store.format, a.v_store.format}},
           a.batch,
           a.num_kv_heads,
           group,

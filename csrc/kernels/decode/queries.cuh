@@ -28,28 +28,31 @@ __device__ __forceinline__ void stage_queries(const Params& p, const Segment& se
 }
 
 // The segment's query rows on their way through RoPE to the warp's own buffer: kTall rows a pass, a pair of quads a
-// lane.
+// lane, or kParts of a wide row, 32 pairs apart.
 template <class S>
 struct RotatedQueries {
-  static constexpr int kTall = 32 / S::kChunks;  // where kChunks does not divide 32, the last lanes idle
+  static constexpr int kWide = S::kChunks < 32 ? S::kChunks : 32;
+  static constexpr int kParts = S::kChunks / kWide;
+  static constexpr int kTall = 32 / kWide;  // where kWide does not divide 32, the last lanes idle
   static constexpr int kPasses = (S::kRows + kTall - 1) / kTall;
   // Passes under way together. One new token's are all, and are asked for long before they are used; else they are
   // few, since the previous segment's state still takes up the registers.
   static constexpr int kBatch = S::kSingle ? kPasses : 2;
 
-  uint4 pair[kBatch];
-  Turn<typename S::Element>
-      turn[S::kSingle ? 1 : kBatch];  // turn[0] is that of pair `lane` where there is one new token
+  static_assert(S::kChunks == kWide * kParts);
+
+  uint4 pair[kBatch][kParts];
+  // Where there is one new token, turn[0] has those of pairs `lane`, `lane` + 32, ...
+  Turn<typename S::Element> turn[S::kSingle ? 1 : kBatch][kParts];
 
   __device__ __forceinline__ static int row_of(int pass) {
-    const int row = threadIdx.x % 32 / S::kChunks;
+    const int row = threadIdx.x % 32 / kWide;
     return row < kTall ? pass * kTall + row : S::kRows;
   }
+  __device__ __forceinline__ static int pair_of(int part) { return threadIdx.x % 32 % kWide + 32 * part; }
 
   __device__ __forceinline__ void load(const Params& p, const Segment& segment, int first_pass) {
-    const int rows = rows_of<S>(p, segment), head = segment.keys.head * p.group;
-    const int lane_pair = threadIdx.x % 32 % S::kChunks, turning = turning_pairs(p);
-    const QuadPair quads = quads_of(lane_pair, turning);
+    const int rows = rows_of<S>(p, segment), head = segment.keys.head * p.group, turning = turning_pairs(p);
     const char* base =
         static_cast<const char*>(p.q) + 2 * (segment.keys.batch * p.q_stride.batch + head * p.q_stride.head);
 #pragma unroll
@@ -57,24 +60,32 @@ struct RotatedQueries {
       const int row = row_of(first_pass + i);
       if (row >= rows) continue;
       const auto [column, group_head] = unpack_row<S>(p, segment, row);
-      pair[i] = load_pair(base + 2 * (group_head * p.q_stride.head + column * p.q_stride.token), quads);
-      if (lane_pair < turning && (!S::kSingle || i == 0)) {
-        turn[S::kSingle ? 0 : i].load(p, segment.keys.batch, column, quads);
+      const char* source = base + 2 * (group_head * p.q_stride.head + column * p.q_stride.token);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const QuadPair quads = quads_of(pair_of(part), turning);
+        pair[i][part] = load_pair(source, quads);
+        if (pair_of(part) < turning && (!S::kSingle || i == 0)) {
+          turn[S::kSingle ? 0 : i][part].load(p, segment.keys.batch, column, quads);
+        }
       }
     }
   }
 
   __device__ __forceinline__ void store(const Params& p, const Segment& segment, int first_pass, char* buffer) const {
-    const int rows = rows_of<S>(p, segment);
-    const int lane_pair = threadIdx.x % 32 % S::kChunks, turning = turning_pairs(p);
-    const QuadPair quads = quads_of(lane_pair, turning);
+    const int rows = rows_of<S>(p, segment), turning = turning_pairs(p);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int row = row_of(first_pass + i);
       if (row >= rows) continue;
-      const uint4 x = lane_pair < turning ? turn[S::kSingle ? 0 : i].apply(p, pair[i]) : pair[i];
-      *quad_at<S>(buffer, row, quads.low) = make_uint2(x.x, x.y);
-      *quad_at<S>(buffer, row, quads.high) = make_uint2(x.z, x.w);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const QuadPair quads = quads_of(pair_of(part), turning);
+        const bool turns = pair_of(part) < turning;
+        const uint4 x = turns ? turn[S::kSingle ? 0 : i][part].apply(p, pair[i][part]) : pair[i][part];
+        *quad_at<S>(buffer, row, quads.low) = make_uint2(x.x, x.y);
+        *quad_at<S>(buffer, row, quads.high) = make_uint2(x.z, x.w);
+      }
     }
   }
 
@@ -93,14 +104,13 @@ template <class S>
 struct Queries {
   static constexpr bool kInRegisters = S::kRowTiles * S::kSteps <= 16;
   static_assert(S::kRowTiles == 1 || S::kRowTiles == 2);
-  static_assert(kInRegisters || S::kRowTiles == 2);
 
   uint32_t address;
   uint32_t fragment[kInRegisters ? S::kSteps : 1][S::kRowTiles][2];
 
   __device__ __forceinline__ void attach(uint32_t buffer) {
     const int lane = threadIdx.x % 32;
-    if constexpr (S::kRowTiles == 1) {  // one ldmatrix covers two steps
+    if constexpr (S::kRowTiles == 1 && kInRegisters) {  // one ldmatrix covers two steps
       address = buffer + swizzled(lane % 8, lane / 8, S::kRowBytes);
 #pragma unroll
       for (int step = 0; step < S::kSteps; step += 2) {
@@ -109,7 +119,7 @@ struct Queries {
         fragment[step][0][0] = r[0], fragment[step][0][1] = r[1];
         if (step + 1 < S::kSteps) fragment[step + 1][0][0] = r[2], fragment[step + 1][0][1] = r[3];
       }
-    } else {  // one ldmatrix covers both row tiles
+    } else {  // one ldmatrix covers the row tiles (of one the upper half of the lanes gives no addresses)
       address = buffer + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2, S::kRowBytes);
       if constexpr (kInRegisters) {
 #pragma unroll
@@ -119,10 +129,13 @@ struct Queries {
   }
 
   __device__ __forceinline__ void read(int step, uint32_t (&b)[S::kRowTiles][2]) const {
-    uint32_t r[4];
-    cuda::ldmatrix_x4(r, advance_chunks(address, 2 * step));
-    b[0][0] = r[0], b[0][1] = r[1];
-    if constexpr (S::kRowTiles == 2) b[1][0] = r[2], b[1][1] = r[3];
+    if constexpr (S::kRowTiles == 1) {
+      cuda::ldmatrix_x2(b[0], advance_chunks(address, 2 * step));
+    } else {
+      uint32_t r[4];
+      cuda::ldmatrix_x4(r, advance_chunks(address, 2 * step));
+      b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+    }
   }
 
   __device__ __forceinline__ void get(int step, uint32_t (&b)[S::kRowTiles][2]) const {

@@ -163,20 +163,22 @@ __device__ __forceinline__ void update_softmax(PrefillState<Block>& state, typen
 #pragma unroll
   for (int m = 0; m < Block::kRowTiles; ++m) {
 #pragma unroll
-    for (int n = 0; n < Block::kHeadDim / 8; ++n) {
+    for (int n = 0; n < Block::kPartDim / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) state.out[m][n][e] *= rescale[m][e / 2];
     }
   }
 }
 
-// Normalises the warp's rows and writes them, through the warp's own rows of the Q tile so that global stores are 16
+// Normalises what the warp has of its rows and writes it, through its place in the Q tile so that global stores are 16
 // bytes wide.
 template <class Block>
 __device__ __forceinline__ void store_output(const AttentionParams& p, const QueryTile& tile,
                                              PrefillState<Block>& state, unsigned char* q_tile) {
   using T = typename Block::Element;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int kRowThreads = Block::kThreads / Block::kParts, kPartChunks = Block::kChunks / Block::kParts;
+  const int warp = threadIdx.x % kRowThreads / 32, lane = threadIdx.x % 32, part = threadIdx.x / kRowThreads;
+  const int first_chunk = part * kPartChunks;
   Block::release_queries();
 #pragma unroll
   for (int m = 0; m < Block::kRowTiles; ++m) {
@@ -195,12 +197,12 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
       }
       const float inverse = sum == 0.0f ? 0.0f : weight / sum;
 #pragma unroll
-      for (int n = 0; n < Block::kHeadDim / 8; ++n) {
+      for (int n = 0; n < kPartChunks; ++n) {
         const float* pair = &state.out[m][n][half * 2];
-        *reinterpret_cast<uint32_t*>(q_tile + Block::query_offset(row, n) + lane % 4 * 4) =
+        *reinterpret_cast<uint32_t*>(q_tile + Block::query_offset(row, first_chunk + n) + lane % 4 * 4) =
             pack2<T>(pair[0] * inverse, pair[1] * inverse);
       }
-      if (lane % 4 == 0 && column < p.q_len) {
+      if (lane % 4 == 0 && part == 0 && column < p.q_len) {
         constexpr float kLn2 = 0.693147180559945f;
         const int64_t index =
             (static_cast<int64_t>(tile.batch) * p.lse_heads(tile.group) + tile.head(row)) * p.q_len + column;
@@ -212,8 +214,8 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
   T* out = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch;
   constexpr int kWarpRows = 16 * Block::kRowTiles;
 #pragma unroll 4
-  for (int i = lane; i < kWarpRows * Block::kChunks; i += 32) {
-    const int row = warp * kWarpRows + i / Block::kChunks, chunk = i % Block::kChunks;
+  for (int i = lane; i < kWarpRows * kPartChunks; i += 32) {
+    const int row = warp * kWarpRows + i / kPartChunks, chunk = first_chunk + i % kPartChunks;
     const int column = tile.column(row);
     if (column >= p.q_len) break;  // so are all later rows
     uint4 value = *reinterpret_cast<const uint4*>(q_tile + Block::query_offset(row, chunk));
@@ -224,7 +226,8 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const Que
 }
 
 // `Block` is MmaBlock or WgmmaBlock: tile sizes, the layout of shared memory, and the two matrix products.
-// Grid: one block per (tile of rows, batch, KV head); a warp owns 16 * kRowTiles rows and walks all keys of the tile.
+// Grid: one block per (tile of rows, batch, KV head); a warp owns 16 * kRowTiles rows, or a part of their output, and
+// walks all keys of the tile.
 // kCapped: whether logits are, a switch of its own so that warpgroup products meet no branch.
 template <class Block, bool kCapped>
 __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksPerSm)

@@ -11,7 +11,7 @@ template <class T>
 bool launch_prefill_wgmma(const AttentionParams& p, void* stream) {
   bool launched = false;
   dispatch_head_dim(p.head_dim, [&](auto head_dim) {
-    if constexpr (decltype(head_dim)::value % 64 == 0) {
+    if constexpr (decltype(head_dim)::value % 64 == 0 && decltype(head_dim)::value <= 256) {
       launch_prefill_block<WgmmaBlock<T, decltype(head_dim)::value>>(p, stream);
       launched = true;
     }

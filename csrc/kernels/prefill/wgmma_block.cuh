@@ -14,6 +14,7 @@ struct WgmmaBlock {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = 1;
+  static constexpr int kParts = 1, kPartDim = kHeadDim;  // as of MmaBlock
   static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlocksPerSm = kHeadDim <= 128 ? 2 : 1;  // one computes weights while the other multiplies

@@ -213,8 +213,8 @@ void launch_decode_full(const AttentionParams& a, void* stream) {
   if (plain && launch_decode_rows<Element>(a, stream)) return;
 #endif
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
-    dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto two_row_tiles) {
-      launch_shape<Element, head_dim.value, two_row_tiles.value ? 2 : 1>(a, stream);
+    dispatch_bool(a.num_q_heads / a.num_kv_heads * a.q_len > 8, [&](auto many_rows) {
+      launch_shape<Element, head_dim.value, row_tiles(head_dim.value, many_rows.value ? 16 : 8)>(a, stream);
     });
   });
 }

@@ -298,7 +298,7 @@ template <class Element>
 bool launch_decode_rows(const AttentionParams& a, void* stream) {
   const cuda::LaunchOptions& options = cuda::launch_options();
   const int rows = a.num_q_heads / a.num_kv_heads * a.q_len;
-  const bool serves = rows > kMaxRows && a.batch == 1 && !options.force_plain && options.cluster != 1 &&
+  const bool serves = rows > max_rows(a.head_dim) && a.batch == 1 && !options.force_plain && options.cluster != 1 &&
                       cuda::device_facts().arch == 90;  // what is compiled for sm_90a runs on no other
   if (!serves) return false;
   bool launched = false;
