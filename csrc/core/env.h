@@ -5,7 +5,17 @@
 
 namespace zigzag {
 
-enum class Env { kCpuIsa, kForcePlain, kDependentLaunch, kCluster, kSpread, kWarps, kBlocks, kPrefillKernel, kPrefillSplits };
+enum class Env {
+  kCpuIsa,
+  kForcePlain,
+  kDependentLaunch,
+  kCluster,
+  kSpread,
+  kWarps,
+  kBlocks,
+  kPrefillKernel,
+  kPrefillSplits
+};
 
 struct EnvVariable {
   Env id;

@@ -38,8 +38,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "{\n.reg .pred ended;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-      "@ended bra.uni done;\n"
-      "bra.uni again;\n"
+      "@ended bra done;\n"
+      "bra again;\n"
       "done:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");

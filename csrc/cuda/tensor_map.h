@@ -31,7 +31,8 @@ inline bool has_boxes(const TensorShape& t) {
 inline CUtensorMap box_map(const TensorShape& t, int box_tokens) {
   static const auto encode = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled", 12000);
   const auto bytes = [&](int size, int64_t stride) {
-    return static_cast<cuuint64_t>(2 * (size == 1 ? t.head_dim : stride));  // of one there is no next: any that is valid
+    return static_cast<cuuint64_t>(2 *
+                                   (size == 1 ? t.head_dim : stride));  // of one there is no next: any that is valid
   };
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(t.head_dim), static_cast<cuuint64_t>(t.tokens),
                               static_cast<cuuint64_t>(t.heads), static_cast<cuuint64_t>(t.rows)};
@@ -40,8 +41,8 @@ inline CUtensorMap box_map(const TensorShape& t, int box_tokens) {
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_tokens), 1, 1}, steps[] = {1, 1, 1, 1};
   CUtensorMap map;
   // Bits are copied as they are, so float16 may stand for bfloat16.
-  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, const_cast<void*>(t.data), sizes, strides, box,
-                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, const_cast<void*>(t.data), sizes, strides,
+                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   ZZ_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with CUDA driver error ", static_cast<int>(status),
            " for a tensor of ", t.rows, " rows, ", t.heads, " heads, ", t.tokens, " tokens, head_dim ", t.head_dim);

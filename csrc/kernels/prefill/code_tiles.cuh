@@ -50,9 +50,9 @@ template <class Format, int kHeadDim, int kKeys, int kThreads>
 struct CodeTile {
   static constexpr int kRowBytes = kHeadDim * Format::kBits / 8;
   static constexpr int kBytes = kKeys * kRowBytes;
-  static constexpr int kParts = kRowBytes / 16;            // of a row
-  static constexpr int kRowStep = kThreads / kParts;       // from row to row of a thread
-  static constexpr int kRowsEach = kKeys / kRowStep;       // of a thread
+  static constexpr int kParts = kRowBytes / 16;               // of a row
+  static constexpr int kRowStep = kThreads / kParts;          // from row to row of a thread
+  static constexpr int kRowsEach = kKeys / kRowStep;          // of a thread
   static constexpr int kPieces = 16 * 8 / Format::kBits / 8;  // 16-byte pieces of float16 of a part: 2 or 4
   static_assert(kRowBytes % 16 == 0 && kThreads % kParts == 0 && kKeys % kRowStep == 0);
 
@@ -69,8 +69,8 @@ struct CodeTile {
     }
   }
 
-  // What this thread has copied, into a tile of float16. Threads of the right half of a row take their pieces in another
-  // order, as those of the left half are on the same banks.
+  // What this thread has copied, into a tile of float16. Threads of the right half of a row take their pieces in
+  // another order, as those of the left half are on the same banks.
   static __device__ __forceinline__ void widen(const unsigned char* codes, unsigned char* tile, int thread) {
     const int part = thread % kParts, turn = part * kPieces / 8 % 2 * (kPieces / 2);
 #pragma unroll

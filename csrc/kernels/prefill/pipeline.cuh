@@ -38,7 +38,7 @@ struct StepRange {
 };
 
 // `keys`: what weighs the scores of a step. keys.weigh<kMasked>(state, scores, tile, step, stage, rescale) -> whether
-// the maximum of a row of this lane changed; keys.kLateRelease: whether it reads what the stage of K holds besides K.
+// the maximum of a row of this lane changed.
 template <class Block, class Barriers, class Keys>
 struct RowOwner {
   PrefillState<Block>& state;
@@ -53,8 +53,19 @@ struct RowOwner {
   __device__ __forceinline__ uint32_t stage_of(int stage) const { return stages + stage * Block::kStageBytes; }
 
   // One arrival a warp: all lanes are behind the wait for its products.
-  __device__ __forceinline__ static void release(uint64_t& empty) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&empty));
+  __device__ __forceinline__ static void release(uint64_t& empty, bool always = true) {
+    if (threadIdx.x % 32 == 0 && always) barrier_arrive(shared_address(&empty));
+  }
+
+  // Weighs the scores of a step, then gives its stage of K back. Sums are never negative, which the compiler does not
+  // know: it would otherwise leave all of this until the values are multiplied.
+  template <bool kMasked>
+  __device__ __forceinline__ bool weigh(typename Block::Scores& scores, int step,
+                                        float (&rescale)[Block::kRowTiles][2]) {
+    const bool changed = keys.template weigh<kMasked>(state, scores, tile, step, k.stage, rescale);
+    __syncwarp();
+    release(barriers.k_empty[k.stage], state.sum[0][0] != -1.0f && state.sum[0][1] != -1.0f);
+    return changed;
   }
 
   // The first step has no values to multiply before it.
@@ -65,15 +76,10 @@ struct RowOwner {
     Block::start_scores(scores, q_tile, stage_of(k.stage));
     wgmma_wait<0>();
     hold_accumulators(scores[0]);
-    if (!Keys::kLateRelease) release(barriers.k_empty[k.stage]);
     if (masked) {
-      keys.template weigh<true>(state, scores, tile, step, k.stage, rescale);
+      weigh<true>(scores, step, rescale);
     } else {
-      keys.template weigh<false>(state, scores, tile, step, k.stage, rescale);
-    }
-    if (Keys::kLateRelease) {
-      __syncwarp();
-      release(barriers.k_empty[k.stage]);
+      weigh<false>(scores, step, rescale);
     }
     Block::pack(weights, scores);
     k.advance();
@@ -92,13 +98,7 @@ struct RowOwner {
     if (group == 0 || !last) named_barrier_arrive(kTurnBarrier + 1 - group, 256);
     wgmma_wait<1>();  // the scores; the values may still run
     hold_accumulators(scores[0]);
-    if (!Keys::kLateRelease) release(barriers.k_empty[k.stage]);
-    const bool changed = keys.template weigh<kMasked>(state, scores, tile, step, k.stage, rescale);
-    if (Keys::kLateRelease) {
-      __syncwarp();
-      release(barriers.k_empty[k.stage]);
-    }
-    hold_accumulators(scores[0]);  // weighed before the next wait, beside the values
+    const bool changed = weigh<kMasked>(scores, step, rescale);
     wgmma_wait<0>();
     hold_accumulators(state.out[0]);
     hold_fragments(weights);
@@ -137,7 +137,8 @@ __device__ __forceinline__ void own_rows(const PipelineParams& p, const QueryTil
   state.top[0][0] = state.top[0][1] = -INFINITY;
   const uint32_t q_tile = shared_address(shared);
   RowOwner<Block, Barriers, Keys> owner = {
-      state, tile, barriers, keys, q_tile, q_tile + Block::kQueryBytes, static_cast<int>(threadIdx.x / 128), {}, {}, {}};
+      state, tile, barriers, keys, q_tile, q_tile + Block::kQueryBytes, static_cast<int>(threadIdx.x / 128),
+      {},    {},   {}};
   owner.run(steps);
   keys.finish(state);
   if (p.splits == 1) {

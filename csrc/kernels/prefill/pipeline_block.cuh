@@ -10,8 +10,9 @@
 namespace zigzag::prefill {
 using namespace cuda;  // PTX wrappers and the launch helper
 
-// T: element of queries, plain keys and values, and outputs. Operand_: of the products.
-template <class T, class Operand_, int kHeadDim_>
+// T: element of queries, plain keys and values, and outputs. Operand_: of the products. kStages_: steps of keys and
+// values that are there or under way.
+template <class T, class Operand_, int kHeadDim_, int kStages_>
 struct PipelineBlock {
   static_assert(kHeadDim_ == 64 || kHeadDim_ == 128);
   using Element = T;
@@ -29,8 +30,8 @@ struct PipelineBlock {
   static constexpr int kKeyChunkBytes = kKeys * kRowBytes;  // a box: all keys by 64 dims
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kKeyBytes = kKeys * kHeadDim * 2;
-  static constexpr int kStageBytes = 2 * kKeyBytes;           // K, then V
-  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;     // 128 KB
+  static constexpr int kStageBytes = 2 * kKeyBytes;  // K, then V
+  static constexpr int kStages = kStages_;
   static constexpr int kStagesEnd = kQueryBytes + kStages * kStageBytes;
   static constexpr int kAlignment = 1024;  // of a period of the swizzle
 
@@ -46,7 +47,8 @@ struct PipelineBlock {
 
   // Starts scores = q . k for the warpgroup's 64 rows.
   static __device__ __forceinline__ void start_scores(Scores& scores, uint32_t q_tile, uint32_t k_tile) {
-    const uint32_t q_group = q_tile + threadIdx.x / 128 * 64 * kRowBytes;
+    uint32_t q_group = q_tile + threadIdx.x / 128 * 64 * kRowBytes;
+    asm volatile("" : "+r"(q_group));  // or its descriptors would be kept from step to step, in 16 registers
     hold_accumulators(scores[0]);
     wgmma_fence();
 #pragma unroll

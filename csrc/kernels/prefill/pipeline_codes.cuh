@@ -1,7 +1,8 @@
-// The pipeline kernel over quantised caches. Products are of float16, which holds every code exactly; the producers copy
-// codes of a few steps ahead into a ring of their own and widen one step at a time into its stage. The new tokens were
-// appended before, so that all keys lie in the cache, and are attended as their codes. What scales do to scores and
-// weights, and in which range that is exact enough, is that of the decode kernels: kernels/decode/codes/segments.cuh.
+// The pipeline kernel over quantised caches. Products are of float16, which holds every code exactly; the producers
+// copy codes of a few steps ahead into a ring of their own and widen one step at a time into its stage. The new tokens
+// were appended before, so that all keys lie in the cache, and are attended as their codes. What scales do to scores
+// and weights, and in which range that is exact enough, is that of the decode kernels:
+// kernels/decode/codes/segments.cuh.
 #pragma once
 
 #include <type_traits>
@@ -15,8 +16,8 @@ namespace zigzag::prefill {
 
 // Shared memory: queries and stages, then per stage kScales floats per key, then the ring of codes under way.
 template <class T, class KFormat, class VFormat, int kHeadDim>
-struct CodeBlock : PipelineBlock<T, __half, kHeadDim> {
-  using Base = PipelineBlock<T, __half, kHeadDim>;
+struct CodeBlock : PipelineBlock<T, __half, kHeadDim, kHeadDim == 128 ? 2 : 4> {  // 128 KB
+  using Base = PipelineBlock<T, __half, kHeadDim, kHeadDim == 128 ? 2 : 4>;
   using KCodes = CodeTile<KFormat, kHeadDim, Base::kKeys, Base::kProducers>;
   using VCodes = CodeTile<VFormat, kHeadDim, Base::kKeys, Base::kProducers>;
   static constexpr int kScales = 3;  // factor of the logit, log2 of the scale of the value, 1 / that scale
@@ -34,7 +35,6 @@ struct CodeBlock : PipelineBlock<T, __half, kHeadDim> {
 
 template <class Block>
 struct CodeKeys {
-  static constexpr bool kLateRelease = true;
   const float* scales;   // [stages][kScales][keys], in shared memory
   float row_factors[2];  // of this lane's rows: take logits to base 2
 
@@ -208,9 +208,8 @@ __device__ __forceinline__ void bring_codes(const PipelineParams& p, const Query
       to[kKeys] = log2_approx(of_value);
       to[2 * kKeys] = reciprocal_approx(fmaxf(of_value, 0x1p-100f));
     });
-    bring(barriers.v_full[cursor.stage], barriers.v_empty[cursor.stage], [&](const unsigned char* codes) {
-      Block::VCodes::widen(codes, stage + Block::kKeyBytes, thread);
-    });
+    bring(barriers.v_full[cursor.stage], barriers.v_empty[cursor.stage],
+          [&](const unsigned char* codes) { Block::VCodes::widen(codes, stage + Block::kKeyBytes, thread); });
   }
   cp_async_wait<0>();
 }
@@ -229,10 +228,10 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1)
   __syncthreads();
   const StepRange steps = StepRange::of(tile.keys, blockIdx.y, gridDim.y);
   if (threadIdx.x >= Block::kThreads) {
-    give_registers<88>();
+    give_registers<72>();
     bring_codes<Block>(p, tile, steps, barriers, shared);
   } else {
-    take_registers<208>();
+    take_registers<216>();
     bring_scaled_queries<Block>(p, tile, shared, factors);
     const CodeKeys<Block> keys = {reinterpret_cast<const float*>(shared + Block::kScalesAt),
                                   {factors[lane_row<Block>(0, 0)], factors[lane_row<Block>(0, 1)]}};

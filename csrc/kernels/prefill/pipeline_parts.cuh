@@ -88,15 +88,14 @@ __global__ void __launch_bounds__(kPartsThreads) merge_parts_kernel(const __grid
   const QueryTile tile = QueryTile::of_block(p, kPipelineRows, tile_number);
   if (tile.column(row) >= p.q_len) return;
   const PartsLayout parts(p.workspace, p.tiles, p.splits, p.head_dim);
-  write_merged<T>(
-      p, tile, row, quad,
-      attend::merge_partials<kCodes, 8>(
-          p.splits,
-          [&](int i) {
-            const int64_t at = parts.row(tile_number, i, row) * quads + quad;
-            return __ldcg(reinterpret_cast<const float4*>(parts.out) + at);
-          },
-          [&](int i) { return __ldcg(parts.norm + parts.row(tile_number, i, row)); }));
+  write_merged<T>(p, tile, row, quad,
+                  attend::merge_partials<kCodes, 8>(
+                      p.splits,
+                      [&](int i) {
+                        const int64_t at = parts.row(tile_number, i, row) * quads + quad;
+                        return __ldcg(reinterpret_cast<const float4*>(parts.out) + at);
+                      },
+                      [&](int i) { return __ldcg(parts.norm + parts.row(tile_number, i, row)); }));
 }
 
 template <class T, bool kCodes>

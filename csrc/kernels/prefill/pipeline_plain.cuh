@@ -1,5 +1,5 @@
-// The pipeline kernel over plain caches. Whole steps of keys that lie in the cache, or in the chunk, come as boxes by the
-// tensor copy engine; the step that spans both, and the last one, come row by row with zeros behind the last key.
+// The pipeline kernel over plain caches. Whole steps of keys that lie in the cache, or in the chunk, come as boxes by
+// the tensor copy engine; the step that spans both, and the last one, come row by row with zeros behind the last key.
 #pragma once
 
 #include "core/dispatch.h"
@@ -9,14 +9,13 @@
 namespace zigzag::prefill {
 
 struct PlainParams : PipelineParams {
-  bool has_boxes[2];     // [0] of the chunk, [1] of the cache
+  bool has_boxes[2];        // [0] of the chunk, [1] of the cache
   CUtensorMap boxes[2][2];  // of the same: keys, values
 };
 
 // Scores of plain keys.
 template <class Block, bool kCapped>
 struct PlainKeys {
-  static constexpr bool kLateRelease = false;
   float scale;    // in units of log2; as in prefill_kernel
   float softcap;  // in units of log2
 
@@ -129,7 +128,7 @@ void launch_prefill_pipeline(const AttentionParams& a, const PrefillPlan& plan, 
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     if constexpr (kHeadDim == 64 || kHeadDim == 128) {
-      using Block = PipelineBlock<T, T, kHeadDim>;
+      using Block = PipelineBlock<T, T, kHeadDim, kHeadDim == 128 ? 3 : 6>;  // 192 KB
       PlainParams p = {};
       static_cast<AttentionParams&>(p) = a;
       p.splits = plan.splits;

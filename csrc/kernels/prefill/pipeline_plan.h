@@ -7,10 +7,11 @@
 // What the pipeline cannot be faster than, for q_len tokens on kv_len keys, head_dim d, 32/8 heads on an H200 whose
 // matrix units give other kernels 650 to 750 TFLOP/s at these shapes, and whose memory is read at 4.6 TB/s:
 //
-//   products   4 d num_q_heads q_len kv_len FLOP    512 tokens on 32K keys: 0.27 TFLOP, 370 to 420 us; 1,024: 740 to 850
-//   reads      4 d num_kv_heads kv_len bytes        134 MB, 29 us: what counts below 64 tokens
-//   from L2    4 d kv_len bytes per tile of rows    a tile of 128 rows reads 512 bytes for 65,536 FLOP: at 700 TFLOP/s
-//                                                   5.5 TB/s, close to what L2 gives; smaller tiles would be bound by it
+//   products   4 d num_q_heads q_len kv_len FLOP    512 tokens on 32K keys: 0.27 TFLOP, 370 to 420 us; 1,024: 740 to
+//   850 reads      4 d num_kv_heads kv_len bytes        134 MB, 29 us: what counts below 64 tokens from L2    4 d
+//   kv_len bytes per tile of rows    a tile of 128 rows reads 512 bytes for 65,536 FLOP: at 700 TFLOP/s
+//                                                   5.5 TB/s, close to what L2 gives; smaller tiles would be bound by
+//                                                   it
 //
 // 512 tokens of 32/8 heads are 128 tiles of 128 rows (heads of a group share a tile, so that a tile reads keys once for
 // all of them): one for nearly every one of 132 SMs. Fewer tokens would leave SMs idle, so that there the keys of a
@@ -37,7 +38,7 @@ struct PrefillRequest {
   KvFormats formats;
 
   static PrefillRequest of(const AttentionParams& p) {
-    return {p.batch, p.num_kv_heads, p.num_q_heads / p.num_kv_heads, p.q_len, p.head_dim,
+    return {p.batch, p.num_kv_heads, p.num_q_heads / p.num_kv_heads,      p.q_len, p.head_dim,
             p.slots, p.window,       {p.k_store.format, p.v_store.format}};
   }
 };

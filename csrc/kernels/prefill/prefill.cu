@@ -1,5 +1,5 @@
-// Prefill on CUDA: attention, then the append, which may overwrite ring slots that the attention still had to read. Over
-// codes in a full cache, where nothing is overwritten, the append comes first.
+// Prefill on CUDA: attention, then the append, which may overwrite ring slots that the attention still had to read.
+// Over codes in a full cache, where nothing is overwritten, the append comes first.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -19,9 +19,9 @@ struct KeySource {
 
 struct QueryTile {
   int batch, group;
-  int kv_head;  // of q (its group), k_new, v_new, out and lse
+  int kv_head;                // of q (its group), k_new, v_new, out and lse
   int cache_head, cache_row;  // of the caches; row 0 where the row is skipped, of which nothing is read
-  int length;   // tokens cached before the call
+  int length;                 // tokens cached before the call
   int pad;
   int first_column, first_member;  // of row 0: its chunk column and its head within the group
   int reciprocal;                  // 65536 / group, rounded up: exact division of the numbers below 256 that occur here
@@ -69,8 +69,7 @@ struct QueryTile {
     const ChunkRow row = chunk_row(p, tile.batch);
     tile.cache_row = max(row.cache_row, 0);
     tile.source[0] = key_source(p.k_new, p.k_new_stride, p.v_new, p.v_new_stride, tile.batch, tile.kv_head);
-    tile.source[1] =
-        key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride, tile.cache_row, cache_head);
+    tile.source[1] = key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride, tile.cache_row, cache_head);
 
     const RingLayout layout{p.sink, p.window, p.slots};
     tile.length = layout.is_full() ? min(row.length, p.slots) : row.length;
