@@ -61,7 +61,7 @@ struct CodeTile {
                                               int thread) {
     const int first = number + thread / kParts;
     const char* source = vectors + thread % kParts * 16;
-#pragma unroll
+#pragma unroll 2  // more would spill
     for (int i = 0; i < kRowsEach; ++i) {
       const int key = first + i * kRowStep;
       const bool valid = key < count;
@@ -73,7 +73,7 @@ struct CodeTile {
   // another order, as those of the left half are on the same banks.
   static __device__ __forceinline__ void widen(const unsigned char* codes, unsigned char* tile, int thread) {
     const int part = thread % kParts, turn = part * kPieces / 8 % 2 * (kPieces / 2);
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < kRowsEach; ++i) {
       const uint4 x = *reinterpret_cast<const uint4*>(codes + (i * kThreads + thread) * 16);
       const uint32_t word[4] = {turn ? x.z : x.x, turn ? x.w : x.y, turn ? x.x : x.z, turn ? x.y : x.w};

@@ -36,13 +36,14 @@ struct CodeBlock : PipelineBlock<T, __half, kHeadDim, kHeadDim == 128 ? 2 : 4> {
 template <class Block>
 struct CodeKeys {
   const float* scales;   // [stages][kScales][keys], in shared memory
-  float row_factors[2];  // of this lane's rows: take logits to base 2
+  const float* factors;  // [rows], in shared memory: take logits of a row to base 2
 
   template <bool kMasked>
   __device__ __forceinline__ bool weigh(PrefillState<Block>& state, typename Block::Scores& scores,
                                         const QueryTile& tile, int step, int stage,
                                         float (&rescale)[Block::kRowTiles][2]) const {
     constexpr int kKeys = Block::kKeys;
+    const float row_factors[2] = {factors[lane_row<Block>(0, 0)], factors[lane_row<Block>(0, 1)]};
     const float* of_key = scales + stage * Block::kScales * kKeys + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
@@ -228,13 +229,12 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1)
   __syncthreads();
   const StepRange steps = StepRange::of(tile.keys, blockIdx.y, gridDim.y);
   if (threadIdx.x >= Block::kThreads) {
-    give_registers<72>();
+    give_registers<56>();
     bring_codes<Block>(p, tile, steps, barriers, shared);
   } else {
-    take_registers<216>();
+    take_registers<224>();
     bring_scaled_queries<Block>(p, tile, shared, factors);
-    const CodeKeys<Block> keys = {reinterpret_cast<const float*>(shared + Block::kScalesAt),
-                                  {factors[lane_row<Block>(0, 0)], factors[lane_row<Block>(0, 1)]}};
+    const CodeKeys<Block> keys = {reinterpret_cast<const float*>(shared + Block::kScalesAt), factors};
     own_rows<Block>(p, tile, steps, barriers, keys, shared);
   }
 }

@@ -129,6 +129,7 @@ void launch_prefill_pipeline(const AttentionParams& a, const PrefillPlan& plan, 
     constexpr int kHeadDim = decltype(head_dim)::value;
     if constexpr (kHeadDim == 64 || kHeadDim == 128) {
       using Block = PipelineBlock<T, T, kHeadDim, kHeadDim == 128 ? 3 : 6>;  // 192 KB
+      static_assert(Block::kStagesEnd <= 226 * 1024 - 2048, "with what the kernel declares itself");
       PlainParams p = {};
       static_cast<AttentionParams&>(p) = a;
       p.splits = plan.splits;
