@@ -229,10 +229,10 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1)
   __syncthreads();
   const StepRange steps = StepRange::of(tile.keys, blockIdx.y, gridDim.y);
   if (threadIdx.x >= Block::kThreads) {
-    give_registers<56>();
+    give_registers<40>();
     bring_codes<Block>(p, tile, steps, barriers, shared);
   } else {
-    take_registers<224>();
+    take_registers<232>();
     bring_scaled_queries<Block>(p, tile, shared, factors);
     const CodeKeys<Block> keys = {reinterpret_cast<const float*>(shared + Block::kScalesAt), factors};
     own_rows<Block>(p, tile, steps, barriers, keys, shared);
