@@ -15,6 +15,7 @@ namespace {
 py::dict prefill_plan(int arch, int sm_count, int num_q_heads, int num_kv_heads, int head_dim, int q_len, int slots,
                       int batch, const std::string& k_format, const std::string& v_format, int window) {
   check_geometry(num_q_heads, num_kv_heads, head_dim);
+  check_cuda_head_dim(head_dim);
   ZZ_CHECK(sm_count >= 1, "sm_count must be 1 or more, got ", sm_count);
   ZZ_CHECK(q_len > kMaxDecodeQueries, "q_len must be more than ", kMaxDecodeQueries,
            ", as fewer tokens take a decode kernel; got ", q_len);
