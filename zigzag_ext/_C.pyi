@@ -53,6 +53,19 @@ def decode_plan(
     sink: int = 0,
     window: int = 0,
 ) -> DecodePlan: ...
+def prefill_plan(
+    arch: int,
+    sm_count: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_len: int,
+    slots: int,
+    batch: int = 1,
+    k_format: str = "none",
+    v_format: str = "none",
+    window: int = 0,
+) -> dict[str, str | int]: ...
 def environment() -> dict[str, tuple[str, str]]: ...
 def readable_slots(length: int, batch: int, num_kv_heads: int) -> int: ...
 def formats() -> dict[str, KvFormatInfo]: ...

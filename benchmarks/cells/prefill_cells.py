@@ -32,6 +32,7 @@ class PrefillCell:
     num_kv_heads: int = 8
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    kv_format: str = "none"  # of a full cache
 
     def keys_seen(self, impl: str = "zigzag") -> int:
         """(query, key) pairs of one head that `impl` has to compute."""
@@ -50,6 +51,8 @@ class PrefillCell:
 STREAM = {"sink": 64, "window": 256}
 ROUTES = ("zigzag", "zigzag_kernel", "route_fa3", "cudnn", "flash", "fa3")
 SHORT = ("zigzag", "zigzag_kernel", "decode_calls", "route_flash", "route_cudnn")
+CHUNK = ("zigzag", "zigzag_kernel", "route_flash", "route_cudnn", "route_fa3", "cudnn_dense")
+CODES = ("zigzag", "zigzag_kernel", "route_flash")
 
 CUDA = [
     PrefillCell("streaming_16k", 16 * K, **STREAM, impls=("zigzag", "flex_attention")),
@@ -71,6 +74,12 @@ CUDA = [
         for tokens, past in [(17, K), (64, K), (17, 2 * K), (64, 2 * K), (17, 8 * K), (64, 8 * K), (17, 32 * K), (64, 32 * K)]
         + [(64, 128 * K), (256, 8 * K), (256, 32 * K), (512, 8 * K), (512, 32 * K), (1024, 8 * K), (1024, 32 * K)]
     ),
+    *(PrefillCell(f"prefill_{n}_on_32k", n, 32 * K, impls=CHUNK) for n in (17, 32, 64, 128, 256, 512, 1024, 2048)),
+    *(
+        PrefillCell(f"prefill_{kv_format}_{n}_on_32k", n, 32 * K, impls=CODES, kv_format=kv_format)
+        for kv_format in ("fp8", "int8", "int4")
+        for n in (64, 512, 1024)
+    ),
 ]
 _TINY = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}
 CPU = [
@@ -78,6 +87,7 @@ CPU = [
     PrefillCell("retrieval_2k", 2 * K, impls=("zigzag", "torch_cpu"), **_TINY),
     PrefillCell("chunk_512_on_2k", 512, 2 * K, impls=("zigzag", "route_torch_cpu"), **_TINY),
     PrefillCell("short_64_on_2k", 64, 2 * K, impls=("zigzag", "decode_calls", "route_torch_cpu"), **_TINY),
+    PrefillCell("prefill_fp8_64_on_2k", 64, 2 * K, impls=("zigzag", "route_torch_cpu"), kv_format="fp8", **_TINY),
 ]
 BY_DEVICE = {"cuda": CUDA, "cpu": CPU}
 
@@ -96,17 +106,30 @@ class PrefillProblem:
             t[:, :, cell.past :].transpose(1, 2).contiguous().transpose(1, 2) for t in (self.keys, self.values)
         )
         self.lengths = torch.full((cell.batch,), cell.past, dtype=torch.int32, device=device)
+        self.codes = self._quantise() if cell.kv_format != "none" else None
         self.rows = sorted({0, 1, cell.tokens // 3, cell.tokens - 2, cell.tokens - 1} & set(range(cell.tokens)))
 
     def _normal(self, shape: tuple[int, ...], sigma: float = 1.0) -> Tensor:
         return torch.empty(shape, dtype=self.cell.dtype, device=self.device).normal_(0, sigma, generator=self._generator)
 
-    def caches(self) -> tuple[Tensor, Tensor]:
+    def _quantise(self) -> ops.KvBuffers:
+        """Caches of codes that hold all tokens; keys and values become what the codes mean."""
+        cell, total = self.cell, self.keys.shape[2]
+        shape = (cell.batch, cell.num_kv_heads, total, cell.head_dim, cell.dtype, self.device, cell.kv_format)
+        (k_cache, k_scale), (v_cache, v_scale) = (ops.new_cache(*shape) for _ in "kv")
+        ops.append(self.keys, self.values, k_cache, v_cache, torch.zeros_like(self.lengths), k_scale=k_scale, v_scale=v_scale)
+        codes = ops.KvBuffers(k_cache, v_cache, k_scale, v_scale)
+        self.keys, self.values = prefill.Stored.of(codes, torch.float32).read(0, total)
+        return codes
+
+    def caches(self) -> ops.KvBuffers:
         """The full buffers (the new tokens will be written where they already are), or a ring for a streaming layer."""
+        if self.codes is not None:
+            return self.codes
         if not self.cell.window:
-            return self.keys, self.values
+            return ops.KvBuffers(self.keys, self.values)
         shape = (self.cell.batch, self.cell.num_kv_heads, self.cell.sink + self.cell.window, self.cell.head_dim)
-        return tuple(torch.empty(shape, dtype=self.cell.dtype, device=self.device) for _ in "kv")
+        return ops.KvBuffers(*(torch.empty(shape, dtype=self.cell.dtype, device=self.device) for _ in "kv"))
 
     def error(self, out: Tensor, impl: str) -> float:
         """Largest relative error over all heads of a few sampled rows, in float64; infinite for NaN."""
@@ -144,14 +167,14 @@ def prepare(impl: str, p: PrefillProblem) -> Callable[[], Tensor]:
 
 def _route(p: PrefillProblem, backend: str) -> Callable[[], Tensor]:
     """Through this package, as a cache layer calls it: attention and the append of the new tokens."""
-    cell, (k_cache, v_cache) = p.cell, p.caches()
+    cell, caches = p.cell, p.caches()
     workspace = ops.new_workspace(p.device)
     options = {"past": cell.past, "sink": cell.sink, "window": cell.window, "scale": p.scale, "workspace": workspace}
     _check_served(p, backend)
 
     def run():
         with prefill.prefill_options(backend):
-            return prefill.attend(p.q, p.k_new, p.v_new, ops.KvBuffers(k_cache, v_cache), p.lengths, **options)
+            return prefill.attend(p.q, p.k_new, p.v_new, caches, p.lengths, **options)
 
     return run
 
@@ -178,12 +201,12 @@ def _cudnn_dense(p: PrefillProblem) -> Callable[[], Tensor]:
 
 def _decode_calls(p: PrefillProblem) -> Callable[[], Tensor]:
     """The decode kernel, 16 rows at a time."""
-    cell, (k_cache, v_cache) = p.cell, p.caches()
+    cell, caches = p.cell, p.caches()
     workspace = ops.new_workspace(p.device)
     pieces = [slice(start, start + DECODE_ROWS) for start in range(0, cell.tokens, DECODE_ROWS)]
     calls = [([t[:, :, piece] for t in (p.q, p.k_new, p.v_new)], p.lengths + piece.start) for piece in pieces]
-    options = {"sink": cell.sink, "window": cell.window, "scale": p.scale, "workspace": workspace}
-    return lambda: torch.cat([ops.attention(*new, k_cache, v_cache, lengths, **options)[0] for new, lengths in calls], 2)
+    options = {"sink": cell.sink, "window": cell.window, "scale": p.scale, "workspace": workspace} | caches.scales
+    return lambda: torch.cat([ops.attention(*new, *caches[:2], lengths, **options)[0] for new, lengths in calls], 2)
 
 
 def _flex_attention(p: PrefillProblem) -> Callable[[], Tensor]:

@@ -22,8 +22,8 @@ def of_chunks(rows: list[PrefillRecord]) -> list[str]:
         if scenario.startswith("retrieval"):
             compare(scenario, ["cudnn", "flash", "torch_cpu"], "time over torch's best:", lambda a, b: f"{a / b:.3f}")
             compare(scenario, ["fa3"], "with fa3, time over fa3:", lambda a, b: f"{a / b:.3f}", ours="route_fa3")
-        if scenario.startswith("short"):
-            others = [impl for name, impl in time_of if name == scenario and impl != "zigzag"]
+        if scenario.startswith(("short", "prefill")):
+            others = [impl for name, impl in time_of if name == scenario and impl not in ("zigzag", "cudnn_dense")]
             compare(scenario, others, "time over the best route:", lambda a, b: f"{a / b:.3f}")
         if (scenario, "cudnn_dense") in rate_of and (scenario, "zigzag") in rate_of:
             share = 100 * rate_of[scenario, "zigzag"] / rate_of[scenario, "cudnn_dense"]

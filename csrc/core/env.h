@@ -5,7 +5,17 @@
 
 namespace zigzag {
 
-enum class Env { kCpuIsa, kForcePlain, kDependentLaunch, kCluster, kSpread, kWarps, kBlocks };
+enum class Env {
+  kCpuIsa,
+  kForcePlain,
+  kDependentLaunch,
+  kCluster,
+  kSpread,
+  kWarps,
+  kBlocks,
+  kPrefillKernel,
+  kPrefillSplits
+};
 
 struct EnvVariable {
   Env id;
@@ -29,6 +39,10 @@ inline constexpr EnvVariable kEnvVariables[] = {
     {Env::kWarps, "ZIGZAG_WARPS", "0 to 8", "most warps per block of decode kernels; 0: as measured to be best"},
     {Env::kBlocks, "ZIGZAG_BLOCKS", "0 to 320",
      "blocks of decode_full's runs, which then serve one row, too, where clusters do not; 0: as measured to be best"},
+    {Env::kPrefillKernel, "ZIGZAG_PREFILL_KERNEL", "auto, tiles",
+     "tiles: chunks of prompts never take the pipeline kernel of sm_90a; auto: wherever it serves"},
+    {Env::kPrefillSplits, "ZIGZAG_PREFILL_SPLITS", "0 to 160",
+     "blocks of the pipeline kernel that share the keys of a tile of query rows; 0: as many as fill the GPU"},
 };
 
 // The value, or "" where the variable is unset or empty. Throws zigzag::Error, naming the variable, its value and the

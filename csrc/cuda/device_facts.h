@@ -22,11 +22,18 @@ struct DeviceFacts {
 struct LaunchOptions {
   bool force_plain = false, dependent_launch = false;
   int cluster = 0, spread = 0, warps = 0, blocks = 0;
+  bool prefill_tiles = false;
+  int prefill_splits = 0;
 
   static LaunchOptions from_environment() {
-    return {env_integer(Env::kForcePlain) != 0, env_integer(Env::kDependentLaunch) != 0,
-            env_integer(Env::kCluster),         env_integer(Env::kSpread),
-            env_integer(Env::kWarps),           env_integer(Env::kBlocks)};
+    return {env_integer(Env::kForcePlain) != 0,
+            env_integer(Env::kDependentLaunch) != 0,
+            env_integer(Env::kCluster),
+            env_integer(Env::kSpread),
+            env_integer(Env::kWarps),
+            env_integer(Env::kBlocks),
+            env_text(Env::kPrefillKernel) == "tiles",
+            env_integer(Env::kPrefillSplits)};
   }
 };
 

@@ -1,5 +1,4 @@
-// Virtual memory of a GPU. The driver's functions are asked for at run time: nothing links libcuda, so the library
-// loads on a machine without a driver.
+// Virtual memory of a GPU.
 #include <cudaTypedefs.h>
 
 #include <algorithm>
@@ -8,25 +7,16 @@
 #include <memory>
 #include <mutex>
 
+#include "cuda/driver.h"
 #include "cuda/launch.h"
 #include "kv/virtual_memory.h"
 
 namespace zigzag {
 namespace {
 
-constexpr unsigned kDriverVersion = 10020;  // CUDA 10.2 brought all of these
-
 template <class Function>
 Function entry_point(const char* name) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-  ZZ_CUDA(cudaGetDriverEntryPointByVersion(name, &function, kDriverVersion, cudaEnableDefault, &found));
-#else
-  ZZ_CUDA(cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found));
-#endif
-  ZZ_CHECK(found == cudaDriverEntryPointSuccess && function != nullptr, "the CUDA driver has no ", name);
-  return reinterpret_cast<Function>(function);
+  return cuda::driver_function<Function>(name, 10020);  // CUDA 10.2 brought all of these
 }
 
 struct Driver {

@@ -16,6 +16,7 @@ TINY = [
     PrefillCell("streaming_tiny", 90, sink=3, window=20, impls=("zigzag", "full_torch_cpu"), **SHAPE),
     PrefillCell("retrieval_tiny", 70, impls=("zigzag", "zigzag_kernel", "torch_cpu", "cudnn"), **SHAPE),
     PrefillCell("short_tiny", 40, 50, impls=("zigzag", "decode_calls", "route_torch_cpu", "torch_cpu"), **SHAPE),
+    PrefillCell("prefill_int4_tiny", 40, 30, impls=("zigzag", "decode_calls", "route_torch_cpu"), kv_format="int4", **SHAPE),
 ]
 
 

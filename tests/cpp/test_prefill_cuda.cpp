@@ -253,6 +253,8 @@ TEST_CASE("prefill over a full cache equals the double reference") {
       {"several tiles, diagonal inside a tile", {0}, 150},
       {"ragged batch", {0, 1, 63, 64, 200}, 40},
       {"continued", {130}, 90, 0, 0, 1},
+      {"keys of the cache, of both, and of the chunk", {300, 256, 3}, 280, 0, 0, 1, 128},
+      {"the same in one group, padded", {300, 250}, 200, 0, 0, 7, 64, {1, 64}, DType::kFloat16, true},
       {"padded rows, one of them all padding", {0, 70, 5}, 33, 0, 0, 4, 64, {0, 7, 33}},
       {"whole tiles of padding", {10, 0}, 100, 0, 0, 4, 64, {90, 0}},
       {"one token", {77, 0}, 1},

@@ -59,20 +59,23 @@ def test_a_backend_that_fails_is_left_out(stand_ins):
         assert ranking(CPU, torch.float32, 4, 4, 64) == ("zigzag", "cudnn")
 
 
-def choose(q_len, past, heads=32):
+def choose(q_len, past, heads=32, quantised=False):
     q = SimpleNamespace(shape=(1, heads, q_len, 128), is_cuda=True, device="cuda:0", dtype=torch.bfloat16)
-    return prefill.choose(q, SimpleNamespace(shape=(1, 8, q_len, 128)), past)
+    return prefill.choose(q, SimpleNamespace(shape=(1, 8, q_len, 128)), past, quantised)
 
 
 @pytest.mark.parametrize("ranked", [("cudnn", "zigzag", "flash"), ("zigzag", "cudnn"), ("flash", "zigzag")], ids=lambda r: r[0])
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "no_flash"])
-def test_choice_by_shape(monkeypatch, ranked, flash):
+@pytest.mark.parametrize("splits", [True, False], ids=["splits", "no_splits"])
+def test_choice_by_shape(monkeypatch, ranked, flash, splits):
     monkeypatch.delenv(prefill.ENVIRONMENT, raising=False)
     monkeypatch.setattr(prefill, "ranking", lambda *args: ranked)
     monkeypatch.setattr(prefill, "serves", lambda name, *args: flash)
-    short = "flash" if flash else "zigzag"
+    monkeypatch.setattr(prefill.ops, "splits_prompts", lambda device, head_dim: splits)
+    short = "flash" if flash and not splits else "zigzag"
     assert choose(16, 1 << 20) == choose(17, 0) == choose(64, 512 - 65) == "zigzag"
     assert choose(64, 512 - 64) == choose(17, 1 << 20) == choose(511, 512) == short
+    assert choose(64, 1 << 17, quantised=True) == choose(8192, 0, quantised=True) == short
     without_plans = next(name for name in ranked if name != "cudnn")
     assert choose(512, 0) == choose(8192, 0) == without_plans, "too little work for a plan"
     assert choose(16_384, 0) == choose(8192, 131_072) == choose(4096, 32_768) == ranked[0]

@@ -31,6 +31,20 @@ def new_workspace(device: torch.device | str) -> Tensor:
     return torch.zeros(0 if torch.device(device).type == "cpu" else _C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
+@torch.compiler.assume_constant_result
+def splits_prompts(device: torch.device, head_dim: int) -> bool:
+    """Whether `attention` on `device` shares the keys of a prompt's chunk out over the GPU, in plain and quantised full caches.
+
+    Its prefill kernel for sm_90a does, and reads codes as they are. Where there is none, few new tokens leave most of a GPU idle,
+    and over a quantised cache they are attended 16 at a time.
+    """
+    if device.type != "cuda" or "90a" not in _C.build_info()["cuda_archs"].split(";"):
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    # Heads, tokens and slots do not decide.
+    return _C.prefill_plan(10 * major + minor, 1, 1, 1, head_dim, MAX_DECODE_QUERIES + 1, 1)["kernel"] == "pipeline"
+
+
 def new_cache(
     batch: int,
     num_kv_heads: int,

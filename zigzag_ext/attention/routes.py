@@ -23,14 +23,16 @@ from .ops import KvBuffers
 ENVIRONMENT = "ZIGZAG_PREFILL_BACKEND"
 CHOICES = ("auto", "zigzag", *BACKENDS)
 
-# Below this many new tokens our kernel has too few blocks to read a long cache at full speed (it does not split the keys:
-# 64 tokens x 32/8 heads are 16 blocks, an H100 has 132 multiprocessors); flash splits them. On an H100, 256 tokens on 8K keys
-# take 227 us by our kernel and 128 by flash, 512 tokens 236 and 250. From here on the measurement decides.
+# Below this many new tokens our kernel has too few blocks to read a long cache at full speed unless it splits the keys
+# (ops.splits_prompts; 64 tokens x 32/8 heads are 16 blocks, an H100 has 132 multiprocessors); flash splits them. On an H100, 256
+# tokens on 8K keys take 227 us by our kernel without splits and 128 by flash, 512 tokens 236 and 250. From here on the
+# measurement decides.
 # `python -m benchmarks.prefill --scenario short` compares the routes on both sides of the two limits.
 SHORT_CHUNK = 512
 LONG_CACHE = 512  # keys; on a shorter cache a short chunk takes our prefill kernel: one call instead of two
-# Where no backend serves (padded or ragged rows, graph capture), up to this many tokens go through the decode kernel, 16 at a
-# time: on an H100, 64 tokens take 117 instead of 341 us on 8K keys, 0.95 instead of 5.2 ms on 128K.
+# Where neither a backend nor a kernel that splits the keys serves (padded or ragged rows, graph capture), up to this many tokens
+# go through the decode kernel, 16 at a time: on an H100, 64 tokens take 117 instead of 341 us on 8K keys, 0.95 instead of 5.2 ms
+# on 128K.
 SLICED_CHUNK = 64
 # cuDNN builds a plan per new shape, 40 to 70 ms on the host (https://github.com/flashinfer-ai/flashinfer/pull/5245,
 # https://github.com/pytorch/pytorch/pull/191576), shared by the layers of a forward. Each layer must gain its share of that.
@@ -144,7 +146,8 @@ def attend(
         return out
     # The op itself slices over a quantised cache.
     few = ops.MAX_DECODE_QUERIES < q_len <= SLICED_CHUNK and slots >= LONG_CACHE and not caches.is_quantised
-    if q.is_cuda and few and not window and heads is None and cache_rows is None and out is None and _is_regular(*new):
+    few = few and not window and heads is None and cache_rows is None and out is None
+    if q.is_cuda and few and _is_regular(*new) and not ops.splits_prompts(q.device, q.shape[3]):
         softmax = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
         return attend_in_slices(*new, caches, seq_lens, pad=pad, workspace=workspace, **softmax)
     return ops.attention(*new, *caches[:2], seq_lens, sink=sink, window=window, **options)[0]
@@ -208,9 +211,12 @@ def choose(q: Tensor, k_new: Tensor, past: int, quantised: bool = False) -> str:
         return "zigzag" if few and BACKENDS[wanted].plans else wanted
     if not q.is_cuda:
         return "zigzag"
-    if quantised:  # our kernels take 16 tokens a launch there, and re-read the cache for each
-        return "flash" if serves("flash", q.device, q.dtype, head_dim) else "zigzag"
+    splits = ops.splits_prompts(q.device, head_dim)
+    if quantised:  # kernels that do not split take 16 tokens a launch there, and re-read the cache for each
+        return "flash" if not splits and serves("flash", q.device, q.dtype, head_dim) else "zigzag"
     if q_len < SHORT_CHUNK:
+        if splits:
+            return "zigzag"
         return "flash" if past + q_len >= LONG_CACHE and serves("flash", q.device, q.dtype, head_dim) else "zigzag"
     flops = 4 * batch * num_q_heads * q_len * (past + q_len / 2) * head_dim
     names = ranking(q.device, q.dtype, num_q_heads, k_new.shape[1], head_dim)

@@ -90,7 +90,7 @@ class SinkWindowImpl(AttentionImpl):
             "keys of another layer": kv_sharing_target_layer_name is not None,
             "learned sink logits": sinks is not None,
             f"keys and values as {kv_cache_dtype}": is_quantized_kv_cache(kv_cache_dtype),
-            f"head_dim {head_size} (served: {', '.join(map(str, ops.CPU_HEAD_DIMS))})": head_size not in ops.CPU_HEAD_DIMS,
+            f"head_dim {head_size} (served: {', '.join(map(str, ops.HEAD_DIMS))})": head_size not in ops.HEAD_DIMS,
             f"{num_heads // num_kv_heads} query heads per KV head": num_heads // num_kv_heads > ops.MAX_GROUP_SIZE,
         }
         if reasons := [reason for reason, is_there in found.items() if is_there]:
@@ -155,7 +155,7 @@ class SinkWindowBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return list(ops.CPU_HEAD_DIMS)
+        return list(ops.HEAD_DIMS)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

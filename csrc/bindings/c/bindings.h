@@ -9,6 +9,7 @@ void bind_build_info(pybind11::module_& module);
 void bind_decode_plan(pybind11::module_& module);
 void bind_limits(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
+void bind_prefill_plan(pybind11::module_& module);
 void bind_scheduler(pybind11::module_& module);
 void bind_solver(pybind11::module_& module);
 void bind_virtual_buffer(pybind11::module_& module);

@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C, module) {
   bindings::bind_decode_plan(module);
   bindings::bind_limits(module);
   bindings::bind_plan(module);
+  bindings::bind_prefill_plan(module);
   bindings::bind_scheduler(module);
   bindings::bind_solver(module);
   bindings::bind_virtual_buffer(module);

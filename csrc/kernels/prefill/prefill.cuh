@@ -48,10 +48,12 @@ __device__ __forceinline__ void load_queries(const AttentionParams& p, const Que
 // Keys [number, number + kKeys) of the tile and their values. Rows past the last key become zeros, so that whatever
 // memory holds there, NaN included, cannot reach the output through a weight of 0. A thread owns a few rows, at fixed
 // distances, so that one address serves several 16-byte chunks.
-template <class Block>
-__device__ __forceinline__ void load_keys(RingLayout layout, const QueryTile& tile, int number, uint32_t k_tile) {
-  constexpr int kRowStep = Block::kThreads / Block::kThreadsPerRow;
-  const int first_row = threadIdx.x / Block::kThreadsPerRow, first_chunk = threadIdx.x % Block::kThreadsPerRow;
+// `thread`: of the kThreads that load.
+template <class Block, int kThreads = Block::kThreads>
+__device__ __forceinline__ void load_keys(RingLayout layout, const QueryTile& tile, int number, uint32_t k_tile,
+                                          int thread = threadIdx.x) {
+  constexpr int kRowStep = kThreads / Block::kThreadsPerRow;
+  const int first_row = thread / Block::kThreadsPerRow, first_chunk = thread % Block::kThreadsPerRow;
   const uint32_t first_destination = k_tile + Block::key_offset(first_row, first_chunk);
 #pragma unroll 2  // more would spill
   for (int i = 0; i < Block::kKeys / kRowStep; ++i) {
@@ -123,12 +125,12 @@ __device__ __forceinline__ void cap(float (&scores)[kRowTiles][kTiles][4], float
   }
 }
 
-// Turns scores into weights, 2^(scale * score), relative to the row's new maximum and rescales what was summed before.
-// A row without a visible key so far keeps its maximum of -inf; 0 stands in for it, as -inf - -inf would be NaN.
+// Turns scores into weights, 2^(scale * score), relative to the row's new maximum, and adds them up. `rescale` is what
+// the output so far is still to be multiplied by; returns whether that changes anything in this lane. A row without a
+// visible key so far keeps its maximum of -inf; 0 stands in for it, as -inf - -inf would be NaN.
 template <class Block>
-__device__ __forceinline__ void update_softmax(PrefillState<Block>& state, typename Block::Scores& scores,
-                                               float scale) {
-  float rescale[Block::kRowTiles][2];
+__device__ __forceinline__ bool weigh(PrefillState<Block>& state, typename Block::Scores& scores, float scale,
+                                      float (&rescale)[Block::kRowTiles][2]) {
   bool changed = false;
 #pragma unroll
   for (int m = 0; m < Block::kRowTiles; ++m) {
@@ -159,6 +161,13 @@ __device__ __forceinline__ void update_softmax(PrefillState<Block>& state, typen
       state.sum[m][half] = state.sum[m][half] * rescale[m][half] + sum;
     }
   }
+  return changed;
+}
+
+// By all lanes of a warp; `changed`: of this one.
+template <class Block>
+__device__ __forceinline__ void rescale_output(PrefillState<Block>& state, const float (&rescale)[Block::kRowTiles][2],
+                                               bool changed) {
   if (!__any_sync(0xffffffffu, changed)) return;
 #pragma unroll
   for (int m = 0; m < Block::kRowTiles; ++m) {
@@ -168,6 +177,14 @@ __device__ __forceinline__ void update_softmax(PrefillState<Block>& state, typen
       for (int e = 0; e < 4; ++e) state.out[m][n][e] *= rescale[m][e / 2];
     }
   }
+}
+
+template <class Block>
+__device__ __forceinline__ void update_softmax(PrefillState<Block>& state, typename Block::Scores& scores,
+                                               float scale) {
+  float rescale[Block::kRowTiles][2];
+  const bool changed = weigh<Block>(state, scores, scale, rescale);
+  rescale_output<Block>(state, rescale, changed);
 }
 
 // Normalises what the warp has of its rows and writes it, through its place in the Q tile so that global stores are 16

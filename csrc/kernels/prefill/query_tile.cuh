@@ -19,8 +19,9 @@ struct KeySource {
 
 struct QueryTile {
   int batch, group;
-  int kv_head;  // of q (its group), k_new, v_new, out and lse
-  int length;   // tokens cached before the call
+  int kv_head;                // of q (its group), k_new, v_new, out and lse
+  int cache_head, cache_row;  // of the caches; row 0 where the row is skipped, of which nothing is read
+  int length;                 // tokens cached before the call
   int pad;
   int first_column, first_member;  // of row 0: its chunk column and its head within the group
   int reciprocal;                  // 65536 / group, rounded up: exact division of the numbers below 256 that occur here
@@ -46,10 +47,11 @@ struct QueryTile {
 
   // Blocks are numbered with the KV head fastest and the last columns, which see the most keys, first: heavy blocks
   // start early.
-  static __device__ __forceinline__ QueryTile of_block(const AttentionParams& p, int rows_per_tile) {
+  static __device__ __forceinline__ QueryTile of_block(const AttentionParams& p, int rows_per_tile,
+                                                       int block = blockIdx.x) {
     const int num_tiles = (p.q_len * (p.num_q_heads / p.num_kv_heads) + rows_per_tile - 1) / rows_per_tile;
-    const int pair = blockIdx.x / p.num_kv_heads;
-    const int cache_head = blockIdx.x - pair * p.num_kv_heads;
+    const int pair = block / p.num_kv_heads;
+    const int cache_head = block - pair * p.num_kv_heads;
     return of(p, pair % p.batch, cache_head, (num_tiles - 1 - pair / p.batch) * rows_per_tile, rows_per_tile);
   }
 
@@ -59,14 +61,15 @@ struct QueryTile {
     QueryTile tile;
     tile.group = p.num_q_heads / p.num_kv_heads;
     tile.kv_head = p.heads(cache_head);
+    tile.cache_head = cache_head;
     tile.batch = batch;
     tile.first_column = first_row / tile.group;
     tile.first_member = first_row - tile.first_column * tile.group;
     tile.reciprocal = 65536 / tile.group + 1;
     const ChunkRow row = chunk_row(p, tile.batch);
+    tile.cache_row = max(row.cache_row, 0);
     tile.source[0] = key_source(p.k_new, p.k_new_stride, p.v_new, p.v_new_stride, tile.batch, tile.kv_head);
-    tile.source[1] =
-        key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride, max(row.cache_row, 0), cache_head);
+    tile.source[1] = key_source(p.k_cache, p.k_cache_stride, p.v_cache, p.v_cache_stride, tile.cache_row, cache_head);
 
     const RingLayout layout{p.sink, p.window, p.slots};
     tile.length = layout.is_full() ? min(row.length, p.slots) : row.length;

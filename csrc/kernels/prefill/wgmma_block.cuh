@@ -4,6 +4,7 @@
 
 #include "cuda/wgmma.cuh"
 #include "kernels/prefill/fragments.cuh"
+#include "kernels/prefill/swizzle.h"
 
 namespace zigzag::prefill {
 
@@ -22,9 +23,7 @@ struct WgmmaBlock {
   static constexpr int kKeys = 64;
   static constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks per row
   static constexpr int kThreadsPerRow = 8;
-  // A tile is stored in blocks of 64 dims, each [rows][128 bytes], its chunks permuted as the hardware's 128-byte
-  // swizzle does it: by an XOR with the row.
-  static constexpr int kRowBytes = 128;
+  static constexpr int kRowBytes = kSwizzledRowBytes;
   static constexpr int kKeyChunkBytes = kKeys * kRowBytes;
   static constexpr int kQueryBytes = kRows * kRowBytes * (kHeadDim / 64);
   static constexpr int kKeyBytes = kKeyChunkBytes * (kHeadDim / 64);
@@ -34,8 +33,8 @@ struct WgmmaBlock {
   using Scores = float[kRowTiles][kKeys / 8][4];
   using Output = float[kRowTiles][kHeadDim / 8][4];
 
-  static __device__ __forceinline__ int query_offset(int row, int chunk) { return offset(kRows, row, chunk); }
-  static __device__ __forceinline__ int key_offset(int row, int chunk) { return offset(kKeys, row, chunk); }
+  static __device__ __forceinline__ int query_offset(int row, int chunk) { return swizzled_piece(kRows, row, chunk); }
+  static __device__ __forceinline__ int key_offset(int row, int chunk) { return swizzled_piece(kKeys, row, chunk); }
 
   // What cp.async wrote becomes visible to the tensor cores, which read shared memory by another path.
   static __device__ __forceinline__ void publish() { fence_proxy_async(); }
@@ -73,11 +72,6 @@ struct WgmmaBlock {
     }
     wgmma_commit();
     wgmma_wait<0>();
-  }
-
- private:
-  static __device__ __forceinline__ int offset(int rows, int row, int chunk) {
-    return (chunk / 8 * rows + row) * kRowBytes + (((chunk ^ row) & 7) << 4);
   }
 };
 

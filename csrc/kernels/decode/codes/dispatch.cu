@@ -4,6 +4,7 @@
 #include "core/error.h"
 #include "kernels/attention.h"
 #include "kernels/decode/codes/dispatch.h"
+#include "kernels/prefill/prefill.h"
 #include "kv/formats.h"
 
 namespace zigzag {
@@ -62,6 +63,7 @@ void attention_codes_cuda(const AttentionParams& p, void* stream) {
   }
   ZZ_CHECK(p.slots > 0 || p.q_len <= kMaxDecodeQueries, "more than ", kMaxDecodeQueries,
            " new tokens over a quantised cache on CUDA need a cache with slots; got ", p.q_len, " tokens and 0 slots");
+  if (p.q_len > kMaxDecodeQueries && prefill_codes_cuda(p, stream)) return;
   for (int begin = 0; begin < p.q_len; begin += kMaxDecodeQueries) {
     launch(part(p, begin, std::min(kMaxDecodeQueries, p.q_len - begin)), stream);
   }

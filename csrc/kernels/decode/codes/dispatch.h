@@ -1,6 +1,6 @@
-// Attention over quantised caches on CUDA. A chunk longer than kMaxDecodeQueries runs as several launches of the decode
-// kernels, each of which appends before the next one reads: a prompt needs no scratch, and every chunking attends the
-// same codes.
+// Attention over quantised caches on CUDA. A chunk longer than kMaxDecodeQueries that no prefill kernel serves
+// (prefill_codes_cuda) runs as several launches of the decode kernels, each of which appends before the next one reads:
+// a prompt needs no scratch, and every chunking attends the same codes.
 #pragma once
 
 #include "core/params.h"

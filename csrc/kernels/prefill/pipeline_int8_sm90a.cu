@@ -1,0 +1,7 @@
+#include "kernels/prefill/pipeline_codes.cuh"
+
+namespace zigzag::prefill {
+
+template void launch_prefill_codes<Int8, Int8>(const AttentionParams&, const PrefillPlan&, void* stream);
+
+}  // namespace zigzag::prefill
