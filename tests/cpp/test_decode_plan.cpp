@@ -47,7 +47,7 @@ void check_runs(const DecodeRequest& r, const KnownDevice& device, const DecodeP
   CHECK((p.cluster == 1 || device.facts.arch >= 90));
   CHECK((p.cluster & (p.cluster - 1)) == 0);
   if (p.cluster > 1) CHECK(p.team == p.cluster * p.spread);
-  if (p.one_token) CHECK((r.q_len == 1 && !r.block.has_codes() && (p.team > 1 || r.window > 0)));
+  if (p.one_token) CHECK((r.q_len == 1 && p.row_blocks == 1 && !r.block.has_codes() && (p.team > 1 || r.window > 0)));
   if (r.window > 0) {
     CHECK(p.cluster <= kMaxRingCluster);
     CHECK(p.spread == 1);

@@ -35,7 +35,7 @@ DecodePlan full_plan(const DecodeRequest& request, const cuda::DeviceFacts& devi
   plan.layout = layout();
   plan.grid[0] = team > 0 ? team : std::min(blocks, kMaxBlocks);
   if (team > 0) plan.grid[1] = request.num_kv_heads * plan.row_blocks, plan.grid[2] = request.batch;
-  plan.one_token = team > 1 && request.q_len == 1 && !request.block.has_codes();
+  plan.one_token = team > 1 && request.q_len == 1 && plan.row_blocks == 1 && !request.block.has_codes();
   return plan;
 }
 
@@ -183,7 +183,7 @@ DecodePlan plan_ring(const DecodeRequest& request, const cuda::DeviceFacts& devi
   }
   plan.team = plan.grid[0] = plan.cluster;
   plan.grid[1] = request.num_kv_heads, plan.grid[2] = request.batch;
-  plan.one_token = in_place && has_clusters && !plan.by_position;
+  plan.one_token = in_place && has_clusters && plan.row_blocks == 1 && !plan.by_position;
 
   // Shares the tiles out to at most `most` warps of each block, and lays out their shared memory.
   const auto share_out = [&](int most) {
