@@ -22,7 +22,6 @@ from ..cache.forward import Forward
 from ..planning.waiting import waiting
 from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
-from .own_config import plain_name
 from .step_cache import StepCache
 
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -158,7 +157,7 @@ class _Step:
     def _run(self):
         told = nullcontext() if self.has_run else waiting("compiling the decode step, once; seconds to minutes")
         try:
-            with told, attending(self.view), plain_name(self.model):
+            with told, attending(self.view):
                 output = self.compiled(self.inputs)
         except TorchDynamoException as error:
             name = type(self.model).__name__

@@ -5,19 +5,13 @@ through this package. Of a composite model the text decoder's config says so; it
 """
 
 import copy
-import threading
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import nn
+from torch.utils import _pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..planning.layers import text_config
 from .attention import NAME
-
-_plain: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model: uses of `plain_name` under way, what they stand for
-_plain_lock = threading.Lock()
 
 
 class _Implementation(str):
@@ -33,6 +27,10 @@ class _Implementation(str):
 
     def __reduce_ex__(self, protocol: int):
         return copy.copy, (self.former,)
+
+
+# For the compiler: that of torch 2.11 takes no other subclass of str for a constant.
+_pytree.register_constant(_Implementation)
 
 
 def is_composite(model: nn.Module) -> bool:
@@ -81,25 +79,6 @@ def use_former(model: nn.Module) -> None:
     """Undoes `use_zigzag`; the config stays the model's own."""
     implementation = text_config(model.config)._attn_implementation
     set_implementation(model, getattr(implementation, "former", implementation))
-
-
-@contextmanager
-def plain_name(model: nn.Module) -> Iterator[None]:
-    """For the compiler, which takes a str for a constant and none of its subclasses. Threads may overlap."""
-    config = text_config(model.config)
-    with _plain_lock:
-        users, implementation = _plain.get(model, (0, config._attn_implementation))
-        _plain[model] = users + 1, implementation
-        config._attn_implementation = {"": NAME}
-    try:
-        yield
-    finally:
-        with _plain_lock:
-            users, implementation = _plain.pop(model)
-            if users > 1:
-                _plain[model] = users - 1, implementation
-            else:
-                config._attn_implementation = {"": implementation}
 
 
 def _exchange(given: nn.Module, others: dict[int, object]) -> dict[int, object]:
