@@ -135,3 +135,42 @@ def test_what_is_no_row_is_named(slots, session, like):
     hybrid = new_model("qwen3_next")
     with pytest.raises(ValueError, match=r"layers \[0, 2\] keep recurrent or convolution states"):
         Slots(ZigzagCache(hybrid.config, max_len=50), 2, like)
+
+
+@pytest.mark.parametrize("source", [1, 2], ids=["itself", "another row"])
+@pytest.mark.parametrize("length, tokens", [(23, 5), (24, 1), (40, 40), (40, 39), (60, 40)])
+def test_a_row_goes_on_from_the_beginning_of_another(session, slots, length, tokens, source):
+    """By its rings as they are, one token earlier, while they have not come round, or by a copy of them."""
+    ids, new, rings = prompt(length, seed=3), prompt(6, seed=4), None
+    slots.take(source, 600)
+    for piece in (ids[:, :40], ids[:, 40:]):
+        if piece.shape[1]:
+            run(session, slots, [source], piece)
+            rings = rings if rings is not None else slots.rings_of(source)
+    assert slots.reach(min(length, 40), tokens) == tokens
+    if source != 1:
+        slots.take(1, 500)
+        run(session, slots, [1], ids[:, :2])
+    slots.resume(1, source, tokens, None if length <= 40 and source != 1 else rings)
+    slots.check()
+    assert slots.held[[1, source]].tolist() == [tokens, tokens if source == 1 else length]
+    on = [run(session, slots, [1], new), run(session, slots, [1], prompt(1))]
+    slots.take(3, 600)
+    run(session, slots, [3], ids[:, :tokens])
+    for logits in on:
+        torch.testing.assert_close(logits, run(session, slots, [3], new if logits is on[0] else prompt(1)), atol=1e-4, rtol=1e-4)
+
+
+def test_where_rings_cannot_go_back_to_is_no_place(slots, session):
+    assert [slots.reach(40, wanted) for wanted in (41, 40, 39, 38, 1)] == [40, 40, 39, 0, 0]
+    assert [slots.reach(24, wanted) for wanted in (30, 24, 1)] == [24, 24, 1]
+    assert sum(ring.nbytes for ring in slots.rings_of(0)) == slots.ring_row_bytes == slots.ring_bytes // 4
+    read(session, slots, 0, 40)
+    slots.take(1, 30)
+    with pytest.raises(RuntimeError, match="row 1 was taken for 30 tokens, this forward needs 40"):
+        slots.resume(1, 0, 40)
+    with pytest.raises(ValueError, match="row 0 holds 40 tokens, 41 are to be those of row 1"):
+        slots.resume(1, 0, 41)
+    with pytest.raises(ValueError, match="row 0 is for 256 to 600 tokens, got 255"):
+        slots.extend(0, 255)
+    assert slots.held.tolist() == [40, 0, 0, 0]

@@ -173,7 +173,7 @@ BAD = {
     "1 bytes are left for keys and values, a row of one token takes 16,384": {"memory": 1572865},
     "prefill_chunk must be a number of tokens or 'auto', got None": {"prefill_chunk": None},
     "unexpected keyword argument 'compile'": {"compile": True},
-    "unexpected keyword argument 'prefix_cache'": {"prefix_cache": True},
+    "prefix_cache must be True or False, got 1": {"prefix_cache": 1},
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import ops
-from ..attention.store import GROWTH_STEP, Chunk, in_normal_mode
+from ..attention.store import GROWTH_STEP, Chunk, LayerStore, in_normal_mode
 from .cache import ZigzagCache
 from .columns import copy_on
 from .forward import Forward
@@ -63,7 +63,16 @@ class Slots:
     @property
     def ring_bytes(self) -> int:
         """Bytes of the rings of all rows."""
-        return sum(store.memory_bytes for store in self.cache.stores if store.window)
+        return sum(store.memory_bytes for store in self._rings)
+
+    @property
+    def ring_row_bytes(self) -> int:
+        """Bytes of the rings of one row."""
+        return self.ring_bytes // len(self.limits)
+
+    @property
+    def _rings(self) -> list[LayerStore]:
+        return [store for store in self.cache.stores if store.window]
 
     @locked
     def take(self, row: int, tokens: int) -> None:
@@ -71,6 +80,57 @@ class Slots:
         if self.limits[row] or not 1 <= tokens <= self.state.max_len:
             raise ValueError(f"row {row} is taken, or {tokens} tokens are not 1 to {self.state.max_len}")
         self.limits[row] = tokens
+
+    @locked
+    def extend(self, row: int, tokens: int) -> None:
+        """Row `row`, which is taken, is for up to `tokens` tokens from now on, no fewer than it has memory for."""
+        if not max(1, self.committed[row]) <= tokens <= self.state.max_len:
+            raise ValueError(f"row {row} is for {self.committed[row]} to {self.state.max_len} tokens, got {tokens}")
+        self.limits[row] = tokens
+
+    def reach(self, tokens: int, wanted: int) -> int:
+        """Where a text can go on whose first `wanted` tokens are those of a row, with its rings as of its first `tokens` ones.
+
+        A place of at most `wanted` and `tokens`; 0: none. One token earlier than they are is no loss: the oldest token that rings
+        hold is the one that the next query no longer sees. And rings that have not come round hold all.
+        """
+        back = tokens - wanted
+        if back <= 0 or all(back <= store.rollback + 1 or tokens <= store.ring_slots for store in self._rings):
+            return min(tokens, wanted)
+        return 0
+
+    @in_normal_mode
+    def rings_of(self, row: int) -> list[Tensor]:
+        """Copies of the rings of a row, of `ring_row_bytes` bytes, for `resume`."""
+        return [buffer[row].clone() for store in self._rings for buffer in store.plain.values()]
+
+    @locked
+    @in_normal_mode
+    def resume(self, row: int, source: int, tokens: int, rings: list[Tensor] | None = None) -> None:
+        """Row `row`, which is taken, holds the first `tokens` tokens of row `source`, which may be itself, and nothing else.
+
+        rings: `rings_of(source)` at a time from which it can `reach` them; None: as they are now. Waits for nothing. Raises
+        ValueError if the source does not hold so many, and what `grow` raises; the row is as it was then.
+        """
+        self.state.check()
+        if not 0 < tokens <= self.held[source] or self.void.intersection((row, source)):
+            raise ValueError(f"row {source} holds {self.held[source]} tokens, {tokens} are to be those of row {row}")
+        if row != source:
+            self.grow(row, max(0, tokens - int(self.held[row])))
+        self.void.add(row)
+        for store in self.cache.stores if row != source else ():
+            if store.key_offset is not None:
+                store.key_offset[row].copy_(store.key_offset[source])
+            for buffer in store.growing.values():
+                buffer.copy_row(source, row, tokens)
+        if rings is not None or row != source:
+            own = [buffer for store in self._rings for buffer in store.plain.values()]
+            for buffer, held in zip(own, rings or [buffer[source] for buffer in own], strict=True):
+                buffer[row].copy_(held)
+        for lengths in self.state.seq_lens.values():
+            lengths[:, row].fill_(tokens)
+        self.state.rows = self.state.rows.without(row).grown_by(np.where(np.arange(self.state.batch) == row, tokens, 0))
+        self.void.discard(row)
 
     @locked
     def grow(self, row: int, tokens: int) -> None:

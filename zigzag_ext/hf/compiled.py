@@ -101,7 +101,7 @@ class CompiledDecoding:
         if cache.attention_layers[0].device.type != "cuda":
             return None
         if self.last != (weakref.ref(cache.addresses), before):
-            self.model_is = _fingerprint(self.model)
+            self.model_is = fingerprint(self.model)
         self.last = weakref.ref(cache.addresses), cache.state.num_forwards
         return self.model_is
 
@@ -213,7 +213,7 @@ def _signature(inputs: dict, device: str) -> tuple:
     return given, autocast
 
 
-def _fingerprint(model: nn.Module) -> tuple:
+def fingerprint(model: nn.Module) -> tuple:
     """Changes when weights move or modules are exchanged, which a captured graph would not notice."""
     tensors = tuple(t.data_ptr() for group in (model.parameters(), model.buffers()) for t in group)
     return tensors, tuple((id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in model.modules())
