@@ -1,5 +1,6 @@
 """Slots: forwards over some rows of a cache, which grow, fail and go without the others."""
 
+import numpy as np
 import pytest
 import torch
 from character_model import one_thread  # noqa: F401
@@ -66,6 +67,26 @@ def test_several_rows_take_several_tokens_as_each_does_alone(session, slots, col
     assert slots.held.tolist() == [3 + columns, 0, 70 + columns, 30 + columns]
 
 
+@pytest.mark.parametrize("rows, batch", [([3, 0, 2], 4), ([2], 1), ([2], 3)])
+def test_a_step_of_a_fixed_size_skips_what_has_no_row(session, slots, rows, batch):
+    """Also row 1, which has no memory: nobody looks at it."""
+    for row, length in ((3, 30), (0, 3), (2, 70)):
+        read(session, slots, row, length)
+    positions = np.zeros((batch, 1), dtype=np.int64)
+    positions[: len(rows), 0] = slots.held[rows]
+    ids, held = prompt(1, batch=batch, seed=9), slots.held.copy()
+    alone = []
+    for row, new in zip(rows, ids, strict=False):
+        alone.append(run(session, slots, [row], new[None]))
+        slots.release(row)
+        read(session, slots, row, int(held[row]))
+    inputs = {"input_ids": ids, "position_ids": torch.from_numpy(positions)}
+    with torch.no_grad():
+        logits = session.run(slots.forward(rows, 1, batch=batch), inputs).logits
+    torch.testing.assert_close(logits[: len(rows)], torch.cat(alone), atol=1e-4, rtol=1e-4)
+    assert (slots.held - held).tolist() == [int(row in rows) for row in range(4)]
+
+
 def test_a_model_is_told_the_length_of_the_row_that_it_runs(session, slots):
     """Some ask the cache where they are."""
     read(session, slots, 0, 40), read(session, slots, 1, 7)
@@ -116,6 +137,11 @@ BAD = {
     "a forward over 2 rows takes 1 to 16 tokens of each, got 17; longer ones take a row at a time": ([0, 1], 17),
     "a forward over 1 rows takes 1 to 16 tokens of each, got 0": ([0], 0),
 }
+
+
+def test_a_step_has_a_place_for_each_of_its_rows(slots):
+    with pytest.raises(ValueError, match="a step of 1 rows cannot be over 2"), slots.forward([0, 1], 1, batch=1):
+        pass
 
 
 @pytest.mark.parametrize("message", BAD)

@@ -62,7 +62,7 @@ class Driver:
 
 @contextmanager
 def driven(model, plan=None, **options):
-    options = {"max_len": 400, "max_rows": 3, "memory": 1 << 30, "prefix_cache": False} | options
+    options = {"max_len": 400, "max_rows": 3, "memory": 1 << 30, "prefix_cache": False, "compile": False} | options
     with zz.Engine(model, plan, **options) as engine:
         yield Driver(engine)
 

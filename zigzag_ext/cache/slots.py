@@ -158,9 +158,13 @@ class Slots:
             store.release_row(row)
         self.void.discard(row)
 
-    def forward(self, rows: Sequence[int], q_len: int) -> "SlotForward":
-        """`with slots.forward(rows, q_len):` brackets a forward pass of `q_len` new tokens behind each of `rows`."""
-        return SlotForward(self, rows, q_len)
+    def forward(self, rows: Sequence[int], q_len: int, batch: int | None = None) -> "SlotForward":
+        """`with slots.forward(rows, q_len):` brackets a forward pass of `q_len` new tokens behind each of `rows`.
+
+        batch: rows that the input has, of which those behind `rows` are skipped: a step of that size, which may be compiled.
+        None: as many as `rows`.
+        """
+        return SlotForward(self, rows, q_len, batch)
 
     def check(self) -> None:
         """Raises RuntimeError unless what is noted here is what buffers and devices have. Waits for the device."""
@@ -188,9 +192,13 @@ class SlotForward(Forward):
     fails leaves other rows as they were, and its own to be released.
     """
 
-    def __init__(self, slots: Slots, rows: Sequence[int], q_len: int):
-        super().__init__(slots.cache, len(rows), q_len)
-        self.slots, self.rows, self.index = slots, np.asarray(rows, dtype=np.int32), {}
+    def __init__(self, slots: Slots, rows: Sequence[int], q_len: int, batch: int | None = None):
+        super().__init__(slots.cache, len(rows) if batch is None else batch, q_len)
+        self.slots, self.rows, self.is_fixed, self.index = slots, np.asarray(rows, dtype=np.int32), batch is not None, {}
+
+    @property
+    def is_step(self) -> bool:
+        return self.is_fixed
 
     @locked
     def __enter__(self) -> "SlotForward":
@@ -198,7 +206,9 @@ class SlotForward(Forward):
         state.check()
         if not rows or len({*rows}) < len(rows) or not all(0 <= row < state.batch for row in rows):
             raise ValueError(f"a forward takes distinct rows of 0 to {state.batch - 1}, got {rows}")
-        if self.total < 1 or (len(rows) > 1 and self.total > ops.MAX_DECODE_QUERIES):
+        if self.batch < len(rows):
+            raise ValueError(f"a step of {self.batch} rows cannot be over {len(rows)}")
+        if self.total < 1 or (self.batch > 1 and self.total > ops.MAX_DECODE_QUERIES):
             raise ValueError(
                 f"a forward over {len(rows)} rows takes 1 to {ops.MAX_DECODE_QUERIES} tokens of each, got {self.total}; "
                 "longer ones take a row at a time"
@@ -229,16 +239,18 @@ class SlotForward(Forward):
 
     @in_normal_mode
     def _chunk(self, device: torch.device) -> Chunk:
-        chunk = Chunk(self.state.lengths_on(device), None, self.state.workspace(device), cache_rows=self._index_on(device))
-        if len(self.rows) > 1:
+        chunk = Chunk(self.state.lengths_on(device), None, self.state.workspace(device), cache_rows=self.rows_on(device))
+        if self.batch > 1 or self.is_fixed:
             return chunk._replace(decodes=True)
         row = int(self.rows[0])
         past = int(self.before.held[row])
         return chunk._replace(row=row, past=past, started=past > 0)
 
-    def _index_on(self, device: torch.device) -> Tensor:
-        """[batch] int32, the rows."""
-        self.index = self.index or {device: to_device(self.rows, device)}
+    @in_normal_mode
+    def rows_on(self, device: torch.device) -> Tensor:
+        """[batch] int32, the rows, and -1 for those to skip."""
+        skipped = np.full(self.batch - len(self.rows), -1, dtype=np.int32)
+        self.index = self.index or {device: to_device(np.concatenate([self.rows, skipped]), device)}
         return copy_on(self.index, device)
 
     @in_normal_mode
@@ -246,7 +258,8 @@ class SlotForward(Forward):
         """Advances the lengths."""
         state = self.state
         for device, lengths in state.seq_lens.items():
-            lengths.index_add_(1, self._index_on(device), lengths.new_full((len(lengths), self.batch), self.total))
+            index = self.rows_on(device)[: len(self.rows)]
+            lengths.index_add_(1, index, lengths.new_full((len(lengths), len(index)), self.total))
         state.rows, state.forward = self.after, None
 
     def roll_back(self) -> None:

@@ -47,6 +47,9 @@ class Engine:
             A chunk has at least 128 tokens, or what is left of its prompt, whatever it takes.
         prefix_cache: keep what ended requests leave, as long as its memory is not needed: a prompt that begins as an earlier one,
             or as a conversation so far, is read from there on. See below.
+        compile: run decode steps as compiled graphs, as `enable` does, on a GPU captured CUDA graphs: one for every number of
+            rows that is a power of two, and one for max_rows. Making the engine then takes from seconds to minutes; no step waits
+            for it later. None: on a GPU.
         queue: most requests that wait until others have ended.
         tokenizer: for prompts that are strings, the text of completions, and stop strings.
         prefill_chunk: tokens of a prompt that are read at once, instead of as many as `max_stall_ms` allows ("auto").
@@ -91,6 +94,7 @@ class Engine:
         memory: float | int = 0.9,
         max_stall_ms: float = 50.0,
         prefix_cache: bool = True,
+        compile: bool | None = None,
         queue: int = 256,
         tokenizer=None,
         prefill_chunk: int | str = "auto",
@@ -107,9 +111,12 @@ class Engine:
             raise TypeError("prefill_chunk must be a number of tokens or 'auto', got None")
         if not isinstance(prefix_cache, bool):
             raise TypeError(f"prefix_cache must be True or False, got {prefix_cache!r}")
+        if not isinstance(compile, bool | None):
+            raise TypeError(f"compile must be True, False or None, got {compile!r}")
+        compile = str(getattr(served_model(model), "device", "")).startswith("cuda") if compile is None else compile
         self.tokenizer = tokenizer
         formats = {"kv_format": kv_format, "ring_kv_format": ring_kv_format, "key_smoothing": key_smoothing}
-        enable(model, plan, max_len=max_len, prefill_chunk=prefill_chunk, **formats)
+        enable(model, plan, max_len=max_len, prefill_chunk=prefill_chunk, compile=compile, **formats)
         self.model = inner = served_model(model)
         try:
             chunk = None if prefill_chunk == "auto" else check_chunk(inner, prefill_chunk)
@@ -122,7 +129,8 @@ class Engine:
             self._scheduler, lock = Scheduler(self._pool, queue), threading.Condition()
             state, smoothed = functools.partial(model_state, inner), _smoothed(session.plan, chunk)
             prefixes = Prefixes(slots, self._pool, state, smoothed, prefix_cache)
-            self._steps = Steps(session, prefixes, self._scheduler, Pace(max_stall_ms), lock, chunk, _eos_of(inner))
+            sizes = _sizes(max_rows) if compile else ()
+            self._steps = Steps(session, prefixes, self._scheduler, Pace(max_stall_ms), lock, chunk, _eos_of(inner), sizes)
             self._steps.try_once()
             self._loop = Loop(self._steps)
         except BaseException:
@@ -315,6 +323,11 @@ def _budget(like: ZigzagCache, rows: int, memory: float | int) -> int:
             f"the rings of {rows} rows take {rings:,} bytes, memory={memory!r} allows {total:,}: give fewer max_rows"
         )
     return total - rings
+
+
+def _sizes(rows: int) -> tuple[int, ...]:
+    """Of the batches that steps of up to `rows` rows are compiled for."""
+    return *(1 << i for i in range((rows - 1).bit_length())), rows
 
 
 def _smoothed(plan: Plan, chunk: int | None) -> int:

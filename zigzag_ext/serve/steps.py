@@ -19,7 +19,8 @@ class Steps:
     """Runs the jobs of a scheduler on the rows of `prefixes`' slots.
 
     lock: a condition, of the scheduler, which other threads submit to. chunk: tokens of a prompt that are read at once; None: as
-    many as `pace` says. eos: tokens that end a request.
+    many as `pace` says. eos: tokens that end a request. sizes: of the batches that decode steps are compiled for, ascending, the
+    last one for all rows; none: they run as they are.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class Steps:
         lock,
         chunk: int | None,
         eos: frozenset[int],
+        sizes: Sequence[int] = (),
     ):
         self.session, self.prefixes, self.scheduler, self.pace, self.lock = session, prefixes, scheduler, pace, lock
         self.slots = prefixes.slots
-        self.chunk, self.eos, self.device = chunk, eos, self.slots.cache.attention_layers[0].device
+        self.chunk, self.eos, self.sizes, self.device = chunk, eos, sizes, self.slots.cache.attention_layers[0].device
         self.constant = {"use_cache": True, "return_dict": True}
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in session.parameters else {}
         self.has_body = session.model.base_model is not session.model
@@ -62,11 +64,12 @@ class Steps:
         self.steps += 1
 
     def try_once(self) -> None:
-        """One token in row 0. Raises what a model raises that cannot be served."""
+        """Tokens in row 0, one by one, in steps of every size. Raises what a model raises that cannot be served, or compiled."""
         with torch.no_grad():
-            self.slots.take(0, 1)
-            self._forward([0], [[0]])
-            self.slots.release(0)
+            for size in self.sizes or (None,):
+                self.slots.take(0, 1)
+                self._forward([0], [[0]], batch=size)
+                self.slots.release(0)
 
     def check(self) -> None:
         """Raises RuntimeError unless jobs, rows, reservations and memory agree."""
@@ -107,7 +110,8 @@ class Steps:
         if not jobs:
             return
         try:
-            logits = self._forward([job.row for job in jobs], [[job.request.latest] for job in jobs])
+            size = next((size for size in self.sizes if size >= len(jobs)), None)
+            logits = self._forward([job.row for job in jobs], [[job.request.latest] for job in jobs], batch=size)
             tokens = choose(logits, [job.request.draw for job in jobs])
         except Exception as error:
             for job in jobs:
@@ -152,15 +156,22 @@ class Steps:
         if is_last:
             self._emit(job, token)
 
-    def _forward(self, rows: list[int], ids: Sequence[Sequence[int]], head: bool = True) -> Tensor | None:
-        """Runs ids [rows, n] behind what the rows hold. Returns logits [rows, vocab] of the last ones; without `head` nothing."""
+    def _forward(
+        self, rows: list[int], ids: Sequence[Sequence[int]], head: bool = True, batch: int | None = None
+    ) -> Tensor | None:
+        """Runs ids [rows, n] behind what the rows hold. Returns logits [rows, vocab] of the last ones; without `head` nothing.
+
+        batch: as in `Slots.forward`.
+        """
         tokens = np.asarray(ids, dtype=np.int64)
         positions = self.slots.held[rows][:, None] + np.arange(tokens.shape[1])
+        if batch is not None:
+            tokens, positions = (np.pad(t, ((0, batch - len(rows)), (0, 0))) for t in (tokens, positions))
         inputs = {"input_ids": to_device(tokens, self.device), "position_ids": to_device(positions, self.device)}
         head = head or not self.has_body
         inputs |= self.constant | (self.last_only if head else {})
-        output = self.session.run(self.slots.forward(rows, tokens.shape[1]), inputs, head)
-        return output.logits[:, -1] if head else None
+        output = self.session.run(self.slots.forward(rows, tokens.shape[1], batch), inputs, head)
+        return output.logits[: len(rows), -1] if head else None
 
     def _emit(self, job: Job, token: int | None) -> None:
         if token is None:
