@@ -180,6 +180,22 @@ def test_requests_that_come_together_read_what_they_share_once(watched):
         driver.drain()
 
 
+def test_the_place_where_two_prompts_part_serves_the_third(watched, monkeypatch):
+    """As that behind the instructions with which a service begins all of its prompts."""
+    monkeypatch.setattr(prefixes, "BRANCH", 10)
+    prompts = [TEXT[:45] + TEXT[100 + 20 * i : 110 + 20 * i] for i in range(4)]
+    with sharing() as driver:
+        wanted = [cold(driver, watched, ids) for ids in prompts]
+        done = [run(driver, ids) for ids in prompts]
+        assert [each.cached_tokens for each in done] == [0, EVERY, 45, 45]
+        assert not any(near_ties(each.token_ids, choices, GAPS["none"]) for each, choices in zip(done, wanted, strict=True))
+        driver.drain()
+    monkeypatch.setattr(prefixes, "BRANCH", 14)
+    with sharing() as driver:
+        assert [run(driver, ids).cached_tokens for ids in prompts] == [0, EVERY, EVERY, EVERY]
+        driver.drain()
+
+
 def test_nothing_is_shared_across_salts_weights_and_adapters():
     model = model_of()
     with sharing(model=model) as driver:

@@ -61,10 +61,10 @@ class Engine:
     chunk of one prompt, the one with the least left, unless another has waited for 8 chunks.
 
     With `prefix_cache` a prompt goes on from the longest beginning that it shares with a request that runs or has ended:
-    `Completion.cached_tokens`. Where layers stream, from the end of a request, of a prompt, or of 8,192 tokens each; where all
-    retrieve, from any token. Fewer than 16 tokens are read again. What is kept goes, the least recently used first, when its rows
-    or bytes are needed. Requests share only with those of the same `salt`, and of the same weights and adapters. Where weights
-    are written through `.data`, which torch does not notice, give another salt.
+    `Completion.cached_tokens`. Where layers stream, from the end of a request, of a prompt, of 8,192 tokens each, or from where
+    earlier prompts have parted; where all retrieve, from any token. Fewer than 16 tokens are read again. What is kept goes, the
+    least recently used first, when its rows or bytes are needed. Requests share only with those of the same `salt`, and of the
+    same weights and adapters. Where weights are written through `.data`, which torch does not notice, give another salt.
 
     The tokens of a request are those of `model.generate()` with the same plan, whatever runs beside it; only where two logits
     are within rounding of each other, another may be chosen. A failure ends the requests of its step and no others; only where

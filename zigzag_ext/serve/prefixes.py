@@ -19,6 +19,7 @@ from .pool import Pool
 from .scheduler import Job
 
 MARK_EVERY = 8192  # tokens, beside a mark at the end of each prompt
+BRANCH = 128  # tokens more than there is a mark for, in which two prompts begin alike, are worth a mark: a third may come
 LEAST = 16  # tokens that are worth a copy: a chunk of a prompt reads as many on the side
 
 
@@ -27,7 +28,8 @@ class Held:
     """What a row is known to hold. ids: int32, its prompt; of a row that has ended, all of its tokens.
 
     model: number of what its keys come from, see `Prefixes.model_number`. gives: whether prompts may go on from it. marks: copies
-    of its rings, by the number of tokens behind which they were made.
+    of its rings, by the number of tokens behind which they were made. branch: tokens of the prompt with which another one begins,
+    behind which a mark is to be made; 0: none.
     """
 
     ids: np.ndarray
@@ -36,6 +38,7 @@ class Held:
     gives: bool
     ended: bool = False
     marks: dict[int, list[Tensor]] = field(default_factory=dict)
+    branch: int = 0
 
 
 class Hit(NamedTuple):
@@ -69,7 +72,8 @@ class Prefixes:
         A row that the prompt begins as is taken over, and what it holds behind that lost, unless there is room for a copy beside
         it, or a row that was used longer ago holds less than what would be lost.
         """
-        hit, ended, size = self._find(job), [row for row, held in self.rows.items() if held.ended], self.pool.row_memory(job.size)
+        (hit, _), size = self._find(job), self.pool.row_memory(job.size)
+        ended = [row for row, held in self.rows.items() if held.ended]
         if hit is not None and hit.row in ended:
             lost, others = self.slots.held[hit.row] - hit.tokens, [row for row in ended if row != hit.row]
             is_free = self.pool.empty_rows > 0 and self._has_room(size)
@@ -81,7 +85,7 @@ class Prefixes:
 
     def begin(self, job: Job) -> int:
         """Prepares the row that `pick` gave to a job. Returns tokens of the prompt that it has taken over."""
-        row, hit, former = job.row, self._find(job), self.rows.pop(job.row, None)
+        row, (hit, common), former = job.row, self._find(job), self.rows.pop(job.row, None)
         takes_over = hit is not None and hit.row == row
         if hit is not None and not takes_over:
             self._touch(hit.row)
@@ -93,8 +97,8 @@ class Prefixes:
             self.slots.take(row, job.room)
         marks = {tokens: rings for tokens, rings in former.marks.items() if tokens <= hit.tokens} if takes_over else {}
         if self.is_on:
-            gives = job.prompt >= self.smoothed
-            self.rows[row] = Held(job.request.ids, job.request.salt, self.model_number(), gives, marks=marks)
+            gives, branch = job.prompt >= self.smoothed, common if common - (hit.tokens if hit else 0) >= BRANCH else 0
+            self.rows[row] = Held(job.request.ids, job.request.salt, self.model_number(), gives, marks=marks, branch=branch)
         self._recount()
         self._make_room()
         if not takes_over:
@@ -106,12 +110,19 @@ class Prefixes:
 
     def resume(self, job: Job) -> int:
         """Copies the longest beginning of a job's prompt that another row has. Returns tokens that need not be read any more."""
-        hit = self._find(job)
+        hit, _ = self._find(job)
         if hit is None:
             return 0
         self._touch(hit.row)
         self.slots.resume(job.row, *hit)
         return hit.tokens - job.read
+
+    def next_mark(self, job: Job) -> int:
+        """Tokens of a job's prompt behind which the next mark is to be made, if the prompt is that long."""
+        held, regular = self.rows.get(job.row), job.read - job.read % MARK_EVERY + MARK_EVERY
+        if held is None or not self.slots.ring_row_bytes:
+            return job.prompt
+        return min(held.branch, regular) if held.branch > job.read else regular
 
     def mark(self, job: Job) -> None:
         """Copies the rings of a job's row, for prompts that go on from here; unless there is no memory for it."""
@@ -164,22 +175,25 @@ class Prefixes:
         if self.bytes != sum(map(self._bytes_of, self.rows)) or not self._has_room(0):
             raise RuntimeError(f"{self.bytes} bytes are held beside {self.pool.reserved_bytes} of {self.pool.budget}")
 
-    def _find(self, job: Job) -> Hit | None:
-        """The longest beginning of a job's prompt that a row has, if it spares the job `least` tokens or more.
+    def _find(self, job: Job) -> tuple[Hit | None, int]:
+        """The longest beginning of a job's prompt that a row can give, if it spares the job `least` tokens or more.
 
-        One token of the prompt is left to be read at least: logits come from there.
+        And the tokens of the longest one that a row has, which rings may not reach. One token of the prompt is left to be read at
+        least: logits come from there.
         """
-        ids, salt, best, most = job.request.ids, job.request.salt, None, job.read + self.least - 1
+        ids, salt, best, longest = job.request.ids, job.request.salt, None, 0
+        most = job.read + self.least - 1
         for row, held in self.rows.items() if self.is_on and job.prompt >= self.smoothed else ():
             if held.ids is ids or not held.gives or held.salt != salt or held.model != self._number:
                 continue
             common = _common(held.ids, ids[:-1])
+            longest = max(longest, common)
             for tokens, rings in [(int(self.slots.held[row]), None), *held.marks.items()] if common > most else ():
                 if (length := self.slots.reach(tokens, common)) > most:
                     best, most = Hit(row, length, rings), length
         if best is not None and self.rows[best.row].model != self.model_number():
-            return None
-        return best
+            return None, 0
+        return best, longest
 
     def _touch(self, row: int) -> None:
         self.rows[row] = self.rows.pop(row)

@@ -136,7 +136,8 @@ class Steps:
         if job.row is None:
             return
         before, started = job.read, time.perf_counter()
-        count = min(self.chunk or self.pace.chunk(job.left, before), job.left, MARK_EVERY - before % MARK_EVERY)
+        stop = self.prefixes.next_mark(job)
+        count = min(self.chunk or self.pace.chunk(job.left, before), job.left, stop - before)
         ids, is_last = job.request.prompt[before : before + count], count == job.left
         token = None
         try:
@@ -151,7 +152,7 @@ class Steps:
         self.prompt_tokens += count
         with self.lock:
             self.scheduler.advance(job, count)
-        if is_last or job.read % MARK_EVERY == 0:
+        if is_last or job.read == stop:
             self.prefixes.mark(job)
         if is_last:
             self._emit(job, token)
