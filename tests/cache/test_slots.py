@@ -139,6 +139,16 @@ BAD = {
 }
 
 
+def test_forwards_over_the_same_rows_bring_them_to_the_device_once(slots):
+    device = slots.cache.attention_layers[0].device
+    given = (([2, 0], 4), ([2, 0], 4), ([0, 2], 4), ([2], 2))
+    first, again, other, smaller = (slots.forward(rows, 1, batch=size) for rows, size in given)
+    rows = first.rows_on(device)
+    assert again.rows_on(device) is rows and rows.tolist() == [2, 0, -1, -1]
+    assert other.rows_on(device).tolist() == [0, 2, -1, -1] and smaller.rows_on(device).tolist() == [2, -1]
+    assert first.rows_on(device).tolist() == rows.tolist() == [2, 0, -1, -1]
+
+
 def test_a_step_has_a_place_for_each_of_its_rows(slots):
     with pytest.raises(ValueError, match="a step of 1 rows cannot be over 2"), slots.forward([0, 1], 1, batch=1):
         pass

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention import ops
 from ..attention.store import GROWTH_STEP, Chunk, LayerStore, in_normal_mode
 from .cache import ZigzagCache
-from .columns import copy_on
+from .columns import Copies, copy_on
 from .forward import Forward
 from .state import locked
 from .tokens import to_device
@@ -45,6 +45,7 @@ class Slots:
             layer.release()  # of what a GPU needs to know addresses by
         self.limits, self.committed = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
         self.void: set[int] = set()  # rows that a forward has failed on: their contents are unknown
+        self.latest: tuple[list[int], Copies] = [], {}  # rows of the latest forward, -1 for those to skip, and on devices
 
     @property
     def held(self) -> np.ndarray:
@@ -194,7 +195,7 @@ class SlotForward(Forward):
 
     def __init__(self, slots: Slots, rows: Sequence[int], q_len: int, batch: int | None = None):
         super().__init__(slots.cache, len(rows) if batch is None else batch, q_len)
-        self.slots, self.rows, self.is_fixed, self.index = slots, np.asarray(rows, dtype=np.int32), batch is not None, {}
+        self.slots, self.rows, self.is_fixed = slots, np.asarray(rows, dtype=np.int32), batch is not None
 
     @property
     def is_step(self) -> bool:
@@ -248,10 +249,11 @@ class SlotForward(Forward):
 
     @in_normal_mode
     def rows_on(self, device: torch.device) -> Tensor:
-        """[batch] int32, the rows, and -1 for those to skip."""
-        skipped = np.full(self.batch - len(self.rows), -1, dtype=np.int32)
-        self.index = self.index or {device: to_device(np.concatenate([self.rows, skipped]), device)}
-        return copy_on(self.index, device)
+        """[batch] int32, the rows, and -1 for those to skip: one tensor as long as they are the same."""
+        rows = [*self.rows.tolist(), *[-1] * (self.batch - len(self.rows))]
+        if self.slots.latest[0] != rows:
+            self.slots.latest = rows, {device: to_device(np.array(rows, dtype=np.int32), device)}
+        return copy_on(self.slots.latest[1], device)
 
     @in_normal_mode
     def _commit(self, last: bool) -> None:

@@ -94,6 +94,7 @@ class StepCache(Cache):
         self.sources, self.is_last = cache.state.sources, [cache.state.is_last(i) for i in range(len(cache.state.sources))]
         self.shared_layers: dict = {}  # where Gemma 3n in transformers 5.4 puts the keys that later layers read
         self.num_columns = 0  # what `columns` is on the device, UNKNOWN while it changes
+        self.rows: Tensor | None = None  # what the rows were copied from
 
     @classmethod
     def of(cls, forward: Forward) -> "StepCache":
@@ -120,8 +121,9 @@ class StepCache(Cache):
     def refresh(self, forward: Forward) -> None:
         """Copies in what the forward under way has noted. A step that follows another finds all of it in place."""
         shared, padding, columns = self.shared, forward.pad_on(self.device), forward.columns
-        if shared.chunk.cache_rows is not None:
-            shared.chunk.cache_rows.copy_(forward.rows_on(self.device))
+        if (rows := forward.rows_on(self.device)) is not self.rows:
+            shared.chunk.cache_rows.copy_(rows)
+            self.rows = rows
         if padding is not None and padding is not shared.chunk.pad:
             shared.chunk.pad.copy_(padding)
         if columns != self.num_columns:
