@@ -6,7 +6,7 @@ import pytest
 import torch
 from driving import GAPS, Choices, driven, ids_of, near_ties
 from gpu import needs_cuda
-from tiny_models import new_model
+from tiny_models import SHARED, new_model, shared_model, windowed_model
 
 import zigzag_ext as zz
 from zigzag_ext.serve import prefixes, steps
@@ -113,6 +113,31 @@ def test_plans_of_every_kind(plan, watched):
             done = run(driver, ids)
             assert done.cached_tokens == (common if plan is RETRIEVAL else reached((EVERY, 64, GIVEN, GIVEN + NEW - 1), common))
             near_ties(done.token_ids, wanted, gap)
+        driver.drain()
+
+
+KINDS = {
+    "positions of its own": (new_model, "gpt2", {}),
+    "windows and soft caps": (windowed_model, "gemma2", {"window": 16}),
+    "learned sinks": (windowed_model, "gpt_oss", {"window": 16}),
+    **{f"shared caches of {family}": (shared_model, family, {"window": 16}) for family in SHARED},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_every_kind(kind, watched):
+    """As they are: rings are those of their own windows."""
+    make, family, options = KINDS[kind]
+    with sharing(None, make(family, **options)) as driver:
+        whole = TEXT[:GIVEN] + run(driver, TEXT[:GIVEN]).token_ids
+        for common in (40, GIVEN, GIVEN + NEW - 1):
+            ids = whole[:common] + TEXT[100:120]
+            wanted = cold(driver, watched, ids)
+            run(driver, TEXT[:GIVEN])
+            done = run(driver, ids)
+            rings = driver.slots.ring_bytes > 0
+            assert done.cached_tokens == (reached((EVERY, 64, GIVEN, GIVEN + NEW - 1), common, 16) if rings else common)
+            assert not near_ties(done.token_ids, wanted, GAPS["none"])
         driver.drain()
 
 
