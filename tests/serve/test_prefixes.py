@@ -297,6 +297,16 @@ def test_what_is_kept_is_in_nobodys_way(watched):
         driver.drain()
 
 
+def test_a_row_is_copied_where_much_of_it_would_be_lost():
+    with sharing(max_rows=4) as driver:
+        run(driver, TEXT[:100], new=6)
+        assert run(driver, TEXT[:100], new=3).cached_tokens == 99 and len(kept(driver)) == 2  # 6 of 105 tokens would be lost
+        driver.steps.prefixes.clear()
+        run(driver, TEXT[:100], new=4)
+        assert run(driver, TEXT[:100], new=3).cached_tokens == 99 and len(kept(driver)) == 1  # 4 of 103
+        driver.drain()
+
+
 def kept_row(driver) -> int:
     return next(iter(driver.steps.prefixes.rows))
 

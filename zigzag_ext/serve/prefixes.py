@@ -20,6 +20,7 @@ from .scheduler import Job
 
 MARK_EVERY = 8192  # tokens, beside a mark at the end of each prompt
 BRANCH = 128  # tokens more than there is a mark for, in which two prompts begin alike, are worth a mark: a third may come
+TAIL = 20  # a row is taken over at once for so many times what is lost of it: copying a token costs little, but not nothing
 LEAST = 16  # tokens that are worth a copy: a chunk of a prompt reads as many on the side
 
 
@@ -69,8 +70,8 @@ class Prefixes:
     def pick(self, job: Job) -> tuple[int | None, int]:
         """The kept row that a job takes when it is admitted, None for an empty one, and the tokens that it is then for.
 
-        A row that the prompt begins as is taken over, and what it holds behind that lost, unless there is room for a copy beside
-        it, or a row that was used longer ago holds less than what would be lost.
+        A row that the prompt begins as is taken over, and what it holds behind that lost, where that is little, or where a copy
+        would push out more.
         """
         (hit, _), size = self._find(job), self.pool.row_memory(job.size)
         ended = [row for row, held in self.rows.items() if held.ended]
@@ -78,7 +79,7 @@ class Prefixes:
             lost, others = self.slots.held[hit.row] - hit.tokens, [row for row in ended if row != hit.row]
             is_free = self.pool.empty_rows > 0 and self._has_room(size)
             beside = self.pool.reserved_bytes + self._bytes_of(hit.row) + size <= self.pool.budget
-            if lost <= 1 or not (is_free or (beside and others and self.slots.held[others[0]] < lost)):
+            if lost <= max(1, hit.tokens // TAIL) or not (is_free or (beside and others and self.slots.held[others[0]] < lost)):
                 return hit.row, max(job.size, int(self.slots.committed[hit.row]))
             ended = others
         return None if self.pool.empty_rows else ended[0], job.size
