@@ -101,7 +101,7 @@ def graphs_of(driver) -> list:
 
 @needs_cuda
 @pytest.mark.parametrize(
-    "formats", [{}, {"kv_format": "int8", "ring_kv_format": "int4", "key_smoothing": True}], ids=["plain", "int8"]
+    "formats", [{}, {"kv_format": "int8", "ring_kv_format": "int8", "key_smoothing": True}], ids=["plain", "int8"]
 )
 def test_a_step_of_all_rows_is_one_replay(formats, watched, monkeypatch):
     """Captured while the engine is made, all graphs in one pool of memory."""
