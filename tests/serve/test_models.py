@@ -172,8 +172,8 @@ BAD = {
     "the rings of 32 rows take 1,572,864 bytes, memory=1000 allows 1,000: give fewer max_rows": {"memory": 1000},
     "1 bytes are left for keys and values, a row of one token takes 16,384": {"memory": 1572865},
     "prefill_chunk must be a number of tokens or 'auto', got None": {"prefill_chunk": None},
-    "unexpected keyword argument 'compile'": {"compile": True},
-    "unexpected keyword argument 'prefix_cache'": {"prefix_cache": True},
+    "compile must be True, False or None, got 'yes'": {"compile": "yes"},
+    "prefix_cache must be True or False, got 1": {"prefix_cache": 1},
 }
 
 

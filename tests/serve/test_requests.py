@@ -245,8 +245,7 @@ def test_what_is_not_as_noted_is_found(driver):
         if mend is None:
             for store in slots.cache.stores:
                 store.commit_row(row, 200) if store.growing else None
-            slots.limits[row] = slots.committed[row] = request.job.max_tokens = 200
-            request.job.max_tokens -= 30
+            slots.limits[row] = slots.committed[row] = request.job.room = 200
             driver.scheduler.pool.reserved[row] = slots.row_memory(200)
             driver.steps.check()
         elif mend == -1:

@@ -125,8 +125,17 @@ class Forward:
         """Whether this forward adds one token per row to what is held already."""
         return self.total == 1 and self.state.columns > 0 and self.state.stores and not self.observes
 
+    @property
+    def is_step(self) -> bool:
+        """Whether this forward is one of those that come again and again in the same shape."""
+        return self.counts is not None
+
     def pad_on(self, device: torch.device) -> Tensor | None:
         return copy_on(self.pad, device)
+
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """[batch] int32, rows of the cache that the batch has; None: all of them, in order."""
+        return None
 
     def was_given(self, layer: int) -> bool:
         """Whether the cache got the new keys that a layer attends in this forward, or keeps none at all."""

@@ -7,7 +7,7 @@ records anew for every other cache, outputs that stay valid, and no guards to ev
 
 import types
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -61,7 +61,7 @@ class CompiledDecoding:
         step = self._step(cache, kind, inputs, lambda: StepCache.of(forward))
         with forward.attending_all():
             step.view.refresh(forward)
-            output = step(inputs, self._fingerprint(cache, forward.state.num_forwards - 1))
+            output = step(inputs, self._fingerprint(cache, forward.state.num_forwards - 1), self._beside(cache))
             step.view.advance()
         return tree_map(lambda leaf: cache if leaf is step.view else step.to_caller(leaf), output)
 
@@ -70,7 +70,11 @@ class CompiledDecoding:
         step = self._step(cache, (1, view.through, False), inputs, lambda: view)
         if step.view is not view:
             raise ValueError("a cache is drafted on through one view for each sink and window")
-        return step.to_caller(step(inputs, self._fingerprint(cache, cache.state.num_forwards)).logits[:, -1])
+        model_is = self._fingerprint(cache, cache.state.num_forwards)
+        return step.to_caller(step(inputs, model_is, self._beside(cache)).logits[:, -1])
+
+    def _beside(self, cache: ZigzagCache) -> Iterable["_Step"]:
+        return self.steps[cache.addresses].values()
 
     @in_normal_mode
     def _step(self, cache: ZigzagCache, kind: tuple, inputs: dict, view: Callable[[], StepCache]) -> "_Step":
@@ -100,7 +104,7 @@ class CompiledDecoding:
         if cache.attention_layers[0].device.type != "cuda":
             return None
         if self.last != (weakref.ref(cache.addresses), before):
-            self.model_is = _fingerprint(self.model)
+            self.model_is = fingerprint(self.model)
         self.last = weakref.ref(cache.addresses), cache.state.num_forwards
         return self.model_is
 
@@ -134,18 +138,21 @@ class _Step:
             if isinstance(value, Tensor)
         }
         self.inputs = inputs | self.tensors | cache_argument(model, self.view)
-        self.graph = self.output = self.captured_on = None
+        self.graph = self.output = self.captured_on = self.stream = None
         self.has_run = False
 
     @torch.no_grad()
-    def __call__(self, inputs: dict, model_is: tuple | None):
-        """The model's output, on a GPU at the addresses of the graph. model_is: the model's fingerprint; None on a CPU."""
+    def __call__(self, inputs: dict, model_is: tuple | None, beside: Iterable["_Step"]):
+        """The model's output, on a GPU at the addresses of the graph.
+
+        model_is: the model's fingerprint; None on a CPU. beside: all steps on the same cache, of which one at a time runs.
+        """
         for name, static in self.tensors.items():
             static.copy_(inputs[name])
         if model_is is None:
             return self._run()
         if self.captured_on != model_is:
-            self._capture()
+            self._capture(beside)
             self.captured_on = model_is
         self.graph.replay()
         return self.output
@@ -161,20 +168,22 @@ class _Step:
                 output = self.compiled(self.inputs)
         except TorchDynamoException as error:
             name = type(self.model).__name__
-            raise RuntimeError(f"{name} cannot decode as one compiled graph; enable it without compile=True. {error}") from error
+            raise RuntimeError(f"{name} cannot decode as one compiled graph; give compile=False instead. {error}") from error
         self.has_run = True
         return output
 
-    def _capture(self) -> None:
+    def _capture(self, beside: Iterable["_Step"]) -> None:
+        """Into the memory that the graphs beside it have: a graph needs nothing between its replays but where its output is."""
         self.graph = self.output = self.captured_on = None
-        device = self.view.device
-        graph, stream, caller = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        device, other = self.view.device, next((step for step in beside if step.graph is not None), None)
+        self.stream, pool = (torch.cuda.Stream(device), None) if other is None else (other.stream, other.graph.pool())
+        graph, stream, caller = torch.cuda.CUDAGraph(), self.stream, torch.cuda.current_stream(device)
         # Compiles and loads what a capture must not. Running the step twice is harmless: it appends at the lengths it is given.
         stream.wait_stream(caller)
         with torch.cuda.stream(stream), self.view.states_kept():
             self._run()
         caller.wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.output = self._run()
         self.graph = graph
 
@@ -212,7 +221,7 @@ def _signature(inputs: dict, device: str) -> tuple:
     return given, autocast
 
 
-def _fingerprint(model: nn.Module) -> tuple:
+def fingerprint(model: nn.Module) -> tuple:
     """Changes when weights move or modules are exchanged, which a captured graph would not notice."""
     tensors = tuple(t.data_ptr() for group in (model.parameters(), model.buffers()) for t in group)
     return tensors, tuple((id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in model.modules())

@@ -123,7 +123,7 @@ class Session:
         """A forward in one piece, which is not open yet. Returns the model's output, of its body alone without `head`."""
         inputs = inputs | {self.cache_name: forward.cache}
         with self._without_gradients(), forward, attending(None), attending(forward):
-            if self.compiled is not None and head:
+            if self.compiled is not None and head and forward.is_step:
                 return self.compiled(forward, inputs)
             with forward.piece(forward.total):
                 return (self.behind("forward") if head else self.model.base_model)(**inputs)

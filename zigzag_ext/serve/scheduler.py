@@ -6,6 +6,7 @@ Every step decodes all rows that decode, then reads at most one chunk of one pro
 bytes that it can come to need are free, so none is ever preempted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ class Job:
     request: Any = None
     state: str = QUEUED
     row: int | None = None  # while it is prefilling or decoding
-    read: int = 0  # tokens of the prompt
+    room: int = 0  # tokens that its row is reserved for; more than `size` where it has taken over a longer one
+    read: int = 0  # tokens of the prompt that its row holds
     overtaken: int = 0  # later jobs admitted before it
     waited: int = 0  # chunks of others since it was admitted, or had one itself
 
@@ -68,17 +70,21 @@ class Scheduler:
             raise QueueFull(f"{len(self.queue)} requests are waiting, which is as many as may (queue={self.limit})")
         self.queue.append(job)
 
-    def admit(self) -> list[Job]:
-        """Gives rows to jobs that fit, in the order of arrival.
+    def admit(self, pick: Callable[[Job], tuple[int | None, int]] | None = None, most: int | None = None) -> list[Job]:
+        """Gives rows to jobs that fit, in the order of arrival, `most` of them at most.
 
         Jobs that find no memory are overtaken by later ones that need less than each of them, `overtakes` times at most.
+
+        pick: says which kept row a job takes, or None for an empty one, and the tokens that the row is then for. None: all take
+        empty ones.
         """
         if not self.pool.free_rows:
             return []
         admitted, waiting, least, closed = [], [], self.pool.max_len + 1, False
         for job in self.queue:
-            if not closed and job.size < least and self.pool.fits(job.size):
-                job.row, job.state = self.pool.take(job.size), PREFILLING
+            if len(admitted) != most and not closed and job.size < least and self.pool.fits(job.size):
+                row, job.room = (None, job.size) if pick is None else pick(job)
+                job.row, job.state = self.pool.take(job.room, row), PREFILLING
                 admitted.append(job)
                 for other in waiting:
                     other.overtaken += 1
@@ -104,28 +110,28 @@ class Scheduler:
         return chosen
 
     def advance(self, job: Job, tokens: int) -> None:
-        """So many tokens more of its prompt were read."""
+        """So many tokens more of its prompt are in its row."""
         if job.state != PREFILLING or not 0 < tokens <= job.left:
             raise RuntimeError(f"{tokens} tokens were read of a {job.state} request with {job.left} left")
         job.read += tokens
         if not job.left:
             job.state = DECODING
 
-    def end(self, job: Job, state: str) -> None:
-        """A job that has not ended ends so; its row and bytes are free, and the row is to be emptied before the next `admit`."""
+    def end(self, job: Job, state: str, keep: bool = False) -> None:
+        """A job that has not ended ends so; its row and bytes are free. One that is not kept is empty before the next `admit`."""
         if state not in ENDED or job.state in ENDED:
             raise RuntimeError(f"a {job.state} request cannot become {state}")
         if job.state == QUEUED:
             self.queue.remove(job)
         else:
             self.running.remove(job)
-            self.pool.give_back(job.row)
+            self.pool.give_back(job.row, keep)
         job.state, job.row = state, None
         self.ended[state] += 1
 
     def check(self) -> None:
         """Raises RuntimeError unless jobs, rows and reservations agree."""
-        rows = {job.row: self.pool.row_memory(job.size) for job in self.running}
+        rows = {job.row: self.pool.row_memory(job.room) for job in self.running}
         known = [job.state == QUEUED for job in self.queue] + [job.state in (PREFILLING, DECODING) for job in self.running]
         if rows != self.pool.reserved or len(rows) != len(self.running) or not all(known):
             raise RuntimeError(f"the scheduler runs {rows}, the pool has reserved {self.pool.reserved}")
