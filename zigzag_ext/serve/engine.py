@@ -21,6 +21,7 @@ from ..hf.own_config import is_composite
 from ..hf.session import session_of
 from ..planning.kv_format import KvFormat
 from ..planning.plan import Plan, token_count
+from .errors import EngineStopped
 from .loop import Loop
 from .pace import Pace
 from .pool import Pool
@@ -214,6 +215,16 @@ class Engine:
         _between("prompt", prompt, 1, 1 << 30)
         _between("max_tokens", max_tokens, 1, 1 << 30)
         return self._pool.capacity(prompt + max_tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest prompt + max_tokens of a request: `max_len`, or what the memory holds."""
+        return self._pool.most
+
+    @property
+    def stopped(self) -> EngineStopped | None:
+        """Why requests are not taken any more, as `submit` would raise it: an error has ended the engine, or it is closed."""
+        return self._loop.stopped() if self._loop.is_closing or self._loop.error is not None else None
 
     def stats(self) -> dict[str, int]:
         """What the engine does and has done.
