@@ -52,6 +52,8 @@ def serve(
     from .checks import check_options, plans_for
 
     check_options(device, dtype, None)
+    if memory > 1 and memory != int(memory):
+        raise ValueError(f"--memory must be a share up to 1 or a whole number of bytes, got {memory}")
     key, formats = api_key or env.read("ZIGZAG_API_KEY"), (kv_format, ring_kv_format, key_smoothing)
     chosen = plans_for(model, {"": plan}, formats)[""]
     max_len = max_len or _context_of(model)

@@ -40,7 +40,8 @@ class Service:
 
     def refusal(self, authorization: str, length: str) -> ApiError | None:
         """Why a request with these headers (Authorization, Content-Length) is not looked at, if it is not."""
-        given = authorization.partition(" ")[2].strip().encode()
+        scheme, _, given = authorization.partition(" ")
+        given = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # headers are bytes, shown as Latin-1
         if self._key is not None and not secrets.compare_digest(given, self._key):
             why = (
                 "the key is not the one that this server was given"
