@@ -89,7 +89,7 @@ def test_a_process_serves_and_a_signal_ends_it(model, model_folder, tokenizer, t
     options = ["--plan", tmp_path / "plan.json", "--max-len", 2000, "--served-model-name", "tiny"]
     process, port, said = started(model_folder, *options, ZIGZAG_API_KEY="secret")
     try:
-        assert repr(plan) in said and "32 requests" in said and "of 2,000 tokens" in said
+        assert repr(plan) in said and "32 requests at once, of up to 2,000 tokens\n" in said
         client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer secret"}, timeout=20)
         fields = {"model": "tiny", "prompt": "What?", "temperature": 0, "max_tokens": 9}
         answer = client.post("/v1/completions", json=fields).json()

@@ -94,12 +94,9 @@ def _context_of(model: str) -> int:
 
 def _memory(engine, max_rows: int) -> str:
     stats, most = engine.stats(), engine.most_tokens
-    fit = ", ".join(
-        f"{engine.capacity(tokens - 1, 1)} of {tokens:,} tokens"
-        for tokens in dict.fromkeys((max(2, most // 8), most))
-        if tokens <= most
-    )
+    fit = {tokens: engine.capacity(tokens - 1, 1) for tokens in (max(2, most // 8), max(2, most))}
+    few = [f"{count} of {tokens:,} tokens" for tokens, count in fit.items() if count < max_rows]
     return (
-        f"{stats['budget_bytes'] / _GIB:.2f} GiB for keys and values beside {stats['ring_bytes'] / _GIB:.2f} GiB of rings; "
-        f"at once at most {max_rows} requests: {fit}"
+        f"{stats['budget_bytes'] / _GIB:.2f} GiB for keys and values beside {stats['ring_bytes'] / _GIB:.2f} GiB of rings: "
+        f"{max_rows} requests at once, of up to {most:,} tokens" + (f" ({', '.join(few)})" if few else "")
     )
