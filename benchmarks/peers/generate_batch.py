@@ -13,6 +13,14 @@ from ..cells.serve_scenarios import Job
 from ..timing.token_times import Times, all_decode, summary
 
 
+def sizes_of(model, job: Job) -> dict[str, int]:
+    """Options of transformers' continuous batching. On a CPU it would else take nearly all of the machine's memory."""
+    blocks = -(-(job.prompt + job.new) // 256) + 1  # of 256 tokens
+    if model.device.type == "cpu":
+        return {"num_blocks": job.rows * blocks, "max_batch_tokens": 2048}
+    return {"max_blocks_per_request": blocks}
+
+
 class _Clock(BaseStreamer):
     """Notes when tokens come; the first call brings the prompt."""
 
@@ -46,7 +54,7 @@ def generate_batch(model, plan: zz.Plan, job: Job) -> Iterator[tuple[str, dict]]
     Where new tokens are few, the first rows end before the last ones begin, and there are no such steps.
     """
     config = GenerationConfig(max_new_tokens=job.new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    batching = ContinuousBatchingConfig(max_blocks_per_request=-(-(job.prompt + job.new) // 256) + 1)
+    batching = ContinuousBatchingConfig(**sizes_of(model, job))
     ids = torch.randint(0, model.config.vocab_size, (job.rows, job.prompt)).tolist()
     outputs = model.generate_batch(ids, config, batching, record_timestamps=True)
     done = [output for output in outputs.values() if len(output.generated_tokens) == job.new]

@@ -18,6 +18,7 @@ import zigzag_ext as zz
 
 from ..cells.http_clients import WORDS, clients
 from ..cells.serve_scenarios import Job
+from .generate_batch import sizes_of
 
 _SECONDS = 600  # until a server answers
 COMMANDS = {
@@ -37,6 +38,9 @@ def measure(impl: str, model, plan: zz.Plan | None, job: Job) -> Iterator[tuple[
         if plan is not None:
             plan.save(Path(folder) / "plan.json")
             options += ["--plan", f"{folder}/plan.json", "--max-len", str(job.prompt + job.new), "--max-rows", str(job.rows)]
+        elif model.device.type == "cpu":
+            sizes = sizes_of(model, job)
+            options += ["--cb-num-blocks", str(sizes["num_blocks"]), "--cb-max-batch-tokens", str(sizes["max_batch_tokens"])]
         with _served(impl, folder, options) as port:
             yield clients(port, folder, job)
 
