@@ -117,7 +117,8 @@ def test_the_stock_client_completes_chats_and_streams(engine, stock):
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == wanted.text
     assert (totals.usage.prompt_tokens, totals.usage.completion_tokens) == (len(SAID), 40)
     assert stock.completions.create(model=NAME, prompt=PROMPT, max_tokens=5, temperature=0).usage.completion_tokens == 5
-    assert [each.id for each in stock.models.list()] == [NAME] and stock.models.retrieve(NAME).id == NAME
+    [listed] = stock.models.list()
+    assert listed == stock.models.retrieve(NAME) and (listed.id, listed.max_model_len) == (NAME, 400)
 
 
 def test_a_chat_without_a_number_gets_what_fits(client):
