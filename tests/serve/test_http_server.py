@@ -111,6 +111,17 @@ def test_two_clients_at_once_have_the_tokens_that_they_have_alone(server, wanted
     assert texts == wanted
 
 
+def test_a_stream_that_waits_says_so_until_its_first_token(engine, wanted):
+    others = [engine.submit(PROMPT, zz.Sampling(2900)) for _ in range(2)]
+    with live(Service(engine, "tiny", ping_seconds=0.05)) as server:
+        client = Raw(server.port, **SHORT | {"stream": True})
+        client.until(": waiting for the first token\n\n")
+        for other in others:
+            other.cancel()
+        stream = client.rest()
+        assert text_of(stream) == wanted[0] and "data: [DONE]" in stream
+
+
 def test_a_full_queue_is_429_and_tells_when_to_come_again(server, engine, wanted):
     others = [engine.submit(PROMPT, zz.Sampling(2900)) for _ in range(2)]
     until(lambda: engine.stats()["decoding"] == 2)
@@ -182,13 +193,14 @@ def test_an_address_that_is_taken_or_nowhere_is_named():
         bind("no.such.host.invalid", 1)
 
 
-def test_many_clients_that_come_and_go_leave_nothing_behind(server, engine, wanted):
-    """Some read to the end, some go at once, some in the middle; open files and answers are as before."""
+def test_many_clients_that_come_and_go_leave_nothing_behind(server, engine, wanted, request, record_property):
+    """Some read to the end, some go at once, some in the middle; files and threads stay few, and answers as they were."""
+    clients, turns = (8, 250) if request.config.getoption("--long") else (8, 6)
     post(server)
     files, wrong = open_files(), []
 
     def client(number):
-        for turn in range(6):
+        for turn in range(turns):
             kind = (number + turn) % 3
             raw = Raw(server.port, **SHORT | {"max_tokens": 60 if kind else 12, "stream": kind != 0})
             if kind == 0:
@@ -199,13 +211,15 @@ def test_many_clients_that_come_and_go_leave_nothing_behind(server, engine, want
                 raw.until("HTTP/1.1 ")
             raw.close()
 
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
-    for each in clients:
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for each in threads:
         each.start()
-    for each in clients:
-        each.join(60)
+    for each in threads:
+        each.join(600)
     until(lambda: server.service.active == 0)
     until(lambda: not any(engine.stats()[state] for state in ("queued", "prefilling", "decoding")), 1)
     assert not wrong and engine.stats()["failed"] == 0 and engine.stats()["cancelled"] > 0
     assert post(server).json()["choices"][0]["text"] == wanted[0]
     until(lambda: open_files() <= files)
+    assert threading.active_count() < 60  # 40 read prompts, and stay
+    record_property("count of requests of clients that come and go", clients * turns)

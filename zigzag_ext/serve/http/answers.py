@@ -7,6 +7,7 @@ import uuid
 from ..request import Completion
 
 DONE = b"data: [DONE]\n\n"
+PING = b": waiting for the first token\n\n"  # a comment, which clients pass over
 
 
 def event(body: dict) -> bytes:

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ... import __version__
 from ..request import Completion, Request
-from .answers import Answer, event
+from .answers import PING, Answer, event
 from .errors import ApiError, api_error, install
 from .fields import ChatFields, CompletionFields, Fields
 from .gate import Gate
@@ -125,10 +125,24 @@ class EventStream(StreamingResponse):
         try:
             for piece in self.answer.opening():
                 yield piece
-            async for token in self.request:
-                if token.text:
-                    yield self.answer.piece(token.text)
+            async for text in self._texts():
+                if text != "":
+                    yield PING if text is None else self.answer.piece(text)
             for piece in self.answer.closing(_ended(self.service, self.request)):
                 yield piece
         except Exception as error:  # the status has been sent: an event is what is left
             yield event(api_error(error).body)
+
+    async def _texts(self) -> AsyncIterator[str | None]:
+        """Of each token. None every `ping_seconds` until the first one: proxies take a silent connection for a broken one."""
+        tokens = aiter(self.request)
+        first = asyncio.ensure_future(anext(tokens, None))
+        try:
+            while not (await asyncio.wait([first], timeout=self.service.ping_seconds))[0]:
+                yield None
+        finally:
+            first.cancel()  # nothing where it has come
+        if (token := first.result()) is not None:
+            yield token.text
+            async for token in tokens:
+                yield token.text

@@ -9,7 +9,7 @@ from .errors import ApiError, api_error
 from .fields import ChatFields, CompletionFields
 from .metrics import Metrics
 
-STALL_SECONDS = 30.0
+STALL_SECONDS, PING_SECONDS = 30.0, 15.0
 _BODY_BYTES = 1 << 20  # of a request beside its tokens
 _TOKEN_BYTES = 32  # of a body, for each token that a request may have: token ids take 8, texts about 5, escapes twice that
 
@@ -21,12 +21,22 @@ class Service:
         name: of the model, which requests have to give.
         api_key: which requests under /v1 have to bring; None: none.
         stall_seconds: how long a client may read nothing of its stream before its request is cancelled.
+        ping_seconds: how often a stream says that its first token is still to come.
     """
 
-    def __init__(self, engine: Engine, name: str, *, api_key: str | None = None, stall_seconds: float = STALL_SECONDS):
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        *,
+        api_key: str | None = None,
+        stall_seconds: float = STALL_SECONDS,
+        ping_seconds: float = PING_SECONDS,
+    ):
         if engine.tokenizer is None:
             raise ValueError("a served engine needs a tokenizer: give one to zz.Engine(tokenizer=)")
-        self.engine, self.tokenizer, self.name, self.stall_seconds = engine, engine.tokenizer, name, stall_seconds
+        self.engine, self.tokenizer, self.name = engine, engine.tokenizer, name
+        self.stall_seconds, self.ping_seconds = stall_seconds, ping_seconds
         self._key = None if api_key is None else api_key.encode()
         self.metrics = Metrics(engine)
         self.is_draining = False  # takes no more requests
