@@ -152,6 +152,17 @@ def test_the_end_waits_for_what_runs_and_takes_nothing_more(server, engine, want
         health(server)
 
 
+def test_the_end_does_not_wait_for_who_reads_nothing(service, engine, monkeypatch, caplog):
+    monkeypatch.setattr("zigzag_ext.serve.http.server._GRACE", 1)
+    with live(service, drain_seconds=0.2) as server:
+        slow = Raw(server.port, **SHORT | {"max_tokens": 500, "stream": True})
+        until(lambda: engine.stats()["finished"] == 1)
+        server.end()
+        server.thread.join(5)
+        assert not server.thread.is_alive() and "Traceback" not in caplog.text
+        slow.close()
+
+
 @pytest.mark.parametrize("how", ["too long", "a second signal"])
 def test_the_end_cancels_what_takes_too_long(service, engine, how):
     with live(service, drain_seconds=0.3 if how == "too long" else 60) as server:

@@ -1,5 +1,7 @@
 """Gate: what stands in front of every request under /v1."""
 
+import asyncio
+
 from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,5 +40,8 @@ class Gate:
         try:
             refusal = service.refusal(headers.get("authorization", ""), headers.get("content-length", ""))
             await (self.app if refusal is None else refusal.response)(scope, limited, counted)
+        except asyncio.CancelledError:
+            if not service.is_draining:  # else the server ends, and this answer has had its time: no traceback
+                raise
         finally:
             service.active -= 1
