@@ -117,7 +117,7 @@ def stall(engine: zz.Engine, job: Job) -> Iterator[tuple[str, dict]]:
         runs.requests[0].result()
     yield "stall: long prompt alone", summary(runs.times)
     steps = steps_of_prompts(job.rows, short) + 4 * IDLE_STEPS + 2 * steps_of_prompts(1, long)
-    with Runs(engine) as runs:
+    with Runs(engine, 1) as runs:  # other prompts: none is found again
         decoding = [runs.send(runs.ids(short), steps) for _ in range(job.rows)]
         runs.wait(lambda: all(len(times.tokens) > 1 for times in decoding))
         idle = time.perf_counter()

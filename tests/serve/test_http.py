@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 import zigzag_ext as zz
 from zigzag_ext.serve.http import Service, create_app
+from zigzag_ext.serve.http.answers import Answer
 
 PLAN = zz.Plan(["retrieval", "streaming", "streaming"], sink=4, window=16)
 NAME, PROMPT = "tiny/model", "What is to be said here?"
@@ -79,10 +80,17 @@ def test_a_completion_has_the_engines_tokens(engine, client, options, stream):
         [choice], usage = answer.json()["choices"], answer.json()["usage"]
         text, reason = choice["text"], choice["finish_reason"]
     assert (text, reason) == (wanted.text, wanted.finish_reason) == (wanted.text, "length")
-    assert usage == {
-        "prompt_tokens": len(PROMPT), "completion_tokens": 30, "total_tokens": len(PROMPT) + 30,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    }  # fmt: skip
+    assert 0 <= usage.pop("prompt_tokens_details")["cached_tokens"] < len(PROMPT)
+    assert usage == {"prompt_tokens": len(PROMPT), "completion_tokens": 30, "total_tokens": len(PROMPT) + 30}
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_usage_tells_what_was_cached(is_chat):
+    completion, answer = zz.Completion([1, 2], "ab", "stop", 9, 7, 0), Answer(NAME, is_chat, usage_wanted=True)
+    totals = json.loads(answer.closing(completion)[-2].decode().removeprefix("data: "))
+    for usage in (totals["usage"], answer.whole(completion)["usage"]):
+        details = usage.pop("prompt_tokens_details")
+        assert usage == {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11} and details == {"cached_tokens": 7}
 
 
 def test_prompts_may_be_token_ids_and_alone_in_a_list(engine, client):
@@ -104,7 +112,7 @@ def test_the_stock_client_completes_chats_and_streams(engine, stock):
     wanted = alone(engine, SAID, zz.Sampling(40))
     chat = stock.chat.completions.create(model=NAME, messages=MESSAGES, max_completion_tokens=40, temperature=0)
     assert (chat.choices[0].message.content, chat.choices[0].finish_reason) == (wanted.text, "length")
-    assert chat.choices[0].message.role == "assistant" and chat.usage.prompt_tokens_details.cached_tokens == 0
+    assert chat.choices[0].message.role == "assistant" and chat.usage.prompt_tokens_details.cached_tokens < len(SAID)
     again = [*MESSAGES, chat.choices[0].message.model_dump(), {"role": "user", "content": "And?"}]  # as it came, nulls and all
     said = f"{SAID}{wanted.text}\nuser: And?\nassistant: "
     second = stock.chat.completions.create(model=NAME, messages=again, max_tokens=9, temperature=0, n=1, user="x", store=False)
@@ -287,13 +295,15 @@ def test_metrics_count_what_has_been_done(engine):
     client = TestClient(create_app(Service(engine, NAME)))
     names = [
         ("zigzag_requests_total", {"state": "finished"}), ("zigzag_tokens_total", {"kind": "generated"}),
-        ("zigzag_tokens_total", {"kind": "prompt"}), ("zigzag_ttft_seconds_count", {}), ("zigzag_itl_seconds_count", {}),
+        ("zigzag_ttft_seconds_count", {}), ("zigzag_itl_seconds_count", {}), ("zigzag_tokens_total", {"kind": "prompt"}),
+        ("zigzag_prefix_hit_tokens_total", {}),
     ]  # fmt: skip
     before = [sample(client, name, **labels) for name, labels in names]
     for stream in (False, True):
         client.post("/v1/completions", json=GREEDY | {"prompt": PROMPT, "max_tokens": 5, "stream": stream})
     after = [sample(client, name, **labels) for name, labels in names]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [2, 10, 2 * len(PROMPT), 2, 8]
+    *counts, read, cached = (b - a for a, b in zip(before, after, strict=True))
+    assert counts == [2, 10, 2, 8] and read + cached == 2 * len(PROMPT)
     assert sample(client, "zigzag_responses_total", code="200") == 2
     assert sample(client, "zigzag_requests_running") == sample(client, "zigzag_kv_reserved_bytes") == 0
     client.post("/v1/completions", json={})
