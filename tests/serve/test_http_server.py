@@ -184,10 +184,10 @@ def test_the_end_cancels_what_takes_too_long(service, engine, how):
 def test_an_engine_that_an_error_ends_ends_its_server(model, tokenizer, monkeypatch):  # noqa: F811
     with zz.Engine(model, PLAN, max_len=3000, tokenizer=tokenizer) as engine, live(Service(engine, "tiny")) as server:
 
-        def broken(row):
+        def broken():
             raise OSError("the device is gone")
 
-        monkeypatch.setattr(engine._steps.slots, "release", broken)
+        monkeypatch.setattr(engine._steps, "step", broken)
         answer = post(server)
         assert answer.status_code == 503 and "the device is gone" in answer.json()["error"]["message"]
         server.thread.join(20)
