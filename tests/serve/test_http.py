@@ -84,6 +84,16 @@ def test_a_completion_has_the_engines_tokens(engine, client, options, stream):
     assert usage == {"prompt_tokens": len(PROMPT), "completion_tokens": 30, "total_tokens": len(PROMPT) + 30}
 
 
+def test_beginnings_are_shared_within_a_salt(client):
+    def cached(text, **salt):
+        fields = GREEDY | {"prompt": text, "max_tokens": 2} | salt
+        return client.post("/v1/completions", json=fields).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    text = "A beginning that two prompts have, and nobody else in this file, long enough to be worth it. "
+    assert cached(text) == 0 and cached(text + "More.") == len(text)
+    assert cached(text + "More.", cache_salt="of others") == 0
+
+
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_usage_tells_what_was_cached(is_chat):
     completion, answer = zz.Completion([1, 2], "ab", "stop", 9, 7, 0), Answer(NAME, is_chat, usage_wanted=True)
@@ -176,6 +186,7 @@ BAD = {  # of /v1/completions; null takes a field away
     "stop must be strings of 1 to 256 characters, got ''": {"stop": ""},
     "stop must be strings of 1 to 256 characters, got [1]": {"stop": [1]},
     "stop must be at most 16 strings, got 17": {"stop": ["a"] * 17},
+    "cache_salt: Input should be a valid string": {"cache_salt": 1},
     "stream_options is for stream=true": {"stream_options": {}},
     "stream_options.all: Extra inputs are not permitted": {"stream": True, "stream_options": {"all": 1}},
     "there is no field 'max_token'": {"max_token": 4},

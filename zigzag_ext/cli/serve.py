@@ -26,6 +26,12 @@ def serve(
     ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Most requests that run at once; rings have memory for all of them.")] = 32,
     memory: Annotated[float, typer.Option(help="For keys and values: a share of the free memory, or bytes.")] = 0.9,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Go on where an earlier prompt began alike.")
+    ] = True,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Run decode steps as compiled graphs; default on a GPU.")
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Most requests that wait until others have ended.")] = 256,
     kv_format: KvFormat = None,
     ring_kv_format: RingKvFormat = None,
@@ -61,7 +67,8 @@ def serve(
         network, tokenizer = load(model, device, dtype)
         engine = Engine(
             network, chosen, max_len=max_len, max_rows=max_rows, memory=memory if memory <= 1 else int(memory), queue=queue,
-            max_stall_ms=max_stall_ms, prefill_chunk=chunk or "auto", tokenizer=tokenizer,
+            max_stall_ms=max_stall_ms, prefix_cache=prefix_cache, compile=compile, prefill_chunk=chunk or "auto",
+            tokenizer=tokenizer,
         )  # fmt: skip
         with engine:
             service = Service(engine, served_model_name or model, api_key=key)

@@ -71,7 +71,7 @@ async def _awaited(service: Service, request: Request, http: Http) -> Completion
     try:
         async for _ in request:
             pass
-        return _ended(service, request, gone=watch.done())
+        return _ended(request, gone=watch.done())
     except Exception as error:
         raise api_error(error) from error
     finally:
@@ -83,10 +83,9 @@ async def _gone(http: Http) -> None:
         pass
 
 
-def _ended(service: Service, request: Request, gone: bool = False) -> Completion:
+def _ended(request: Request, gone: bool = False) -> Completion:
     """Raises ApiError if something else than its tokens has ended the request, 499 where that is that its client has `gone`."""
     completion = request.result(0)
-    service.metrics.ended(completion)
     if completion.finish_reason == "cancelled":
         raise ApiError(
             499 if gone else 503, "the request was cancelled: the server ends, or nobody read its answer", code="cancelled"
@@ -128,7 +127,7 @@ class EventStream(StreamingResponse):
             async for text in self._texts():
                 if text != "":
                     yield PING if text is None else self.answer.piece(text)
-            for piece in self.answer.closing(_ended(self.service, self.request)):
+            for piece in self.answer.closing(_ended(self.request)):
                 yield piece
         except Exception as error:  # the status has been sent: an event is what is left
             yield event(api_error(error).body)

@@ -112,6 +112,7 @@ class Fields(BaseModel):
     seed: int | None = None
     stop: Annotated[Any, AfterValidator(_stop)] = ()
     ignore_eos: bool | None = None
+    cache_salt: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from ..engine import Engine
-from ..request import Completion, Token
+from ..request import Token
 from ..scheduler import ENDED
 
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # seconds
@@ -23,7 +23,6 @@ class Metrics:
         self.registry.register(_OfEngine(engine))
         made = {"registry": self.registry}
         self.responses = Counter("zigzag_responses", "Answers to requests under /v1, by HTTP status.", ["code"], **made)
-        self.hits = Counter("zigzag_prefix_hit_tokens", "Tokens of prompts that an earlier request had left.", **made)
         self.first = Histogram("zigzag_ttft_seconds", "From a request to its first token.", buckets=_FIRST, **made)
         self.between = Histogram("zigzag_itl_seconds", "From one token of a request to its next.", buckets=_BETWEEN, **made)
 
@@ -38,9 +37,6 @@ class Metrics:
             last, histogram = now, self.between
 
         return note
-
-    def ended(self, completion: Completion) -> None:
-        self.hits.inc(completion.cached_tokens)
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """All of it, and its content type, in the format that a header `Accept` asks for."""
@@ -60,15 +56,18 @@ class _OfEngine:
         for state in ENDED:
             requests.add_metric([state], stats[state])
         tokens = CounterMetricFamily("zigzag_tokens", "Tokens that were read of prompts, and generated.", labels=["kind"])
-        memory = GaugeMetricFamily("zigzag_kv_bytes", "What rows take now, and rings from the start.", labels=["kind"])
+        what = "What requests take now, what is kept for prompts to come, and rings, which are there from the start."
+        memory = GaugeMetricFamily("zigzag_kv_bytes", what, labels=["kind"])
         for family, kind, name in [
             (tokens, "prompt", "prompt_tokens"), (tokens, "generated", "tokens"),
-            (memory, "rows", "kv_bytes"), (memory, "rings", "ring_bytes"),
+            (memory, "requests", "kv_bytes"), (memory, "kept", "cached_bytes"), (memory, "rings", "ring_bytes"),
         ]:  # fmt: skip
             family.add_metric([kind], stats[name])
+        hits = "Tokens of prompts that were not read, since an earlier request had left them."
+        yield CounterMetricFamily("zigzag_prefix_hit_tokens", hits, stats["cached_tokens"])
         running = stats["prefilling"] + stats["decoding"]
         yield from (requests, tokens, memory, CounterMetricFamily("zigzag_steps", "Steps of the engine.", stats["steps"]))
         yield GaugeMetricFamily("zigzag_requests_running", "Requests that run.", running)
         yield GaugeMetricFamily("zigzag_requests_waiting", "Requests that wait to be admitted.", stats["queued"])
         yield GaugeMetricFamily("zigzag_kv_reserved_bytes", "What running requests may come to take.", stats["reserved_bytes"])
-        yield GaugeMetricFamily("zigzag_kv_budget_bytes", "What rows may take in all.", stats["budget_bytes"])
+        yield GaugeMetricFamily("zigzag_kv_budget_bytes", "What requests and what is kept may take.", stats["budget_bytes"])

@@ -81,7 +81,7 @@ class Service:
         ids = self._chat_ids(fields) if isinstance(fields, ChatFields) else self._ids(fields.prompt)
         sampling = fields.sampling(fields.tokens_within(self.engine.most_tokens - len(ids)))
         try:
-            return self.engine.submit(ids, sampling, clock)
+            return self.engine.submit(ids, sampling, clock, fields.cache_salt)
         except (TypeError, ValueError, RuntimeError) as error:
             is_theirs = isinstance(error, TypeError | ValueError) and api_error(error).status == 500
             raise ApiError(400, str(error), param) if is_theirs else api_error(error, param) from error
