@@ -133,7 +133,8 @@ def show(row: ServeRecord) -> str:
     return (
         f"{row.scenario:24} {row.plan:14} {row.impl:19} {row.rows:3} x {row.prompt:6}: {row.wall_s:8.2f} s, "
         f"{row.tokens_per_s:8.1f} tokens/s, first {row.first_p50_s:7.3f} / {row.first_p99_s:7.3f} s, "
-        f"between {row.between_p50_ms:7.2f} / {row.between_p99_ms:7.2f} ms (p50 / p99), {row.kv_bytes / 1e9:.2f} GB"
+        f"between {row.between_p50_ms:7.2f} / {row.between_p99_ms:7.2f} ms (p50 / p99), "
+        f"{row.kv_bytes / 1e9:.2f} GB, {row.cached_tokens} tokens not read"
     )
 
 

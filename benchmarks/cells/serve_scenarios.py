@@ -134,13 +134,13 @@ def stall(engine: zz.Engine, job: Job) -> Iterator[tuple[str, dict]]:
 
 
 def prefix(engine: zz.Engine, job: Job) -> Iterator[tuple[str, dict]]:
-    """A prompt that nothing has read; another one with the same beginning; then rows with it at once."""
+    """A prompt that nothing has read; one that begins with all of it; then rows of such ones at once."""
     tail = min(16, job.prompt // 2)
     beginning = Runs(engine, 0).ids(job.prompt - tail)
     for seed, (name, rows) in enumerate((("read", 1), ("held", 1), ("shared", job.rows)), start=1):
         with Runs(engine, seed) as runs:
             for _ in range(rows):
-                runs.send(beginning + runs.ids(tail), job.new)
+                runs.send(beginning + runs.ids(tail if name != "read" else 0), job.new)
             runs.wait(lambda runs=runs: all(times.tokens for times in runs.times))
             kv_bytes, done = runs.kv_bytes, [request.result() for request in runs.requests]
         cached = sum(each.cached_tokens for each in done)

@@ -54,6 +54,7 @@ def test_every_scenario_of_an_engine_is_written_once(tmp_path, capsys):
     assert set(rows) == wanted and len(read(path, ServeRecord)) == len(wanted)
     assert rows["steady", "engine", 3].new_tokens >= 3 * 5 and rows["whole", "engine", 3].new_tokens == 15
     assert all(row.wall_s > 0 and row.tokens_per_s > 0 and row.prompt == 40 for row in rows.values())
+    assert rows["prefix: read", "engine", 3].cached_tokens == 0 and rows["prefix: shared", "engine", 3].cached_tokens == 3 * 24
     assert rows["whole", "engine", 1].first_p50_s > 0 < rows["steady", "generate", 1].between_p50_ms
     assert serve.main(arguments) == 0 and len(read(path, ServeRecord)) == len(wanted)
     assert capsys.readouterr().out.count("already") == 9
