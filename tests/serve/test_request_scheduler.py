@@ -30,9 +30,9 @@ def run(scheduler: Scheduler, chunk: int = 10) -> list[Job]:
     decoding = scheduler.in_state(DECODING)
     for job in decoding:
         job.done = getattr(job, "done", 1) + 1
-    job = scheduler.next_prompt()
-    if job is not None:
+    for job in scheduler.prompts()[:1]:
         scheduler.advance(job, min(chunk, job.left))
+        scheduler.took_turns([job])
     for each in decoding:
         if each.done >= each.max_tokens:
             scheduler.end(each, "finished")

@@ -111,6 +111,16 @@ def test_exactly_the_capacity_works_and_one_more_is_refused(prompt):
         assert len(again_too.result(0).token_ids) == 10
 
 
+@pytest.mark.parametrize("limit_ms,read", [(1e9, [20, 30, 30]), (1e-6, [0, 0, 20])])
+def test_short_prompts_are_read_together_while_nobody_waits_long(limit_ms, read):
+    with driven(new_model("llama"), PLAN, max_stall_ms=limit_ms, prefill_chunk=30) as driver:
+        requests = [driver.submit(ids_of(length), zz.Sampling(3)) for length in (30, 50, 20)]
+        driver.step()
+        assert sorted(job.read for job in driver.scheduler.jobs) == read
+        driver.drain()
+        assert [len(request.result(0).token_ids) for request in requests] == [3, 3, 3]
+
+
 def test_max_len_is_a_limit_too(driver):
     with pytest.raises(zz.RequestTooLarge, match="401 together, more than max_len=400: give at most 400") as caught:
         driver.submit(ids_of(380), zz.Sampling(21))

@@ -30,10 +30,16 @@ ACTIONS = st.one_of(
 def served(request):
     """A driver with 3 rows that reads prompts 24 tokens at a time, the gap of its format, and `Choices` by spec.
 
-    Also where all that requests leave is kept, and prompts, which are beginnings of one text, go on from it.
+    Some read one prompt in a step, some all. Also where all that requests leave is kept, and prompts, which are beginnings of one
+    text, go on from it.
     """
     name, prefix_cache = request.param
-    options = {"prefill_chunk": 24, "queue": 64, "prefix_cache": prefix_cache}
+    options = {
+        "prefill_chunk": 24,
+        "queue": 64,
+        "prefix_cache": prefix_cache,
+        "max_stall_ms": 1e9 if name in ("none", "int8") else 1e-6,
+    }
     with driven(new_model("llama"), plan_of(name), **options) as driver:
         yield driver, GAPS[name], {}
 

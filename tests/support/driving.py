@@ -62,7 +62,9 @@ class Driver:
 
 @contextmanager
 def driven(model, plan=None, **options):
+    """However slow the machine is, a step reads one chunk of one prompt."""
     options = {"max_len": 400, "max_rows": 3, "memory": 1 << 30, "prefix_cache": False, "compile": False} | options
+    options = {"max_stall_ms": 1e-6} | options
     with zz.Engine(model, plan, **options) as engine:
         yield Driver(engine)
 

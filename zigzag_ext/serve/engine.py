@@ -44,7 +44,7 @@ class Engine:
         max_len: most tokens of a request, prompt and new ones together.
         max_rows: most requests that run at once. Streaming layers have memory for all of them from the start.
         memory: for keys and values. A float: that share of what is free on the model's device now. An int: bytes.
-        max_stall_ms: how long a chunk of a prompt may hold up the rows that decode, in milliseconds, by what earlier chunks took.
+        max_stall_ms: how long chunks of prompts may hold up the rows that decode, in milliseconds, by what earlier chunks took.
             A chunk has at least 128 tokens, or what is left of its prompt, whatever it takes.
         prefix_cache: keep what ended requests leave, as long as its memory is not needed: a prompt that begins as an earlier one,
             or as a conversation so far, is read from there on. See below.
@@ -59,7 +59,7 @@ class Engine:
     A request is admitted when the memory of its prompt and of max_tokens new tokens is free, and keeps it reserved: what runs
     never runs out of memory, and is never put off. Pages are taken as tokens come. Requests are admitted in the order in which
     they come; a smaller one may overtake one that finds no memory, 16 times at most. Each step decodes all rows and then reads a
-    chunk of one prompt, the one with the least left, unless another has waited for 8 chunks.
+    chunk of one prompt, the one with the least left, unless another has waited for 8 steps; or of several, if they are short.
 
     With `prefix_cache` a prompt goes on from the longest beginning that it shares with a request that runs or has ended:
     `Completion.cached_tokens`. Where layers stream, from the end of a request, of a prompt, of 8,192 tokens each, or from where

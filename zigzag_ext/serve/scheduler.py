@@ -2,8 +2,8 @@
 
     queued -> prefilling -> decoding -> finished, and from each of these three -> cancelled or failed
 
-Every step decodes all rows that decode, then reads at most one chunk of one prompt. A request is admitted when its row and all
-bytes that it can come to need are free, so none is ever preempted.
+Every step decodes all rows that decode, then reads a chunk of one prompt, or of several short ones. A request is admitted when
+its row and all bytes that it can come to need are free, so none is ever preempted.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .pool import Pool
 QUEUED, PREFILLING, DECODING = "queued", "prefilling", "decoding"
 FINISHED, CANCELLED, FAILED = ENDED = ("finished", "cancelled", "failed")
 OVERTAKES = 16  # requests that may be admitted before an earlier one that needs more memory than is free
-PATIENCE = 8  # chunks of others that a prompt waits for, before it goes first whatever is left of it
+PATIENCE = 8  # steps that read prompts of others, before a prompt goes first whatever is left of it
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Job:
     room: int = 0  # tokens that its row is reserved for; more than `size` where it has taken over a longer one
     read: int = 0  # tokens of the prompt that its row holds
     overtaken: int = 0  # later jobs admitted before it
-    waited: int = 0  # chunks of others since it was admitted, or had one itself
+    waited: int = 0  # steps that read prompts of others since it was admitted, or had a chunk itself
 
     @property
     def size(self) -> int:
@@ -96,18 +96,19 @@ class Scheduler:
         self.running += admitted
         return admitted
 
-    def next_prompt(self) -> Job | None:
-        """The job whose prompt gets the next chunk: the one with the least left, unless another has waited too long."""
-        prompts = self.in_state(PREFILLING)
-        if not prompts:
-            return None
-        chosen = max(prompts, key=lambda job: job.waited)
-        if chosen.waited < self.patience:
-            chosen = min(prompts, key=lambda job: job.left)
-        for job in prompts:
-            job.waited += 1
-        chosen.waited = 0
-        return chosen
+    def prompts(self) -> list[Job]:
+        """The jobs whose prompts get chunks, in their turn: the least left first, but behind one that has waited too long."""
+        prompts = sorted(self.in_state(PREFILLING), key=lambda job: job.left)
+        longest = max(prompts, key=lambda job: job.waited, default=None)
+        if longest is not None and longest.waited >= self.patience:
+            prompts.remove(longest)
+            prompts.insert(0, longest)
+        return prompts
+
+    def took_turns(self, read: list[Job]) -> None:
+        """A step has read a chunk of each of these."""
+        for job in self.in_state(PREFILLING):
+            job.waited = 0 if job in read else job.waited + 1
 
     def advance(self, job: Job, tokens: int) -> None:
         """So many tokens more of its prompt are in its row."""

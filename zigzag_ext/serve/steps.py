@@ -43,7 +43,7 @@ class Steps:
         self.steps = self.prompt_tokens = self.cached_tokens = self.tokens = 0  # done so far
 
     def step(self) -> None:
-        """One token for every row that decodes, then at most one chunk of one prompt.
+        """One token for every row that decodes, then a chunk of one prompt, or of several that are short together.
 
         What fails in either ends the requests that took part in it. Raises only where their rows cannot be emptied.
         """
@@ -57,10 +57,7 @@ class Steps:
             decoding = self.scheduler.in_state(DECODING)
         if decoding:
             self._decode(decoding)
-        with self.lock:
-            job = self.scheduler.next_prompt()
-        if job is not None:
-            self._read(job)
+        self._read_prompts()
         self.steps += 1
 
     def try_once(self) -> None:
@@ -131,13 +128,27 @@ class Steps:
             return False
         return True
 
-    def _read(self, job: Job) -> None:
-        self._resume(job)
-        if job.row is None:
-            return
+    def _read_prompts(self) -> None:
+        """A chunk of the prompt whose turn it is, and one of each behind it while they are to take no longer than one may."""
+        with self.lock:
+            prompts = self.scheduler.prompts()
+        read, until = [], time.perf_counter() + self.pace.limit_ms / 1e3
+        for job in prompts:
+            self._resume(job)
+            if job.row is None:
+                continue
+            stop = self.prefixes.next_mark(job)
+            count = min(self.chunk or self.pace.chunk(job.left, job.read), job.left, stop - job.read)
+            if read and time.perf_counter() + self.pace.predict(count, job.read) / 1e3 > until:
+                break
+            read.append(job)
+            self._read(job, count, stop)
+        with self.lock:
+            self.scheduler.took_turns(read)
+
+    def _read(self, job: Job, count: int, stop: int) -> None:
+        """The next `count` tokens of a prompt. stop: where the next mark is to be made."""
         before, started = job.read, time.perf_counter()
-        stop = self.prefixes.next_mark(job)
-        count = min(self.chunk or self.pace.chunk(job.left, before), job.left, stop - before)
         ids, is_last = job.request.prompt[before : before + count], count == job.left
         token = None
         try:
