@@ -21,6 +21,7 @@ from ..hf.own_config import is_composite
 from ..hf.session import session_of
 from ..planning.kv_format import KvFormat
 from ..planning.plan import Plan, token_count
+from ..planning.reading import shown
 from .errors import EngineStopped
 from .loop import Loop
 from .pace import Pace
@@ -263,7 +264,10 @@ class Engine:
     def _ids(self, prompt) -> list[int]:
         if isinstance(prompt, str):
             prompt = self.tokenizer(prompt)["input_ids"]
-        given = torch.as_tensor(prompt)
+        try:
+            given = torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError) as error:  # as torch sees it: None, texts, numbers beyond 64 bits
+            raise TypeError(f"a prompt must be a string, or token ids in a list or tensor; got {shown(prompt)}") from error
         if given.dim() == 2 and len(given) == 1:
             given = given[0]
         if given.dim() != 1 or not len(given):
