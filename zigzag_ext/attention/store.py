@@ -1,9 +1,7 @@
 """LayerStore: keys and values of one layer, or of some KV heads of it, and the one path that attends and appends."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from .. import _C
 from ..planning.kv_format import PLAIN, KvFormat
 from . import ops, routes, smoothing
 from .buffers import GrowingBuffer
+from .chunk import NO_TERMS, Chunk, LogitTerms
 
 GROWTH_STEP = 256  # tokens that retrieval layers ask memory for at once; it comes in pages
 MAX_TOKENS = 1 << 30  # per row; positions are int32
@@ -21,55 +20,6 @@ _SCALES = {"keys": "key_scales", "values": "value_scales"}
 def in_normal_mode(function):
     """Tensors made under `torch.inference_mode` cannot be written outside it; a cache outlives the mode it was made in."""
     return torch.inference_mode(False)(torch.no_grad()(function))
-
-
-class Chunk(NamedTuple):
-    """What all layers of a forward share.
-
-    seq_lens: [batch] int32 each, tokens held per row before: of most stores the first, see `LayerStore`. pad: [batch] int32,
-    leading columns to skip, or None. workspace: scratch of the ops. past: what every row has seen, if the host knows that it is
-    the same number; else None. started: whether no row can be empty. cos, sin: tables of RoPE, see `ops.attention`. decodes:
-    whether it continues texts rather than reads a prompt: it takes our kernels, and rules for prompts do not apply. left_out:
-    [len(seq_lens), batch], tokens by which `seq_lens` count less than their first row; None: the same. cache_rows: [batch] int32,
-    rows of the caches and of `seq_lens` that the batch has, see `ops.attention`; None: the first. row: the only one, if known.
-    """
-
-    seq_lens: tuple[Tensor, ...]
-    pad: Tensor | None
-    workspace: Tensor
-    past: int | None = None
-    started: bool = True
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    decodes: bool = False
-    left_out: np.ndarray | None = None
-    cache_rows: Tensor | None = None
-    row: int | None = None
-
-    def past_of(self, lengths: int) -> int | None:
-        """Tokens that every row holds by `seq_lens[lengths]`, if the host knows that it is the same number; else None."""
-        if self.past is None or self.left_out is None:
-            return self.past
-        less = self.left_out[lengths]
-        return self.past - int(less[0]) if (less == less[0]).all() else None
-
-    def rows_of(self, t: Tensor, batch: int) -> Tensor:
-        """Those of t [cache rows, ...] that the batch has: a view, but a copy for several of `cache_rows`."""
-        if self.row is not None:
-            return t[self.row : self.row + 1]
-        if self.cache_rows is not None:
-            return t.index_select(0, self.cache_rows.clamp(min=0))  # of a row that is skipped, -1, any will do
-        return t[:batch]
-
-
-class LogitTerms(NamedTuple):
-    """What a family does to logits beside scaling them, see `ops.attention`."""
-
-    softcap: float = 0.0
-    sink_logits: Tensor | None = None
-
-
-NO_TERMS = LogitTerms()
 
 
 class LayerStore:
@@ -289,10 +239,12 @@ class LayerStore:
         """What is held goes to the device and the dtype of `like` [batch, num_kv_heads, 0, head_dim]; codes stay codes."""
         if (like.device, like.dtype) == (self.device, self.dtype):
             return
-        before, capacity, grows = dict(self.buffers), self.capacity, bool(self.growing)
-        self.allocate(like, capacity, self.max_len, grows=grows)
-        for name, buffer in before.items():
-            self.buffers[name][:, :, :capacity] = buffer[:, :, :capacity].to(like.device)
+        other = object.__new__(LayerStore)  # so that an interrupt leaves all or nothing moved
+        vars(other).update(vars(self))
+        other.allocate(like, self.capacity, self.max_len, grows=bool(self.growing))
+        for name, buffer in self.buffers.items():
+            other.buffers[name][:, :, : self.capacity] = buffer[:, :, : self.capacity].to(like.device)
+        vars(self).update(vars(other))
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of slots [start, stop), in the dtype of the layer: codes widened, smoothed keys less their offset.

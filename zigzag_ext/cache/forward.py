@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..attention import ops
-from ..attention.store import Chunk, LogitTerms, in_normal_mode
+from ..attention.chunk import Chunk, LogitTerms
+from ..attention.store import in_normal_mode
 from .columns import back_in_order, copy_on, in_order, is_mixed
 from .compression.observed import Observed
 from .positions import check_positions

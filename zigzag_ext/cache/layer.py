@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..attention.store import NO_TERMS, LayerStore, LogitTerms, attend
+from ..attention.chunk import NO_TERMS, LogitTerms
+from ..attention.store import LayerStore, attend
 from .rows import Rows
 from .state import Addresses, CacheState, locked
 

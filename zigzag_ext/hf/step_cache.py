@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..attention.store import Chunk, LogitTerms, attend
+from ..attention.chunk import Chunk, LogitTerms
+from ..attention.store import attend
 from ..cache import ZigzagCache
 from ..cache.forward import Forward
 from ..cache.layer import ZigzagLayer

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..attention import ops
-from ..attention.store import Chunk, LayerStore, attend
+from ..attention.chunk import Chunk
+from ..attention.store import LayerStore, attend
 from ..planning.origin import origin_of
 
 _SETS = 8  # most layers of every kind, in turn: none finds its keys in a cache of the processor from the call before
