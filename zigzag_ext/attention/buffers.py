@@ -330,6 +330,11 @@ def check_free(wanted: Iterable[tuple[GrowingBuffer, int]]) -> None:
     needed: dict[torch.device, int] = {}
     for buffer, slots in wanted:
         needed[buffer.device] = needed.get(buffer.device, 0) + buffer.growth_bytes(slots)
+    check_free_bytes(needed)
+
+
+def check_free_bytes(needed: dict[torch.device, int]) -> None:
+    """Raises MemoryError unless so many bytes are free on each device."""
     for device, size in needed.items():
         if size and size > (free := free_bytes(device)):
             raise MemoryError(f"out of memory: {size:,} bytes are needed on {device}, {free:,} are free; nothing was changed")

@@ -198,8 +198,7 @@ class LayerStore:
 
         through: the sink and the window that a retrieval layer is read through, if it has slots for more; None: in full.
         """
-        other = object.__new__(LayerStore)
-        vars(other).update(vars(self))
+        other = self._twin()
         if through is not None and not self.window and self.buffers["keys"].shape[2] > sum(through):
             other.sink, other.window = through
         other.plain, other.growing = {name: buffer.as_subclass(Tensor) for name, buffer in self.buffers.items()}, {}
@@ -239,8 +238,7 @@ class LayerStore:
         """What is held goes to the device and the dtype of `like` [batch, num_kv_heads, 0, head_dim]; codes stay codes."""
         if (like.device, like.dtype) == (self.device, self.dtype):
             return
-        other = object.__new__(LayerStore)  # so that an interrupt leaves all or nothing moved
-        vars(other).update(vars(self))
+        other = self._twin()  # so that an interrupt leaves all or nothing moved
         other.allocate(like, self.capacity, self.max_len, grows=bool(self.growing))
         for name, buffer in self.buffers.items():
             other.buffers[name][:, :, : self.capacity] = buffer[:, :, : self.capacity].to(like.device)
@@ -272,22 +270,38 @@ class LayerStore:
 
     @in_normal_mode
     def select_rows(self, index: Tensor, held: int) -> None:
-        """Row i becomes what row index[i] was, of its first `held` tokens. In place while the batch stays the same."""
-        held = self.capacity if self.window else min(held, self.capacity)
-        self.geometry = (len(index), *self.geometry[1:])
-        index = index.to(self.device)
+        """Row i becomes what row index[i] was, of its first `held` tokens; as many rows as before, in place."""
+        self._copy_rows(self, index, held)
+
+    @in_normal_mode
+    def with_rows(self, index: Tensor, held: int) -> "LayerStore":
+        """Another one, of len(index) rows: its row i has what row index[i] has, of its first `held` tokens."""
+        other, batch = self._twin(), len(index)
+        other.geometry = (batch, *self.geometry[1:])
         if self.key_offset is not None:
-            chosen = self.key_offset.index_select(0, index)
-            self.key_offset = self.key_offset.copy_(chosen) if len(index) == len(self.key_offset) else chosen
-        for name, buffer in self.buffers.items():
-            chosen = buffer[:, :, :held].index_select(0, index)
-            if len(index) != buffer.shape[0]:
-                if self.growing:
-                    self.growing[name] = self.growing[name].with_batch(len(index))
-                    buffer = self.growing[name].tensor
-                else:
-                    buffer = self.plain[name] = buffer.new_empty(len(index), *buffer.shape[1:])
-            buffer[:, :, :held] = chosen
+            other.key_offset = self.key_offset.new_empty(batch, *self.key_offset.shape[1:])
+        other.growing = {name: buffer.with_batch(batch) for name, buffer in self.growing.items()}
+        other.plain = {name: buffer.new_empty(batch, *buffer.shape[1:]) for name, buffer in self.plain.items()}
+        self._copy_rows(other, index, held)
+        return other
+
+    def _copy_rows(self, other: "LayerStore", index: Tensor, held: int) -> None:
+        held, index = self.capacity if self.window else min(held, self.capacity), index.to(self.device)
+        if self.key_offset is not None:
+            other.key_offset.copy_(self.key_offset.index_select(0, index))
+        for buffer, to in zip(self.buffers.values(), other.buffers.values(), strict=True):
+            to[:, :, :held] = buffer[:, :, :held].index_select(0, index)
+
+    def bytes_with_rows(self, batch: int) -> int:
+        """Bytes of memory that `with_rows` takes for `batch` rows."""
+        if not self.growing:
+            return sum(buffer.nbytes for buffer in self.plain.values()) // self.geometry[0] * batch
+        return batch * sum(buffer.row_memory(self.capacity) for buffer in self.growing.values())
+
+    def _twin(self) -> "LayerStore":
+        other = object.__new__(LayerStore)
+        vars(other).update(vars(self))
+        return other
 
     def attend(
         self,

@@ -16,16 +16,18 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..attention.buffers import check_free
-from ..attention.store import GROWTH_STEP, LayerStore, in_normal_mode
+from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore
 from ..planning.layers import geometries, kv_sources
 from ..planning.native import plan_for
 from ..planning.origin import origin_of
+from ..planning.plan import token_count
 from .building import layers_of
 from .compression import PromptCompression
 from .compression.apply import checked, compress
 from .forward import Forward
 from .layer import ZigzagLayer
 from .report import memory_report
+from .row_changes import batch_repeat_interleave, batch_select_indices, reorder_cache
 from .rows import Rows
 from .saved import load, save
 from .state import Addresses, CacheState, check_lengths, locked
@@ -109,6 +111,9 @@ class ZigzagCache(Cache):
         """
         return Forward(self, batch, q_len, attention_mask, ids, position_ids, counts, images)
 
+    reorder_cache = reorder_cache
+    batch_select_indices = batch_select_indices
+    batch_repeat_interleave = batch_repeat_interleave
     memory_report = memory_report
     save = save
     load = classmethod(load)
@@ -181,8 +186,13 @@ class ZigzagCache(Cache):
 
     @locked
     def reserve(self, tokens: int) -> None:
-        """Memory for `tokens` more tokens per row, where buffers stand. Raises as a forward of as many would."""
+        """Memory for `tokens` more tokens per row, where buffers stand. Raises as a forward of as many would.
+
+        TypeError, ValueError: `tokens` is not an integer of 0 to 2^30.
+        """
         self.state.check()
+        if not 0 <= (tokens := token_count("tokens", tokens)) <= MAX_TOKENS:
+            raise ValueError(f"reserve() takes 0 to 2^30 tokens, got {tokens}")
         self.ensure_capacity(self.state.rows.followed_by(tokens))
 
     @locked
@@ -194,13 +204,14 @@ class ZigzagCache(Cache):
         """
         state = self.state
         state.check()
-        rows = state.rows.with_ahead(np.asarray(tokens, dtype=np.int64))
+        tokens = state.rows.new_tokens("write_ahead()", tokens)
+        rows = state.rows.with_ahead(tokens)
         if layers := self.incomplete_layers(rows):
             raise RuntimeError(
                 f"{max(tokens)} tokens of a draft would overwrite what the rings of layers {layers} show: give ZigzagCache or "
                 f"enable() a rollback of as many (rollback={self.rollback})"
             )
-        self.ensure_capacity(state.rows.grown_by(np.asarray(tokens, dtype=np.int64)))
+        self.ensure_capacity(state.rows.grown_by(tokens))
         state.rows = rows
 
     def ensure_capacity(self, rows: Rows) -> None:
@@ -285,7 +296,7 @@ class ZigzagCache(Cache):
         Raises:
             RuntimeError: a ring has overwritten what would show again: it can take `rollback` tokens back, or any number until it
                 has been full. Or more than all are to be taken back. Nothing was changed.
-            ValueError: a sequence has another length than the batch.
+            ValueError: a sequence has another length than the batch, or a number does not fit 64 bits. TypeError: it is none.
         """
         state = self.state
         state.check()
@@ -357,39 +368,6 @@ class ZigzagCache(Cache):
             self.crop(same)
         else:
             self.reset()
-
-    @locked
-    def _select_rows(self, index: Tensor, what: str) -> None:
-        state = self.state
-        state.check()
-        if not len(index):
-            raise ValueError(f"{what} needs at least one row, got none; use reset() to empty the cache")
-        if not state.columns:
-            return
-        if not index.is_cuda and (index.min() < 0 or index.max() >= state.batch):  # on a GPU this would wait for it
-            raise IndexError(f"{what}: rows must be in [0, {state.batch}), got {index.tolist()}")
-        with state.change(what):
-            for holder in self.holders:
-                holder.select_rows(index)
-            state.select_rows(index)
-
-    @in_normal_mode
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        self._select_rows(beam_idx, "reorder_cache()")
-
-    @in_normal_mode
-    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Keeps the rows `indices`, numbers or a mask of bools. Raises ValueError for none."""
-        indices = torch.as_tensor(indices)
-        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.flatten()
-        self._select_rows(indices, "batch_select_indices()")
-
-    @in_normal_mode
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, one after the other."""
-        if self.state.batch is not None:
-            self._select_rows(torch.arange(self.state.batch).repeat_interleave(repeats), "batch_repeat_interleave()")
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         return self.get_max_length(layer_idx)

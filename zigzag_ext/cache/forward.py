@@ -231,13 +231,11 @@ class Forward:
 
     def _read_counts(self) -> Rows:
         """The rows after this forward, where each gets the last `counts` [batch] columns, behind its own end."""
-        counts = self.counts = np.asarray(self.counts, dtype=np.int64)
         if self.mask is not None:
             raise ValueError("a forward takes an attention_mask or the counts of its rows, not both")
         if self.total > ops.MAX_DECODE_QUERIES:
             raise ValueError(f"counts go with up to {ops.MAX_DECODE_QUERIES} new columns, got {self.total}")
-        if counts.shape != (self.batch,) or (counts < 0).any() or (counts > self.total).any():
-            raise ValueError(f"counts must be [{self.batch}] numbers of 0 to {self.total} new tokens, got {counts.tolist()}")
+        counts = self.counts = self.state.rows.new_tokens("counts", self.counts, self.total)
         device = next((layer.device for layer in self.cache.attention_layers if layer.is_initialized), torch.device("cpu"))
         self.padding = in_normal_mode(lambda: to_device((self.total - counts).astype(np.int32), device))()
         return self.state.rows.grown_by(counts)

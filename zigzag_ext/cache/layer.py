@@ -182,6 +182,17 @@ class ZigzagLayer(CacheLayerMixin):
             store.grow(self.state.slots_for(capacity, store))
 
     def select_rows(self, index: Tensor) -> None:
-        """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
+        """Row i becomes what row index[i] was; as many rows as before, in place, so that addresses do not change."""
         for store in self.stores:
             store.select_rows(index, self.state.longest)
+
+    def with_rows(self, index: Tensor) -> list[LayerStore]:
+        """What `take` then exchanges for what there is: row i has what row index[i] has, for another number of rows."""
+        return [store.with_rows(index, self.state.longest) for store in self.stores]
+
+    def take(self, stores: list[LayerStore]) -> None:
+        self.stores = stores
+
+    def memory_with_rows(self, batch: int) -> list[tuple[torch.device, int]]:
+        """Bytes of memory that `with_rows` takes for `batch` rows, and where."""
+        return [(store.device, store.bytes_with_rows(batch)) for store in self.stores if store.is_allocated]

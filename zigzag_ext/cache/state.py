@@ -1,5 +1,6 @@
 """CacheState: what all layers of a ZigzagCache share, tokens held per row above all, on the device with a host mirror."""
 
+import copy
 import functools
 import threading
 from collections.abc import Iterator
@@ -183,18 +184,32 @@ class CacheState:
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
+        """Row i becomes what row index[i] was; as many rows as before, and lengths where they are."""
+        chosen = self.with_rows(index)
         for device, lengths in self.seq_lens.items():
-            chosen = lengths.index_select(1, index.to(device))
-            self.seq_lens[device] = lengths.copy_(chosen) if len(index) == self.batch else chosen
-        self.tokens.select_rows(index)
-        self.observed = {layer: each.select_rows(index) for layer, each in self.observed.items()}
+            lengths.copy_(chosen["seq_lens"][device])
+        vars(self).update(chosen, seq_lens=self.seq_lens, addresses=self.addresses)
+
+    def take(self, chosen: dict) -> None:
+        """Holds what `with_rows` has made."""
+        vars(self).update(chosen)
+
+    @in_normal_mode
+    def with_rows(self, index: Tensor) -> dict:
+        """What is known of other rows, of which row i is what row index[i] is, by attribute."""
+        tokens = copy.copy(self.tokens)
+        tokens.select_rows(index)
         known = not index.is_cuda or self.rows.ragged or (self.left_out != self.left_out[:, :1]).any()
         host = index.cpu().numpy() if known else None  # else this would wait for the GPU
-        self.rows = self.rows.select(host, len(index))
-        self.left_out = self.left_out[:, np.zeros(len(index), dtype=np.int64) if host is None else host]
-        if len(index) != self.batch:
-            self.batch = len(index)
-            self.addresses = Addresses()
+        return {
+            "seq_lens": {device: lengths.index_select(1, index.to(device)) for device, lengths in self.seq_lens.items()},
+            "tokens": tokens,
+            "observed": {layer: each.select_rows(index) for layer, each in self.observed.items()},
+            "rows": self.rows.select(host, len(index)),
+            "left_out": self.left_out[:, np.zeros(len(index), dtype=np.int64) if host is None else host],
+            "batch": len(index),
+            "addresses": Addresses(),
+        }
 
 
 def check_lengths(max_len, rollback) -> tuple[int | None, int]:
