@@ -6,6 +6,7 @@ No code of transformers is replaced. The attention and mask functions are regist
 
 import functools
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -21,7 +22,7 @@ from .cache_argument import cache_parameter, warn_if_untested
 from .chunking import check_chunk
 from .compiled import check_compilable
 from .families import check_family, check_smoothing
-from .own_config import use_former, use_zigzag
+from .own_config import exchange_configs, use_former, use_zigzag
 from .session import Session, session_of
 
 
@@ -114,8 +115,16 @@ def enable(
     ZigzagCache(model.config, plan, **cache_options)
     if other_model(plan.origin, origin := origin_of(model.config)):
         _warn_of_other_model(plan.origin["model"], origin["model"])
-    use_zigzag(given, model)
-    Session(model, plan, cache_options, prefill_chunk, compile)
+    undo: dict = {}
+    try:
+        use_zigzag(given, model, undo)
+        Session(model, plan, cache_options, prefill_chunk, compile)
+    except BaseException:
+        if (session := session_of(model)) is not None:
+            session.remove()
+            session.close()
+        exchange_configs(given, undo, {})
+        raise
     return given
 
 
@@ -133,6 +142,7 @@ def disable(model: nn.Module) -> nn.Module:
         raise RuntimeError("zigzag attention is not enabled on this model")
     session.remove()
     use_former(inner)
+    session.close()  # last: until then an interrupted `disable` may be called again
     return model
 
 
@@ -154,8 +164,23 @@ def served_model(model: nn.Module) -> nn.Module:
 @contextmanager
 def zigzag(model: nn.Module, plan: Plan | None = None, **options):
     """`with zigzag(model, plan): model.generate(...)`: `enable` at the start, `disable` at the end. Options as in `enable`."""
-    enable(model, plan, **options)
-    try:
+    with given_back(model):
+        enable(model, plan, **options)
         yield model
-    finally:
         disable(model)
+
+
+@contextmanager
+def given_back(model: nn.Module) -> Iterator[None]:
+    """Of a model that the block enables: whatever fails in the block, an interrupt included, disables it."""
+    former = _session(model)
+    try:
+        yield
+    except BaseException:
+        if _session(model) is not former:
+            disable(model)
+        raise
+
+
+def _session(model) -> Session | None:
+    return session_of(served_model(model)) if isinstance(model, nn.Module) else None

@@ -57,21 +57,18 @@ def set_implementation(model: nn.Module, name: str) -> None:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
 
 
-def use_zigzag(given: nn.Module, model: nn.Module) -> None:
+def use_zigzag(given: nn.Module, model: nn.Module, undo: dict[int, object]) -> None:
     """Gives `model`, and `given`, which is the model or wraps it, a config of their own whose text decoder's says NAME.
 
-    Raises RuntimeError, and changes nothing, if the model does not take its attention from transformers' AttentionInterface.
+    undo: gets what `exchange_configs(given, undo)` undoes it with, whenever it is interrupted. Raises RuntimeError if the model
+    does not take its attention from transformers' AttentionInterface.
     """
     copies: dict = {}
     copy.deepcopy(model.config, copies)
-    shared = _exchange(given, copies)
+    exchange_configs(given, copies, undo)
     own = text_config(model.config)
     former = own._attn_implementation
-    try:
-        set_implementation(model, NAME)
-    except BaseException:
-        _exchange(given, shared)
-        raise
+    set_implementation(model, NAME)
     own._attn_implementation = {"": _Implementation(former)}
 
 
@@ -81,12 +78,10 @@ def use_former(model: nn.Module) -> None:
     set_implementation(model, getattr(implementation, "former", implementation))
 
 
-def _exchange(given: nn.Module, others: dict[int, object]) -> dict[int, object]:
-    """Gives modules the config `others[id(config)]` for theirs, where there is one. Returns what undoes it."""
-    former = {}
+def exchange_configs(given: nn.Module, others: dict[int, object], undo: dict[int, object]) -> None:
+    """Gives modules the config `others[id(config)]` for theirs, where there is one. `undo`: the `others` that undo it."""
     for module in given.modules():
         for name, config in list(vars(module).items()):
             if isinstance(config, PreTrainedConfig) and (other := others.get(id(config))) is not None:
-                former[id(other)] = config
+                undo[id(other)] = config  # beforehand: an interrupt may come between the two
                 setattr(module, name, other)
-    return former

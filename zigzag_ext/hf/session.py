@@ -64,12 +64,23 @@ class Session:
         return self.replaced.get(name) or types.MethodType(getattr(type(self.model), name), self.model)
 
     def remove(self) -> None:
-        """Gives the model its former methods back. One that was wrapped since then stays, and what it wraps hands on."""
+        """Gives the model its former methods back. One that was wrapped since then stays, and what it wraps hands on.
+
+        May be called again after an interrupt: the model has this session until `close`.
+        """
         self.is_removed, self.compiled = True, None
-        attributes, former = vars(self.model), self._without(vars(self.model))
-        for name in self.attributes.keys() - former.keys():
-            del attributes[name]
-        attributes.update(former)
+        attributes = vars(self.model)
+        for name in self.attributes.keys() - {_ATTRIBUTE}:
+            if attributes.get(name) is not self.attributes[name]:
+                continue
+            if name in self.replaced:
+                attributes[name] = self.replaced[name]
+            else:
+                del attributes[name]
+
+    def close(self) -> None:
+        """Behind `remove`."""
+        vars(self.model).pop(_ATTRIBUTE, None)
 
     def _without(self, state: dict) -> dict:
         """A model's attributes as they are without those that the session put there."""
@@ -88,7 +99,7 @@ class Session:
         function, arguments, state, *_ = self.reduce(4)
         other = memo[id(self.model)] = function(*arguments)
         other.__setstate__(copy.deepcopy(state, memo))
-        use_zigzag(other, other)
+        use_zigzag(other, other, {})
         Session(other, self.plan, self.cache_options, self.prefill_chunk, self.compile)
         return other
 

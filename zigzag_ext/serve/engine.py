@@ -16,7 +16,7 @@ from ..cache import ZigzagCache
 from ..cache.slots import Slots
 from ..hf.chunking import check_chunk
 from ..hf.compiled import rope_by_length
-from ..hf.enable import disable, enable, served_model
+from ..hf.enable import disable, enable, given_back, served_model
 from ..hf.own_config import is_composite
 from ..hf.session import session_of
 from ..planning.kv_format import KvFormat
@@ -34,6 +34,17 @@ from .steps import Steps
 from .text import TextStream
 
 MAX_ROWS = 1024
+
+
+def gives_back(init):
+    """A constructor that enables its model: it disables it if it fails or is interrupted, at whatever line."""
+
+    @functools.wraps(init)
+    def run(self, model: nn.Module, *args, **kwargs) -> None:
+        with given_back(model):
+            init(self, model, *args, **kwargs)
+
+    return run
 
 
 class Engine:
@@ -86,6 +97,7 @@ class Engine:
         >>> [completion.text for completion in done]
     """
 
+    @gives_back
     def __init__(
         self,
         model: nn.Module,
