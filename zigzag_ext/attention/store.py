@@ -13,7 +13,7 @@ from .chunk import NO_TERMS, Chunk, LogitTerms
 
 GROWTH_STEP = 256  # tokens that retrieval layers ask memory for at once; it comes in pages
 MAX_TOKENS = 1 << 30  # per row; positions are int32
-_FIRST_TOKENS = 1 << 17  # that there are addresses for where no limit is given; twice as many when they are full
+_FIRST_TOKENS = 1 << 17  # most that there are addresses for at first where no limit is given; twice as many when they are full
 _SCALES = {"keys": "key_scales", "values": "value_scales"}
 
 
@@ -71,13 +71,22 @@ class LayerStore:
         self.is_allocated = False
 
     @in_normal_mode
-    def allocate(self, k: Tensor, capacity: int, max_len: int | None, keeps: bool = True, grows: bool = True) -> None:
+    def allocate(
+        self,
+        k: Tensor,
+        capacity: int,
+        max_len: int | None,
+        keeps: bool = True,
+        grows: bool = True,
+        expected: int | None = None,
+    ) -> None:
         """Buffers for keys like k [batch, num_kv_heads, q_len, head_dim] of the layer.
 
         Args:
             capacity: tokens that a retrieval layer gets memory for. max_len: tokens it gets addresses for; None: without end.
             keeps: False for a store without slots, whose chunk attends to itself.
             grows: False for a retrieval layer with plain memory for `capacity` tokens.
+            expected: tokens that it gets addresses for at first without max_len, and no more than `_FIRST_TOKENS`.
         """
         batch, num_kv_heads, _, head_dim = k.shape
         self.drop()
@@ -95,7 +104,7 @@ class LayerStore:
                 )
                 self.plain |= {} if scales is None else {_SCALES[name]: scales}
         else:
-            most = max_len or max(_FIRST_TOKENS, capacity)
+            most = max_len or max(min(_FIRST_TOKENS, expected or _FIRST_TOKENS), capacity)
             exact = self.kv_format != PLAIN
             for name, kv_format in kinds.items():
                 width, code = ops.cache_row(head_dim, k.dtype, kv_format)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from ..attention.buffers import check_free
 from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore
-from ..planning.layers import geometries, kv_sources
+from ..planning.layers import field_of, geometries, kv_sources
 from ..planning.native import plan_for
 from ..planning.origin import origin_of
 from ..planning.plan import token_count
@@ -48,8 +48,9 @@ class ZigzagCache(Cache):
         compress: how retrieval layers thin out the prompt once it has been read, for one `PromptWindows`; None: not at all.
 
     Rings always take sink + window + rollback tokens, each layer its own. Retrieval layers reserve addresses for all tokens to
-    come and take memory as tokens come (`zigzag_ext.attention.buffers`): they never move and are never copied. Keys and values
-    are held in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads, slots,
+    come (without `max_len` for those that the model was made for, and for more when these are full) and take memory as tokens
+    come (`zigzag_ext.attention.buffers`): within their addresses they never move and are never copied. Keys and values are held
+    in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads, slots,
     head_dim] and live where the keys live.
     Rows may be padded anywhere (`attention_mask` with 0 for padding, which is not stored); what is stored stays visible.
     The cache may be given to several generate() calls:
@@ -94,6 +95,8 @@ class ZigzagCache(Cache):
         num_lengths = 1 + len(plan.kinds) if compress else 1
         self.state, self.rollback = CacheState(max_len, stores, sources, compress, num_lengths, plan.sink), rollback
         self.state.made_for = plan, model, geometries(config)
+        positions = field_of(config, "max_position_embeddings")
+        self.state.expected = positions if isinstance(positions, int) and positions > 0 else None
         plan.check_kv_heads(model["kv_heads"])
         super().__init__(layers=layers_of(self.state, config, plan, rollback))
 

@@ -92,7 +92,7 @@ class ZigzagLayer(CacheLayerMixin):
         if state.batch is None:
             state.start(key_states.shape[0])
         for store in self.stores:
-            store.allocate(key_states, state.capacity, state.max_len, keeps=state.stores)
+            store.allocate(key_states, state.capacity, state.max_len, keeps=state.stores, expected=state.expected)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ class CacheState:
         self.sink = sink  # of the plan
         self.sources = sources  # of the model's layers, see `kv_sources`: the layers of the cache that they attend
         self.last_readers = {source: layer for layer, source in enumerate(sources)}
+        self.expected: int | None = None  # tokens that the model was made for, if its config says so
         self.made_for = None  # plan, name and geometry of the model, and geometries of its layers
         self.num_forwards = 0
         self.prompt_end = 0  # columns of a prompt that comes in several forwards
