@@ -7,7 +7,7 @@ attends and appends in one launch per layer through `ZigzagLayer.attend` (two wh
 pass is one `Forward`: checks and memory come before anything is written, the lengths advance at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -341,12 +341,15 @@ class ZigzagCache(Cache):
             )
 
     @locked
-    def keep_first(self, ids: Tensor, mask: Tensor | None = None, images: bool = False) -> None:
+    def keep_first(
+        self, ids: Tensor, mask: Tensor | None = None, images: bool = False, print_of: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Prepares for a call that brings the whole conversation `ids` [batch, n]: takes back what it does not begin with.
 
-        What is held beyond ids[:, : n - 1] is taken back too, since a model has to see a token to go on. Waits for the device
-        once. Raises ValueError naming the first differing position where a ring cannot take that many tokens back; or if the call
-        brings `images`, or begins with a part of a prompt with images, which ids do not tell.
+        What is held beyond ids[:, : n - 1] is taken back too, since a model has to see a token to go on. ids may be
+        `fingerprints`, see `HeldTokens.first_difference` for print_of. Waits for the device. Raises ValueError naming the first
+        differing position where a ring cannot take that many tokens back; or if the call brings `images`, or begins with a part
+        of a prompt with images, which ids do not tell.
         """
         state = self.state
         state.check()
@@ -355,7 +358,7 @@ class ZigzagCache(Cache):
             return
         ids = ids.repeat_interleave(copies, 0)  # as generate() does for beams
         mask = None if mask is None else mask.repeat_interleave(copies, 0)
-        same = min(state.tokens.first_difference(ids, mask, images), ids.shape[1] - 1)
+        same = min(state.tokens.first_difference(ids, mask, images, print_of), ids.shape[1] - 1)
         if same == state.columns:
             return
         if layers := self.incomplete_layers(state.rows.cut_at(np.minimum(state.rows.ends, same))):

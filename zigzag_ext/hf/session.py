@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..cache import ZigzagCache
 from ..cache.attending import attending
+from ..cache.fingerprints import fingerprints
 from ..cache.forward import Forward
 from ..planning.layers import text_config
 from .cache_argument import cache_parameter, forward_parameters, split_cache
@@ -108,7 +109,7 @@ class Session:
         self._check_arguments(kwargs)
         cache, kwargs = self._with_cache(kwargs)
         kwargs = self._with_positions(cache, kwargs)
-        noted = (kwargs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
+        noted = kwargs.get("attention_mask"), self._known(kwargs), kwargs.get("position_ids")
         forward = cache.forward(*new_tokens(kwargs), *noted, images=brings_images(kwargs))
         deltas = deltas_of(self.model, cache, kwargs)
         with self._without_gradients(), deltas, forward, attending(None), attending(forward):
@@ -156,17 +157,37 @@ class Session:
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if ids is not None:
             _check_tokens("input_ids", ids, 2)
+        if given.get("inputs_embeds") is not None:
+            _check_tokens("inputs_embeds", given["inputs_embeds"], 3)
         cache, kwargs = split_cache(kwargs)
         if cache is None and (wanted("use_cache") is not False or given.get("inputs_embeds") is not None):  # these need one
             cache = self.new_cache(rollback=getattr(own_loop, "rollback", 0))
-        elif isinstance(cache, ZigzagCache) and ids is not None and not wanted("prefill_chunk_size"):
-            cache.keep_first(ids, given.get("attention_mask"), brings_images(given))
-            if cache.get_seq_length():
-                give_deltas(self.model, cache, max(1, cache.state.batch // len(ids)))
+        elif isinstance(cache, ZigzagCache) and not wanted("prefill_chunk_size"):
+            self._keep_first(cache, self._known(given | {"input_ids": ids}), given)
         if isinstance(cache, ZigzagCache):
             cache.state.prompt_end = ids.shape[1] if ids is not None and wanted("prefill_chunk_size") else 0
         kwargs |= {} if cache is None else {self.cache_name: cache}
         return self.behind("generate")(*args, **kwargs)
+
+    def _keep_first(self, cache: ZigzagCache, tokens: Tensor | None, given: dict) -> None:
+        """Prepares a cache for a generate() of the whole conversation `tokens` [batch, n], as `_known` tells them."""
+        if tokens is None:
+            return
+        cache.keep_first(tokens, given.get("attention_mask"), brings_images(given), self._print_of)
+        if cache.get_seq_length():
+            give_deltas(self.model, cache, max(1, cache.state.batch // len(tokens)))
+
+    def _known(self, arguments: dict) -> Tensor | None:
+        """[batch, n], by which the tokens of a call are told: their ids, or fingerprints if they come as embeddings."""
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is None:
+            return arguments.get("input_ids")
+        return fingerprints(embeddings.to(self.model.dtype))
+
+    def _print_of(self, ids: Tensor) -> Tensor:
+        embed = self.model.get_input_embeddings()
+        with torch.no_grad():
+            return fingerprints(embed(ids.to(next(embed.parameters()).device))).to(ids.device)
 
     def new_cache(self, rollback: int = 0) -> ZigzagCache:
         """An empty cache that can take back at least `rollback` tokens."""
