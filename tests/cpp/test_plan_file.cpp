@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <random>
 #include <string>
 
 #include "core/error.h"
@@ -141,6 +142,15 @@ TEST_CASE("plan file: errors show what a file says in one short line of ASCII") 
     CHECK(error.size() < 400);
     CHECK(error.find("\\x1b[2J\\x0a\\xc2\\x9b") != std::string::npos);
     CHECK(error.find("xxx...xxx") != std::string::npos);
+    CHECK(std::all_of(error.begin(), error.end(), [](char c) { return c >= 0x20 && c < 0x7f; }));
+  }
+  const std::string good = plan_with(kKinds + ", \"kv_format\": \"int8\", \"layer_sizes\": [null, null, [2, 5]]");
+  std::mt19937 random(1);
+  for (int round = 0; round < 20000; ++round) {  // any bytes at any places
+    std::string text = good;
+    for (unsigned i = 0; i <= random() % 4; ++i) text[random() % text.size()] = static_cast<char>(random() % 256);
+    const std::string error = error_of([&] { parse_plan(text); });
+    CHECK(error.size() < 400);
     CHECK(std::all_of(error.begin(), error.end(), [](char c) { return c >= 0x20 && c < 0x7f; }));
   }
   CHECK(shown("int2") == "int2");
