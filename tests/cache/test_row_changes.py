@@ -114,6 +114,25 @@ def test_rows_have_what_they_are_to_have(model, plan, call, given, rows):
     torch.testing.assert_close(model(new[rows], past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize(
+    "call,rows", [("reorder_cache", [0, 0]), ("batch_select_indices", [0]), ("batch_select_indices", [0] * 3)], ids=str
+)
+def test_the_longest_row_may_go(model, call, rows, with_mask):
+    """Rows that end at different columns: those that stay have no more columns than they need."""
+    cache, other = filled(model, rollback=4), filled(model, rollback=4)
+    cache.crop([-3, -1])
+    getattr(cache, call)(torch.tensor(rows))
+    other.crop(-3)
+    other.batch_select_indices(rows)
+    assert cache.get_seq_length() == cache.state.tokens.columns == 27
+    for q_len in (1, 3, 20):
+        new = {"input_ids": prompt(q_len, len(rows), seed=q_len)}
+        mask = {"attention_mask": torch.ones(len(rows), cache.get_seq_length() + q_len)} if with_mask else {}
+        expected = model(**new, past_key_values=other).logits
+        torch.testing.assert_close(model(**new, **mask, past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("call,given", [("batch_repeat_interleave", 2), ("batch_select_indices", [1])], ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_memory_for_other_rows_leaves_those_that_there_are(model, plan, call, given):

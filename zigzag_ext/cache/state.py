@@ -202,11 +202,14 @@ class CacheState:
         tokens.select_rows(index)
         known = not index.is_cuda or self.rows.ragged or (self.left_out != self.left_out[:, :1]).any()
         host = index.cpu().numpy() if known else None  # else this would wait for the GPU
+        rows = self.rows.select(host, len(index))
+        tokens.cut(rows.columns)  # where the longest row goes
         return {
             "seq_lens": {device: lengths.index_select(1, index.to(device)) for device, lengths in self.seq_lens.items()},
             "tokens": tokens,
             "observed": {layer: each.select_rows(index) for layer, each in self.observed.items()},
-            "rows": self.rows.select(host, len(index)),
+            "rows": rows,
+            "prompt_end": min(self.prompt_end, rows.columns),
             "left_out": self.left_out[:, np.zeros(len(index), dtype=np.int64) if host is None else host],
             "batch": len(index),
             "addresses": Addresses(),
