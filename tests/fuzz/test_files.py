@@ -116,7 +116,10 @@ FOUND = {
         lambda _: json.dumps(COSTS | {"mixed": [[1], 2]}).encode(),
         lambda _: json.dumps(COSTS | {"x" * 5000: 1}).encode(),
     ],
-    "config.json": [lambda _: b'{"sink_size": "' + b"9" * 5000 + b'", "recent_size": 8}'],
+    "config.json": [
+        lambda _: b'{"sink_size": "' + b"9" * 5000 + b'", "recent_size": 8}',
+        lambda _: b'{"sink_size": 4, "recent_size":-8}',
+    ],
     "scores.npy": [lambda good: good.replace(b'm\0\0\0"', b'm\0\0\x10"', 1)],  # of UTF-32
     "scores.pt": [lambda good: edited(good, [("over", 1.0, 0.970703125, b"\0\0\0\0\x81")])],  # where its directory is
 }
