@@ -38,6 +38,16 @@ _OPTIONS = {  # of generate(), likewise
 }
 
 
+def _as_of_an_assistant(kwargs: dict) -> dict:
+    """transformers 5.4 asks its assistants for a cache that can be cropped by this name; whether ours can, `rollback` says."""
+    config = kwargs.get("generation_config")
+    if getattr(config, "cache_implementation", None) != "dynamic_full":
+        return kwargs
+    config = copy.copy(config)
+    config.cache_implementation = None
+    return kwargs | {"generation_config": config}
+
+
 def session_of(model: nn.Module) -> "Session | None":
     """The session of an enabled model."""
     return vars(model).get(_ATTRIBUTE)
@@ -141,6 +151,7 @@ class Session:
                 return (self.behind("forward") if head else self.model.base_model)(**inputs)
 
     def generate(self, *args, **kwargs):
+        kwargs = _as_of_an_assistant(kwargs)
         names = [name for name in inspect.signature(self.behind("generate")).parameters if name != "kwargs"]
         given = dict(zip(names, args, strict=False)) | kwargs
         configs = [given.get("generation_config"), self.model.generation_config]
