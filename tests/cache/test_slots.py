@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from character_model import one_thread  # noqa: F401
 from tiny_models import new_model, prompt
 
 import zigzag_ext as zz
-from zigzag_ext.cache import ZigzagCache
+from zigzag_ext.cache import ZigzagCache, states
 from zigzag_ext.cache.slots import Slots
 from zigzag_ext.hf.session import session_of
 
@@ -168,6 +169,10 @@ def test_what_is_no_row_is_named(slots, session, like):
     for options in ({}, {"max_len": 50, "compress": zz.PromptWindows(budget=0.5)}):
         with pytest.raises(ValueError, match="a cache with a max_len and without compress"):
             Slots(ZigzagCache(session.model.config, PLAN, **options), 2, like)
+
+
+@pytest.mark.skipif(not states.SERVED, reason=f"transformers {transformers.__version__} has no classes for states")
+def test_layers_with_states_are_refused(like):
     hybrid = new_model("qwen3_next")
     with pytest.raises(ValueError, match=r"layers \[0, 2\] keep recurrent or convolution states"):
         Slots(ZigzagCache(hybrid.config, max_len=50), 2, like)
