@@ -9,6 +9,7 @@ import collections
 import contextlib
 import copy
 import os
+import tempfile
 import time
 
 import pytest
@@ -179,6 +180,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.get_seq_length() == self.rows.columns
         if self.rows.columns and self.cache.state.forward is None:
             assert self.cache.seq_lens.tolist() == [len(row) for row in self.rows.tokens]
+            assert self.cache.state.tokens.columns == self.rows.columns
         assert self.holds(self.rows)
 
     # ---- uses ----
@@ -233,6 +235,18 @@ class CacheMachine(RuleBasedStateMachine):
         lost = self.streams and self.peak - left > self.rollback and self.peak > self.slots
         refusals = {"take back": lost, "takes back more than": removed > columns}
         self.act(lambda cache: cache.crop(argument), after, fault, refusals)
+
+    @precondition(lambda self: self.rows.columns)
+    @rule(drawn=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 25)), min_size=4, max_size=4), fault=FAULTS)
+    def crop_rows(self, drawn, fault):
+        """Each row takes back a number of its own."""
+        ends, removed = self.rows.ends, drawn[: self.rows.batch]
+        left = [end - n for end, n in zip(ends, removed, strict=True)]
+        lost = self.streams and self.peak > self.slots and any(n > 0 and self.peak - n > self.rollback for n in left)
+        refusals = {"take back": lost, "takes back more than": any(n < 0 for n in left)}
+        self.act(lambda cache: cache.crop([-n for n in removed]), self.rows.cut_rows(left), fault, refusals)
+        if self.rows.columns:  # what a row wrote ahead stays as far ahead where it leaves columns out, which then count twice
+            self.peak, self.undone = self.peak + max(removed), True
 
     def rows_change(self, call, index, fault):
         self.act(call, self.rows.chosen(index), fault)
@@ -291,6 +305,15 @@ class CacheMachine(RuleBasedStateMachine):
         if self.rows.columns:
             other.reorder_cache(torch.zeros(self.rows.batch, dtype=torch.long))
         other.reset()
+
+    @precondition(lambda self: self.rows.columns)
+    @rule()
+    def save_and_load(self):
+        """What was read goes on, in the place of what was written."""
+        counts["steps"] += 1
+        with tempfile.TemporaryDirectory() as folder:
+            self.cache.save(f"{folder}/cache")
+            self.cache = zz.ZigzagCache.load(f"{folder}/cache", self.model)
 
     @precondition(lambda self: self.rows.columns and self.rows.columns < MOST_COLUMNS and self.max_len is None)
     @rule(seed=SEEDS, more=st.integers(1, 12), fault=FAULTS)
