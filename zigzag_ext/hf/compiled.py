@@ -22,6 +22,7 @@ from ..cache.forward import Forward
 from ..planning.waiting import waiting
 from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
+from .ranks import local_tensors
 from .step_cache import StepCache
 
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -223,5 +224,5 @@ def _signature(inputs: dict, device: str) -> tuple:
 
 def fingerprint(model: nn.Module) -> tuple:
     """Changes when weights move or modules are exchanged, which a captured graph would not notice."""
-    tensors = tuple(t.data_ptr() for group in (model.parameters(), model.buffers()) for t in group)
+    tensors = tuple(local.data_ptr() for _, local in local_tensors(model))
     return tensors, tuple((id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in model.modules())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..cache.slots import Slots
 from ..hf.compiled import fingerprint
+from ..hf.ranks import local_tensors
 from .pool import Pool
 from .scheduler import Job
 
@@ -229,7 +230,7 @@ class Prefixes:
 
 def model_state(model: nn.Module) -> Hashable:
     """Changes with weights, modules and PEFT's adapters. torch does not count what is written through `.data`."""
-    tensors = (t for group in (model.parameters(), model.buffers()) for t in group)
+    tensors = (t for pair in local_tensors(model) for t in pair)
     versions = tuple(0 if t.is_inference() else t._version for t in tensors)
     layers = (m for m in model.modules() if hasattr(m, "merged_adapters"))
     adapters = tuple((*m.active_adapters, m.disable_adapters, *m.merged_adapters) for m in layers)
