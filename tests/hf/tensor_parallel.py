@@ -4,17 +4,25 @@ whose heads are shared out (`tp_plan="auto"`) with the same models in one piece,
 What went wrong in a case is written to FOLDER/<case>.<rank>, an empty file where nothing did.
 """
 
+import gc
 import sys
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import new_model, padded_prompt, prompt, windowed_model
+from tiny_models import generate, new_model, padded_prompt, prompt, windowed_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 import zigzag_ext as zz
+from zigzag_ext.hf import chunking
+from zigzag_ext.hf.compiled import _Step
+from zigzag_ext.hf.session import session_of
 
 PLAN = zz.Plan(["streaming", "retrieval"], sink=4, window=16)
 QUANTISED = {"kv_format": {"k": "int8", "v": "int4"}, "ring_kv_format": "int8"}
@@ -109,15 +117,183 @@ def check_logits(models: Models) -> None:
 
 def check_heads(models: Models) -> None:
     by_head = zz.Plan([["retrieval", "streaming"] * 2] * 2, sink=4, window=16)
+    refused("plan is for 4 KV heads, the keys have 2; under tensor parallelism plans of whole layers are served",
+            lambda: logits_of(models["llama"][0], by_head, prompt(127).to(models["llama"][0].device), 2))  # fmt: skip
+
+
+def refused(message: str, call) -> None:
     try:
-        logits_of(models["llama"][0], by_head, prompt(127).to(models["llama"][0].device), 2)
-    except ValueError as refusal:
-        assert "the plan is for 4 KV heads, the keys have 2" in str(refusal)
+        call()
+    except ValueError as error:
+        assert message in str(error), error
     else:
-        raise AssertionError("a head-level plan of all heads was taken for a part of them")
+        raise AssertionError(f"not refused: {message}")
 
 
-CHECKS = {"logits": check_logits, "heads": check_heads}
+def gathered(value) -> list:
+    """Of all ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_seeds(models: Models) -> None:
+    """Every rank samples what the first one's seed gives."""
+    shared, alone = models["llama"]
+    ids, found = prompt(40).to(shared.device), []
+    for model, seed in ((shared, 5 + dist.get_rank()), (alone, 5)):
+        torch.manual_seed(seed)
+        with zz.zigzag(model, PLAN):
+            found.append(generate(model, 30, ids, **SAMPLED).tolist())
+    assert gathered(found[0]) == [found[0]] * dist.get_world_size()
+    if models.device == "cpu":
+        assert found[0] == found[1]
+
+
+def check_stopping(models: Models) -> None:
+    """A criterion's answer of the first rank is taken: here each rank has another one, as clocks would have."""
+    shared, ids = models["llama"][0], prompt(40).to(models["llama"][0].device)
+    stops_at = lambda ids, scores, **_: torch.full((len(ids),), ids.shape[1] >= 45 + 3 * dist.get_rank())  # noqa: E731
+    with zz.zigzag(shared, PLAN):
+        assert gathered(generate(shared, 30, ids, stopping_criteria=[stops_at]).shape[1]) == [5, 5]
+        eos = generate(shared, 30, ids)[0, 6].item()  # one of transformers' own stays what it is: rows that ended are padded
+        assert generate(shared, 30, ids, stopping_criteria=[EosTokenCriteria(eos)]).shape[1] <= 7
+        refused("give stopping_criteria=[MaxTimeCriteria(9.0)]", lambda: generate(shared, 30, ids, max_time=9.0))
+
+
+def check_chunks_by_memory(models: Models) -> None:
+    """Prompts are cut alike where ranks have different free memory."""
+    shared, ids = models["llama"][0], prompt(3000).to(models["llama"][0].device)
+    free = chunking.free_bytes
+    chunking.free_bytes = lambda device: (1 << 22) << 4 * dist.get_rank()
+    passes = []
+    hook = shared.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        with zz.zigzag(shared, PLAN):
+            generate(shared, 2, ids)
+    finally:
+        chunking.free_bytes = free
+        hook.remove()
+    assert len(passes) > 2 and gathered(len(passes)) == [len(passes)] * dist.get_world_size()
+
+
+def check_speculation(models: Models) -> None:
+    """Rounds are those of plain decoding, whatever the clock of each rank says."""
+    shared, alone = models["llama"]
+    ids = prompt(20).repeat(1, 4).to(shared.device)
+    with zz.zigzag(shared, PLAN):
+        tokens = generate(shared, 60, ids, custom_generate=zz.speculate("auto"))
+    with zz.zigzag(alone, PLAN):
+        expected = generate(alone, 60, ids)
+    assert gathered(tokens.tolist()) == [tokens.tolist()] * dist.get_world_size()
+    if models.device == "cpu":
+        assert tokens.equal(expected)
+
+
+def check_compression(models: Models) -> None:
+    """Heads that choose for themselves choose what they do in one process; others are refused, for new and for given caches."""
+    shared, alone = models["llama"]
+    ids, found = prompt(150).to(shared.device), []
+    for model in (shared, alone):
+        with zz.zigzag(model, PLAN, compress=zz.PromptWindows(budget=60, window=4, observe=8)):
+            found.append(generate(model, 20, ids))
+    assert models.device == "cuda" or found[0].equal(found[1])
+    method, message = zz.PromptWindows(budget=60, per_head=False), "choose for their own: give per_head=True"
+    refused(message, lambda: zz.enable(shared, PLAN, compress=method))
+    with zz.zigzag(shared, PLAN):
+        cache = zz.ZigzagCache(shared.config, PLAN, compress=method)
+        refused(message, lambda: generate(shared, 2, ids, past_key_values=cache))
+
+
+def check_engine(models: Models) -> None:
+    refused("shared out over processes (tensor parallelism)", lambda: zz.Engine(models["llama"][0], PLAN, max_len=64, max_rows=2))
+
+
+class Graph:
+    """Stands for a captured graph where there is no GPU: runs its step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def replay(self) -> None:
+        self.step.output = self.step._run()
+
+
+@contextmanager
+def captures_counted(model, device: str):
+    """Yields what grows with every capture. On a CPU steps are "captured" too: they run once more, as for a graph."""
+    counted, own = [], _Step._capture
+
+    def capture(step, beside):
+        counted.append(step)
+        if device == "cuda":
+            return own(step, beside)
+        with step.view.states_kept():
+            step._run()
+        step.graph = Graph(step)
+
+    compiled = session_of(model).compiled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Step, "_capture", capture)
+        if device == "cpu":
+            patch.setattr(compiled, "_captures", lambda cache: True)
+            patch.setattr(compiled, "_compiled", lambda kind: lambda inputs: compiled.forward(**inputs))
+        yield counted
+
+
+def check_captures(models: Models) -> None:
+    """Where one rank has to capture a step again all do, and the tokens stay those of one process."""
+    shared, alone = models["llama"]
+    rank, ids = dist.get_rank(), prompt(40).to(shared.device)
+    with zz.zigzag(alone, PLAN):
+        expected = generate(alone, 20, ids)
+    with zz.zigzag(shared, PLAN, compile=True, max_len=100), captures_counted(shared, models.device) as counted:
+
+        def captures() -> list[int]:
+            """Of each rank, in another generation."""
+            before, tokens = len(counted), generate(shared, 20, ids)
+            assert models.device == "cuda" or tokens.equal(expected)
+            return gathered(len(counted) - before)
+
+        assert captures() == [1, 1]
+        assert captures() == [0, 0]
+        if rank == 1:
+            weight = shared.model.layers[1].self_attn.o_proj.weight
+            moved = DTensor.from_local(weight.to_local().detach().clone(), weight.device_mesh, weight.placements, run_check=False)
+            shared.model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(moved, requires_grad=False)
+        assert captures() == [1, 1]
+        assert captures() == [0, 0]
+
+
+def check_memory_of_gone_caches(models: Models) -> None:
+    """The memory of a cache that is gone on some ranks only is used again by none of them."""
+    shared, ids = models["llama"][0], prompt(40).to(models["llama"][0].device)
+    with zz.zigzag(shared, PLAN, compile=True, max_len=100), captures_counted(shared, models.device) as counted:
+        session, held, states = session_of(shared), [], []
+        for keeping, is_used_again in (([0, 1], False), ([1], False), ([], False), ([], True)):  # by ranks that keep their cache
+            cache = session.new_cache()
+            assert gathered(any(cache.state is state for state in states)) == [is_used_again] * dist.get_world_size()
+            states.append(cache.state)
+            generate(shared, 3, ids, past_key_values=cache)
+            if dist.get_rank() in keeping:
+                held.append(cache)
+            del cache
+            gc.collect()
+        assert gathered(len(counted)) == [3] * dist.get_world_size()
+
+
+CHECKS = {
+    "logits": check_logits,
+    "heads": check_heads,
+    "seeds": check_seeds,
+    "stopping": check_stopping,
+    "chunks_by_memory": check_chunks_by_memory,
+    "speculation": check_speculation,
+    "compression": check_compression,
+    "engine": check_engine,
+    "captures": check_captures,
+    "memory_of_gone_caches": check_memory_of_gone_caches,
+}
 CASES = [*CHECKS, *GENERATED]
 
 

@@ -87,8 +87,11 @@ class ZigzagLayer(CacheLayerMixin):
                 f"layer {self.index}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} must have one shape"
             )
         planned = sum(len(store.heads or ()) for store in self.stores)
-        if planned and key_states.shape[1] != planned:  # under tensor parallelism
-            raise ValueError(f"layer {self.index}: the plan is for {planned} KV heads, the keys have {key_states.shape[1]}")
+        if planned and key_states.shape[1] != planned:
+            raise ValueError(
+                f"layer {self.index}: the plan is for {planned} KV heads, the keys have {key_states.shape[1]}; under tensor "
+                "parallelism plans of whole layers are served"
+            )
         if state.batch is None:
             state.start(key_states.shape[0])
         for store in self.stores:

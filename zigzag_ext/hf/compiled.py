@@ -22,7 +22,7 @@ from ..cache.forward import Forward
 from ..planning.waiting import waiting
 from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
-from .ranks import local_tensors
+from .ranks import Ranks, local_tensors
 from .step_cache import StepCache
 
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -40,6 +40,7 @@ class CompiledDecoding:
         self.spare: list[tuple] = []  # memory of the last cache that is gone
         self.model_is: tuple | None = None  # its fingerprint, as of `last`
         self.last: tuple | None = None  # the cache's addresses and number of the latest forward that was a compiled step
+        self.ranks, self.last_step = Ranks.of(model), None  # last_step: a reference to the latest that ran
 
     def new_cache(self, plan, options: dict) -> ZigzagCache:
         """An empty cache, on the memory of the last one that is gone if it fits: what was compiled on it goes on serving."""
@@ -48,7 +49,11 @@ class CompiledDecoding:
             cache = ZigzagCache.on_memory_of(*self.spare.pop())
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-        if cache is None or not cache.lives_on(model.device, dtype) or cache.rollback < options["rollback"]:
+        fits = cache is not None and cache.lives_on(model.device, dtype) and cache.rollback >= options["rollback"]
+        # When a cache is gone is up to Python's collector. All ranks must find room for as many tokens, or they grow one by one.
+        if self.ranks is not None and not self.ranks.same(cache.state.capacity if fits else -1):
+            fits = False
+        if not fits:
             cache = ZigzagCache(model.config, plan, **options)
         weakref.finalize(cache, _keep_spare, self.spare, cache.memory).atexit = False
         return cache
@@ -62,7 +67,7 @@ class CompiledDecoding:
         step = self._step(cache, kind, inputs, lambda: StepCache.of(forward))
         with forward.attending_all():
             step.view.refresh(forward)
-            output = step(inputs, self._fingerprint(cache, forward.state.num_forwards - 1), self._beside(cache))
+            output = step(inputs, self._model_for(step, cache, forward.state.num_forwards - 1), self._beside(cache))
             step.view.advance()
         return tree_map(lambda leaf: cache if leaf is step.view else step.to_caller(leaf), output)
 
@@ -71,7 +76,7 @@ class CompiledDecoding:
         step = self._step(cache, (1, view.through, False), inputs, lambda: view)
         if step.view is not view:
             raise ValueError("a cache is drafted on through one view for each sink and window")
-        model_is = self._fingerprint(cache, cache.state.num_forwards)
+        model_is = self._model_for(step, cache, cache.state.num_forwards)
         return step.to_caller(step(inputs, model_is, self._beside(cache)).logits[:, -1])
 
     def _beside(self, cache: ZigzagCache) -> Iterable["_Step"]:
@@ -100,14 +105,26 @@ class CompiledDecoding:
             self.compiled[kind] = torch.compile(own, fullgraph=True, backend=_Backend(options))
         return self.compiled[kind]
 
-    def _fingerprint(self, cache: ZigzagCache, before: int) -> tuple | None:
-        """Of the model, looked at again unless the forward `before` this step was a compiled one; None on a CPU."""
-        if cache.attention_layers[0].device.type != "cuda":
+    def _model_for(self, step: "_Step", cache: ZigzagCache, before: int) -> tuple | None:
+        """The model's fingerprint, looked at again unless the forward `before` this step was a compiled one; None on a CPU.
+
+        A capture runs the step once more. Ranks that share the model out must all do so where one has to: the step of each then
+        counts as never captured. They ask one another where one of them may have to, not for a step that follows itself.
+        """
+        if not self._captures(cache):
             return None
-        if self.last != (weakref.ref(cache.addresses), before):
+        is_first = self.last != (weakref.ref(cache.addresses), before)
+        if is_first:
             self.model_is = fingerprint(self.model)
-        self.last = weakref.ref(cache.addresses), cache.state.num_forwards
+        asks = self.ranks is not None and (is_first or self.last_step is None or self.last_step() is not step)
+        if asks and self.ranks.any(step.captured_on != self.model_is):
+            step.captured_on = None
+        self.last, self.last_step = (weakref.ref(cache.addresses), cache.state.num_forwards), weakref.ref(step)
         return self.model_is
+
+    @staticmethod
+    def _captures(cache: ZigzagCache) -> bool:
+        return cache.attention_layers[0].device.type == "cuda"
 
 
 class _Backend:

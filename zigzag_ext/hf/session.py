@@ -5,9 +5,11 @@ import functools
 import inspect
 import types
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteriaList
 
 from ..cache import ZigzagCache
 from ..cache.attending import attending
@@ -19,6 +21,7 @@ from .chunking import TOKEN_ARGUMENTS, new_tokens, pieces_of
 from .compiled import CompiledDecoding
 from .images import brings_images, deltas_of, give_deltas
 from .own_config import use_zigzag
+from .ranks import Ranks
 
 _ATTRIBUTE = "_zigzag_session"
 _ENGINE = "zz.Engine serves requests that come and go; or use generate() with a left-padded batch, or disable() before"
@@ -59,6 +62,7 @@ class Session:
     def __init__(self, model: nn.Module, plan, cache_options: dict, prefill_chunk: int | str | None, compile: bool):
         self.model, self.plan, self.cache_options = model, plan, cache_options
         self.prefill_chunk, self.compile = prefill_chunk, compile
+        self.ranks = Ranks.of(model)
         self.cache_name = cache_parameter(model)
         self.parameters = tuple(p.name for p in forward_parameters(model) if p.kind is p.POSITIONAL_OR_KEYWORD)
         served = ("forward", "generate")
@@ -165,6 +169,8 @@ class Session:
             if given.get(name) is not None:
                 where = "give it to zz.speculate(streamer=...)" if name == "streamer" else "leave one of them out"
                 raise ValueError(f"generate() does not hand its {name} to custom_generate: {where}")
+        if self.ranks is not None:
+            args, kwargs = (), self._alike(given, wanted)
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if ids is not None:
             _check_tokens("input_ids", ids, 2)
@@ -199,6 +205,17 @@ class Session:
         embed = self.model.get_input_embeddings()
         with torch.no_grad():
             return fingerprints(embed(ids.to(next(embed.parameters()).device))).to(ids.device)
+
+    def _alike(self, given: dict, wanted: Callable) -> dict:
+        """The arguments of generate() with which all ranks choose the same tokens and stop together, by name."""
+        if (seconds := wanted("max_time")) is not None:
+            raise ValueError(
+                f"max_time={seconds!r}: processes that share a model out have clocks of their own, and would stop one by one; "
+                f"give stopping_criteria=[MaxTimeCriteria({seconds!r})], of which the first one's answer is taken by all"
+            )
+        self.ranks.draw_alike()
+        criteria = [self.ranks.criterion(each) for each in given.get("stopping_criteria") or ()]
+        return given | ({"stopping_criteria": StoppingCriteriaList(criteria)} if criteria else {})
 
     def new_cache(self, rollback: int = 0) -> ZigzagCache:
         """An empty cache that can take back at least `rollback` tokens."""
@@ -250,6 +267,8 @@ class Session:
                 f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}: pass "
                 f"{self.cache_name}=zz.ZigzagCache(model.config, plan), or the one that the first forward returns"
             )
+        if self.ranks is not None:
+            self.ranks.check_compression(given.state.compression)
         layers = len(given.state.sources)
         if layers != config.num_hidden_layers:
             raise ValueError(f"the ZigzagCache is for {layers} layers, the model has {config.num_hidden_layers}")

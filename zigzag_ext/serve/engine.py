@@ -319,6 +319,8 @@ def _check_served(model: nn.Module) -> None:
         reason = "its forward takes no position_ids"
     elif len(devices) > 1:
         reason = f"it is on several devices, {', '.join(devices)}"
+    elif session.ranks is not None:
+        reason = "it is shared out over processes (tensor parallelism), and requests come to one of them"
     elif found := rope_by_length(model):
         reason = f"the frequencies of {found} follow the longest row"
     if reason:
