@@ -4,7 +4,8 @@ A forward waits for all ranks in every layer, so what decides which forwards are
 finds out by itself (free memory, addresses, the clock, random numbers) is agreed on here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,10 @@ def local_tensors(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """
     tensors = (tensor for group in (model.parameters(), model.buffers()) for tensor in group)
     return [(tensor, tensor.to_local() if hasattr(tensor, "to_local") else tensor) for tensor in tensors]
+
+
+class _LostRank(RuntimeError):
+    """Another rank has ended or does not answer."""
 
 
 class Ranks:
@@ -54,8 +59,9 @@ class Ranks:
     def of_first(self, tensor: Tensor) -> Tensor:
         """That of the first rank, on the device of this one's; shapes and dtypes are the same everywhere."""
         sent = tensor.to(self.device, copy=True).contiguous()
-        dist.broadcast(sent, group_src=0, group=self.group)
-        return sent.to(tensor.device)
+        with self.together():
+            dist.broadcast(sent, group_src=0, group=self.group)
+            return sent.to(tensor.device)
 
     def draw_alike(self) -> None:
         """Random numbers come as on the first rank from now on, on the CPU and on the model's GPU."""
@@ -67,6 +73,21 @@ class Ranks:
         """A stopping criterion that says the same on all ranks."""
         return criterion if type(criterion) in _ALIKE else _OfFirstRank(self, criterion)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what waits for other ranks. Raises RuntimeError if one of them has ended or does not answer."""
+        try:
+            yield
+        except _LostRank:
+            raise
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's are plain RuntimeErrors, with its source file
+                raise _LostRank(
+                    f"tensor parallelism: another of the {self.group.size()} processes that share the model out has ended or "
+                    f"does not answer, so this one (rank {self.group.rank()}) cannot go on; its own messages say why. {error}"
+                ) from error
+            raise
+
     def check_compression(self, method) -> None:
         """Raises ValueError for a choice of tokens that takes all heads of a layer."""
         if method is not None and not method.per_head:
@@ -74,8 +95,9 @@ class Ranks:
 
     def _reduced(self, value: int, how) -> int:
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=how, group=self.group)
-        return int(tensor)
+        with self.together():
+            dist.all_reduce(tensor, op=how, group=self.group)
+            return int(tensor)
 
 
 class _OfFirstRank(StoppingCriteria):

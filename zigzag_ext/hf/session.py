@@ -6,6 +6,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class Session:
         noted = kwargs.get("attention_mask"), self._known(kwargs), kwargs.get("position_ids")
         forward = cache.forward(*new_tokens(kwargs), *noted, images=brings_images(kwargs))
         deltas = deltas_of(self.model, cache, kwargs)
-        with self._without_gradients(), deltas, forward, attending(None), attending(forward):
+        with self._without_gradients(), self._together(), deltas, forward, attending(None), attending(forward):
             if self.compiled is not None and forward.decodes:
                 return self.compiled(forward, kwargs)
             *ahead, last = pieces_of(self.model, forward, kwargs, self.prefill_chunk)
@@ -148,7 +149,7 @@ class Session:
     def run(self, forward: Forward, inputs: dict, head: bool = True):
         """A forward in one piece, which is not open yet. Returns the model's output, of its body alone without `head`."""
         inputs = inputs | {self.cache_name: forward.cache}
-        with self._without_gradients(), forward, attending(None), attending(forward):
+        with self._without_gradients(), self._together(), forward, attending(None), attending(forward):
             if self.compiled is not None and head and forward.is_step:
                 return self.compiled(forward, inputs)
             with forward.piece(forward.total):
@@ -280,6 +281,9 @@ class Session:
             return kwargs
         columns, tokens = cache.state.columns, next(kwargs[name] for name in TOKEN_ARGUMENTS if kwargs.get(name) is not None)
         return kwargs | {"position_ids": torch.arange(columns, columns + tokens.shape[1], device=tokens.device)[None]}
+
+    def _together(self):
+        return nullcontext() if self.ranks is None else self.ranks.together()
 
     def _without_gradients(self):
         """no_grad, and one warning where gradients would have been recorded."""
