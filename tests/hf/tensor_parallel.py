@@ -23,6 +23,7 @@ import zigzag_ext as zz
 from zigzag_ext.hf import chunking
 from zigzag_ext.hf.compiled import _Step
 from zigzag_ext.hf.session import session_of
+from zigzag_ext.study.loading import shared_out
 
 PLAN = zz.Plan(["streaming", "retrieval"], sink=4, window=16)
 QUANTISED = {"kv_format": {"k": "int8", "v": "int4"}, "ring_kv_format": "int8"}
@@ -59,7 +60,7 @@ class Models:
             if dist.get_rank() == 0:
                 MODELS[family]().save_pretrained(folder)
             dist.barrier()
-            shared = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, tp_plan="auto").eval()
+            shared = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **shared_out()).eval()
             alone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(shared.device)
             self.pairs[family] = shared, alone
         return self.pairs[family]
