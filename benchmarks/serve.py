@@ -15,14 +15,14 @@ import gc
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import transformers
 
 import zigzag_ext as zz
 
-from .cells.models import MODELS, PLANS, K, build_model, make_plan
+from .cells.arguments import check_names, model_parser, names
+from .cells.models import PLANS, K, build_model, make_plan
 from .cells.serve_scenarios import CHUNK, LONG, SCENARIOS, Job, filled, steps_of_prompts
 from .peers import generate_batch, servers
 from .report.records import ServeRecord, held, writer
@@ -83,12 +83,7 @@ def measure(scenario: str, impl: str, model, plan: zz.Plan, job: Job, memory: fl
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    def names(text):
-        return text.split(",")
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b")
+    parser = model_parser(__doc__, "serve")
     parser.add_argument(
         "--scenario", type=names, default=["steady", "whole"], help=f"of {', '.join(IMPLS)}; default steady,whole"
     )
@@ -101,15 +96,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="tokens of each prompt; default 32K, on a CPU 512")
     parser.add_argument("--new", type=int, help="tokens that each request decodes; default 256, on a CPU 32")
     parser.add_argument("--memory", type=float, default=0.9, help="for keys and values, of what is free")
-    parser.add_argument("--csv", type=Path, help="file for the results, to which rows are added; name it serve*.csv")
-    parser.add_argument("--commit", default=machine.commit(), help="name of the measured source")
     args = parser.parse_args(argv)
     usual = SIZES[args.device]
     args.rows = [int(rows) for rows in args.rows or [usual.rows]]
     args.prompt, args.new = args.prompt or usual.prompt, args.new or usual.new
     for given, known in ((args.scenario, IMPLS), (args.plan, PLANS), (args.impl or [], sum(IMPLS.values(), ()))):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(dict.fromkeys(known))}")
+        check_names(parser, given, known)
     return args
 
 

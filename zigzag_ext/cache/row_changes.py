@@ -57,7 +57,7 @@ def batch_repeat_interleave(self: "ZigzagCache", repeats: int) -> None:
     if not 1 <= repeats <= 1 << 31:
         raise ValueError(f"{what} takes 1 to 2^31 repeats, got {repeats}")
     if state.batch is not None:
-        _check_memory(self, state.batch * repeats)
+        _check_memory(self, state.batch * repeats)  # before so many indices are made
         _select_rows(self, torch.arange(state.batch).repeat_interleave(repeats), what)
 
 

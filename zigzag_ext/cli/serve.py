@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..planning import env
+from ..planning.layers import text_config
 from .app import Device, Dtype, KeySmoothing, KvFormat, RingKvFormat, app, one_line_errors, quiet_transformers
 from .progress import load
 
@@ -93,7 +94,7 @@ def _context_of(model: str) -> int:
     """Tokens that the config says."""
     from ..study.loading import load_config
 
-    tokens = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
+    tokens = getattr(text_config(load_config(model)), "max_position_embeddings", None)
     if not tokens:
         raise ValueError(f"the config of {model} does not say how many tokens it was made for: give --max-len")
     return tokens
