@@ -135,9 +135,7 @@ class ZigzagAttention(nn.Module):
         self._open = q_len
         try:
             out = attend((self.store,), q, k, v, self.scale, chunk._replace(past=self._longest if uniform else None))
-        except (
-            Exception
-        ):  # refused, or without memory for the output: nothing was written. An interrupt may come behind the append
+        except Exception:  # nothing was written; an interrupt may come behind the append
             self._open = None
             raise
         seq_lens.add_(new)
