@@ -21,7 +21,7 @@ from torch import Tensor
 import zigzag_ext as zz
 from zigzag_ext.attention import ops, reference
 
-from .cells.arguments import check_names, model_parser, names
+from .cells.arguments import check_names, model_parser, names, token_count
 from .cells.fake_context import fake_zigzag
 from .cells.int8_weights import build_int8
 from .cells.models import MODELS, PLANS, build_model, even_plan
@@ -30,7 +30,7 @@ from .step import Decoder, busy, time_generate, time_steps
 from .timing import clock, machine
 from .timing.model_memory import kv_bytes, peak_bytes, tensor_bytes, weight_bytes
 
-CELLS = ("exclusive_50:4000000", "exclusive_25:8000000")
+CELLS = "exclusive_50:4000000,exclusive_25:8000000"
 IMPLS = ("zigzag_eager", "zigzag_compiled")
 MARGIN = 1024  # tokens that both implementations decode, and more
 BLOCK = 65536  # keys that the specification widens to float64 at a time: 64 MiB of a head of 128
@@ -141,14 +141,17 @@ def build(name: str, weights: str, device: str, most_tokens: int):
     return build_int8(config, torch.bfloat16 if device == "cuda" else torch.float32, device)
 
 
+def cells(text: str) -> list[tuple[str, int]]:
+    return [(name, token_count(tokens)) for name, _, tokens in (cell.partition(":") for cell in names(text))]
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = model_parser(__doc__, "capacity")
     parser.add_argument("--weights", choices=("int8", "plain"), default="int8", help="int8 needs torchao")
     parser.add_argument("--kv-format", default="int4", help="of retrieval layers, as Plan.kv_format: int4, int8/int4, ...")
-    parser.add_argument("--cell", type=names, default=CELLS, help=f"plan:tokens, separated by commas; default {','.join(CELLS)}")
+    parser.add_argument("--cell", type=cells, default=CELLS, help=f"plan:tokens, separated by commas; default {CELLS}")
     parser.add_argument("--impl", type=names, default=IMPLS, help=f"of {', '.join(IMPLS)}")
     args = parser.parse_args(argv)
-    args.cell = [(name, int(tokens)) for name, _, tokens in (cell.partition(":") for cell in args.cell)]
     known_plans = [name for name in PLANS if not name.startswith("heads")]
     for given, known in (([name for name, _ in args.cell], known_plans), (args.impl, IMPLS)):
         check_names(parser, given, known)

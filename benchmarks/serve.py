@@ -21,7 +21,7 @@ import transformers
 
 import zigzag_ext as zz
 
-from .cells.arguments import check_names, model_parser, names
+from .cells.arguments import check_names, counts, model_parser, names, token_count
 from .cells.models import PLANS, K, build_model, make_plan
 from .cells.serve_scenarios import CHUNK, LONG, SCENARIOS, Job, filled, steps_of_prompts
 from .peers import generate_batch, servers
@@ -92,13 +92,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--impl", type=names, help="engine, generate, generate_batch, and the servers; default all that a scenario has"
     )
     parser.add_argument("--kv-format", default="none", help="of retrieval layers and rings; default none")
-    parser.add_argument("--rows", type=names, help="requests at once, separated by commas; default 16, on a CPU 4")
-    parser.add_argument("--prompt", type=int, help="tokens of each prompt; default 32K, on a CPU 512")
+    parser.add_argument("--rows", type=counts, help="requests at once, separated by commas; default 16, on a CPU 4")
+    parser.add_argument("--prompt", type=token_count, help="tokens of each prompt; default 32K, on a CPU 512")
     parser.add_argument("--new", type=int, help="tokens that each request decodes; default 256, on a CPU 32")
     parser.add_argument("--memory", type=float, default=0.9, help="for keys and values, of what is free")
     args = parser.parse_args(argv)
     usual = SIZES[args.device]
-    args.rows = [int(rows) for rows in args.rows or [usual.rows]]
+    args.rows = args.rows or [usual.rows]
     args.prompt, args.new = args.prompt or usual.prompt, args.new or usual.new
     for given, known in ((args.scenario, IMPLS), (args.plan, PLANS), (args.impl or [], sum(IMPLS.values(), ()))):
         check_names(parser, given, known)

@@ -29,7 +29,7 @@ from zigzag_ext.speculation.chain import StreamingDraft
 from zigzag_ext.speculation.lookup import Lookup
 from zigzag_ext.speculation.loop import BUCKETS
 
-from .cells.arguments import model_parser
+from .cells.arguments import counts, model_parser, token_counts
 from .cells.fake_context import fake_zigzag
 from .cells.models import PLANS, K, build_model, even_plan, make_plan
 from .peers.magicdec_recreation import OwnCacheDraft
@@ -195,12 +195,9 @@ def cells(args: argparse.Namespace, model) -> Iterator[tuple[tuple, Callable[[],
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    def numbers(text):
-        return [int(n) for n in text.split(",")]
-
     parser = model_parser(__doc__, "speculate")
-    parser.add_argument("--context", type=numbers, default=[128 * K], help="tokens, separated by commas; default 128K")
-    parser.add_argument("--batch", type=numbers, default=[1, 4, 8], help="rows, separated by commas; default 1, 4, 8")
+    parser.add_argument("--context", type=token_counts, default=[128 * K], help="tokens, separated by commas; default 128K")
+    parser.add_argument("--batch", type=counts, default=[1, 4, 8], help="rows, separated by commas; default 1, 4, 8")
     parser.add_argument("--plan", choices=list(PLANS), default="exclusive_50")
     parser.add_argument("--eager", action="store_true", help="without compiled steps")
     return parser.parse_args(argv)

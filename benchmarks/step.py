@@ -23,7 +23,7 @@ import zigzag_ext as zz
 from zigzag_ext.hf.cache_argument import cache_argument
 
 from .cells import step_prefill
-from .cells.arguments import check_names, model_parser, names
+from .cells.arguments import check_names, model_parser, names, token_counts
 from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
 from .cells.models import PLANS, K, build_model, make_plan
 from .peers.duo_recreation import duo_weights, fake_duo
@@ -148,7 +148,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="decode: 4K and 128K tokens, half of the layers streaming: a minute or two"
     )
     parser.add_argument(
-        "--context", type=names, help="tokens, separated by commas; default 4K, 32K, 128K, 256K; prompts 128K, 320K"
+        "--context", type=token_counts, help="tokens, separated by commas; default 4K, 32K, 128K, 256K; prompts 128K, 320K"
     )
     parser.add_argument("--plan", type=names, help=f"of {', '.join(PLANS)}; default all; prompts {', '.join(step_prefill.PLANS)}")
     parser.add_argument("--impl", type=names, help=f"of {', '.join(IMPLS)}; default all; prompts zigzag_eager")
@@ -156,7 +156,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     prompts = args.phase == "prefill"
     contexts, plans = ([4 * K, 128 * K], ["exclusive_50"]) if args.quick else ([4 * K, 32 * K, 128 * K, 256 * K], list(PLANS))
-    args.context = [int(n) for n in args.context or (step_prefill.CONTEXTS if prompts else contexts)]
+    args.context = args.context or list(step_prefill.CONTEXTS if prompts else contexts)
     args.plan = args.plan or (step_prefill.PLANS if prompts else plans)
     args.impl = args.impl or (["zigzag_eager"] if prompts else IMPLS)
     for given, known in ((args.plan, PLANS), (args.impl, step_prefill.IMPLS if prompts else IMPLS)):

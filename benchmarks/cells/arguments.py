@@ -1,6 +1,7 @@
 """Arguments of the programs that time whole models."""
 
 import argparse
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,6 +23,22 @@ def model_parser(doc: str | None, kind: str) -> argparse.ArgumentParser:
 
 def names(text: str) -> list[str]:
     return text.split(",")
+
+
+def counts(text: str) -> list[int]:
+    return [int(each) for each in names(text)]
+
+
+def token_count(text: str) -> int:
+    """Of "4096" or "32K"; K is 1024."""
+    number = re.fullmatch(r"([1-9]\d*)(K?)", text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"takes numbers of tokens, such as 4096 or 32K; got {text!r}")
+    return int(number[1]) * (1024 if number[2] else 1)
+
+
+def token_counts(text: str) -> list[int]:
+    return [token_count(each) for each in names(text)]
 
 
 def check_names(parser: argparse.ArgumentParser, given: Collection[str], known: Collection[str]) -> None:

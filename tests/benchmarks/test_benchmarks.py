@@ -1,5 +1,6 @@
 """The benchmark scripts: the CSV they share, the report, and a run over tiny cells from end to end."""
 
+import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from benchmarks import decode
 from benchmarks.cells import problem, scenarios
+from benchmarks.cells.arguments import token_counts
 from benchmarks.cells.scenarios import Cell, ring
 from benchmarks.peers import attention as peers
 from benchmarks.report import records
@@ -204,3 +206,9 @@ def test_unknown_names_list_the_known_ones(fast):
 def test_every_peer_file_is_registered():
     files = {path.stem for path in (BENCHMARKS / "peers" / "attention").glob("[!_]*.py")}
     assert files == {*peers.for_device("cpu"), *peers.for_device("cuda")}
+
+
+def test_tokens_are_numbers_or_thousands():
+    assert token_counts("4096,32K") == [4096, 32 * 1024]
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 4096 or 32K; got '0K'"):
+        token_counts("4K,0K")
