@@ -14,7 +14,8 @@ enum class Env {
   kWarps,
   kBlocks,
   kPrefillKernel,
-  kPrefillSplits
+  kPrefillSplits,
+  kRowsKernel
 };
 
 struct EnvVariable {
@@ -43,6 +44,8 @@ inline constexpr EnvVariable kEnvVariables[] = {
      "tiles: chunks of prompts never take the pipeline kernel of sm_90a; auto: wherever it serves"},
     {Env::kPrefillSplits, "ZIGZAG_PREFILL_SPLITS", "0 to 160",
      "blocks of the pipeline kernel that share the keys of a tile of query rows; 0: as many as fill the GPU"},
+    {Env::kRowsKernel, "ZIGZAG_ROWS_KERNEL", "auto, tiles",
+     "tiles: 17 to 256 query rows of a KV head never take the pipeline kernel of sm_90a; auto: wherever it serves"},
 };
 
 // The value, or "" where the variable is unset or empty. Throws zigzag::Error, naming the variable, its value and the

@@ -24,6 +24,7 @@ struct LaunchOptions {
   int cluster = 0, spread = 0, warps = 0, blocks = 0;
   bool prefill_tiles = false;
   int prefill_splits = 0;
+  bool rows_in_step = false;
 
   static LaunchOptions from_environment() {
     return {env_integer(Env::kForcePlain) != 0,
@@ -33,7 +34,8 @@ struct LaunchOptions {
             env_integer(Env::kWarps),
             env_integer(Env::kBlocks),
             env_text(Env::kPrefillKernel) == "tiles",
-            env_integer(Env::kPrefillSplits)};
+            env_integer(Env::kPrefillSplits),
+            env_text(Env::kRowsKernel) == "tiles"};
   }
 };
 

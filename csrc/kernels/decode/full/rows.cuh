@@ -9,6 +9,7 @@
 #pragma once
 
 #include "core/dispatch.h"
+#include "cuda/bulk_copy.cuh"
 #include "cuda/launch.h"
 #include "kernels/decode/full/workspace.h"
 #include "kernels/decode/new_tokens.cuh"
@@ -35,6 +36,8 @@ struct RowsBlock : prefill::WgmmaBlock<T, kHeadDim, kRowGroups> {
   // Partial results of the block, in the place of the stages: [key groups][rows][kPartialQuads] float4, then the norms.
   static constexpr int kPartialQuads = kQuads + 1;  // rows on different banks
   static constexpr int kNorms = Base::kQueryBytes + kKeyGroups * Base::kRows * kPartialQuads * 16;
+  // All threads that own rows.
+  static __device__ __forceinline__ void meet() { cuda::named_barrier_sync(6, Base::kThreads); }
   static_assert(kStages >= 2 && kNorms + kKeyGroups * Base::kRows * 8 <= kSharedBytes);
 };
 
@@ -146,7 +149,7 @@ __device__ __forceinline__ void merge_rows(const Params& p, const prefill::Query
   for (int i = threadIdx.x; i < items; i += Block::kThreads) {
     const int row = rank + (i / kQuads << p.cluster_log2), quad = i % kQuads;
     const auto source = [&](int k) { return (k >> p.cluster_log2) * Block::kRows + row; };
-    const Partial part = merge_partials<false, 8>(
+    const Partial part = merge_partials<false, 8 * Block::kKeyGroups>(  // of clusters of 8: all under way together
         sources,
         [&](int k) {
           const uint32_t at = parts + (source(k) * Block::kPartialQuads + quad) * 16;
@@ -165,13 +168,13 @@ __device__ __forceinline__ void merge_rows(const Params& p, const prefill::Query
   cuda::cluster_arrive();  // the other blocks' memory is no longer needed
   if (p.spread > 1) {
     __shared__ bool is_last;
-    __syncthreads();
+    Block::meet();
     if (threadIdx.x == 0) {  // its release covers what the barrier has shown it of the other threads' writes
       const unsigned others = p.spread - 1;
       unsigned* counter = static_cast<unsigned*>(p.workspace) + (group << p.cluster_log2) + rank;
       is_last = cuda::atomic_inc_acq_rel(counter, others) == others;
     }
-    __syncthreads();
+    Block::meet();
     for (int i = threadIdx.x; is_last && i < items; i += Block::kThreads) {
       const int row = rank + (i / kQuads << p.cluster_log2), quad = i % kQuads;
       write_row<Block>(p, tile, row, quad,
@@ -267,49 +270,37 @@ __global__ void __launch_bounds__(Block::kThreads, 1) decode_rows_kernel(const _
   merge_rows<Block>(p, tile, q_tile, min(Block::kRows, p.group * p.q_len - row_tile * Block::kRows));
 }
 
-template <class Block>
-bool launch_rows_block(const AttentionParams& a, void* stream) {
-  const cuda::LaunchOptions& options = cuda::launch_options();
-  const auto config_of = [](const DecodePlan& plan) {
-    cuda::LaunchConfig config = {};
-    config.grid = dim3(static_cast<unsigned>(plan.grid[0]), static_cast<unsigned>(plan.grid[1]),
-                       static_cast<unsigned>(plan.grid[2]));
-    config.block = dim3(Block::kThreads);
-    config.shared_bytes = plan.layout.total;
-    config.cluster = plan.cluster;
-    return config;
-  };
-  const auto places = [&](const DecodePlan& plan) {
-    return cuda::max_active_clusters(decode_rows_kernel<Block>, config_of(plan));
-  };
-  const DecodeRequest request = decode_request(a);
-  const DecodePlan plan = plan_rows(request, Block::kRows, Block::kSharedBytes, cuda::device_facts(), options, places);
-  if (plan.cluster == 1) return false;
-  const Params p = {{a, false, false}, plan.layout, request.group,
-                    plan.row_blocks,   plan.team,   cuda::floor_log2(plan.cluster),
-                    plan.spread};
-  cuda::LaunchConfig config = config_of(plan);
-  config.dependent_launch = options.dependent_launch;
-  cuda::launch(decode_rows_kernel<Block>, config, p, stream);
-  return true;
+inline cuda::LaunchConfig rows_config(const DecodePlan& plan, int threads) {
+  cuda::LaunchConfig config = {};
+  config.grid = dim3(static_cast<unsigned>(plan.grid[0]), static_cast<unsigned>(plan.grid[1]),
+                     static_cast<unsigned>(plan.grid[2]));
+  config.block = dim3(static_cast<unsigned>(threads));
+  config.shared_bytes = plan.layout.total;
+  config.cluster = plan.cluster;
+  return config;
 }
 
-template <class Element>
-bool launch_decode_rows(const AttentionParams& a, void* stream) {
-  const cuda::LaunchOptions& options = cuda::launch_options();
-  const int rows = a.num_q_heads / a.num_kv_heads * a.q_len;
-  const bool serves = rows > max_rows(a.head_dim) && a.batch == 1 && !options.force_plain && options.cluster != 1 &&
-                      cuda::device_facts().arch == 90;  // what is compiled for sm_90a runs on no other
-  if (!serves) return false;
-  bool launched = false;
-  dispatch_head_dim(a.head_dim, [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    if constexpr (kHeadDim == 64 || kHeadDim == 128) {
-      launched = rows <= 64 ? launch_rows_block<RowsBlock<Element, kHeadDim, 1>>(a, stream)
-                            : launch_rows_block<RowsBlock<Element, kHeadDim, 2>>(a, stream);
-    }
-  });
-  return launched;
+template <class Block, class KernelParams>
+DecodePlan plan_rows_launch(const DecodeRequest& request, void (*kernel)(KernelParams), int threads) {
+  return plan_rows(
+      request, Block::kRows, Block::kSharedBytes, cuda::device_facts(), cuda::launch_options(),
+      [&](const DecodePlan& plan) { return cuda::max_active_clusters(kernel, rows_config(plan, threads)); });
+}
+
+inline Params rows_params(const AttentionParams& a, const DecodeRequest& request, const DecodePlan& plan) {
+  return {{a, false, false}, plan.layout, request.group, plan.row_blocks, plan.team, cuda::floor_log2(plan.cluster),
+          plan.spread};
+}
+
+template <class Block>
+bool launch_rows_block(const AttentionParams& a, void* stream) {
+  const DecodeRequest request = decode_request(a);
+  const DecodePlan plan = plan_rows_launch<Block>(request, decode_rows_kernel<Block>, Block::kThreads);
+  if (plan.cluster == 1) return false;
+  cuda::LaunchConfig config = rows_config(plan, Block::kThreads);
+  config.dependent_launch = cuda::launch_options().dependent_launch;
+  cuda::launch(decode_rows_kernel<Block>, config, rows_params(a, request, plan), stream);
+  return true;
 }
 
 }  // namespace zigzag::decode_full

@@ -1,0 +1,482 @@
+// The kernel of rows.cuh with tasks of their own for its warpgroups: one brings keys and values, as boxes by the tensor
+// copy engine, two multiply and weigh. A warpgroup starts S = Q K^T of a tile and O += P V of the tile before it
+// together, and weighs S while the values are multiplied; nobody waits for the other warpgroup. (Loads, products and
+// softmax in turns, all warps in step, took 1.8 to 2.2 us for a tile of each warpgroup, where the memory brings one in
+// 1.8 and the products take 0.6.)
+//
+// Tile t of 64 keys belongs to worker t mod workers, whatever the length: the first tile of each is asked for before
+// the length is known, where there is memory (readable_slots). One that turns out not to lie in the cache as a whole is
+// passed over, and its keys come again, row by row with zeros behind the last key.
+//
+//   up to 64 rows    a worker is a warpgroup, with half of the block's stages
+//   up to 128        a worker is a block, whose warpgroups serve 64 rows each
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/bulk_copy.cuh"
+#include "cuda/tensor_map.h"
+#include "kernels/attention.h"
+#include "kernels/decode/full/rows.cuh"
+#include "kernels/prefill/pipeline_block.cuh"
+
+namespace zigzag::decode_full {
+
+template <class T, int kHeadDim, int kRowGroups>
+struct RowsPipelineBlock : RowsBlock<T, kHeadDim, kRowGroups> {
+  using Base = RowsBlock<T, kHeadDim, kRowGroups>;
+  using Scores = typename Base::Scores;
+  using Output = typename Base::Output;
+  using Weights = uint32_t[Base::kKeys / 16][4];  // A fragments
+  static constexpr int kProducers = 128;
+  static constexpr int kBlockThreads = Base::kThreads + kProducers;
+  static constexpr int kGroupProducers = kProducers / Base::kKeyGroups;  // that bring the tiles of one worker
+  static constexpr int kStages =                                         // of a worker
+      (kMaxSharedBytes - 3 * 1024 - Base::kQueryBytes) / Base::kTileBytes / Base::kKeyGroups;
+  static constexpr int kSharedBytes = Base::kQueryBytes + Base::kKeyGroups * kStages * Base::kTileBytes;
+  // Registers of a thread: 128 * (72 + 2 * 216) are what the block has at its start, 168 a thread.
+  static constexpr int kProducerRegisters = 72, kRowRegisters = 216;
+  static_assert(kStages >= 3 && Base::kNorms + Base::kKeyGroups * Base::kRows * 8 <= kSharedBytes);
+
+  // Barriers by number, beside that of RowsBlock::meet.
+  static constexpr int kProducersBarrier = 4;  // and 5: those of worker 0, 1
+  static constexpr int kBlockBarrier = 7;
+
+  // Starts scores = q . k for the warpgroup's rows.
+  static __device__ __forceinline__ void start_scores(Scores& scores, uint32_t q_tile, uint32_t k_tile) {
+    uint32_t q_group = q_tile + threadIdx.x / 128 % kRowGroups * 64 * Base::kRowBytes;
+    asm volatile("" : "+r"(q_group));  // or its descriptors would be kept from tile to tile, in 16 registers
+    cuda::hold_accumulators(scores[0]);
+    cuda::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const int block = step / 4, bytes = step % 4 * 32;
+      cuda::wgmma_m64n64k16<T>(scores[0],
+                               cuda::swizzled_operand(q_group + block * Base::kRows * Base::kRowBytes + bytes),
+                               cuda::swizzled_operand(k_tile + block * Base::kKeyChunkBytes + bytes), step > 0);
+    }
+    cuda::wgmma_commit();
+    cuda::hold_accumulators(scores[0]);
+  }
+
+  // Starts out += weights . v.
+  static __device__ __forceinline__ void start_values(Output& out, Weights& weights, uint32_t v_tile) {
+    cuda::hold_accumulators(out[0]);
+    cuda::hold_fragments(weights);
+    cuda::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Base::kKeys / 16; ++step) {
+      const uint64_t values = cuda::swizzled_operand(v_tile + step * 16 * Base::kRowBytes, Base::kKeyChunkBytes);
+      if constexpr (kHeadDim == 128) {
+        cuda::wgmma_m64n128k16<T>(out[0], weights[step], values);
+      } else {
+        cuda::wgmma_m64n64k16<T>(out[0], weights[step], values);
+      }
+    }
+    cuda::wgmma_commit();
+    cuda::hold_accumulators(out[0]);
+  }
+
+  static __device__ __forceinline__ void pack(Weights& weights, const Scores& scores) {
+#pragma unroll
+    for (int step = 0; step < Base::kKeys / 16; ++step) prefill::pack_weights<T>(weights[step], scores[0], step);
+  }
+};
+
+struct RowsParams : Params {
+  int early_slots;       // that may be read whatever the length
+  CUtensorMap boxes[2];  // of the cache: keys, values
+};
+
+// The tiles of a worker.
+struct TileWalk {
+  int first, step, end;
+  bool early, wasted;  // the first was asked for before the length was known; it does not lie in the cache as a whole
+
+  // Geometry only.
+  template <class Block>
+  static __device__ __forceinline__ TileWalk begin(const RowsParams& p, int key_group) {
+    const int team = gridDim.x, first = blockIdx.x + team * key_group;
+    return {first, team * Block::kKeyGroups, 0, (first + 1) * Block::kKeys <= p.early_slots, false};
+  }
+
+  template <class Block>
+  __device__ __forceinline__ void settle(const prefill::QueryTile& tile) {
+    end = (tile.keys.count + Block::kKeys - 1) / Block::kKeys;
+    wasted = early && (first >= end || (first + 1) * Block::kKeys > tile.length);
+  }
+};
+
+// Query rows on their way through RoPE to their tile, a few of each thread at a time, which are asked for before
+// anything else: behind the tiles, which saturate the memory, they would take longer than those.
+template <class Block>
+struct RowsOnTheWay {
+  using T = typename Block::Element;
+  static constexpr int kItems = Block::kRows * Block::kChunks / Block::kThreads;
+  static constexpr int kBatch = kItems < 4 ? kItems : 4;
+  static constexpr int kRowStep = Block::kThreads / Block::kChunks;
+  static_assert(Block::kThreads % Block::kChunks == 0 && kItems % kBatch == 0);
+
+  uint4 data[kBatch];
+  Turn<T> turn[kBatch];
+
+  __device__ __forceinline__ static int row_of(int item) { return threadIdx.x / Block::kChunks + item * kRowStep; }
+
+  __device__ __forceinline__ void load(const Params& p, int head, int first_row, int first_item) {
+    const int turning = turning_pairs(p), pair = threadIdx.x % Block::kChunks, batch = blockIdx.z;
+    const QuadPair quads = quads_of(pair, turning);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int packed = first_row + row_of(first_item + i), column = packed / p.group;
+      data[i] = make_uint4(0, 0, 0, 0);
+      if (column >= p.q_len) continue;
+      const int64_t source = batch * p.q_stride.batch + (head * p.group + packed - column * p.group) * p.q_stride.head +
+                             column * p.q_stride.token;
+      data[i] = load_pair(static_cast<const char*>(p.q) + 2 * source, quads);
+      if (pair < turning) turn[i].load(p, batch, column, quads);
+    }
+  }
+
+  // Rows of padding, and past the last, become zeros. A negative scale turns the signs of queries, which turns those of
+  // all scores.
+  __device__ __forceinline__ void store(const Params& p, const prefill::QueryTile& tile, int first_item,
+                                        unsigned char* q_tile) const {
+    const int turning = turning_pairs(p), pair = threadIdx.x % Block::kChunks;
+    const QuadPair quads = quads_of(pair, turning);
+    const uint32_t signs = p.scale < 0.0f ? 0x80008000u : 0u;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = row_of(first_item + i), column = tile.column(row);
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (column >= tile.pad && column < p.q_len) {
+        x = pair < turning ? turn[i].apply(p, data[i]) : data[i];
+        x = make_uint4(x.x ^ signs, x.y ^ signs, x.z ^ signs, x.w ^ signs);
+      }
+      *tile_quad(q_tile, Block::query_offset, row, quads.low) = make_uint2(x.x, x.y);
+      *tile_quad(q_tile, Block::query_offset, row, quads.high) = make_uint2(x.z, x.w);
+    }
+  }
+};
+
+// Turns the new keys of a tile in place, by the threads that bring it.
+template <class Block>
+__device__ __forceinline__ void rotate_keys_of_tile(const Params& p, const prefill::QueryTile& tile, int number,
+                                                    unsigned char* k_tile, int thread) {
+  const int turning = turning_pairs(p);
+  const int first = max(number, tile.length - tile.keys.first), until = min(number + Block::kKeys, tile.keys.count);
+#pragma unroll 1
+  for (int i = thread; i < (until - first) * Block::kChunks; i += Block::kGroupProducers) {
+    const int key = first + i / Block::kChunks, pair = i % Block::kChunks;
+    if (pair >= turning) continue;
+    const QuadPair quads = quads_of(pair, turning);
+    Turn<typename Block::Element> turn;
+    turn.load(p, tile.batch, tile.pad + tile.keys.position(key) - tile.length, quads);
+    uint2* low = tile_quad(k_tile, Block::key_offset, key - number, quads.low);
+    uint2* high = tile_quad(k_tile, Block::key_offset, key - number, quads.high);
+    const uint4 x = turn.apply(p, make_uint4(low->x, low->y, high->x, high->y));
+    *low = make_uint2(x.x, x.y), *high = make_uint2(x.z, x.w);
+  }
+}
+
+// Starts the copy of the 64 keys from a slot on, or of their values, by one thread.
+template <class Block>
+__device__ __forceinline__ void copy_slots(const CUtensorMap& map, uint32_t destination, int slot, int cache_head,
+                                           int cache_row, uint64_t& full) {
+  const uint32_t barrier = cuda::shared_address(&full);
+  cuda::barrier_expect(barrier, Block::kKeyBytes);
+#pragma unroll
+  for (int block = 0; block < Block::kHeadDim / 64; ++block) {
+    cuda::copy_box(destination + block * Block::kKeyChunkBytes, &map, block * 64, slot, cache_head, cache_row, barrier);
+  }
+}
+
+// The producers of a worker, which keep pace, so that none of them is a phase ahead.
+template <class Block, class Barriers>
+__device__ __forceinline__ void bring_tiles(const RowsParams& p, const prefill::QueryTile& tile, const TileWalk& walk,
+                                            Barriers& barriers, unsigned char* stages, int key_group) {
+  const int thread = threadIdx.x % Block::kGroupProducers;
+  const RingLayout layout{p.sink, p.window, p.slots};
+  prefill::StageCursor<Block::kStages> cursor;
+  if (walk.early) cursor.advance();
+  int at = walk.early && !walk.wasted ? walk.first + walk.step : walk.first;
+#pragma unroll 1
+  for (; at < walk.end; at += walk.step, cursor.advance()) {
+    const int number = at * Block::kKeys, slot = tile.keys.first + number;
+    unsigned char* stage = stages + cursor.stage * Block::kTileBytes;
+    const uint32_t k_tile = cuda::shared_address(stage);
+    // Of the first round the stages are empty already: see barrier_wait.
+    cuda::barrier_wait(cuda::shared_address(&barriers.k_empty[cursor.stage]), cursor.parity ^ 1);
+    if (slot + Block::kKeys <= tile.length) {
+      uint64_t &k_full = barriers.k_full[cursor.stage], &v_full = barriers.v_full[cursor.stage];
+      if (thread == 0) copy_slots<Block>(p.boxes[0], k_tile, slot, tile.cache_head, tile.cache_row, k_full);
+      cuda::barrier_wait(cuda::shared_address(&barriers.v_empty[cursor.stage]), cursor.parity ^ 1);
+      if (thread == 0) {
+        copy_slots<Block>(p.boxes[1], k_tile + Block::kKeyBytes, slot, tile.cache_head, tile.cache_row, v_full);
+      }
+    } else {
+      const auto meet = [&] { cuda::named_barrier_sync(Block::kProducersBarrier + key_group, Block::kGroupProducers); };
+      cuda::barrier_wait(cuda::shared_address(&barriers.v_empty[cursor.stage]), cursor.parity ^ 1);
+      prefill::load_keys<Block, Block::kGroupProducers>(layout, tile, number, k_tile, thread);
+      cuda::cp_async_commit();
+      cuda::cp_async_wait<0>();
+      if (turning_pairs(p) > 0) {
+        meet();
+        rotate_keys_of_tile<Block>(p, tile, number, stage, thread);
+      }
+      Block::publish();
+      meet();
+      if (thread == 0) {
+        cuda::barrier_arrive(cuda::shared_address(&barriers.k_full[cursor.stage]));
+        cuda::barrier_arrive(cuda::shared_address(&barriers.v_full[cursor.stage]));
+      }
+    }
+  }
+}
+
+// A warpgroup that owns rows: its way through the tiles of its worker.
+template <class Block, class Barriers>
+struct RowOwner {
+  prefill::PrefillState<Block>& state;
+  const prefill::QueryTile& tile;
+  Barriers& barriers;
+  float scale;
+  uint32_t q_tile, stages;
+  typename Block::Weights weights;
+  prefill::StageCursor<Block::kStages> k, v;
+
+  __device__ __forceinline__ uint32_t stage_of(int stage) const { return stages + stage * Block::kTileBytes; }
+  __device__ __forceinline__ void wait_for_keys() const {
+    cuda::barrier_wait(cuda::shared_address(&barriers.k_full[k.stage]), k.parity);
+  }
+  __device__ __forceinline__ void wait_for_values() const {
+    cuda::barrier_wait(cuda::shared_address(&barriers.v_full[v.stage]), v.parity);
+  }
+
+  // One arrival a warp: all lanes are behind the wait for its products.
+  __device__ __forceinline__ static void release(uint64_t& empty, bool always = true) {
+    if (threadIdx.x % 32 == 0 && always) cuda::barrier_arrive(cuda::shared_address(&empty));
+  }
+
+  // Weighs the scores of a tile, then gives its keys back. Sums are never negative, which the compiler does not know:
+  // it would otherwise leave all of this until the values are multiplied.
+  template <bool kMasked>
+  __device__ __forceinline__ bool weigh(typename Block::Scores& scores, int at, float (&rescale)[Block::kRowTiles][2]) {
+    if constexpr (kMasked) prefill::mask_scores<Block>(scores, tile, at * Block::kKeys);
+    const bool changed = prefill::weigh<Block>(state, scores, scale, rescale);
+    __syncwarp();
+    release(barriers.k_empty[k.stage], state.sum[0][0] != -1.0f && state.sum[0][1] != -1.0f);
+    return changed;
+  }
+
+  __device__ __forceinline__ void pass_over() {
+    wait_for_keys();
+    wait_for_values();
+    __syncwarp();
+    release(barriers.k_empty[k.stage]);
+    release(barriers.v_empty[v.stage]);
+    k.advance();
+    v.advance();
+  }
+
+  // The first tile has no values to multiply before it.
+  __device__ __forceinline__ void first(int at, bool masked) {
+    typename Block::Scores scores;
+    float rescale[Block::kRowTiles][2];
+    wait_for_keys();
+    Block::start_scores(scores, q_tile, stage_of(k.stage));
+    cuda::wgmma_wait<0>();
+    cuda::hold_accumulators(scores[0]);
+    if (masked) {
+      weigh<true>(scores, at, rescale);
+    } else {
+      weigh<false>(scores, at, rescale);
+    }
+    Block::pack(weights, scores);
+    k.advance();
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void next(int at) {
+    typename Block::Scores scores;
+    float rescale[Block::kRowTiles][2];
+    wait_for_keys();
+    Block::start_scores(scores, q_tile, stage_of(k.stage));
+    wait_for_values();
+    Block::start_values(state.out, weights, stage_of(v.stage) + Block::kKeyBytes);
+    cuda::wgmma_wait<1>();  // the scores; the values may still run
+    cuda::hold_accumulators(scores[0]);
+    const bool changed = weigh<kMasked>(scores, at, rescale);
+    cuda::wgmma_wait<0>();
+    cuda::hold_accumulators(state.out[0]);
+    cuda::hold_fragments(weights);
+    release(barriers.v_empty[v.stage]);
+    prefill::rescale_output<Block>(state, rescale, changed);
+    Block::pack(weights, scores);
+    k.advance();
+    v.advance();
+  }
+
+  __device__ __forceinline__ void finish() {
+    wait_for_values();
+    Block::start_values(state.out, weights, stage_of(v.stage) + Block::kKeyBytes);
+    cuda::wgmma_wait<0>();
+    cuda::hold_accumulators(state.out[0]);
+  }
+
+  __device__ __forceinline__ void run(const TileWalk& walk) {
+    if (walk.wasted) pass_over();
+    if (walk.first >= walk.end) return;
+    // Every query sees all keys up to the first query's own.
+    const int visible = min((tile.keys.first_query + 1 - tile.keys.first) / Block::kKeys, walk.end);
+    first(walk.first, walk.first >= visible);
+    int at = walk.first + walk.step;
+#pragma unroll 1
+    for (; at < visible; at += walk.step) next<false>(at);
+#pragma unroll 1
+    for (; at < walk.end; at += walk.step) next<true>(at);
+    finish();
+  }
+};
+
+// Grid: as of decode_rows_kernel.
+template <class Block>
+__global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(const __grid_constant__ RowsParams p) {
+  using T = typename Block::Element;
+  using Barriers = prefill::PipelineBarriers<Block::kStages>;
+  extern __shared__ __align__(Block::kAlignment) unsigned char shared[];
+  __shared__ prefill::QueryTile tile;
+  __shared__ Barriers barriers[Block::kKeyGroups];
+  const int kv_head = blockIdx.y / p.row_blocks, row_tile = blockIdx.y - kv_head * p.row_blocks;
+  const int first_row = row_tile * Block::kRows;
+  unsigned char* stages = shared + Block::kQueryBytes;
+  const auto meet_all = [] { cuda::named_barrier_sync(Block::kBlockBarrier, Block::kBlockThreads); };
+  cuda::grid_dependency_wait();
+  cuda::grid_dependency_launch();
+
+  if (threadIdx.x >= Block::kThreads) {
+    cuda::give_registers<Block::kProducerRegisters>();
+    const int producer = threadIdx.x - Block::kThreads;
+    if (producer == 0) {
+#pragma unroll
+      for (int i = 0; i < Block::kKeyGroups; ++i) barriers[i].init(Block::kThreads / 32 / Block::kKeyGroups);
+      Block::publish();
+#pragma unroll
+      for (int i = 0; i < Block::kKeyGroups; ++i) {
+        const TileWalk walk = TileWalk::begin<Block>(p, i);
+        if (!walk.early) continue;
+        const uint32_t k_tile = cuda::shared_address(stages) + i * Block::kStages * Block::kTileBytes;
+        const int slot = walk.first * Block::kKeys;
+        copy_slots<Block>(p.boxes[0], k_tile, slot, kv_head, blockIdx.z, barriers[i].k_full[0]);
+        copy_slots<Block>(p.boxes[1], k_tile + Block::kKeyBytes, slot, kv_head, blockIdx.z, barriers[i].v_full[0]);
+      }
+    } else if (producer == 32) {
+      tile = prefill::QueryTile::of(p, blockIdx.z, kv_head, first_row, Block::kRows);
+    }
+    __syncwarp();
+    meet_all();
+    const int key_group = producer / Block::kGroupProducers;
+    TileWalk walk = TileWalk::begin<Block>(p, key_group);
+    walk.settle<Block>(tile);
+    bring_tiles<Block>(p, tile, walk, barriers[key_group], stages + key_group * Block::kStages * Block::kTileBytes,
+                       key_group);
+    __syncwarp();
+    cuda::cluster_arrive();  // the barriers of the merge, which need all threads
+    cuda::cluster_wait();
+    cuda::cluster_arrive();
+    cuda::cluster_wait();
+  } else {
+    cuda::take_registers<Block::kRowRegisters>();
+    const int key_group = threadIdx.x / 128 % Block::kKeyGroups, head = p.heads(kv_head);
+    const uint32_t q_tile = cuda::shared_address(shared);
+    {
+      using Rows = RowsOnTheWay<Block>;
+      Rows rows;
+      rows.load(p, head, first_row, 0);
+      using S = Shape<T, Block::kHeadDim, 2, false, false>;
+      const bool appends = blockIdx.x == gridDim.x - 1 && row_tile == 0;
+      Keys keys = {};
+      NewTokens<S> tokens;
+      if (appends) {
+        keys = locate_keys<S>(p, blockIdx.z, kv_head);
+        settle_keys<S>(p, keys);
+        tokens.load(p, keys, 0, keys.fresh, threadIdx.x);
+      }
+      __syncwarp();
+      meet_all();
+      rows.store(p, tile, 0, shared);
+#pragma unroll 1
+      for (int item = Rows::kBatch; item < Rows::kItems; item += Rows::kBatch) {
+        rows.load(p, head, first_row, item);
+        rows.store(p, tile, item, shared);
+      }
+      Block::publish();
+      Block::meet();
+      if (appends) tokens.append(p, keys, Block::kThreads);
+    }
+    prefill::PrefillState<Block> state = {};
+    state.top[0][0] = state.top[0][1] = -INFINITY;
+    TileWalk walk = TileWalk::begin<Block>(p, key_group);
+    walk.settle<Block>(tile);
+    // As in the prefill kernel.
+    const float scale = fmaxf(fabsf(p.scale) * kLog2e, 1e-30f);
+    RowOwner<Block, Barriers> owner = {
+        state, tile,   barriers[key_group],
+        scale, q_tile, q_tile + Block::kQueryBytes + key_group * Block::kStages * Block::kTileBytes,
+        {},    {},     {}};
+    owner.run(walk);
+    Block::meet();  // nobody reads a stage any more
+    store_rows<Block>(state, shared);
+    __syncwarp();
+    cuda::cluster_arrive();
+    cuda::cluster_wait();
+    merge_rows<Block>(p, tile, q_tile, min(Block::kRows, p.group * p.q_len - first_row));
+  }
+}
+
+template <class Block>
+bool launch_rows_pipeline(const AttentionParams& a, void* stream) {
+  const int cache_rows = a.cache_rows.of == nullptr ? a.batch : a.cache_rows.total;
+  const cuda::TensorShape keys = {a.k_cache, cache_rows, a.num_kv_heads, a.slots, a.head_dim, a.k_cache_stride};
+  const cuda::TensorShape values = {a.v_cache, cache_rows, a.num_kv_heads, a.slots, a.head_dim, a.v_cache_stride};
+  const bool boxes = cuda::has_boxes(keys) && cuda::has_boxes(values);
+  if (!boxes && a.slots > 0) return false;
+  const cuda::LaunchOptions& options = cuda::launch_options();
+  const DecodeRequest request = decode_request(a);
+  const DecodePlan plan = plan_rows_launch<Block>(request, rows_pipeline_kernel<Block>, Block::kBlockThreads);
+  if (plan.cluster == 1) return false;
+  RowsParams p = {};
+  static_cast<Params&>(p) = rows_params(a, request, plan);
+  if (boxes) {
+    p.boxes[0] = cuda::box_map(keys, Block::kKeys), p.boxes[1] = cuda::box_map(values, Block::kKeys);
+    const int64_t readable = readable_slots(0, a.batch, a.num_kv_heads);
+    p.early_slots = request.by_rows ? 0 : static_cast<int>(std::min<int64_t>(a.slots, readable));
+  }
+  cuda::LaunchConfig config = rows_config(plan, Block::kBlockThreads);
+  config.dependent_launch = options.dependent_launch;
+  cuda::launch(rows_pipeline_kernel<Block>, config, p, stream);
+  return true;
+}
+
+template <class Element>
+bool launch_decode_rows(const AttentionParams& a, void* stream) {
+  const cuda::LaunchOptions& options = cuda::launch_options();
+  const int rows = a.num_q_heads / a.num_kv_heads * a.q_len;
+  const bool serves = rows > max_rows(a.head_dim) && a.batch == 1 && !options.force_plain && options.cluster != 1 &&
+                      cuda::device_facts().arch == 90;  // what is compiled for sm_90a runs on no other
+  if (!serves) return false;
+  bool launched = false;
+  dispatch_head_dim(a.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    if constexpr (kHeadDim == 64 || kHeadDim == 128) {
+      dispatch_bool(rows <= 64, [&](auto few) {
+        constexpr int kRowGroups = decltype(few)::value ? 1 : 2;
+        launched = options.rows_in_step
+                       ? launch_rows_block<RowsBlock<Element, kHeadDim, kRowGroups>>(a, stream)
+                       : launch_rows_pipeline<RowsPipelineBlock<Element, kHeadDim, kRowGroups>>(a, stream);
+      });
+    }
+  });
+  return launched;
+}
+
+}  // namespace zigzag::decode_full
