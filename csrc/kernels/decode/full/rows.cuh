@@ -165,7 +165,7 @@ __device__ __forceinline__ void merge_rows(const Params& p, const prefill::Query
     }
   }
   __syncwarp();
-  cuda::cluster_arrive();  // the other blocks' memory is no longer needed
+  cuda::cluster_arrive_relaxed();  // the other blocks' memory is no longer needed: what it held has been used
   if (p.spread > 1) {
     __shared__ bool is_last;
     Block::meet();

@@ -113,7 +113,7 @@ template <class Block>
 struct RowsOnTheWay {
   using T = typename Block::Element;
   static constexpr int kItems = Block::kRows * Block::kChunks / Block::kThreads;
-  static constexpr int kBatch = kItems < 4 ? kItems : 4;
+  static constexpr int kBatch = kItems < 8 ? kItems : 8;
   static constexpr int kRowStep = Block::kThreads / Block::kChunks;
   static_assert(Block::kThreads % Block::kChunks == 0 && kItems % kBatch == 0);
 
