@@ -15,7 +15,8 @@ enum class Env {
   kBlocks,
   kPrefillKernel,
   kPrefillSplits,
-  kRowsKernel
+  kRowsKernel,
+  kOneToken
 };
 
 struct EnvVariable {
@@ -46,6 +47,8 @@ inline constexpr EnvVariable kEnvVariables[] = {
      "blocks of the pipeline kernel that share the keys of a tile of query rows; 0: as many as fill the GPU"},
     {Env::kRowsKernel, "ZIGZAG_ROWS_KERNEL", "auto, tiles",
      "tiles: 17 to 256 query rows of a KV head never take the pipeline kernel of sm_90a; auto: wherever it serves"},
+    {Env::kOneToken, "ZIGZAG_ONE_TOKEN", "auto, any",
+     "any: a decode step of one token never takes the kernel for calls without padding, slack and the like"},
 };
 
 // The value, or "" where the variable is unset or empty. Throws zigzag::Error, naming the variable, its value and the
