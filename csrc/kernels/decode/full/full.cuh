@@ -209,7 +209,7 @@ void launch_shape(const AttentionParams& a, void* stream) {
   launch_planned<S>(a, decode_full_kernel<S>, decode_full_kernel<Single>, stream, decode_full_bare_kernel<Single>);
 }
 
-// Several new tokens on the warpgroup products of sm_90a (rows.cuh); false, and nothing launched, where that kernel
+// Several new tokens on the warpgroup products of sm_90a (rows_pipeline.cuh); false, and nothing launched, where that kernel
 // does not serve the call. Compiled where ZIGZAG_SM90A is 1.
 template <class Element>
 bool launch_decode_rows(const AttentionParams& a, void* stream);
@@ -220,7 +220,7 @@ void launch_decode_full(const AttentionParams& a, void* stream) {
            " bytes is too small; needed: ", workspace_bytes(a.head_dim));
   check_strides(a);
 #if ZIGZAG_SM90A
-  const bool plain = a.softcap == 0.0f && a.sink_logits == nullptr;  // what rows.cuh computes
+  const bool plain = a.softcap == 0.0f && a.sink_logits == nullptr;  // what that computes
   if (plain && launch_decode_rows<Element>(a, stream)) return;
 #endif
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {
