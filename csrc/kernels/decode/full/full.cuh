@@ -209,8 +209,8 @@ void launch_shape(const AttentionParams& a, void* stream) {
   launch_planned<S>(a, decode_full_kernel<S>, decode_full_kernel<Single>, stream, decode_full_bare_kernel<Single>);
 }
 
-// Several new tokens on the warpgroup products of sm_90a (rows_pipeline.cuh); false, and nothing launched, where that kernel
-// does not serve the call. Compiled where ZIGZAG_SM90A is 1.
+// Several new tokens on the warpgroup products of sm_90a (rows_pipeline.cuh); false, and nothing launched, where that
+// kernel does not serve the call. Compiled where ZIGZAG_SM90A is 1.
 template <class Element>
 bool launch_decode_rows(const AttentionParams& a, void* stream);
 
