@@ -21,8 +21,8 @@ struct RowsPipelineBlock : RowsBlock<T, kHeadDim, kRowGroups> {
   static constexpr int kStages =                                         // of a worker
       (kMaxSharedBytes - 3 * 1024 - Base::kQueryBytes) / Base::kTileBytes / Base::kKeyGroups;
   static constexpr int kSharedBytes = Base::kQueryBytes + Base::kKeyGroups * kStages * Base::kTileBytes;
-  // Registers of a thread: 128 * (72 + 2 * 216) are what the block has at its start, 168 a thread.
-  static constexpr int kProducerRegisters = 72, kRowRegisters = 216;
+  // Registers of a thread: 128 * (56 + 2 * 224) are what the block has at its start, 168 a thread.
+  static constexpr int kProducerRegisters = 56, kRowRegisters = 224;
   static_assert(kStages >= 3 && Base::kNorms + Base::kKeyGroups * Base::kRows * 8 <= kSharedBytes);
 
   // Barriers by number, beside that of RowsBlock::meet.
@@ -141,6 +141,57 @@ struct RowsOnTheWay {
       }
       *tile_quad(q_tile, Block::query_offset, row, quads.low) = make_uint2(x.x, x.y);
       *tile_quad(q_tile, Block::query_offset, row, quads.high) = make_uint2(x.z, x.w);
+    }
+  }
+};
+
+// The new tokens of a KV head on their way to their slots, shared among the threads that own rows: asked for as query
+// rows are, before the length is known. (A load of the tables behind the tiles would hold up a block from which others
+// want its part.)
+template <class Block>
+struct TokensOnTheWay {
+  using T = typename Block::Element;
+  static constexpr int kPerToken = 2 * Block::kChunks;  // pieces: pairs of quads of the key, then of the value
+  static constexpr int kItems = kMaxDecodeQueries * kPerToken / Block::kThreads;
+  static_assert(kItems > 0);
+
+  uint4 data[kItems];
+  Turn<T> turn[kItems];
+
+  __device__ __forceinline__ static int column_of(int item) {
+    return (threadIdx.x + item * Block::kThreads) / kPerToken;
+  }
+  // The same for all items of a thread.
+  __device__ __forceinline__ static bool is_value() { return threadIdx.x / Block::kChunks % 2 != 0; }
+  __device__ __forceinline__ static int pair_of() { return threadIdx.x % Block::kChunks; }
+
+  __device__ __forceinline__ void load(const Params& p, int head) {
+    const int turning = is_value() ? 0 : turning_pairs(p), batch = blockIdx.z;
+    const Strides& stride = is_value() ? p.v_new_stride : p.k_new_stride;
+    const char* from =
+        static_cast<const char*>(is_value() ? p.v_new : p.k_new) + 2 * (batch * stride.batch + head * stride.head);
+    const QuadPair quads = quads_of(pair_of(), turning);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int column = column_of(i);
+      if (column >= p.q_len) continue;
+      data[i] = load_pair(from + 2 * column * stride.token, quads);
+      if (pair_of() < turning) turn[i].load(p, batch, column, quads);
+    }
+  }
+
+  // But for padding and what finds no slot.
+  __device__ __forceinline__ void append(const Params& p, const prefill::QueryTile& tile) const {
+    const int turning = is_value() ? 0 : turning_pairs(p);
+    const prefill::KeySource& cache = tile.source[1];
+    char* to = const_cast<char*>(is_value() ? cache.v : cache.k);
+    const int64_t token_bytes = is_value() ? cache.v_bytes : cache.k_bytes;
+    const QuadPair quads = quads_of(pair_of(), turning);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int column = column_of(i), slot = tile.length + column - tile.pad;
+      if (column >= p.q_len || column < tile.pad || slot >= p.slots) continue;
+      store_pair(to + slot * token_bytes, quads, pair_of() < turning ? turn[i].apply(p, data[i]) : data[i]);
     }
   }
 };

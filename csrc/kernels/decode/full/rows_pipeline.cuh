@@ -127,7 +127,6 @@ struct RowOwner {
 // Grid: as of decode_rows_kernel.
 template <class Block>
 __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(const __grid_constant__ RowsParams p) {
-  using T = typename Block::Element;
   using Barriers = prefill::PipelineBarriers<Block::kStages>;
   extern __shared__ __align__(Block::kAlignment) unsigned char shared[];
   __shared__ prefill::QueryTile tile;
@@ -178,15 +177,9 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
       using Rows = RowsOnTheWay<Block>;
       Rows rows;
       rows.load(p, head, first_row, 0);
-      using S = Shape<T, Block::kHeadDim, 2, false, false>;
+      TokensOnTheWay<Block> tokens;
       const bool appends = blockIdx.x == gridDim.x - 1 && row_tile == 0;
-      Keys keys = {};
-      NewTokens<S> tokens;
-      if (appends) {
-        keys = locate_keys<S>(p, blockIdx.z, kv_head);
-        settle_keys<S>(p, keys);
-        tokens.load(p, keys, 0, keys.fresh, threadIdx.x);
-      }
+      if (appends) tokens.load(p, head);
       __syncwarp();
       meet_all();
       rows.store(p, tile, 0, shared);
@@ -197,7 +190,7 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
       }
       Block::publish();
       Block::meet();
-      if (appends) tokens.append(p, keys, Block::kThreads);
+      if (appends) tokens.append(p, tile);
     }
     prefill::PrefillState<Block> state = {};
     state.top[0][0] = state.top[0][1] = -INFINITY;
