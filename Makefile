@@ -1,7 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt, and a build in build/dev.
 #   make demo      a real model answers a passkey question with full attention, a good plan and a bad plan
 #   make test      C++ tests and Python tests
-#   make test-long    also with the oldest and the newest transformers that is supported (constraints-lower.txt, constraints-upper.txt)
+#   make test-long    also with the oldest torch and transformers and the newest transformers (constraints-lower.txt, constraints-upper.txt)
 #   make docs      the documentation as a site in build/docs, with its links checked
 #   make fuzz      sequences of uses, failures and interrupts of caches for FUZZ_SECONDS, then 10,000 generate() calls, on the CPU
 #   make test-vllm  plans in vLLM, on the CPU, in an environment of its own of 3 GB

@@ -39,7 +39,7 @@ def check_skips(path: str) -> str | None:
 
 
 def print_names() -> None:
-    extras = re.compile(r"""extra == ["'](hf|cli|demo|plot|test)["']""")
+    extras = re.compile(r"""extra == ["'](hf|cli|demo|serve|plot|test)["']""")
     needed = [line for line in requires("zigzag_ext") if "extra" not in line or extras.search(line)]
     print(*sorted({re.match(r"[\w.-]+", line)[0] for line in needed} - {"zigzag_ext", "zigzag-ext"}))
 

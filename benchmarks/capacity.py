@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import transformers
@@ -22,6 +21,7 @@ from torch import Tensor
 import zigzag_ext as zz
 from zigzag_ext.attention import ops, reference
 
+from .cells.arguments import check_names, model_parser, names
 from .cells.fake_context import fake_zigzag
 from .cells.int8_weights import build_int8
 from .cells.models import MODELS, PLANS, build_model, even_plan
@@ -142,24 +142,16 @@ def build(name: str, weights: str, device: str, most_tokens: int):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    def names(text):
-        return text.split(",")
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b")
+    parser = model_parser(__doc__, "capacity")
     parser.add_argument("--weights", choices=("int8", "plain"), default="int8", help="int8 needs torchao")
     parser.add_argument("--kv-format", default="int4", help="of retrieval layers, as Plan.kv_format: int4, int8/int4, ...")
     parser.add_argument("--cell", type=names, default=CELLS, help=f"plan:tokens, separated by commas; default {','.join(CELLS)}")
     parser.add_argument("--impl", type=names, default=IMPLS, help=f"of {', '.join(IMPLS)}")
-    parser.add_argument("--csv", type=Path, help="file for the results, to which rows are added; name it capacity*.csv")
-    parser.add_argument("--commit", default=machine.commit(), help="name of the measured source")
     args = parser.parse_args(argv)
     args.cell = [(name, int(tokens)) for name, _, tokens in (cell.partition(":") for cell in args.cell)]
     known_plans = [name for name in PLANS if not name.startswith("heads")]
     for given, known in (([name for name, _ in args.cell], known_plans), (args.impl, IMPLS)):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
+        check_names(parser, given, known)
     return args
 
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
@@ -30,8 +29,9 @@ from zigzag_ext.speculation.chain import StreamingDraft
 from zigzag_ext.speculation.lookup import Lookup
 from zigzag_ext.speculation.loop import BUCKETS
 
+from .cells.arguments import model_parser
 from .cells.fake_context import fake_zigzag
-from .cells.models import MODELS, PLANS, K, build_model, even_plan, make_plan
+from .cells.models import PLANS, K, build_model, even_plan, make_plan
 from .peers.magicdec_recreation import OwnCacheDraft
 from .peers.transformers_lookup import LookupPeer
 from .report.records import SpeculateRecord, held, writer
@@ -198,15 +198,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     def numbers(text):
         return [int(n) for n in text.split(",")]
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b")
+    parser = model_parser(__doc__, "speculate")
     parser.add_argument("--context", type=numbers, default=[128 * K], help="tokens, separated by commas; default 128K")
     parser.add_argument("--batch", type=numbers, default=[1, 4, 8], help="rows, separated by commas; default 1, 4, 8")
     parser.add_argument("--plan", choices=list(PLANS), default="exclusive_50")
     parser.add_argument("--eager", action="store_true", help="without compiled steps")
-    parser.add_argument("--csv", type=Path, help="file for the results, to which rows are added; name it speculate*.csv")
-    parser.add_argument("--commit", default=machine.commit(), help="name of the measured source")
     return parser.parse_args(argv)
 
 

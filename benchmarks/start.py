@@ -11,14 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 import transformers
 
 import zigzag_ext as zz
 
-from .cells.models import MODELS, PLANS, build_model, make_plan
+from .cells.arguments import model_parser
+from .cells.models import PLANS, build_model, make_plan
 from .report.records import StartRecord, writer
 from .timing import machine
 from .timing.profile_gpu import wait
@@ -63,12 +63,8 @@ def measure(args: argparse.Namespace) -> list[tuple[str, int, float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b")
+    parser = model_parser(__doc__, "start")
     parser.add_argument("--plan", choices=PLANS, default="exclusive_50")
-    parser.add_argument("--csv", type=Path, help="file for the results, to which rows are added; name it start*.csv")
-    parser.add_argument("--commit", default=machine.commit(), help="name of the measured source")
     parser.add_argument("--here", action="store_true", help="in this process, with the compiler cache as it is; to stdout")
     args = parser.parse_args(argv)
     if args.here:

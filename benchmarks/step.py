@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
@@ -24,8 +23,9 @@ import zigzag_ext as zz
 from zigzag_ext.hf.cache_argument import cache_argument
 
 from .cells import step_prefill
+from .cells.arguments import check_names, model_parser, names
 from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
-from .cells.models import MODELS, PLANS, K, build_model, make_plan
+from .cells.models import PLANS, K, build_model, make_plan
 from .peers.duo_recreation import duo_weights, fake_duo
 from .report import comparisons
 from .report.records import StepRecord, held, writer
@@ -142,12 +142,7 @@ def cells(impl: str, model, plans: list[str], contexts: list[int]) -> Iterator[t
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    def names(text):
-        return text.split(",")
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b")
+    parser = model_parser(__doc__, "step")
     parser.add_argument("--phase", choices=PHASES, default="decode", help="decode steps (the default) or whole prompts")
     parser.add_argument(
         "--quick", action="store_true", help="decode: 4K and 128K tokens, half of the layers streaming: a minute or two"
@@ -158,8 +153,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", type=names, help=f"of {', '.join(PLANS)}; default all; prompts {', '.join(step_prefill.PLANS)}")
     parser.add_argument("--impl", type=names, help=f"of {', '.join(IMPLS)}; default all; prompts zigzag_eager")
     parser.add_argument("--chunk", type=int, default=step_prefill.CHUNK, help="tokens of a prompt that are computed at once")
-    parser.add_argument("--csv", type=Path, help="file for the results, to which rows are added; name it step*.csv")
-    parser.add_argument("--commit", default=machine.commit(), help="name of the measured source")
     args = parser.parse_args(argv)
     prompts = args.phase == "prefill"
     contexts, plans = ([4 * K, 128 * K], ["exclusive_50"]) if args.quick else ([4 * K, 32 * K, 128 * K, 256 * K], list(PLANS))
@@ -167,8 +160,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.plan = args.plan or (step_prefill.PLANS if prompts else plans)
     args.impl = args.impl or (["zigzag_eager"] if prompts else IMPLS)
     for given, known in ((args.plan, PLANS), (args.impl, step_prefill.IMPLS if prompts else IMPLS)):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
+        check_names(parser, given, known)
     return args
 
 

@@ -4,9 +4,9 @@ What a page links to outside of docs/ joins the site under repository/, at its p
 are followed, too. Each link is then written as it is from page to page, so that a strict build checks it.
 """
 
+import importlib.util
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 LIST = re.compile(r"([-*]|\d+\.) ")
 LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
-sys.path.insert(0, str(ROOT))
-from docs.messages import native, raised  # noqa: E402
+_SPEC = importlib.util.spec_from_file_location("messages", DOCS / "messages.py")  # mkdocs and griffe load this file by its path
+messages = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(messages)
 
 
 class DoctestExamples(griffe.Extension):
@@ -83,9 +84,9 @@ def _rewritten(source: Path, link: re.Match) -> str:
 def _all_messages() -> str:
     """A list per folder of the sources: each message once, with the exception that carries it."""
     groups: dict[str, set[tuple[str, str]]] = {}
-    for path, exception, message in raised():
+    for path, exception, message in messages.raised():
         groups.setdefault(path.parent.relative_to(ROOT).as_posix(), set()).add((message, exception))
-    for path, message in native():
+    for path, message in messages.native():
         groups.setdefault(path.parent.relative_to(ROOT).as_posix(), set()).add((message, "ValueError or RuntimeError"))
     lines = []
     for folder, found in sorted(groups.items()):

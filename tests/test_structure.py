@@ -194,6 +194,12 @@ def test_the_room_check_itself(name, line, wrong):
     assert bool(room_errors(name, line)) == wrong
 
 
+def test_imports_need_no_path_of_their_own():
+    """But for functions of a user's own folder, which are named on a command line."""
+    patched = {relative(f) for f in FILES if f.suffix == ".py" and "tests" not in f.parts and "sys.path" in f.read_text()}
+    assert patched == {"zigzag_ext/study/identify/own.py"}
+
+
 def test_the_top_level_is_small():
     top = [entry for entry in (ROOT / "zigzag_ext").iterdir() if entry.name != "__pycache__"]
     assert {entry.name for entry in top if entry.is_dir()} == set(ROOMS)

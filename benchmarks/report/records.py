@@ -106,6 +106,27 @@ class StartRecord(ModelRecord):
 
 
 @dataclass(frozen=True)
+class ServeRecord(ModelRecord):
+    """Many requests at once. Written by serve.py, which has the scenarios; its files are named serve*.csv. 0: not measured."""
+
+    scenario: str
+    plan: str
+    kv_format: str
+    impl: str  # engine: zz.Engine; generate: model.generate(); generate_batch: transformers' own; *_server: over HTTP
+    rows: int  # requests at once
+    prompt: int  # tokens of each
+    new_tokens: int  # that were timed, of all requests
+    wall_s: float  # in which they came
+    tokens_per_s: float
+    first_p50_s: float  # from a request to its first token
+    first_p99_s: float
+    between_p50_ms: float  # from a token of a request to its next
+    between_p99_ms: float
+    kv_bytes: int  # what rows held at the end of what was timed, rings included
+    cached_tokens: int  # of all prompts, that an earlier request had left
+
+
+@dataclass(frozen=True)
 class PrefillRecord:
     """A chunk of a prompt through one layer. Written by prefill.py; its files are named prefill*.csv."""
 

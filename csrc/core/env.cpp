@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/error.h"
+#include "core/shown.h"
 
 namespace zigzag {
 namespace {
@@ -38,7 +39,7 @@ std::string env_text(Env variable) {
     if (entry.id != variable) continue;
     const char* value = std::getenv(entry.name);
     if (value == nullptr || *value == '\0') return "";
-    ZZ_CHECK(allows(entry.allowed, value), entry.name, " is '", value, "'; supported: ", entry.allowed);
+    ZZ_CHECK(allows(entry.allowed, value), entry.name, " is '", shown(value), "'; supported: ", entry.allowed);
     return value;
   }
   return "";

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/shown.h"
 
 namespace zigzag {
 
@@ -39,7 +40,7 @@ inline LayerKind parse_layer_kind(const std::string& given, const std::string& w
   for (const LayerKind kind : kLayerKinds) {
     if (given == name(kind)) return kind;
   }
-  throw Error(concat(what, " kind \"", given, "\"; supported: ", name(LayerKind::kRetrieval), ", ",
+  throw Error(concat(what, " kind \"", shown(given), "\"; supported: ", name(LayerKind::kRetrieval), ", ",
                      name(LayerKind::kStreaming), ", ", name(LayerKind::kNative), ", ", name(LayerKind::kState)));
 }
 

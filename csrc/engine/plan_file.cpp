@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/shown.h"
 #include "engine/json.h"
 
 namespace zigzag {
@@ -47,7 +48,8 @@ void check_header(const Json& file) {
            ", from a newer zigzag_ext; this one supports versions up to ", kVersion);
   for (const std::string_view name : kRequired) ZZ_CHECK(file.find(name) != nullptr, "missing field: ", name);
   for (const auto& member : file.members) {
-    ZZ_CHECK(contains(kRequired, member.first) || contains(kOptional, member.first), "unknown field: ", member.first);
+    ZZ_CHECK(contains(kRequired, member.first) || contains(kOptional, member.first),
+             "unknown field: ", shown(member.first));
   }
 }
 

@@ -171,6 +171,21 @@ def test_rows_grow_and_go_alone(where):
     assert torch.equal(buffer.held(row=2).cpu(), kept[2:]) and buffer.memory_bytes == 2 * page
 
 
+@pytest.mark.parametrize("head_dim", [64, None])
+def test_a_row_is_copied_within_what_both_have(where, head_dim):
+    buffer = GrowingBuffer(3, 2, 5000, head_dim, torch.float32, where)
+    buffer.commit_row(0, 700), buffer.commit_row(2, 300)
+    first, last = numbers(buffer, 700, slice(0, 1)), numbers(buffer, 300, slice(2, 3))
+    buffer.copy_row(0, 2, 100)
+    last[:, :, :100] = first[:, :, :100]
+    assert torch.equal(buffer.held(row=2).cpu(), last) and torch.equal(buffer.held(row=0).cpu(), first)
+    for source, row, slots in ((0, 2, 301), (0, 1, 1), (0, 2, -1)):
+        with pytest.raises(ValueError, match=rf"slots are committed in rows 0 and {row}, {slots} were to be copied"):
+            buffer.copy_row(source, row, slots)
+    with pytest.raises(ValueError, match="rows 0 to 2, got 3"):
+        buffer.copy_row(0, 3, 1)
+
+
 def test_shrinking_gives_pages_back_and_keeps_the_rest(where):
     buffer = growing(where)
     page = buffer._buffer.page_bytes

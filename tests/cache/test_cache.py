@@ -122,6 +122,22 @@ def test_a_cache_grows_where_it_stands_and_its_reset_gives_the_memory_back(max_l
     assert len(addresses) == 1
 
 
+@pytest.mark.parametrize("positions, reserved", [(1000, 1000), (1 << 20, 1 << 17), (0, 1 << 17)])
+def test_addresses_are_reserved_for_what_the_model_was_made_for(positions, reserved):
+    """Without `max_len`; more come when these are full."""
+    config = copy.deepcopy(CONFIG)
+    config.max_position_embeddings = positions
+    stream = Stream(zz.ZigzagCache(config, zz.Plan(KINDS, sink=SINK, window=WINDOW)), batch=2)
+    stream.feed(600)
+    buffers = list(stream.cache.stores[0].growing.values())
+    assert [buffer.max_slots for buffer in buffers] == [reserved] * 2
+    stream.feed(300)
+    assert all(buffer.max_slots >= 900 for buffer in buffers)
+    stream.feed(1)
+    longer = Stream(zz.ZigzagCache(config, zz.Plan(KINDS, sink=SINK, window=WINDOW)), batch=1)
+    longer.feed(1100)
+
+
 class OutOfMemory:
     """Makes the n-th growth of a buffer fail, once."""
 

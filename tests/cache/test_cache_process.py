@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 import zigzag_ext as zz
 torch.set_num_threads(1)
 def config(layers):
-    return LlamaConfig(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_hidden_layers=layers)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    return LlamaConfig(hidden_size=256, num_hidden_layers=layers, max_position_embeddings=1 << 17, **heads)
 def new_cache(layers=4, **options):
     plan = zz.Plan(["streaming", "retrieval"] * (layers // 2), sink=4, window=16, **options.pop("plan", {}))
     return zz.ZigzagCache(config(layers), plan, **options)

@@ -1,8 +1,11 @@
 """ZigzagAttention: equal to the reference step by step, and one compiled graph for every length."""
 
+import copy
+
 import pytest
 import torch
 from gpu import needs_cuda
+from interrupts import Places
 from torch._dynamo.utils import counters
 
 import zigzag_ext as zz
@@ -177,3 +180,67 @@ def test_bad_options_raise(case):
 def test_token_counts_are_integers(wrong):
     with pytest.raises(TypeError, match="must be an integer number of tokens"):
         zz.ZigzagAttention(4, 2, 64, **{"kind": "streaming", "sink": 2, "window": 8} | wrong)
+
+
+CALLS = {  # what is interrupted, on a layer of 2 rows x 12 tokens
+    "step": lambda layer: layer(*tokens(2, 1, 1)),
+    "new_tokens": lambda layer: layer(*tokens(2, 20, 1)),
+    "padded": lambda layer: layer(*tokens(2, 20, 1), pad=torch.tensor([0, 3], dtype=torch.int32)),
+    "one_row": lambda layer: layer(*tokens(1, 3, 1)),
+    "check_room": lambda layer: layer.check_room(2),
+    "reset": lambda layer: layer.reset(),
+    "moved": lambda layer: layer.to(torch.bfloat16),
+}
+FILL_THE_RING = [CALLS[name] for name in ("new_tokens", "padded", "one_row")]
+
+
+@pytest.mark.parametrize("places,stride", [({"own": True}, 1), ({"opcodes": True}, 13)], ids=["line", "instruction"])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("options", [{"kind": "streaming"}, {"kind": "retrieval"}, {"kind": "retrieval", "grow": True}], ids=str)
+def test_an_interrupt_at_any_place_leaves_a_layer_as_before_or_behind_the_call(options, call, places, stride):
+    """Or it says that only `reset()` helps, which a ring may; and `max_len` stays the limit."""
+    start = new_layer(**options, max_batch=2)
+    start(*tokens(2, 12, 0))
+    done = copy.deepcopy(start)
+    counted = Places(**places)
+    assert not counted.run(lambda: CALLS[call](done))
+    expected = {(each.store.dtype, *each.seq_lens.tolist()): each for each in (start, done)}
+    expected = {state: next_output(copy.deepcopy(each)) for state, each in expected.items()}
+    marked = 0
+    for at in range(1, counted.count + 1, stride):
+        layer = copy.deepcopy(start)
+        Places(at, **places).run(lambda layer=layer: CALLS[call](layer))
+        state = (layer.store.dtype, *layer.seq_lens.tolist())
+        try:
+            assert next_output(layer).equal(expected[state])
+        except RuntimeError as error:
+            assert "call reset()" in str(error)
+            layer.reset()
+            layer(*tokens(2, 12, 0))
+            assert next_output(layer).equal(expected[state[0], 12, 12])
+            marked += 1
+        if options["kind"] == "retrieval":
+            room = 64 - max(layer.seq_lens.tolist())
+            with pytest.raises(RuntimeError, match="max_len is 64 tokens"):
+                next_output(layer, room + 1)
+            next_output(layer, room)
+    assert counted.count > 5 and marked <= (counted.count if CALLS[call] in FILL_THE_RING and layer.window else 0)
+
+
+def next_output(layer, q_len=1):
+    return layer(*tokens(2, q_len, 9, layer.store.dtype))
+
+
+def test_compiled_code_refuses_a_layer_that_an_interrupt_left_open():
+    layer = new_layer("streaming")
+    layer(*tokens(1, 12, 0))
+    behind_append = lambda at: Places(at, own=True).run(lambda: layer(*tokens(1, 20, 1)))  # noqa: E731
+    assert any(behind_append(at) and layer._open for at in range(1, 100))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad(), pytest.raises(Exception, match="call check_room.. or reset"):
+        compiled(*tokens(1, 1, 2))
+    with pytest.raises(RuntimeError, match=r"20 tokens was interrupted.*call reset\(\)"):
+        layer.check_room()
+    layer.reset()
+    with torch.no_grad():
+        assert compiled(*tokens(1, 1, 2)).shape == (1, HEADS, 1, HEAD_DIM)

@@ -7,7 +7,8 @@ import torch
 
 import zigzag_ext as zz
 from zigzag_ext.attention import ops
-from zigzag_ext.attention.store import Chunk, LayerStore
+from zigzag_ext.attention.chunk import Chunk
+from zigzag_ext.attention.store import LayerStore
 from zigzag_ext.cache.compression import METHODS
 from zigzag_ext.cache.compression.observed import Observed
 from zigzag_ext.cache.compression.select import attention_mass, select

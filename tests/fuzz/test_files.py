@@ -1,7 +1,7 @@
 """Any bytes, given to every reader: what is refused is refused by a ValueError of one line that names the file, quickly.
 
 Files start as good ones and are cut, spliced, overwritten and repeated, whole or inside of an archive, as a fuzzer does.
-FUZZ_SECONDS sets how long it goes on, with other files each time; unset: a few files, always the same.
+A tenth of FUZZ_SECONDS is how long it goes on, with other files each time; unset: a few files, always the same.
 """
 
 import io
@@ -28,7 +28,7 @@ from zigzag_ext.study.compare.run import read_record
 from zigzag_ext.study.evaluate import results
 from zigzag_ext.study.identify import run
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", 0))
+SECONDS = 0.1 * float(os.environ.get("FUZZ_SECONDS") or 0)
 EXAMPLES = 60  # of a short run, per reader
 LONGEST = 2.0  # seconds of the processor that a file of a few KB may take
 ORIGIN = '{"method": "lazy"}'
@@ -116,7 +116,10 @@ FOUND = {
         lambda _: json.dumps(COSTS | {"mixed": [[1], 2]}).encode(),
         lambda _: json.dumps(COSTS | {"x" * 5000: 1}).encode(),
     ],
-    "config.json": [lambda _: b'{"sink_size": "' + b"9" * 5000 + b'", "recent_size": 8}'],
+    "config.json": [
+        lambda _: b'{"sink_size": "' + b"9" * 5000 + b'", "recent_size": 8}',
+        lambda _: b'{"sink_size": 4, "recent_size":-8}',
+    ],
     "scores.npy": [lambda good: good.replace(b'm\0\0\0"', b'm\0\0\x10"', 1)],  # of UTF-32
     "scores.pt": [lambda good: edited(good, [("over", 1.0, 0.970703125, b"\0\0\0\0\x81")])],  # where its directory is
 }

@@ -1,10 +1,6 @@
-"""A model on several devices: layers spread over two GPUs, as `device_map` does, and heads shared out by tensor parallelism."""
+"""A model on several devices: layers spread over two GPUs, as `device_map` does."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -81,13 +77,3 @@ def test_each_cache_lives_with_its_layer(models):
 def test_compiled_steps_are_refused(models):
     with pytest.raises(ValueError, match="whole model on one device, it is on cuda:0, cuda:1"):
         zz.enable(models[1], PLANS["layers"], compile=True)
-
-
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=needs_two_gpus)])
-def test_tensor_parallel_processes_compute_what_one_does(kind, tmp_path):
-    worker = [str(Path(__file__).with_name("tensor_parallel.py")), kind, str(tmp_path)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {}  # transformers would give each process a GPU
-    done = subprocess.run(torchrun + worker, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ def test_other_forms_stay_in_the_graph(fused, family):
 @pytest.mark.parametrize("dims, expected", [(64, 2), (40, 2), (12, 0)])
 def test_partial_rotation_in_whole_vectors(fused, dims, expected):
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": dims / 64}
-    eager, steps = both_ways(new_model("gpt_neox", rope_parameters=rope, **TWO))
+    eager, steps = both_ways(new_model("gpt_neox", rope_parameters=rope, rotary_pct=dims / 64, **TWO))  # 5.4 reads the latter
     assert steps.equal(eager) and fused == [expected]
 
 

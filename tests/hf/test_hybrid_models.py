@@ -10,7 +10,6 @@ from against_stock import streaming_plan
 from dense_oracle import close, dense_oracle, logits_of, stock, traced_only
 from tiny_models import HYBRID, generate, new_model, padded_prompt, prompt
 from transformers import DynamicCache
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import zigzag_ext as zz
 from zigzag_ext.cache import states
@@ -18,7 +17,6 @@ from zigzag_ext.hf import compiled
 from zigzag_ext.hf.cache_argument import cache_argument
 
 pytestmark = pytest.mark.skipif(not states.SERVED, reason=f"transformers {transformers.__version__} has no classes for states")
-KNOWN = [family for family in HYBRID if family in CONFIG_MAPPING]
 TRACED = ["falcon_h1"]  # a state beside keys; `test_compiled_steps` has one in the place of keys
 REFUSED = {
     "jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}, "start from no state in a forward"),
@@ -30,9 +28,9 @@ REFUSED = {
 
 def pytest_generate_tests(metafunc):
     if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", KNOWN)
+        metafunc.parametrize("family", HYBRID)
     if "traced_family" in metafunc.fixturenames:
-        metafunc.parametrize("traced_family", KNOWN if metafunc.config.getoption("--long") else TRACED)
+        metafunc.parametrize("traced_family", HYBRID if metafunc.config.getoption("--long") else TRACED)
 
 
 @pytest.fixture

@@ -98,6 +98,17 @@ def test_only_what_is_held_is_written(path):
         assert file.get_slice("0.0.keys").get_shape() == [903, 2, 64]
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_single_token_is_saved(plan, path):
+    """Of one head it has one scale, which is contiguous with any stride."""
+    model = tiny_model()
+    with zz.zigzag(model, PLANS[plan]):
+        cache = zz.ZigzagCache(model.config, PLANS[plan])
+        model(prompt(1), past_key_values=cache)
+        cache.save(path)
+        assert same(steps(model, zz.ZigzagCache.load(path, model)), steps(model, cache))
+
+
 def test_rings_of_native_windows_go_on(path):
     model, text = new_model("mistral", sliding_window=24), prompt(80)
     with zz.zigzag(model, None):

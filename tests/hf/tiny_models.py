@@ -178,7 +178,10 @@ _SHARED = {
     "vocab_size_per_layer_input": VOCAB,
     "initializer_range": 0.05,
 }
-SHARED = {family: _SHARED | options for family, options in SHARED.items() if family in CONFIG_MAPPING}
+SHARED = {family: _SHARED | options for family, options in SHARED.items()}
+for families in (WINDOWED, HYBRID, SHARED):
+    for family in families.keys() - CONFIG_MAPPING.keys():  # of a newer transformers than this
+        del families[family]
 if Version(transformers.__version__) < Version("5.13"):
     del FAMILIES["nemotron"]  # refused there: its attention does not go through transformers' AttentionInterface
 

@@ -7,7 +7,8 @@ import torch
 from op_cases import Case, call, check, specification
 
 from zigzag_ext.attention import ops, reference
-from zigzag_ext.attention.store import LayerStore, LogitTerms
+from zigzag_ext.attention.chunk import LogitTerms
+from zigzag_ext.attention.store import LayerStore
 from zigzag_ext.planning.kv_format import parse_kv_format
 
 EDGES = {

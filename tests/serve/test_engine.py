@@ -283,7 +283,7 @@ def test_a_model_that_was_disabled_under_an_engine_fails_requests_by_name(model)
 
 def test_what_cannot_be_given_back_ends_the_engine(model, monkeypatch):
     """As on a GPU whose context is gone."""
-    engine = zz.Engine(model, PLAN, max_len=400, max_rows=2)
+    engine = zz.Engine(model, PLAN, max_len=400, max_rows=2, prefix_cache=False)
 
     def broken(row):
         raise OSError("the device is gone")

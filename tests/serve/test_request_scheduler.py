@@ -30,9 +30,9 @@ def run(scheduler: Scheduler, chunk: int = 10) -> list[Job]:
     decoding = scheduler.in_state(DECODING)
     for job in decoding:
         job.done = getattr(job, "done", 1) + 1
-    job = scheduler.next_prompt()
-    if job is not None:
+    for job in scheduler.prompts()[:1]:
         scheduler.advance(job, min(chunk, job.left))
+        scheduler.took_turns([job])
     for each in decoding:
         if each.done >= each.max_tokens:
             scheduler.end(each, "finished")
@@ -52,6 +52,32 @@ def test_the_most_tokens_that_fit_are_whole_pages():
     assert caught.value.fits == 160
     with pytest.raises(ValueError, match="99 bytes are left for keys and values, a row of one token takes 100"):
         Pool(99, 1, 10, paged)
+
+
+def test_rows_that_are_kept_are_free_for_others():
+    pool = Pool(1000, 2, 400, paged)
+    first, second = pool.take(20), pool.take(30)
+    pool.give_back(first, keep=True)
+    assert (pool.free_rows, pool.empty_rows, pool.kept) == (1, 0, {first}) and pool.fits(100) and pool.reserved == {second: 200}
+    assert pool.take(40, first) == first and not pool.kept and pool.reserved[first] == 300
+    pool.give_back(second, keep=True)
+    pool.empty(second)
+    assert (pool.free_rows, pool.empty_rows, pool.kept) == (1, 1, set()) and pool.take(1) == second
+    with pytest.raises(KeyError):
+        pool.empty(second)
+
+
+def test_a_job_takes_the_row_that_is_picked_for_it():
+    scheduler = scheduler_of(rows=3)
+    jobs = [Job(10, 5) for _ in range(3)]
+    for job in jobs:
+        scheduler.submit(job)
+    assert scheduler.admit(most=1) == jobs[:1]
+    scheduler.end(jobs[0], "finished", keep=True)
+    assert scheduler.admit(lambda job: (0, 60), most=1) == jobs[1:2] and (jobs[1].row, jobs[1].room) == (0, 60)
+    scheduler.check()
+    assert scheduler.pool.reserved == {0: paged(60)} and scheduler.admit() == jobs[2:] and jobs[2].row == 1
+    scheduler.check()
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 400)), max_size=60))

@@ -111,6 +111,16 @@ def test_exactly_the_capacity_works_and_one_more_is_refused(prompt):
         assert len(again_too.result(0).token_ids) == 10
 
 
+@pytest.mark.parametrize("limit_ms,read", [(1e9, [20, 30, 30]), (1e-6, [0, 0, 20])])
+def test_short_prompts_are_read_together_while_nobody_waits_long(limit_ms, read):
+    with driven(new_model("llama"), PLAN, max_stall_ms=limit_ms, prefill_chunk=30) as driver:
+        requests = [driver.submit(ids_of(length), zz.Sampling(3)) for length in (30, 50, 20)]
+        driver.step()
+        assert sorted(job.read for job in driver.scheduler.jobs) == read
+        driver.drain()
+        assert [len(request.result(0).token_ids) for request in requests] == [3, 3, 3]
+
+
 def test_max_len_is_a_limit_too(driver):
     with pytest.raises(zz.RequestTooLarge, match="401 together, more than max_len=400: give at most 400") as caught:
         driver.submit(ids_of(380), zz.Sampling(21))
@@ -245,8 +255,7 @@ def test_what_is_not_as_noted_is_found(driver):
         if mend is None:
             for store in slots.cache.stores:
                 store.commit_row(row, 200) if store.growing else None
-            slots.limits[row] = slots.committed[row] = request.job.max_tokens = 200
-            request.job.max_tokens -= 30
+            slots.limits[row] = slots.committed[row] = request.job.room = 200
             driver.scheduler.pool.reserved[row] = slots.row_memory(200)
             driver.steps.check()
         elif mend == -1:
@@ -262,6 +271,9 @@ BAD = {
     "at least one token": ([], zz.Sampling(3)),
     r"got shape \[2, 2\]": (torch.ones(2, 2, dtype=torch.long), zz.Sampling(3)),
     "must be token ids, got float": ([1.0], zz.Sampling(3)),
+    "in a list or tensor; got None": (None, zz.Sampling(3)),
+    r"in a list or tensor; got \[1, 'a'\]": ([1, "a"], zz.Sampling(3)),
+    r"in a list or tensor; got \[1180591620717411303424\]": ([2**70], zz.Sampling(3)),
     "must be a zz.Sampling, got a int": ([1], 3),
     "a string need a tokenizer": ("text", zz.Sampling(3)),
     "stop strings need a tokenizer": ([1], zz.Sampling(3, stop="x")),

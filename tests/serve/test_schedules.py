@@ -26,24 +26,38 @@ ACTIONS = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=GAPS)
+@pytest.fixture(scope="module", params=[*((name, True) for name in GAPS), ("none", False)], ids="{0[0]} {0[1]}".format)
 def served(request):
-    """A driver with 3 rows that reads prompts 24 tokens at a time, the gap of its format, and `Choices` by spec."""
-    with driven(new_model("llama"), plan_of(request.param), prefill_chunk=24, queue=64) as driver:
-        yield driver, GAPS[request.param], {}
+    """A driver with 3 rows that reads prompts 24 tokens at a time, the gap of its format, and `Choices` by spec.
+
+    Some read one prompt in a step, some all. Also where all that requests leave is kept, and prompts, which are beginnings of one
+    text, go on from it.
+    """
+    name, prefix_cache = request.param
+    options = {
+        "prefill_chunk": 24,
+        "queue": 64,
+        "prefix_cache": prefix_cache,
+        "max_stall_ms": 1e9 if name in ("none", "int8") else 1e-6,
+    }
+    with driven(new_model("llama"), plan_of(name), **options) as driver:
+        yield driver, GAPS[name], {}
+
+
+TEXT = ids_of(200, 3)
 
 
 def request_of(driver, spec: int):
     length, new, options = SPECS[spec]
-    return driver.submit(ids_of(length), zz.Sampling(new, **options))
+    return driver.submit(TEXT[:length], zz.Sampling(new, **options))
 
 
 def test_any_schedule_gives_what_each_request_gives_alone(served, watched, record_property):
     driver, gap, alone = served
     for spec, (length, new, options) in enumerate(SPECS):
         if spec not in alone:
-            alone[spec] = watched(driver, ids_of(length), zz.Sampling(new, **options))
-    counts = {"tokens": 0, "ties": 0}
+            alone[spec] = watched(driver, TEXT[:length], zz.Sampling(new, **options))
+    counts, before = {"tokens": 0, "ties": 0}, driver.steps.cached_tokens
 
     @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(ACTIONS, min_size=6, max_size=24))
@@ -56,7 +70,7 @@ def test_any_schedule_gives_what_each_request_gives_alone(served, watched, recor
                 driver.step(number)
             elif requests:
                 requests[number % len(requests)][1].cancel()
-        driver.drain()
+        driver.finish()
         for spec, request in requests:
             done = request.result(0)
             ties = near_ties(done.token_ids, alone[spec], gap)
@@ -67,6 +81,8 @@ def test_any_schedule_gives_what_each_request_gives_alone(served, watched, recor
     run()
     record_property("count of tokens in batches that are those of a request alone", counts["tokens"])
     record_property("count of choices in batches that differ at a near tie", counts["ties"])
+    driver.drain()
+    assert (driver.steps.cached_tokens > before) == driver.steps.prefixes.is_on
     assert counts["tokens"] > 100 and counts["ties"] <= counts["tokens"] // 50
 
 
@@ -77,6 +93,7 @@ def test_a_slot_forgets_who_was_there(served):
     driver.until(lambda: len(first.tokens) > 3)
     row = first.job.row
     first.cancel()
+    driver.drain()
     rows, tokens = [], []
     for _ in range(2):
         request = request_of(driver, 5)

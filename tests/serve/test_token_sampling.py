@@ -43,6 +43,13 @@ def test_greedy_is_the_first_of_the_best():
     assert choose(logits, draws_of(1)) == [1]
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 3}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324])
+def test_the_smallest_temperatures_choose_as_greedy_does(options, temperature):
+    draws = draws_of(20, temperature=temperature, **options)
+    assert choose(LOGITS.expand(20, -1), draws) == choose(LOGITS, draws_of(1)) * 20
+
+
 def test_a_choice_depends_on_its_own_row_only():
     options = [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 3}, {"temperature": 2.0, "top_p": 0.9}]
     draws = [Draw(zz.Sampling(1, **options[i % 4]), i // 3, i) for i in range(24)]

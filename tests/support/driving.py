@@ -28,8 +28,8 @@ class Driver:
     def __init__(self, engine: zz.Engine):
         self.engine, self.steps, self.slots, self.scheduler = engine, engine._steps, engine._steps.slots, engine._scheduler
 
-    def submit(self, ids, sampling, on_token=None):
-        request = self.engine._request(ids, sampling, on_token)
+    def submit(self, ids, sampling, on_token=None, salt=None):
+        request = self.engine._request(ids, sampling, on_token, salt)
         self.scheduler.submit(request.job)
         return request
 
@@ -38,7 +38,9 @@ class Driver:
         for _ in range(count):
             self.steps.step()
             self.steps.check()
-            assert self.slots.memory_bytes <= self.engine.stats()["reserved_bytes"]
+            stats = self.engine.stats()
+            assert stats["kv_bytes"] <= stats["reserved_bytes"] <= stats["budget_bytes"] - stats["cached_bytes"]
+            assert self.slots.memory_bytes <= stats["kv_bytes"] + stats["cached_bytes"]
 
     def until(self, condition, most: int = 500) -> None:
         for _ in range(most):
@@ -47,14 +49,22 @@ class Driver:
             self.step()
         raise AssertionError("it did not come to that")
 
-    def drain(self) -> None:
+    def finish(self) -> None:
         self.until(lambda: not self.scheduler.busy)
+        assert not self.scheduler.pool.reserved and self.slots.memory_bytes <= self.engine.stats()["cached_bytes"]
+
+    def drain(self) -> None:
+        """`finish`, and what is kept goes."""
+        self.finish()
+        self.steps.prefixes.clear()
         assert self.slots.memory_bytes == 0 and not self.slots.held.any() and not self.scheduler.pool.reserved
 
 
 @contextmanager
 def driven(model, plan=None, **options):
-    options = {"max_len": 400, "max_rows": 3, "memory": 1 << 30} | options
+    """However slow the machine is, a step reads one chunk of one prompt."""
+    options = {"max_len": 400, "max_rows": 3, "memory": 1 << 30, "prefix_cache": False, "compile": False} | options
+    options = {"max_stall_ms": 1e-6} | options
     with zz.Engine(model, plan, **options) as engine:
         yield Driver(engine)
 

@@ -5,15 +5,21 @@ A comment on the line before a block says what is special about it:
     <!-- long -->              it is run with --long only, as in `make test-long`
     <!-- output -->            (text) it is what the block before it prints
     <!-- FILE -->              it is that file of the repository, and run
+    <!-- serves -->            a command that serves at port 8000 until Ctrl-C, which comes at the end of the page; for tests the
+                               page has another port
 """
 
 import contextlib
 import io
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,15 +78,17 @@ def prepare(folder: Path, model: Path) -> dict[str, str]:
 def run(page: Path, folder: Path, environment: dict[str, str], long: bool) -> int:
     """Runs the blocks of a page in the present folder, the programs in one namespace; returns how many. Outputs are compared."""
     namespace, printed, count = {"__name__": "__main__"}, "", 0
-    for block in blocks(page):
-        if block.mark == "output":
-            assert same_output(printed, block.text), f"{block.place} shows\n{block.text}\nprinted was\n{printed}"
-        if not block.runs(long):
-            continue
-        printed, count = (
-            (_python(block, namespace) if block.language == "python" else _bash(block, folder, environment)),
-            count + 1,
-        )
+    with contextlib.ExitStack() as servers:
+        for block in _on_a_free_port(blocks(page)):
+            if block.mark == "output":
+                assert same_output(printed, block.text), f"{block.place} shows\n{block.text}\nprinted was\n{printed}"
+            if not block.runs(long):
+                continue
+            count += 1
+            if block.mark == "serves":
+                servers.enter_context(_serving(block, folder, environment))
+            else:
+                printed = _python(block, namespace) if block.language == "python" else _bash(block, folder, environment)
     return count
 
 
@@ -92,6 +100,36 @@ def same_output(printed: str, shown: str, tolerance: float = 0.02) -> bool:
         return False
     numbers = [[float(number) for line in text for number in _DECIMAL.findall(line)] for text in (printed, shown)]
     return all(abs(a - b) <= tolerance * max(1.0, abs(b)) for a, b in zip(*numbers, strict=True))
+
+
+def _on_a_free_port(shown: list[Block]) -> list[Block]:
+    if not any(block.mark == "serves" for block in shown):
+        return shown
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [replace(block, text=block.text.replace("8000", port)) for block in shown]
+
+
+@contextlib.contextmanager
+def _serving(block: Block, folder: Path, environment: dict[str, str]) -> Iterator[None]:
+    """A server from when it says that it serves; a Ctrl-C then ends it well."""
+    said = folder / "said.txt"
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {block.text}"], cwd=folder, env=os.environ | environment, stderr=file, start_new_session=True
+        )
+    try:
+        while "\nserving " not in said.read_text():
+            assert process.poll() is None, f"{block.place}: exit code {process.returncode}\n{said.read_text()[-2000:]}"
+            time.sleep(0.1)
+        yield
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 0, f"{block.place}: exit code {process.returncode}\n{said.read_text()[-2000:]}"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _python(block: Block, namespace: dict) -> str:

@@ -255,6 +255,15 @@ class GrowingBuffer:
             with torch.inference_mode(False), torch.no_grad():
                 return self.tensor[rows, :, :slots].clone()
 
+    def copy_row(self, source: int, row: int, slots: int) -> None:
+        """The first `slots` slots of row `row` become those of row `source`. Raises ValueError if not all are committed."""
+        with self._lock:
+            committed = min(self._row_slots[self._check_row(source)], self._row_slots[self._check_row(row)])
+            if not 0 <= slots <= committed:
+                raise ValueError(f"{committed} slots are committed in rows {source} and {row}, {slots} were to be copied")
+            with torch.inference_mode(False), torch.no_grad():
+                self.tensor[row, :, :slots].copy_(self.tensor[source, :, :slots])
+
     def extend(self, max_slots: int) -> None:
         """Moves to longer rows at new addresses; what is committed stays committed and keeps what it holds.
 
@@ -321,6 +330,11 @@ def check_free(wanted: Iterable[tuple[GrowingBuffer, int]]) -> None:
     needed: dict[torch.device, int] = {}
     for buffer, slots in wanted:
         needed[buffer.device] = needed.get(buffer.device, 0) + buffer.growth_bytes(slots)
+    check_free_bytes(needed)
+
+
+def check_free_bytes(needed: dict[torch.device, int]) -> None:
+    """Raises MemoryError unless so many bytes are free on each device."""
     for device, size in needed.items():
         if size and size > (free := free_bytes(device)):
             raise MemoryError(f"out of memory: {size:,} bytes are needed on {device}, {free:,} are free; nothing was changed")

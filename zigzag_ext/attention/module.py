@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from ..planning.kv_format import parse_kv_format
 from ..planning.plan import token_count
 from . import ops, reference
-from .store import GROWTH_STEP, MAX_TOKENS, Chunk, LayerStore, attend
+from .chunk import Chunk
+from .store import GROWTH_STEP, MAX_TOKENS, LayerStore, attend
 
 _KINDS = ("retrieval", "streaming")
 
@@ -77,6 +78,7 @@ class ZigzagAttention(nn.Module):
         self._longest = 0  # tokens of the longest row, an upper bound, and whether all rows hold as many: of eager forwards
         self._uniform = True
         self._counts = True  # False once a forward has been compiled or captured, which the host cannot count
+        self._open: int | None = None  # columns that a call which is not over may have written; None: there is no such call
 
     @property
     def k_cache(self) -> Tensor:
@@ -104,40 +106,68 @@ class ZigzagAttention(nn.Module):
                 make this check: there, tokens past `max_len` are neither kept nor seen by later ones. Call `check_room` between
                 steps, or keep count. An eager forward after a compiled or captured one reads `seq_lens` and so waits for the
                 device. Shapes and dtypes are checked by the op in all cases.
+            RuntimeError: "call reset()", where an interrupt (Ctrl-C) came between the append of several tokens to a full ring and
+                the end of their forward. After any other interrupt of eager code the layer is as before that call or behind it.
         """
         batch, q_len = q.shape[0], q.shape[2]
         pad = None if pad is None else pad.clamp(0, q_len)
-        past, longest = None, 0
-        if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-            if self.grow:
-                raise RuntimeError("a layer with grow=True cannot be compiled or captured: make it with grow=False")
-            self._counts = self._uniform = False
-        else:
-            longest = self._longest_after(q_len, pad, batch)
-            past = self._longest if self._uniform and pad is None and batch == self.seq_lens.shape[0] else None
-            self.store.grow(min(-(-longest // GROWTH_STEP) * GROWTH_STEP, self.max_len or 0))
+        new = q_len if pad is None else q_len - pad
         if cos is not None and q_len > ops.MAX_DECODE_QUERIES:
             q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
             cos = sin = None
         seq_lens = self.seq_lens if batch == self.seq_lens.shape[0] else self.seq_lens[:batch]
-        chunk = Chunk((seq_lens,), pad, self.workspace, past, cos=cos, sin=sin)
-        out = attend((self.store,), q, k, v, self.scale, chunk)
-        seq_lens.add_(q_len if pad is None else q_len - pad)
-        if past is None:
-            self._uniform = False
-        self._longest = longest
+        chunk = Chunk((seq_lens,), pad, self.workspace, cos=cos, sin=sin)
+        if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if self.grow:
+                raise RuntimeError("a layer with grow=True cannot be compiled or captured: make it with grow=False")
+            if self._open is not None:
+                raise RuntimeError(
+                    "an earlier call was interrupted: call check_room() or reset() before compiled or captured code"
+                )
+            self._counts = self._uniform = False
+            out = attend((self.store,), q, k, v, self.scale, chunk)
+            seq_lens.add_(new)
+            return out
+        self._close()
+        longest = self._longest_after(q_len, pad, batch)
+        uniform = self._uniform and pad is None and batch == self.seq_lens.shape[0]
+        self.store.grow(min(-(-longest // GROWTH_STEP) * GROWTH_STEP, self.max_len or 0))
+        self._open = q_len
+        try:
+            out = attend((self.store,), q, k, v, self.scale, chunk._replace(past=self._longest if uniform else None))
+        except Exception:  # nothing was written; an interrupt may come behind the append
+            self._open = None
+            raise
+        seq_lens.add_(new)
+        self._longest, self._uniform = longest, uniform
+        self._open = None
         return out
 
     def check_room(self, tokens: int = 1) -> None:
         """Raises RuntimeError unless every row has room for `tokens` more. Reads `seq_lens`, so it waits for the device."""
+        self._close()
         self._longest = int(self.seq_lens.max())
         self._longest_after(tokens, None, self.seq_lens.shape[0])
 
     def reset(self) -> None:
         """Empties the cache; the buffers stay where they are."""
+        self._open = self._open or 0
         self.seq_lens.zero_()
         self._longest, self._uniform = 0, self._counts
         self.store.release()
+        self._open = None
+
+    def _close(self) -> None:
+        """After an interrupt `seq_lens` has the last word. Raises RuntimeError if a ring may lack tokens that these count."""
+        if self._open is None:
+            return
+        lengths = self.seq_lens.tolist()
+        if self.window and self._open > 1 and not self.store.is_whole(max(lengths), self._open):  # one overwrites what none sees
+            raise RuntimeError(
+                f"a forward of {self._open} tokens was interrupted and may have overwritten older ones in the ring: call reset()"
+            )
+        self._longest, self._uniform = max(lengths), self._uniform and len({*lengths}) == 1
+        self._open = None
 
     def extra_repr(self) -> str:
         limits = f"max_len={self.max_len}" if self.kind == "retrieval" else f"sink={self.sink}, window={self.window}"

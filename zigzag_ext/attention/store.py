@@ -1,9 +1,7 @@
 """LayerStore: keys and values of one layer, or of some KV heads of it, and the one path that attends and appends."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,65 +9,17 @@ from .. import _C
 from ..planning.kv_format import PLAIN, KvFormat
 from . import ops, routes, smoothing
 from .buffers import GrowingBuffer
+from .chunk import NO_TERMS, Chunk, LogitTerms
 
 GROWTH_STEP = 256  # tokens that retrieval layers ask memory for at once; it comes in pages
 MAX_TOKENS = 1 << 30  # per row; positions are int32
-_FIRST_TOKENS = 1 << 17  # that there are addresses for where no limit is given; twice as many when they are full
+_FIRST_TOKENS = 1 << 17  # most that there are addresses for at first where no limit is given; twice as many when they are full
 _SCALES = {"keys": "key_scales", "values": "value_scales"}
 
 
 def in_normal_mode(function):
     """Tensors made under `torch.inference_mode` cannot be written outside it; a cache outlives the mode it was made in."""
     return torch.inference_mode(False)(torch.no_grad()(function))
-
-
-class Chunk(NamedTuple):
-    """What all layers of a forward share.
-
-    seq_lens: [batch] int32 each, tokens held per row before: of most stores the first, see `LayerStore`. pad: [batch] int32,
-    leading columns to skip, or None. workspace: scratch of the ops. past: what every row has seen, if the host knows that it is
-    the same number; else None. started: whether no row can be empty. cos, sin: tables of RoPE, see `ops.attention`. decodes:
-    whether it continues texts rather than reads a prompt: it takes our kernels, and rules for prompts do not apply. left_out:
-    [len(seq_lens), batch], tokens by which `seq_lens` count less than their first row; None: the same. cache_rows: [batch] int32,
-    rows of the caches and of `seq_lens` that the batch has, see `ops.attention`; None: the first. row: the only one, if known.
-    """
-
-    seq_lens: tuple[Tensor, ...]
-    pad: Tensor | None
-    workspace: Tensor
-    past: int | None = None
-    started: bool = True
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    decodes: bool = False
-    left_out: np.ndarray | None = None
-    cache_rows: Tensor | None = None
-    row: int | None = None
-
-    def past_of(self, lengths: int) -> int | None:
-        """Tokens that every row holds by `seq_lens[lengths]`, if the host knows that it is the same number; else None."""
-        if self.past is None or self.left_out is None:
-            return self.past
-        less = self.left_out[lengths]
-        return self.past - int(less[0]) if (less == less[0]).all() else None
-
-    def rows_of(self, t: Tensor, batch: int) -> Tensor:
-        """Those of t [cache rows, ...] that the batch has: a view, but a copy for several of `cache_rows`."""
-        if self.row is not None:
-            return t[self.row : self.row + 1]
-        if self.cache_rows is not None:
-            return t.index_select(0, self.cache_rows.clamp(min=0))  # of a row that is skipped, -1, any will do
-        return t[:batch]
-
-
-class LogitTerms(NamedTuple):
-    """What a family does to logits beside scaling them, see `ops.attention`."""
-
-    softcap: float = 0.0
-    sink_logits: Tensor | None = None
-
-
-NO_TERMS = LogitTerms()
 
 
 class LayerStore:
@@ -121,13 +71,22 @@ class LayerStore:
         self.is_allocated = False
 
     @in_normal_mode
-    def allocate(self, k: Tensor, capacity: int, max_len: int | None, keeps: bool = True, grows: bool = True) -> None:
+    def allocate(
+        self,
+        k: Tensor,
+        capacity: int,
+        max_len: int | None,
+        keeps: bool = True,
+        grows: bool = True,
+        expected: int | None = None,
+    ) -> None:
         """Buffers for keys like k [batch, num_kv_heads, q_len, head_dim] of the layer.
 
         Args:
             capacity: tokens that a retrieval layer gets memory for. max_len: tokens it gets addresses for; None: without end.
             keeps: False for a store without slots, whose chunk attends to itself.
             grows: False for a retrieval layer with plain memory for `capacity` tokens.
+            expected: tokens that it gets addresses for at first without max_len, and no more than `_FIRST_TOKENS`.
         """
         batch, num_kv_heads, _, head_dim = k.shape
         self.drop()
@@ -145,7 +104,7 @@ class LayerStore:
                 )
                 self.plain |= {} if scales is None else {_SCALES[name]: scales}
         else:
-            most = max_len or max(_FIRST_TOKENS, capacity)
+            most = max_len or max(min(_FIRST_TOKENS, expected or _FIRST_TOKENS), capacity)
             exact = self.kv_format != PLAIN
             for name, kv_format in kinds.items():
                 width, code = ops.cache_row(head_dim, k.dtype, kv_format)
@@ -248,8 +207,7 @@ class LayerStore:
 
         through: the sink and the window that a retrieval layer is read through, if it has slots for more; None: in full.
         """
-        other = object.__new__(LayerStore)
-        vars(other).update(vars(self))
+        other = self._twin()
         if through is not None and not self.window and self.buffers["keys"].shape[2] > sum(through):
             other.sink, other.window = through
         other.plain, other.growing = {name: buffer.as_subclass(Tensor) for name, buffer in self.buffers.items()}, {}
@@ -289,10 +247,11 @@ class LayerStore:
         """What is held goes to the device and the dtype of `like` [batch, num_kv_heads, 0, head_dim]; codes stay codes."""
         if (like.device, like.dtype) == (self.device, self.dtype):
             return
-        before, capacity, grows = dict(self.buffers), self.capacity, bool(self.growing)
-        self.allocate(like, capacity, self.max_len, grows=grows)
-        for name, buffer in before.items():
-            self.buffers[name][:, :, :capacity] = buffer[:, :, :capacity].to(like.device)
+        other = self._twin()  # so that an interrupt leaves all or nothing moved
+        other.allocate(like, self.capacity, self.max_len, grows=bool(self.growing))
+        for name, buffer in self.buffers.items():
+            other.buffers[name][:, :, : self.capacity] = buffer[:, :, : self.capacity].to(like.device)
+        vars(self).update(vars(other))
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of slots [start, stop), in the dtype of the layer: codes widened, smoothed keys less their offset.
@@ -320,22 +279,38 @@ class LayerStore:
 
     @in_normal_mode
     def select_rows(self, index: Tensor, held: int) -> None:
-        """Row i becomes what row index[i] was, of its first `held` tokens. In place while the batch stays the same."""
-        held = self.capacity if self.window else min(held, self.capacity)
-        self.geometry = (len(index), *self.geometry[1:])
-        index = index.to(self.device)
+        """Row i becomes what row index[i] was, of its first `held` tokens; as many rows as before, in place."""
+        self._copy_rows(self, index, held)
+
+    @in_normal_mode
+    def with_rows(self, index: Tensor, held: int) -> "LayerStore":
+        """Another one, of len(index) rows: its row i has what row index[i] has, of its first `held` tokens."""
+        other, batch = self._twin(), len(index)
+        other.geometry = (batch, *self.geometry[1:])
         if self.key_offset is not None:
-            chosen = self.key_offset.index_select(0, index)
-            self.key_offset = self.key_offset.copy_(chosen) if len(index) == len(self.key_offset) else chosen
-        for name, buffer in self.buffers.items():
-            chosen = buffer[:, :, :held].index_select(0, index)
-            if len(index) != buffer.shape[0]:
-                if self.growing:
-                    self.growing[name] = self.growing[name].with_batch(len(index))
-                    buffer = self.growing[name].tensor
-                else:
-                    buffer = self.plain[name] = buffer.new_empty(len(index), *buffer.shape[1:])
-            buffer[:, :, :held] = chosen
+            other.key_offset = self.key_offset.new_empty(batch, *self.key_offset.shape[1:])
+        other.growing = {name: buffer.with_batch(batch) for name, buffer in self.growing.items()}
+        other.plain = {name: buffer.new_empty(batch, *buffer.shape[1:]) for name, buffer in self.plain.items()}
+        self._copy_rows(other, index, held)
+        return other
+
+    def _copy_rows(self, other: "LayerStore", index: Tensor, held: int) -> None:
+        held, index = self.capacity if self.window else min(held, self.capacity), index.to(self.device)
+        if self.key_offset is not None:
+            other.key_offset.copy_(self.key_offset.index_select(0, index))
+        for buffer, to in zip(self.buffers.values(), other.buffers.values(), strict=True):
+            to[:, :, :held] = buffer[:, :, :held].index_select(0, index)
+
+    def bytes_with_rows(self, batch: int) -> int:
+        """Bytes of memory that `with_rows` takes for `batch` rows."""
+        if not self.growing:
+            return sum(buffer.nbytes for buffer in self.plain.values()) // self.geometry[0] * batch
+        return batch * sum(buffer.row_memory(self.capacity) for buffer in self.growing.values())
+
+    def _twin(self) -> "LayerStore":
+        other = object.__new__(LayerStore)
+        vars(other).update(vars(self))
+        return other
 
     def attend(
         self,

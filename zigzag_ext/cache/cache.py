@@ -7,7 +7,7 @@ attends and appends in one launch per layer through `ZigzagLayer.attend` (two wh
 pass is one `Forward`: checks and memory come before anything is written, the lengths advance at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -16,16 +16,18 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..attention.buffers import check_free
-from ..attention.store import GROWTH_STEP, LayerStore, in_normal_mode
-from ..planning.layers import geometries, kv_sources
+from ..attention.store import GROWTH_STEP, MAX_TOKENS, LayerStore
+from ..planning.layers import field_of, geometries, kv_sources
 from ..planning.native import plan_for
 from ..planning.origin import origin_of
+from ..planning.plan import token_count
 from .building import layers_of
 from .compression import PromptCompression
 from .compression.apply import checked, compress
 from .forward import Forward
 from .layer import ZigzagLayer
 from .report import memory_report
+from .row_changes import batch_repeat_interleave, batch_select_indices, reorder_cache
 from .rows import Rows
 from .saved import load, save
 from .state import Addresses, CacheState, check_lengths, locked
@@ -46,8 +48,9 @@ class ZigzagCache(Cache):
         compress: how retrieval layers thin out the prompt once it has been read, for one `PromptWindows`; None: not at all.
 
     Rings always take sink + window + rollback tokens, each layer its own. Retrieval layers reserve addresses for all tokens to
-    come and take memory as tokens come (`zigzag_ext.attention.buffers`): they never move and are never copied. Keys and values
-    are held in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads, slots,
+    come (without `max_len` for those that the model was made for, and for more when these are full) and take memory as tokens
+    come (`zigzag_ext.attention.buffers`): within their addresses they never move and are never copied. Keys and values are held
+    in the formats of the plan (`kv_format`, `ring_kv_format`, `key_smoothing`). Buffers are [batch, num_kv_heads, slots,
     head_dim] and live where the keys live.
     Rows may be padded anywhere (`attention_mask` with 0 for padding, which is not stored); what is stored stays visible.
     The cache may be given to several generate() calls:
@@ -92,6 +95,8 @@ class ZigzagCache(Cache):
         num_lengths = 1 + len(plan.kinds) if compress else 1
         self.state, self.rollback = CacheState(max_len, stores, sources, compress, num_lengths, plan.sink), rollback
         self.state.made_for = plan, model, geometries(config)
+        positions = field_of(config, "max_position_embeddings")
+        self.state.expected = positions if isinstance(positions, int) and positions > 0 else None
         plan.check_kv_heads(model["kv_heads"])
         super().__init__(layers=layers_of(self.state, config, plan, rollback))
 
@@ -109,6 +114,9 @@ class ZigzagCache(Cache):
         """
         return Forward(self, batch, q_len, attention_mask, ids, position_ids, counts, images)
 
+    reorder_cache = reorder_cache
+    batch_select_indices = batch_select_indices
+    batch_repeat_interleave = batch_repeat_interleave
     memory_report = memory_report
     save = save
     load = classmethod(load)
@@ -181,8 +189,13 @@ class ZigzagCache(Cache):
 
     @locked
     def reserve(self, tokens: int) -> None:
-        """Memory for `tokens` more tokens per row, where buffers stand. Raises as a forward of as many would."""
+        """Memory for `tokens` more tokens per row, where buffers stand. Raises as a forward of as many would.
+
+        TypeError, ValueError: `tokens` is not an integer of 0 to 2^30.
+        """
         self.state.check()
+        if not 0 <= (tokens := token_count("tokens", tokens)) <= MAX_TOKENS:
+            raise ValueError(f"reserve() takes 0 to 2^30 tokens, got {tokens}")
         self.ensure_capacity(self.state.rows.followed_by(tokens))
 
     @locked
@@ -194,13 +207,14 @@ class ZigzagCache(Cache):
         """
         state = self.state
         state.check()
-        rows = state.rows.with_ahead(np.asarray(tokens, dtype=np.int64))
+        tokens = state.rows.new_tokens("write_ahead()", tokens)
+        rows = state.rows.with_ahead(tokens)
         if layers := self.incomplete_layers(rows):
             raise RuntimeError(
                 f"{max(tokens)} tokens of a draft would overwrite what the rings of layers {layers} show: give ZigzagCache or "
                 f"enable() a rollback of as many (rollback={self.rollback})"
             )
-        self.ensure_capacity(state.rows.grown_by(np.asarray(tokens, dtype=np.int64)))
+        self.ensure_capacity(state.rows.grown_by(tokens))
         state.rows = rows
 
     def ensure_capacity(self, rows: Rows) -> None:
@@ -285,7 +299,7 @@ class ZigzagCache(Cache):
         Raises:
             RuntimeError: a ring has overwritten what would show again: it can take `rollback` tokens back, or any number until it
                 has been full. Or more than all are to be taken back. Nothing was changed.
-            ValueError: a sequence has another length than the batch.
+            ValueError: a sequence has another length than the batch, or a number does not fit 64 bits. TypeError: it is none.
         """
         state = self.state
         state.check()
@@ -327,12 +341,15 @@ class ZigzagCache(Cache):
             )
 
     @locked
-    def keep_first(self, ids: Tensor, mask: Tensor | None = None, images: bool = False) -> None:
+    def keep_first(
+        self, ids: Tensor, mask: Tensor | None = None, images: bool = False, print_of: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Prepares for a call that brings the whole conversation `ids` [batch, n]: takes back what it does not begin with.
 
-        What is held beyond ids[:, : n - 1] is taken back too, since a model has to see a token to go on. Waits for the device
-        once. Raises ValueError naming the first differing position where a ring cannot take that many tokens back; or if the call
-        brings `images`, or begins with a part of a prompt with images, which ids do not tell.
+        What is held beyond ids[:, : n - 1] is taken back too, since a model has to see a token to go on. ids may be
+        `fingerprints`, see `HeldTokens.first_difference` for print_of. Waits for the device. Raises ValueError naming the first
+        differing position where a ring cannot take that many tokens back; or if the call brings `images`, or begins with a part
+        of a prompt with images, which ids do not tell.
         """
         state = self.state
         state.check()
@@ -341,7 +358,7 @@ class ZigzagCache(Cache):
             return
         ids = ids.repeat_interleave(copies, 0)  # as generate() does for beams
         mask = None if mask is None else mask.repeat_interleave(copies, 0)
-        same = min(state.tokens.first_difference(ids, mask, images), ids.shape[1] - 1)
+        same = min(state.tokens.first_difference(ids, mask, images, print_of), ids.shape[1] - 1)
         if same == state.columns:
             return
         if layers := self.incomplete_layers(state.rows.cut_at(np.minimum(state.rows.ends, same))):
@@ -357,39 +374,6 @@ class ZigzagCache(Cache):
             self.crop(same)
         else:
             self.reset()
-
-    @locked
-    def _select_rows(self, index: Tensor, what: str) -> None:
-        state = self.state
-        state.check()
-        if not len(index):
-            raise ValueError(f"{what} needs at least one row, got none; use reset() to empty the cache")
-        if not state.columns:
-            return
-        if not index.is_cuda and (index.min() < 0 or index.max() >= state.batch):  # on a GPU this would wait for it
-            raise IndexError(f"{what}: rows must be in [0, {state.batch}), got {index.tolist()}")
-        with state.change(what):
-            for holder in self.holders:
-                holder.select_rows(index)
-            state.select_rows(index)
-
-    @in_normal_mode
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        self._select_rows(beam_idx, "reorder_cache()")
-
-    @in_normal_mode
-    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Keeps the rows `indices`, numbers or a mask of bools. Raises ValueError for none."""
-        indices = torch.as_tensor(indices)
-        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.flatten()
-        self._select_rows(indices, "batch_select_indices()")
-
-    @in_normal_mode
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, one after the other."""
-        if self.state.batch is not None:
-            self._select_rows(torch.arange(self.state.batch).repeat_interleave(repeats), "batch_repeat_interleave()")
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         return self.get_max_length(layer_idx)

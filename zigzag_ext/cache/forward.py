@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..attention import ops
-from ..attention.store import Chunk, LogitTerms, in_normal_mode
+from ..attention.chunk import Chunk, LogitTerms
+from ..attention.store import in_normal_mode
 from .columns import back_in_order, copy_on, in_order, is_mixed
 from .compression.observed import Observed
 from .positions import check_positions
@@ -125,8 +126,17 @@ class Forward:
         """Whether this forward adds one token per row to what is held already."""
         return self.total == 1 and self.state.columns > 0 and self.state.stores and not self.observes
 
+    @property
+    def is_step(self) -> bool:
+        """Whether this forward is one of those that come again and again in the same shape."""
+        return self.counts is not None
+
     def pad_on(self, device: torch.device) -> Tensor | None:
         return copy_on(self.pad, device)
+
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """[batch] int32, rows of the cache that the batch has; None: all of them, in order."""
+        return None
 
     def was_given(self, layer: int) -> bool:
         """Whether the cache got the new keys that a layer attends in this forward, or keeps none at all."""
@@ -221,13 +231,11 @@ class Forward:
 
     def _read_counts(self) -> Rows:
         """The rows after this forward, where each gets the last `counts` [batch] columns, behind its own end."""
-        counts = self.counts = np.asarray(self.counts, dtype=np.int64)
         if self.mask is not None:
             raise ValueError("a forward takes an attention_mask or the counts of its rows, not both")
         if self.total > ops.MAX_DECODE_QUERIES:
             raise ValueError(f"counts go with up to {ops.MAX_DECODE_QUERIES} new columns, got {self.total}")
-        if counts.shape != (self.batch,) or (counts < 0).any() or (counts > self.total).any():
-            raise ValueError(f"counts must be [{self.batch}] numbers of 0 to {self.total} new tokens, got {counts.tolist()}")
+        counts = self.counts = self.state.rows.new_tokens("counts", self.counts, self.total)
         device = next((layer.device for layer in self.cache.attention_layers if layer.is_initialized), torch.device("cpu"))
         self.padding = in_normal_mode(lambda: to_device((self.total - counts).astype(np.int32), device))()
         return self.state.rows.grown_by(counts)

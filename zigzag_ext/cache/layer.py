@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..attention.store import NO_TERMS, LayerStore, LogitTerms, attend
+from ..attention.chunk import NO_TERMS, LogitTerms
+from ..attention.store import LayerStore, attend
 from .rows import Rows
 from .state import Addresses, CacheState, locked
 
@@ -86,12 +87,15 @@ class ZigzagLayer(CacheLayerMixin):
                 f"layer {self.index}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} must have one shape"
             )
         planned = sum(len(store.heads or ()) for store in self.stores)
-        if planned and key_states.shape[1] != planned:  # under tensor parallelism
-            raise ValueError(f"layer {self.index}: the plan is for {planned} KV heads, the keys have {key_states.shape[1]}")
+        if planned and key_states.shape[1] != planned:
+            raise ValueError(
+                f"layer {self.index}: the plan is for {planned} KV heads, the keys have {key_states.shape[1]}; under tensor "
+                "parallelism plans of whole layers are served"
+            )
         if state.batch is None:
             state.start(key_states.shape[0])
         for store in self.stores:
-            store.allocate(key_states, state.capacity, state.max_len, keeps=state.stores)
+            store.allocate(key_states, state.capacity, state.max_len, keeps=state.stores, expected=state.expected)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -181,6 +185,17 @@ class ZigzagLayer(CacheLayerMixin):
             store.grow(self.state.slots_for(capacity, store))
 
     def select_rows(self, index: Tensor) -> None:
-        """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
+        """Row i becomes what row index[i] was; as many rows as before, in place, so that addresses do not change."""
         for store in self.stores:
             store.select_rows(index, self.state.longest)
+
+    def with_rows(self, index: Tensor) -> list[LayerStore]:
+        """What `take` then exchanges for what there is: row i has what row index[i] has, for another number of rows."""
+        return [store.with_rows(index, self.state.longest) for store in self.stores]
+
+    def take(self, stores: list[LayerStore]) -> None:
+        self.stores = stores
+
+    def memory_with_rows(self, batch: int) -> list[tuple[torch.device, int]]:
+        """Bytes of memory that `with_rows` takes for `batch` rows, and where."""
+        return [(store.device, store.bytes_with_rows(batch)) for store in self.stores if store.is_allocated]

@@ -6,6 +6,18 @@ from functools import cached_property
 
 import numpy as np
 
+from ..planning.plan import token_count
+from ..planning.reading import shown
+
+
+def token_counts(name: str, given: int | Sequence[int]) -> np.ndarray:
+    """Integers of any shape as int64. Raises TypeError for what are none, bools included, ValueError beyond 64 bits."""
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError):  # rows of several lengths; a tensor on a GPU
+        raise TypeError(f"{name} takes integer numbers of tokens on the host, got {shown(given)}") from None
+    return np.array([token_count(name, each) for each in array.ravel().tolist()], dtype=np.int64).reshape(array.shape)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -100,9 +112,16 @@ class Rows:
         ahead = np.where(ends > 0, self.ahead + removed, 0)  # from nothing on all is written anew
         return Rows(ends, held, self.solid - known, ahead, self.prompt, self.sealed)
 
+    def new_tokens(self, name: str, given: Sequence[int], most: int = 1 << 30) -> np.ndarray:
+        """`given` [batch] of 0 to `most` as int64. Raises TypeError, ValueError."""
+        tokens = token_counts(name, given)
+        if tokens.shape != self.ends.shape or (tokens < 0).any() or (tokens > most).any():
+            raise ValueError(f"{name} must be [{len(self.ends)}] numbers of 0 to {most} new tokens, got {shown(tokens.tolist())}")
+        return tokens
+
     def cropped(self, tokens: int | Sequence[int]) -> "Rows":
         """Cut by `ZigzagCache.crop(tokens)`. Raises RuntimeError, ValueError as that does."""
-        given = np.asarray(tokens, dtype=np.int64)
+        given = token_counts("crop()", tokens)
         if given.ndim and given.shape != self.ends.shape:
             raise ValueError(f"crop() takes one number or one per row of {len(self.ends)}, got {given.shape}")
         ends = self.ends if given.ndim else np.full_like(self.ends, self.columns)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.store import LogitTerms
+from ..attention.chunk import LogitTerms
 from .columns import back_in_order, in_order
 
 if TYPE_CHECKING:

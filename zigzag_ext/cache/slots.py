@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..attention import ops
-from ..attention.store import GROWTH_STEP, Chunk, in_normal_mode
+from ..attention.store import GROWTH_STEP, Chunk, LayerStore, in_normal_mode
 from .cache import ZigzagCache
-from .columns import copy_on
+from .columns import Copies, copy_on
 from .forward import Forward
 from .state import locked
 from .tokens import to_device
@@ -45,6 +45,7 @@ class Slots:
             layer.release()  # of what a GPU needs to know addresses by
         self.limits, self.committed = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
         self.void: set[int] = set()  # rows that a forward has failed on: their contents are unknown
+        self.latest: tuple[list[int], Copies] = [], {}  # rows of the latest forward, -1 for those to skip, and on devices
 
     @property
     def held(self) -> np.ndarray:
@@ -63,7 +64,16 @@ class Slots:
     @property
     def ring_bytes(self) -> int:
         """Bytes of the rings of all rows."""
-        return sum(store.memory_bytes for store in self.cache.stores if store.window)
+        return sum(store.memory_bytes for store in self._rings)
+
+    @property
+    def ring_row_bytes(self) -> int:
+        """Bytes of the rings of one row."""
+        return self.ring_bytes // len(self.limits)
+
+    @property
+    def _rings(self) -> list[LayerStore]:
+        return [store for store in self.cache.stores if store.window]
 
     @locked
     def take(self, row: int, tokens: int) -> None:
@@ -71,6 +81,57 @@ class Slots:
         if self.limits[row] or not 1 <= tokens <= self.state.max_len:
             raise ValueError(f"row {row} is taken, or {tokens} tokens are not 1 to {self.state.max_len}")
         self.limits[row] = tokens
+
+    @locked
+    def extend(self, row: int, tokens: int) -> None:
+        """Row `row`, which is taken, is for up to `tokens` tokens from now on, no fewer than it has memory for."""
+        if not max(1, self.committed[row]) <= tokens <= self.state.max_len:
+            raise ValueError(f"row {row} is for {self.committed[row]} to {self.state.max_len} tokens, got {tokens}")
+        self.limits[row] = tokens
+
+    def reach(self, tokens: int, wanted: int) -> int:
+        """Where a text can go on whose first `wanted` tokens are those of a row, with its rings as of its first `tokens` ones.
+
+        A place of at most `wanted` and `tokens`; 0: none. One token earlier than they are is no loss: the oldest token that rings
+        hold is the one that the next query no longer sees. And rings that have not come round hold all.
+        """
+        back = tokens - wanted
+        if back <= 0 or all(back <= store.rollback + 1 or tokens <= store.ring_slots for store in self._rings):
+            return min(tokens, wanted)
+        return 0
+
+    @in_normal_mode
+    def rings_of(self, row: int) -> list[Tensor]:
+        """Copies of the rings of a row, of `ring_row_bytes` bytes, for `resume`."""
+        return [buffer[row].clone() for store in self._rings for buffer in store.plain.values()]
+
+    @locked
+    @in_normal_mode
+    def resume(self, row: int, source: int, tokens: int, rings: list[Tensor] | None = None) -> None:
+        """Row `row`, which is taken, holds the first `tokens` tokens of row `source`, which may be itself, and nothing else.
+
+        rings: `rings_of(source)` at a time from which it can `reach` them; None: as they are now. Waits for nothing. Raises
+        ValueError if the source does not hold so many, and what `grow` raises; the row is as it was then.
+        """
+        self.state.check()
+        if not 0 < tokens <= self.held[source] or self.void.intersection((row, source)):
+            raise ValueError(f"row {source} holds {self.held[source]} tokens, {tokens} are to be those of row {row}")
+        if row != source:
+            self.grow(row, max(0, tokens - int(self.held[row])))
+        self.void.add(row)
+        for store in self.cache.stores if row != source else ():
+            if store.key_offset is not None:
+                store.key_offset[row].copy_(store.key_offset[source])
+            for buffer in store.growing.values():
+                buffer.copy_row(source, row, tokens)
+        if rings is not None or row != source:
+            own = [buffer for store in self._rings for buffer in store.plain.values()]
+            for buffer, held in zip(own, rings or [buffer[source] for buffer in own], strict=True):
+                buffer[row].copy_(held)
+        for lengths in self.state.seq_lens.values():
+            lengths[:, row].fill_(tokens)
+        self.state.rows = self.state.rows.without(row).grown_by(np.where(np.arange(self.state.batch) == row, tokens, 0))
+        self.void.discard(row)
 
     @locked
     def grow(self, row: int, tokens: int) -> None:
@@ -98,9 +159,13 @@ class Slots:
             store.release_row(row)
         self.void.discard(row)
 
-    def forward(self, rows: Sequence[int], q_len: int) -> "SlotForward":
-        """`with slots.forward(rows, q_len):` brackets a forward pass of `q_len` new tokens behind each of `rows`."""
-        return SlotForward(self, rows, q_len)
+    def forward(self, rows: Sequence[int], q_len: int, batch: int | None = None) -> "SlotForward":
+        """`with slots.forward(rows, q_len):` brackets a forward pass of `q_len` new tokens behind each of `rows`.
+
+        batch: rows that the input has, of which those behind `rows` are skipped: a step of that size, which may be compiled.
+        None: as many as `rows`.
+        """
+        return SlotForward(self, rows, q_len, batch)
 
     def check(self) -> None:
         """Raises RuntimeError unless what is noted here is what buffers and devices have. Waits for the device."""
@@ -128,9 +193,13 @@ class SlotForward(Forward):
     fails leaves other rows as they were, and its own to be released.
     """
 
-    def __init__(self, slots: Slots, rows: Sequence[int], q_len: int):
-        super().__init__(slots.cache, len(rows), q_len)
-        self.slots, self.rows, self.index = slots, np.asarray(rows, dtype=np.int32), {}
+    def __init__(self, slots: Slots, rows: Sequence[int], q_len: int, batch: int | None = None):
+        super().__init__(slots.cache, len(rows) if batch is None else batch, q_len)
+        self.slots, self.rows, self.is_fixed = slots, np.asarray(rows, dtype=np.int32), batch is not None
+
+    @property
+    def is_step(self) -> bool:
+        return self.is_fixed
 
     @locked
     def __enter__(self) -> "SlotForward":
@@ -138,7 +207,9 @@ class SlotForward(Forward):
         state.check()
         if not rows or len({*rows}) < len(rows) or not all(0 <= row < state.batch for row in rows):
             raise ValueError(f"a forward takes distinct rows of 0 to {state.batch - 1}, got {rows}")
-        if self.total < 1 or (len(rows) > 1 and self.total > ops.MAX_DECODE_QUERIES):
+        if self.batch < len(rows):
+            raise ValueError(f"a step of {self.batch} rows cannot be over {len(rows)}")
+        if self.total < 1 or (self.batch > 1 and self.total > ops.MAX_DECODE_QUERIES):
             raise ValueError(
                 f"a forward over {len(rows)} rows takes 1 to {ops.MAX_DECODE_QUERIES} tokens of each, got {self.total}; "
                 "longer ones take a row at a time"
@@ -169,24 +240,28 @@ class SlotForward(Forward):
 
     @in_normal_mode
     def _chunk(self, device: torch.device) -> Chunk:
-        chunk = Chunk(self.state.lengths_on(device), None, self.state.workspace(device), cache_rows=self._index_on(device))
-        if len(self.rows) > 1:
+        chunk = Chunk(self.state.lengths_on(device), None, self.state.workspace(device), cache_rows=self.rows_on(device))
+        if self.batch > 1 or self.is_fixed:
             return chunk._replace(decodes=True)
         row = int(self.rows[0])
         past = int(self.before.held[row])
         return chunk._replace(row=row, past=past, started=past > 0)
 
-    def _index_on(self, device: torch.device) -> Tensor:
-        """[batch] int32, the rows."""
-        self.index = self.index or {device: to_device(self.rows, device)}
-        return copy_on(self.index, device)
+    @in_normal_mode
+    def rows_on(self, device: torch.device) -> Tensor:
+        """[batch] int32, the rows, and -1 for those to skip: one tensor as long as they are the same."""
+        rows = [*self.rows.tolist(), *[-1] * (self.batch - len(self.rows))]
+        if self.slots.latest[0] != rows:
+            self.slots.latest = rows, {device: to_device(np.array(rows, dtype=np.int32), device)}
+        return copy_on(self.slots.latest[1], device)
 
     @in_normal_mode
     def _commit(self, last: bool) -> None:
         """Advances the lengths."""
         state = self.state
         for device, lengths in state.seq_lens.items():
-            lengths.index_add_(1, self._index_on(device), lengths.new_full((len(lengths), self.batch), self.total))
+            index = self.rows_on(device)[: len(self.rows)]
+            lengths.index_add_(1, index, lengths.new_full((len(lengths), len(index)), self.total))
         state.rows, state.forward = self.after, None
 
     def roll_back(self) -> None:

@@ -1,5 +1,6 @@
 """CacheState: what all layers of a ZigzagCache share, tokens held per row above all, on the device with a host mirror."""
 
+import copy
 import functools
 import threading
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ class CacheState:
         self.sink = sink  # of the plan
         self.sources = sources  # of the model's layers, see `kv_sources`: the layers of the cache that they attend
         self.last_readers = {source: layer for layer, source in enumerate(sources)}
+        self.expected: int | None = None  # tokens that the model was made for, if its config says so
         self.made_for = None  # plan, name and geometry of the model, and geometries of its layers
         self.num_forwards = 0
         self.prompt_end = 0  # columns of a prompt that comes in several forwards
@@ -183,18 +185,35 @@ class CacheState:
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
+        """Row i becomes what row index[i] was; as many rows as before, and lengths where they are."""
+        chosen = self.with_rows(index)
         for device, lengths in self.seq_lens.items():
-            chosen = lengths.index_select(1, index.to(device))
-            self.seq_lens[device] = lengths.copy_(chosen) if len(index) == self.batch else chosen
-        self.tokens.select_rows(index)
-        self.observed = {layer: each.select_rows(index) for layer, each in self.observed.items()}
+            lengths.copy_(chosen["seq_lens"][device])
+        vars(self).update(chosen, seq_lens=self.seq_lens, addresses=self.addresses)
+
+    def take(self, chosen: dict) -> None:
+        """Holds what `with_rows` has made."""
+        vars(self).update(chosen)
+
+    @in_normal_mode
+    def with_rows(self, index: Tensor) -> dict:
+        """What is known of other rows, of which row i is what row index[i] is, by attribute."""
+        tokens = copy.copy(self.tokens)
+        tokens.select_rows(index)
         known = not index.is_cuda or self.rows.ragged or (self.left_out != self.left_out[:, :1]).any()
         host = index.cpu().numpy() if known else None  # else this would wait for the GPU
-        self.rows = self.rows.select(host, len(index))
-        self.left_out = self.left_out[:, np.zeros(len(index), dtype=np.int64) if host is None else host]
-        if len(index) != self.batch:
-            self.batch = len(index)
-            self.addresses = Addresses()
+        rows = self.rows.select(host, len(index))
+        tokens.cut(rows.columns)  # where the longest row goes
+        return {
+            "seq_lens": {device: lengths.index_select(1, index.to(device)) for device, lengths in self.seq_lens.items()},
+            "tokens": tokens,
+            "observed": {layer: each.select_rows(index) for layer, each in self.observed.items()},
+            "rows": rows,
+            "prompt_end": min(self.prompt_end, rows.columns),
+            "left_out": self.left_out[:, np.zeros(len(index), dtype=np.int64) if host is None else host],
+            "batch": len(index),
+            "addresses": Addresses(),
+        }
 
 
 def check_lengths(max_len, rollback) -> tuple[int | None, int]:

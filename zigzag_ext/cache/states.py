@@ -7,6 +7,7 @@ whether the states are those of its rows, rows are selected in place, and a stat
 import inspect
 from typing import TYPE_CHECKING
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import cache_utils
@@ -130,12 +131,25 @@ class StateLayer(_Plain if SERVED else object):
 
     @in_normal_mode
     def select_rows(self, index: Tensor) -> None:
-        """Row i becomes what row index[i] was. In place while the batch stays the same, so that addresses do not change."""
-        for states in (self._conv_states, self._recurrent_states):
-            for number, tensor in states.items():
+        """Row i becomes what row index[i] was; as many rows as before, in place, so that addresses do not change."""
+        for states, chosen in zip((self._conv_states, self._recurrent_states), self.with_rows(index), strict=True):
+            for number, tensor in chosen.items():
                 if tensor is not None:
-                    chosen = tensor.index_select(0, index.to(tensor.device))
-                    states[number] = tensor.copy_(chosen) if len(index) == len(tensor) else chosen
+                    states[number].copy_(tensor)
+
+    @in_normal_mode
+    def with_rows(self, index: Tensor) -> tuple[dict, dict]:
+        """What `take` then exchanges for what there is: row i has what row index[i] has, for another number of rows."""
+        chosen = lambda t: None if t is None else t.index_select(0, index.to(t.device))  # noqa: E731
+        both = self._conv_states, self._recurrent_states
+        return tuple({number: chosen(tensor) for number, tensor in states.items()} for states in both)
+
+    def take(self, states: tuple[dict, dict]) -> None:
+        self._conv_states, self._recurrent_states = states
+
+    def memory_with_rows(self, batch: int) -> list[tuple[torch.device, int]]:
+        """Bytes of memory that `with_rows` takes for `batch` rows, and where."""
+        return [(tensor.device, tensor.nbytes // len(tensor) * batch) for tensor in self.tensors.values()]
 
     @in_normal_mode
     def restore(self, tensors: dict[str, Tensor]) -> None:

@@ -46,7 +46,8 @@ def _pieces(header: bytes, ordered: list[tuple[str, list[Tensor]]]) -> Iterator[
     yield header
     for view in (view for _, views in ordered for view in views):
         if view.numel():
-            yield memoryview(view.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            flat = view.cpu().contiguous().as_strided((view.numel(),), (1,))  # one element is contiguous with any stride
+            yield memoryview(flat.view(torch.uint8).numpy())
 
 
 class TensorFile:

@@ -1,5 +1,7 @@
 """HeldTokens: which token stands in each column of a cache, and what masks of short forwards got wrong, without waiting."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from ..attention.store import in_normal_mode
 from .rows import Rows
 
-SKIPPED, UNKNOWN = -1, -2  # in the place of an id: a column that the row left out; a token that came as an embedding
+SKIPPED, UNKNOWN = -1, -2  # in the place of an id: a column that the row left out; a token of which nothing is known
 _CHANGED, _SKIPPED_AHEAD, _SKIPPED_ALONE = 1, 2, 3
 _ERRORS = {
     _CHANGED: "attention_mask masks other tokens than those the cache left out before: start from an empty cache",
@@ -18,7 +20,8 @@ _ERRORS = {
 
 
 class HeldTokens:
-    """ids [batch, columns] int32 on the device, with room to grow: SKIPPED or UNKNOWN where there is none.
+    """ids [batch, columns] int32 on the device, with room to grow: SKIPPED or UNKNOWN where there is none, and for tokens that
+    came as embeddings their `fingerprints`, which are less.
 
     images_end: columns up to the end of the latest forward with images, whose tokens have the ids of any other image's. deltas:
     [batch, 1], of a model with M-RoPE: how far the next position is from the number of tokens (`rope_deltas`).
@@ -36,7 +39,7 @@ class HeldTokens:
 
     @in_normal_mode
     def note(self, ids: Tensor | None, hidden: Tensor | None, batch: int, q_len: int, device: torch.device, start: int) -> None:
-        """Columns from `start` on are `ids` [batch, q_len], None if they came as embeddings, less those of `hidden`, likewise."""
+        """Columns from `start` on are `ids` [batch, q_len], None if nobody knows them, less those of `hidden`, likewise."""
         self._make_room(batch, start + q_len, device)
         place = self.ids[:, start : start + q_len]
         if ids is None:
@@ -98,12 +101,15 @@ class HeldTokens:
         if self.deltas is not None:
             self.deltas = self.deltas.index_select(0, index.to(self.deltas.device))
 
-    def first_difference(self, ids: Tensor, mask: Tensor | None, images: bool = False) -> int:
+    def first_difference(
+        self, ids: Tensor, mask: Tensor | None, images: bool = False, print_of: Callable[[Tensor], Tensor] | None = None
+    ) -> int:
         """The first column in which `ids` [batch, n] has another token than is held, or none; waits for the device.
 
-        Columns of `mask` [batch, n] that are 0, those that a row left out, and tokens that came as embeddings match anything.
-        images: whether the call brings images. Raises ValueError if it does, or if a prompt with images is held and the call does
-        not begin with all of that: ids do not tell which images they stand for.
+        Columns of `mask` [batch, n] that are 0, those that a row left out, and unknown tokens match anything. images: whether the
+        call brings images. print_of(ids): fingerprints of the embeddings of these tokens, by which all are compared where some
+        came as embeddings. Raises ValueError if the call brings images, or if a prompt with images is held and the call does not
+        begin with all of that: ids do not tell which images they stand for.
         """
         n = min(ids.shape[1], self.columns)
         if images and self.columns:
@@ -111,7 +117,7 @@ class HeldTokens:
                 f"the ZigzagCache holds {self.columns} tokens and the call brings images, which token ids do not tell apart: "
                 "call reset() before, and give the whole conversation with all of its images"
             )
-        same = self._first_difference(ids, mask, n)
+        same = self._first_difference(ids, mask, n, print_of)
         if same < self.images_end:
             raise ValueError(
                 f"the ZigzagCache holds a prompt with images of {self.images_end} tokens, and the call begins with the first "
@@ -119,11 +125,13 @@ class HeldTokens:
             )
         return same
 
-    def _first_difference(self, ids: Tensor, mask: Tensor | None, n: int) -> int:
+    def _first_difference(self, ids: Tensor, mask: Tensor | None, n: int, print_of: Callable[[Tensor], Tensor] | None) -> int:
         if self.ids is None or not n:
             return n
         held = self.ids[:, :n]
         ids = ids[:, :n].to(held.device)
+        if print_of is not None and bool(((held < UNKNOWN) | (ids < UNKNOWN)).any()):
+            held, ids = (torch.where(t < 0, t.int(), print_of(t.clamp(min=0))) for t in (held, ids))
         differs = (held != ids) & (held != UNKNOWN) & (held != SKIPPED)
         if mask is not None:
             differs &= mask[:, :n].to(held.device) != 0

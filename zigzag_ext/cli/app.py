@@ -53,6 +53,9 @@ Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 DeviceMap = Annotated[
     str | None, typer.Option(help="Spread the layers over all GPUs: auto, balanced or sequential (needs accelerate).")
 ]
+TensorParallel = Annotated[
+    bool, typer.Option("--tp", help="Share heads and weights out over the processes that torchrun has started, a GPU for each.")
+]
 # A long path stays one line, whatever the width of the terminal, and what a file's name or content says is never markup.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 

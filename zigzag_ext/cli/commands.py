@@ -22,6 +22,7 @@ from .app import (
     KeySmoothing,
     KvFormat,
     RingKvFormat,
+    TensorParallel,
     app,
     console,
     one_line_errors,
@@ -182,16 +183,19 @@ def generate(
     ] = False,
     device: Device = "auto",
     device_map: DeviceMap = None,
+    tp: TensorParallel = False,
     dtype: Dtype = "auto",
 ) -> None:
     """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
     quiet_transformers()
     from ..cache import ZigzagCache
-    from .checks import check_options, check_saved, plans_for
+    from .checks import check_options, check_saved, check_shared_out, end_together, plans_for
     from .compression import method_of
     from .timing import generate as timed
 
     check_options(device, dtype, device_map, speculate, save_cache)
+    if tp:
+        check_shared_out(model, device, device_map, prompt, {"--save-cache": save_cache, "--load-cache": load_cache})
     method = method_of(compress, compress_method, compress_window, compress_observe)
     text = prompt if prompt is not None else sys.stdin.read()
     if not text:
@@ -202,25 +206,32 @@ def generate(
         check_saved(load_cache, model, dict(zip(names, (plan, *formats, chunk, compress), strict=True)))
     else:
         chosen = plans_for(model, {"": plan}, formats)[""]
-    network, tokenizer = load(model, device, dtype, device_map)
+    network, tokenizer = load(model, device, dtype, device_map, tp)
     cache = ZigzagCache.load(load_cache, network) if load_cache else None
     chosen = cache.state.made_for[0] if cache else chosen
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-    options = {"prefill_chunk_size": chunk} if chunk else {}
+    options, is_first = {"prefill_chunk_size": chunk} if chunk else {}, not tp or os.environ["RANK"] == "0"
     if temperature:
         options |= {"do_sample": True, "temperature": temperature}
     result = timed(
-        network, tokenizer, text, chosen, max_new_tokens, show, draft=speculate, compile=compile, compress=method, cache=cache,
-        save=save_cache, special_tokens=not chat and cache is None, **options,
+        network, tokenizer, text, chosen, max_new_tokens, show if is_first else None, draft=speculate, compile=compile,
+        compress=method, cache=cache, save=save_cache, special_tokens=not chat and cache is None, **options,
     )  # fmt: skip
+    if tp:
+        end_together()
+    if is_first:
+        print(_account(result, chosen, save_cache), file=sys.stderr)
+
+
+def _account(result, plan, written: Path | None) -> str:
+    """What a generation cost."""
     speed = f", {1 / result.seconds_per_token:.1f} tokens/s" if result.new_tokens > 1 else ""
-    print(
+    return (
         f"\n\nprompt {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s; {result.new_tokens} new tokens{speed}; "
-        f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{result.cache_report}\n{chosen!r}"
+        f"KV cache {result.cache_bytes / _MIB:.1f} MiB\n{result.cache_report}\n{plan!r}"
         + ("" if result.speculation is None else f"\n{result.speculation}")
-        + (f"\nwrote {save_cache}" if save_cache else ""),
-        file=sys.stderr,
+        + (f"\nwrote {written}" if written else "")
     )
 
 

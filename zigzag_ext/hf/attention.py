@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
-from ..attention.store import LogitTerms
+from ..attention.chunk import LogitTerms
 from ..cache.attending import current
 from .cache_argument import tested_range
 

@@ -14,6 +14,7 @@ from ..planning.layers import geometries, text_config
 from ..planning.plan import token_count
 from .images import deltas_holder, tensors_in
 from .own_config import is_composite
+from .ranks import Ranks
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
 MAX_CHUNK = 8192  # tokens, over all rows: matrix products with as many rows fill a GPU; 1.5 GB of activations in Llama-3-8B
@@ -112,6 +113,7 @@ def automatic_chunk(model: nn.Module, cache, batch: int) -> int:
 
     At most MAX_CHUNK over all rows, at least MIN_CHUNK. The activations of a layer's widest point, per token: about eight
     tensors of the hidden size (residual, norm, q, k, v, rotated q and k, attention output) and four of the MLP's inner size.
+    Ranks that share the model out take the least of theirs.
     """
     config, element = text_config(model.config), model.dtype.itemsize
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -126,5 +128,7 @@ def automatic_chunk(model: nn.Module, cache, batch: int) -> int:
     )
     free = min(free_bytes(device) for device in {parameter.device for parameter in model.parameters()}) - pending
     fits = max(int(free * _MEMORY_SHARE / token_bytes), 1)
+    if (ranks := Ranks.of(model)) is not None:
+        fits = ranks.least(fits)
     tokens = 1 << (min(fits, MAX_CHUNK) // batch or 1).bit_length() - 1
     return max(tokens, MIN_CHUNK)

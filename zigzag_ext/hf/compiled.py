@@ -7,7 +7,7 @@ records anew for every other cache, outputs that stay valid, and no guards to ev
 
 import types
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -22,7 +22,7 @@ from ..cache.forward import Forward
 from ..planning.waiting import waiting
 from .cache_argument import cache_argument, split_cache
 from .fuse_rope import fuse_rope
-from .own_config import plain_name
+from .ranks import Ranks, local_tensors
 from .step_cache import StepCache
 
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -40,6 +40,7 @@ class CompiledDecoding:
         self.spare: list[tuple] = []  # memory of the last cache that is gone
         self.model_is: tuple | None = None  # its fingerprint, as of `last`
         self.last: tuple | None = None  # the cache's addresses and number of the latest forward that was a compiled step
+        self.ranks, self.last_step = Ranks.of(model), None  # last_step: a reference to the latest that ran
 
     def new_cache(self, plan, options: dict) -> ZigzagCache:
         """An empty cache, on the memory of the last one that is gone if it fits: what was compiled on it goes on serving."""
@@ -48,7 +49,11 @@ class CompiledDecoding:
             cache = ZigzagCache.on_memory_of(*self.spare.pop())
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-        if cache is None or not cache.lives_on(model.device, dtype) or cache.rollback < options["rollback"]:
+        fits = cache is not None and cache.lives_on(model.device, dtype) and cache.rollback >= options["rollback"]
+        # When a cache is gone is up to Python's collector. All ranks must find room for as many tokens, or they grow one by one.
+        if self.ranks is not None and not self.ranks.same(cache.state.capacity if fits else -1):
+            fits = False
+        if not fits:
             cache = ZigzagCache(model.config, plan, **options)
         weakref.finalize(cache, _keep_spare, self.spare, cache.memory).atexit = False
         return cache
@@ -62,7 +67,7 @@ class CompiledDecoding:
         step = self._step(cache, kind, inputs, lambda: StepCache.of(forward))
         with forward.attending_all():
             step.view.refresh(forward)
-            output = step(inputs, self._fingerprint(cache, forward.state.num_forwards - 1))
+            output = step(inputs, self._model_for(step, cache, forward.state.num_forwards - 1), self._beside(cache))
             step.view.advance()
         return tree_map(lambda leaf: cache if leaf is step.view else step.to_caller(leaf), output)
 
@@ -71,7 +76,11 @@ class CompiledDecoding:
         step = self._step(cache, (1, view.through, False), inputs, lambda: view)
         if step.view is not view:
             raise ValueError("a cache is drafted on through one view for each sink and window")
-        return step.to_caller(step(inputs, self._fingerprint(cache, cache.state.num_forwards)).logits[:, -1])
+        model_is = self._model_for(step, cache, cache.state.num_forwards)
+        return step.to_caller(step(inputs, model_is, self._beside(cache)).logits[:, -1])
+
+    def _beside(self, cache: ZigzagCache) -> Iterable["_Step"]:
+        return self.steps[cache.addresses].values()
 
     @in_normal_mode
     def _step(self, cache: ZigzagCache, kind: tuple, inputs: dict, view: Callable[[], StepCache]) -> "_Step":
@@ -96,14 +105,26 @@ class CompiledDecoding:
             self.compiled[kind] = torch.compile(own, fullgraph=True, backend=_Backend(options))
         return self.compiled[kind]
 
-    def _fingerprint(self, cache: ZigzagCache, before: int) -> tuple | None:
-        """Of the model, looked at again unless the forward `before` this step was a compiled one; None on a CPU."""
-        if cache.attention_layers[0].device.type != "cuda":
+    def _model_for(self, step: "_Step", cache: ZigzagCache, before: int) -> tuple | None:
+        """The model's fingerprint, looked at again unless the forward `before` this step was a compiled one; None on a CPU.
+
+        A capture runs the step once more. Ranks that share the model out must all do so where one has to: the step of each then
+        counts as never captured. They ask one another where one of them may have to, not for a step that follows itself.
+        """
+        if not self._captures(cache):
             return None
-        if self.last != (weakref.ref(cache.addresses), before):
-            self.model_is = _fingerprint(self.model)
-        self.last = weakref.ref(cache.addresses), cache.state.num_forwards
+        is_first = self.last != (weakref.ref(cache.addresses), before)
+        if is_first:
+            self.model_is = fingerprint(self.model)
+        asks = self.ranks is not None and (is_first or self.last_step is None or self.last_step() is not step)
+        if asks and self.ranks.any(step.captured_on != self.model_is):
+            step.captured_on = None
+        self.last, self.last_step = (weakref.ref(cache.addresses), cache.state.num_forwards), weakref.ref(step)
         return self.model_is
+
+    @staticmethod
+    def _captures(cache: ZigzagCache) -> bool:
+        return cache.attention_layers[0].device.type == "cuda"
 
 
 class _Backend:
@@ -135,18 +156,21 @@ class _Step:
             if isinstance(value, Tensor)
         }
         self.inputs = inputs | self.tensors | cache_argument(model, self.view)
-        self.graph = self.output = self.captured_on = None
+        self.graph = self.output = self.captured_on = self.stream = None
         self.has_run = False
 
     @torch.no_grad()
-    def __call__(self, inputs: dict, model_is: tuple | None):
-        """The model's output, on a GPU at the addresses of the graph. model_is: the model's fingerprint; None on a CPU."""
+    def __call__(self, inputs: dict, model_is: tuple | None, beside: Iterable["_Step"]):
+        """The model's output, on a GPU at the addresses of the graph.
+
+        model_is: the model's fingerprint; None on a CPU. beside: all steps on the same cache, of which one at a time runs.
+        """
         for name, static in self.tensors.items():
             static.copy_(inputs[name])
         if model_is is None:
             return self._run()
         if self.captured_on != model_is:
-            self._capture()
+            self._capture(beside)
             self.captured_on = model_is
         self.graph.replay()
         return self.output
@@ -158,24 +182,26 @@ class _Step:
     def _run(self):
         told = nullcontext() if self.has_run else waiting("compiling the decode step, once; seconds to minutes")
         try:
-            with told, attending(self.view), plain_name(self.model):
+            with told, attending(self.view):
                 output = self.compiled(self.inputs)
         except TorchDynamoException as error:
             name = type(self.model).__name__
-            raise RuntimeError(f"{name} cannot decode as one compiled graph; enable it without compile=True. {error}") from error
+            raise RuntimeError(f"{name} cannot decode as one compiled graph; give compile=False instead. {error}") from error
         self.has_run = True
         return output
 
-    def _capture(self) -> None:
+    def _capture(self, beside: Iterable["_Step"]) -> None:
+        """Into the memory that the graphs beside it have: a graph needs nothing between its replays but where its output is."""
         self.graph = self.output = self.captured_on = None
-        device = self.view.device
-        graph, stream, caller = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        device, other = self.view.device, next((step for step in beside if step.graph is not None), None)
+        self.stream, pool = (torch.cuda.Stream(device), None) if other is None else (other.stream, other.graph.pool())
+        graph, stream, caller = torch.cuda.CUDAGraph(), self.stream, torch.cuda.current_stream(device)
         # Compiles and loads what a capture must not. Running the step twice is harmless: it appends at the lengths it is given.
         stream.wait_stream(caller)
         with torch.cuda.stream(stream), self.view.states_kept():
             self._run()
         caller.wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.output = self._run()
         self.graph = graph
 
@@ -213,7 +239,7 @@ def _signature(inputs: dict, device: str) -> tuple:
     return given, autocast
 
 
-def _fingerprint(model: nn.Module) -> tuple:
+def fingerprint(model: nn.Module) -> tuple:
     """Changes when weights move or modules are exchanged, which a captured graph would not notice."""
-    tensors = tuple(t.data_ptr() for group in (model.parameters(), model.buffers()) for t in group)
+    tensors = tuple(local.data_ptr() for _, local in local_tensors(model))
     return tensors, tuple((id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in model.modules())

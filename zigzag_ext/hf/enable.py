@@ -6,6 +6,7 @@ No code of transformers is replaced. The attention and mask functions are regist
 
 import functools
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -21,7 +22,8 @@ from .cache_argument import cache_parameter, warn_if_untested
 from .chunking import check_chunk
 from .compiled import check_compilable
 from .families import check_family, check_smoothing
-from .own_config import use_former, use_zigzag
+from .own_config import exchange_configs, use_former, use_zigzag
+from .ranks import Ranks
 from .session import Session, session_of
 
 
@@ -66,6 +68,8 @@ def enable(
     `cache=ZigzagCache(model.config, plan, max_len)` to keep a cache; its plan then wins. (`past_key_values=` means the same.)
     Behind a prompt with images a kept cache goes on with what begins with all of that prompt, its images left out of the call;
     `reset()` it for others. Where the tokens of one image see each other (Gemma 3), a prompt with images raises ValueError.
+    Under tensor parallelism (`tp_plan="auto"`, a process for each GPU, all running one program) all of them choose the same
+    tokens: random numbers, and what stopping criteria say, are those of the first one.
     Inference only. Tested with transformers 5.4 to 5.24; a newer one is warned of once.
 
     With `compile=True` the first step compiles, which takes from seconds to minutes; after that a step costs the host almost
@@ -84,7 +88,8 @@ def enable(
         ValueError: layer counts or native windows differ, or layers, KV heads or head_dim from those that the plan was made for;
             `max_len` or `prefill_chunk` < 1, the dtype or a format is not supported, `key_smoothing` without quantised keys, or
             the family cannot be computed exactly (chunked or latent attention, states in caches of the family's own, encoders,
-            unsupported head_dim or group size, key_smoothing with soft caps or learned sinks). With `compile`: several devices,
+            unsupported head_dim or group size, key_smoothing with soft caps or learned sinks). Under tensor
+            parallelism: `compress` with per_head=False. With `compile`: several devices,
             or RoPE whose frequencies follow the length ("dynamic", "longrope").
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
             forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
@@ -110,12 +115,22 @@ def enable(
         check_compilable(model)
     plan = plan_for(model.config, plan).with_formats(kv_format, ring_kv_format, key_smoothing)
     check_smoothing(model, plan)
+    if (ranks := Ranks.of(model)) is not None:
+        ranks.check_compression(compress)
     cache_options = {"max_len": max_len, "rollback": rollback, "compress": compress}
     ZigzagCache(model.config, plan, **cache_options)
     if other_model(plan.origin, origin := origin_of(model.config)):
         _warn_of_other_model(plan.origin["model"], origin["model"])
-    use_zigzag(given, model)
-    Session(model, plan, cache_options, prefill_chunk, compile)
+    undo: dict = {}
+    try:
+        use_zigzag(given, model, undo)
+        Session(model, plan, cache_options, prefill_chunk, compile)
+    except BaseException:
+        if (session := session_of(model)) is not None:
+            session.remove()
+            session.close()
+        exchange_configs(given, undo, {})
+        raise
     return given
 
 
@@ -133,6 +148,7 @@ def disable(model: nn.Module) -> nn.Module:
         raise RuntimeError("zigzag attention is not enabled on this model")
     session.remove()
     use_former(inner)
+    session.close()  # last: until then an interrupted `disable` may be called again
     return model
 
 
@@ -154,8 +170,23 @@ def served_model(model: nn.Module) -> nn.Module:
 @contextmanager
 def zigzag(model: nn.Module, plan: Plan | None = None, **options):
     """`with zigzag(model, plan): model.generate(...)`: `enable` at the start, `disable` at the end. Options as in `enable`."""
-    enable(model, plan, **options)
-    try:
+    with given_back(model):
+        enable(model, plan, **options)
         yield model
-    finally:
         disable(model)
+
+
+@contextmanager
+def given_back(model: nn.Module) -> Iterator[None]:
+    """Of a model that the block enables: whatever fails in the block, an interrupt included, disables it."""
+    former = _session(model)
+    try:
+        yield
+    except BaseException:
+        if _session(model) is not former:
+            disable(model)
+        raise
+
+
+def _session(model) -> Session | None:
+    return session_of(served_model(model)) if isinstance(model, nn.Module) else None

@@ -5,19 +5,13 @@ through this package. Of a composite model the text decoder's config says so; it
 """
 
 import copy
-import threading
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import nn
+from torch.utils import _pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..planning.layers import text_config
 from .attention import NAME
-
-_plain: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model: uses of `plain_name` under way, what they stand for
-_plain_lock = threading.Lock()
 
 
 class _Implementation(str):
@@ -33,6 +27,10 @@ class _Implementation(str):
 
     def __reduce_ex__(self, protocol: int):
         return copy.copy, (self.former,)
+
+
+# For the compiler: that of torch 2.11 takes no other subclass of str for a constant.
+_pytree.register_constant(_Implementation)
 
 
 def is_composite(model: nn.Module) -> bool:
@@ -59,21 +57,18 @@ def set_implementation(model: nn.Module, name: str) -> None:
         raise RuntimeError(f"{model.config.model_type} does not take its attention from transformers' AttentionInterface")
 
 
-def use_zigzag(given: nn.Module, model: nn.Module) -> None:
+def use_zigzag(given: nn.Module, model: nn.Module, undo: dict[int, object]) -> None:
     """Gives `model`, and `given`, which is the model or wraps it, a config of their own whose text decoder's says NAME.
 
-    Raises RuntimeError, and changes nothing, if the model does not take its attention from transformers' AttentionInterface.
+    undo: gets what `exchange_configs(given, undo)` undoes it with, whenever it is interrupted. Raises RuntimeError if the model
+    does not take its attention from transformers' AttentionInterface.
     """
     copies: dict = {}
     copy.deepcopy(model.config, copies)
-    shared = _exchange(given, copies)
+    exchange_configs(given, copies, undo)
     own = text_config(model.config)
     former = own._attn_implementation
-    try:
-        set_implementation(model, NAME)
-    except BaseException:
-        _exchange(given, shared)
-        raise
+    set_implementation(model, NAME)
     own._attn_implementation = {"": _Implementation(former)}
 
 
@@ -83,31 +78,10 @@ def use_former(model: nn.Module) -> None:
     set_implementation(model, getattr(implementation, "former", implementation))
 
 
-@contextmanager
-def plain_name(model: nn.Module) -> Iterator[None]:
-    """For the compiler, which takes a str for a constant and none of its subclasses. Threads may overlap."""
-    config = text_config(model.config)
-    with _plain_lock:
-        users, implementation = _plain.get(model, (0, config._attn_implementation))
-        _plain[model] = users + 1, implementation
-        config._attn_implementation = {"": NAME}
-    try:
-        yield
-    finally:
-        with _plain_lock:
-            users, implementation = _plain.pop(model)
-            if users > 1:
-                _plain[model] = users - 1, implementation
-            else:
-                config._attn_implementation = {"": implementation}
-
-
-def _exchange(given: nn.Module, others: dict[int, object]) -> dict[int, object]:
-    """Gives modules the config `others[id(config)]` for theirs, where there is one. Returns what undoes it."""
-    former = {}
+def exchange_configs(given: nn.Module, others: dict[int, object], undo: dict[int, object]) -> None:
+    """Gives modules the config `others[id(config)]` for theirs, where there is one. `undo`: the `others` that undo it."""
     for module in given.modules():
         for name, config in list(vars(module).items()):
             if isinstance(config, PreTrainedConfig) and (other := others.get(id(config))) is not None:
-                former[id(other)] = config
+                undo[id(other)] = config  # beforehand: an interrupt may come between the two
                 setattr(module, name, other)
-    return former

@@ -5,12 +5,16 @@ import functools
 import inspect
 import types
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteriaList
 
 from ..cache import ZigzagCache
 from ..cache.attending import attending
+from ..cache.fingerprints import fingerprints
 from ..cache.forward import Forward
 from ..planning.layers import text_config
 from .cache_argument import cache_parameter, forward_parameters, split_cache
@@ -18,6 +22,7 @@ from .chunking import TOKEN_ARGUMENTS, new_tokens, pieces_of
 from .compiled import CompiledDecoding
 from .images import brings_images, deltas_of, give_deltas
 from .own_config import use_zigzag
+from .ranks import Ranks
 
 _ATTRIBUTE = "_zigzag_session"
 _ENGINE = "zz.Engine serves requests that come and go; or use generate() with a left-padded batch, or disable() before"
@@ -37,6 +42,16 @@ _OPTIONS = {  # of generate(), likewise
 }
 
 
+def _as_of_an_assistant(kwargs: dict) -> dict:
+    """transformers 5.4 asks its assistants for a cache that can be cropped by this name; whether ours can, `rollback` says."""
+    config = kwargs.get("generation_config")
+    if getattr(config, "cache_implementation", None) != "dynamic_full":
+        return kwargs
+    config = copy.copy(config)
+    config.cache_implementation = None
+    return kwargs | {"generation_config": config}
+
+
 def session_of(model: nn.Module) -> "Session | None":
     """The session of an enabled model."""
     return vars(model).get(_ATTRIBUTE)
@@ -48,6 +63,7 @@ class Session:
     def __init__(self, model: nn.Module, plan, cache_options: dict, prefill_chunk: int | str | None, compile: bool):
         self.model, self.plan, self.cache_options = model, plan, cache_options
         self.prefill_chunk, self.compile = prefill_chunk, compile
+        self.ranks = Ranks.of(model)
         self.cache_name = cache_parameter(model)
         self.parameters = tuple(p.name for p in forward_parameters(model) if p.kind is p.POSITIONAL_OR_KEYWORD)
         served = ("forward", "generate")
@@ -64,12 +80,23 @@ class Session:
         return self.replaced.get(name) or types.MethodType(getattr(type(self.model), name), self.model)
 
     def remove(self) -> None:
-        """Gives the model its former methods back. One that was wrapped since then stays, and what it wraps hands on."""
+        """Gives the model its former methods back. One that was wrapped since then stays, and what it wraps hands on.
+
+        May be called again after an interrupt: the model has this session until `close`.
+        """
         self.is_removed, self.compiled = True, None
-        attributes, former = vars(self.model), self._without(vars(self.model))
-        for name in self.attributes.keys() - former.keys():
-            del attributes[name]
-        attributes.update(former)
+        attributes = vars(self.model)
+        for name in self.attributes.keys() - {_ATTRIBUTE}:
+            if attributes.get(name) is not self.attributes[name]:
+                continue
+            if name in self.replaced:
+                attributes[name] = self.replaced[name]
+            else:
+                del attributes[name]
+
+    def close(self) -> None:
+        """Behind `remove`."""
+        vars(self.model).pop(_ATTRIBUTE, None)
 
     def _without(self, state: dict) -> dict:
         """A model's attributes as they are without those that the session put there."""
@@ -88,7 +115,7 @@ class Session:
         function, arguments, state, *_ = self.reduce(4)
         other = memo[id(self.model)] = function(*arguments)
         other.__setstate__(copy.deepcopy(state, memo))
-        use_zigzag(other, other)
+        use_zigzag(other, other, {})
         Session(other, self.plan, self.cache_options, self.prefill_chunk, self.compile)
         return other
 
@@ -97,10 +124,10 @@ class Session:
         self._check_arguments(kwargs)
         cache, kwargs = self._with_cache(kwargs)
         kwargs = self._with_positions(cache, kwargs)
-        noted = (kwargs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
+        noted = kwargs.get("attention_mask"), self._known(kwargs), kwargs.get("position_ids")
         forward = cache.forward(*new_tokens(kwargs), *noted, images=brings_images(kwargs))
         deltas = deltas_of(self.model, cache, kwargs)
-        with self._without_gradients(), deltas, forward, attending(None), attending(forward):
+        with self._without_gradients(), self._together(), deltas, forward, attending(None), attending(forward):
             if self.compiled is not None and forward.decodes:
                 return self.compiled(forward, kwargs)
             *ahead, last = pieces_of(self.model, forward, kwargs, self.prefill_chunk)
@@ -122,13 +149,14 @@ class Session:
     def run(self, forward: Forward, inputs: dict, head: bool = True):
         """A forward in one piece, which is not open yet. Returns the model's output, of its body alone without `head`."""
         inputs = inputs | {self.cache_name: forward.cache}
-        with self._without_gradients(), forward, attending(None), attending(forward):
-            if self.compiled is not None and head:
+        with self._without_gradients(), self._together(), forward, attending(None), attending(forward):
+            if self.compiled is not None and head and forward.is_step:
                 return self.compiled(forward, inputs)
             with forward.piece(forward.total):
                 return (self.behind("forward") if head else self.model.base_model)(**inputs)
 
     def generate(self, *args, **kwargs):
+        kwargs = _as_of_an_assistant(kwargs)
         names = [name for name in inspect.signature(self.behind("generate")).parameters if name != "kwargs"]
         given = dict(zip(names, args, strict=False)) | kwargs
         configs = [given.get("generation_config"), self.model.generation_config]
@@ -142,20 +170,53 @@ class Session:
             if given.get(name) is not None:
                 where = "give it to zz.speculate(streamer=...)" if name == "streamer" else "leave one of them out"
                 raise ValueError(f"generate() does not hand its {name} to custom_generate: {where}")
+        if self.ranks is not None:
+            args, kwargs = (), self._alike(given, wanted)
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if ids is not None:
             _check_tokens("input_ids", ids, 2)
+        if given.get("inputs_embeds") is not None:
+            _check_tokens("inputs_embeds", given["inputs_embeds"], 3)
         cache, kwargs = split_cache(kwargs)
         if cache is None and (wanted("use_cache") is not False or given.get("inputs_embeds") is not None):  # these need one
             cache = self.new_cache(rollback=getattr(own_loop, "rollback", 0))
-        elif isinstance(cache, ZigzagCache) and ids is not None and not wanted("prefill_chunk_size"):
-            cache.keep_first(ids, given.get("attention_mask"), brings_images(given))
-            if cache.get_seq_length():
-                give_deltas(self.model, cache, max(1, cache.state.batch // len(ids)))
+        elif isinstance(cache, ZigzagCache) and not wanted("prefill_chunk_size"):
+            self._keep_first(cache, self._known(given | {"input_ids": ids}), given)
         if isinstance(cache, ZigzagCache):
             cache.state.prompt_end = ids.shape[1] if ids is not None and wanted("prefill_chunk_size") else 0
         kwargs |= {} if cache is None else {self.cache_name: cache}
         return self.behind("generate")(*args, **kwargs)
+
+    def _keep_first(self, cache: ZigzagCache, tokens: Tensor | None, given: dict) -> None:
+        """Prepares a cache for a generate() of the whole conversation `tokens` [batch, n], as `_known` tells them."""
+        if tokens is None:
+            return
+        cache.keep_first(tokens, given.get("attention_mask"), brings_images(given), self._print_of)
+        if cache.get_seq_length():
+            give_deltas(self.model, cache, max(1, cache.state.batch // len(tokens)))
+
+    def _known(self, arguments: dict) -> Tensor | None:
+        """[batch, n], by which the tokens of a call are told: their ids, or fingerprints if they come as embeddings."""
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is None:
+            return arguments.get("input_ids")
+        return fingerprints(embeddings.to(self.model.dtype))
+
+    def _print_of(self, ids: Tensor) -> Tensor:
+        embed = self.model.get_input_embeddings()
+        with torch.no_grad():
+            return fingerprints(embed(ids.to(next(embed.parameters()).device))).to(ids.device)
+
+    def _alike(self, given: dict, wanted: Callable) -> dict:
+        """The arguments of generate() with which all ranks choose the same tokens and stop together, by name."""
+        if (seconds := wanted("max_time")) is not None:
+            raise ValueError(
+                f"max_time={seconds!r}: processes that share a model out have clocks of their own, and would stop one by one; "
+                f"give stopping_criteria=[MaxTimeCriteria({seconds!r})], of which the first one's answer is taken by all"
+            )
+        self.ranks.draw_alike()
+        criteria = [self.ranks.criterion(each) for each in given.get("stopping_criteria") or ()]
+        return given | ({"stopping_criteria": StoppingCriteriaList(criteria)} if criteria else {})
 
     def new_cache(self, rollback: int = 0) -> ZigzagCache:
         """An empty cache that can take back at least `rollback` tokens."""
@@ -207,6 +268,8 @@ class Session:
                 f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}: pass "
                 f"{self.cache_name}=zz.ZigzagCache(model.config, plan), or the one that the first forward returns"
             )
+        if self.ranks is not None:
+            self.ranks.check_compression(given.state.compression)
         layers = len(given.state.sources)
         if layers != config.num_hidden_layers:
             raise ValueError(f"the ZigzagCache is for {layers} layers, the model has {config.num_hidden_layers}")
@@ -218,6 +281,9 @@ class Session:
             return kwargs
         columns, tokens = cache.state.columns, next(kwargs[name] for name in TOKEN_ARGUMENTS if kwargs.get(name) is not None)
         return kwargs | {"position_ids": torch.arange(columns, columns + tokens.shape[1], device=tokens.device)[None]}
+
+    def _together(self):
+        return nullcontext() if self.ranks is None else self.ranks.together()
 
     def _without_gradients(self):
         """no_grad, and one warning where gradients would have been recorded."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..attention.store import Chunk, LogitTerms, attend
+from ..attention.chunk import Chunk, LogitTerms
+from ..attention.store import attend
 from ..cache import ZigzagCache
 from ..cache.forward import Forward
 from ..cache.layer import ZigzagLayer
@@ -68,13 +69,21 @@ class HybridStepLayer(StepLayer, WithStates):
 class StepCache(Cache):
     """The buffers of a cache, after its first forward. `refresh` goes before a step, `advance` behind it.
 
-    seq_lens, pad: [batch] int32 each on the device, what the steps read, see `Chunk`. through: sink and window that retrieval
-    layers are read through; None: in full.
+    seq_lens, pad, rows: [batch] int32 each on the device, what the steps read: see `Chunk`, whose cache_rows `rows` are. through:
+    sink and window that retrieval layers are read through; None: in full.
     """
 
-    def __init__(self, cache: ZigzagCache, seq_lens: tuple[Tensor, ...], pad: Tensor, through: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        cache: ZigzagCache,
+        seq_lens: tuple[Tensor, ...],
+        pad: Tensor | None,
+        through: tuple[int, int] | None = None,
+        rows: Tensor | None = None,
+    ):
         self.device, self.through = cache.attention_layers[0].device, through
-        self.shared = shared = _Shared(Chunk(seq_lens, pad, cache.state.workspace(self.device), decodes=True))
+        chunk = Chunk(seq_lens, pad, cache.state.workspace(self.device), decodes=True, cache_rows=rows)
+        self.shared = shared = _Shared(chunk)
 
         def step_layer(layer: ZigzagLayer | StateLayer):
             if isinstance(layer, StateLayer):
@@ -86,6 +95,7 @@ class StepCache(Cache):
         self.sources, self.is_last = cache.state.sources, [cache.state.is_last(i) for i in range(len(cache.state.sources))]
         self.shared_layers: dict = {}  # where Gemma 3n in transformers 5.4 puts the keys that later layers read
         self.num_columns = 0  # what `columns` is on the device, UNKNOWN while it changes
+        self.rows: Tensor | None = None  # what the rows were copied from
 
     @classmethod
     def of(cls, forward: Forward) -> "StepCache":
@@ -95,7 +105,9 @@ class StepCache(Cache):
         leaves a mask of ones out, or does not.
         """
         cache, device = forward.cache, forward.cache.attention_layers[0].device
-        lengths, padding = forward.state.lengths_on(device), forward.pad_on(device)
+        lengths, padding, rows = forward.state.lengths_on(device), forward.pad_on(device), forward.rows_on(device)
+        if rows is not None:
+            return cls(cache, lengths, None, rows=rows.clone())
         return cls(cache, lengths, torch.zeros_like(lengths[0]) if padding is None else padding)
 
     def was_given(self, layer: int) -> bool:
@@ -110,6 +122,9 @@ class StepCache(Cache):
     def refresh(self, forward: Forward) -> None:
         """Copies in what the forward under way has noted. A step that follows another finds all of it in place."""
         shared, padding, columns = self.shared, forward.pad_on(self.device), forward.columns
+        if (rows := forward.rows_on(self.device)) is not self.rows:
+            shared.chunk.cache_rows.copy_(rows)
+            self.rows = rows
         if padding is not None and padding is not shared.chunk.pad:
             shared.chunk.pad.copy_(padding)
         if columns != self.num_columns:

@@ -3,8 +3,9 @@
 
 import os
 
-# name -> supported values, meaning
+# name -> supported values (none: any text), meaning
 VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
+    "ZIGZAG_API_KEY": ((), "the key of `zigzag serve` where --api-key names none"),
     "ZIGZAG_PREFILL_BACKEND": (
         ("auto", "zigzag", "cudnn", "flash", "fa3", "torch_cpu"),
         "what computes the attention of a prompt where `prefill_options` names nothing; default: auto",
@@ -21,6 +22,6 @@ def read(name: str) -> str | None:
     """
     supported, _ = VARIABLES[name]
     value = os.environ.get(name) or None
-    if value is not None and value not in supported:
+    if value is not None and supported and value not in supported:
         raise ValueError(f"{name} is {value!r}; supported: {', '.join(supported)}")
     return value

@@ -65,6 +65,7 @@ def from_duo(folder: str | os.PathLike, *, threshold: float | None = None, spars
         raise ValueError(f"{config} must be a JSON object with sink_size and recent_size, got {shown(sizes)}")
     with located(str(config)):
         sink, window = token_count("sink_size", sizes["sink_size"]), token_count("recent_size", sizes["recent_size"])
+        Plan(["streaming"], sink=sink, window=window)  # raises what no plan may have
     if threshold is not None or sparsity is not None:
         return solve(scores, level="head", threshold=threshold, sparsity=sparsity, sink=sink, window=window)
     for layer, row in enumerate(scores.tolist()):

@@ -346,13 +346,18 @@ def _layer_size(layer: int, size) -> tuple[int, int]:
 
 
 def token_count(name: str, value) -> int:
+    """As `integer`, of tokens."""
+    return integer(name, value, "an integer number of tokens")
+
+
+def integer(name: str, value, kind: str = "an integer") -> int:
     """`value` as an int. Raises TypeError for what is not an integer, bool included, ValueError beyond 64 bits."""
     try:
         if isinstance(value, bool):
             raise TypeError
         value = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer number of tokens, got {shown(value)}") from None
+        raise TypeError(f"{name} must be {kind}, got {shown(value)}") from None
     if abs(value) >= 1 << 63:
         raise ValueError(f"{name} does not fit 64 bits: {shown(value)}")
     return value

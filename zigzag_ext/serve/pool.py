@@ -1,5 +1,6 @@
 """Pool: rows and bytes that requests reserve before they run, so that one that runs never lacks memory.
 
+A row that nobody has reserved may be *kept*: what it holds may be of use, and goes when the row or its bytes are needed.
 Arithmetic only. What a row takes comes as a function of its tokens, see `Slots.row_memory`.
 """
 
@@ -25,14 +26,21 @@ class Pool:
         self.budget, self.rows, self.max_len = budget, rows, max_len
         self.row_memory = functools.lru_cache(maxsize=4096)(row_memory)
         self.reserved: dict[int, int] = {}  # bytes by row
-        self._free = list(range(rows))
+        self.kept: set[int] = set()
+        self._empty = list(range(rows))
         self.most = bisect.bisect_right(range(1, max_len + 1), budget, key=row_memory)  # tokens of the largest row that fits
         if not self.most:
             raise ValueError(f"{max(0, budget):,} bytes are left for keys and values, a row of one token takes {row_memory(1):,}")
 
     @property
     def free_rows(self) -> int:
-        return len(self._free)
+        """Rows that nobody has reserved."""
+        return self.rows - len(self.reserved)
+
+    @property
+    def empty_rows(self) -> int:
+        """Those of them that are not kept."""
+        return len(self._empty)
 
     @property
     def reserved_bytes(self) -> int:
@@ -61,16 +69,26 @@ class Pool:
 
     def fits(self, tokens: int) -> bool:
         """Whether a row of so many tokens could be taken now."""
-        return bool(self._free) and self.reserved_bytes + self.row_memory(tokens) <= self.budget
+        return self.free_rows > 0 and self.reserved_bytes + self.row_memory(tokens) <= self.budget
 
-    def take(self, tokens: int) -> int:
-        """Reserves a row of so many tokens, which fits. Returns its number, the lowest that is free."""
+    def take(self, tokens: int, row: int | None = None) -> int:
+        """Reserves a row of so many tokens, which fits. Returns its number: a kept `row`, or the lowest that is empty."""
         if not self.fits(tokens):
             raise RuntimeError(f"no row of {tokens} tokens fits beside {len(self.reserved)} others")
-        row = heapq.heappop(self._free)
+        if row is None:
+            row = heapq.heappop(self._empty)
+        else:
+            self.kept.remove(row)
         self.reserved[row] = self.row_memory(tokens)
         return row
 
-    def give_back(self, row: int) -> None:
+    def give_back(self, row: int, keep: bool = False) -> None:
         del self.reserved[row]  # raises KeyError for one that is not taken
-        heapq.heappush(self._free, row)
+        self.kept.add(row)
+        if not keep:
+            self.empty(row)
+
+    def empty(self, row: int) -> None:
+        """A kept row holds nothing any more."""
+        self.kept.remove(row)
+        heapq.heappush(self._empty, row)

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from .sampling import Draw, Sampling
 from .scheduler import Job
 from .text import TextStream
@@ -50,8 +52,11 @@ class Request:
         seed: int,
         stream: TextStream | None,
         on_token: Callable[[Token], None] | None,
+        salt: str | None = None,
     ):
-        self.prompt, self.sampling, self.seed = prompt, sampling, seed
+        self.prompt, self.sampling, self.seed, self.salt = prompt, sampling, seed, salt
+        self.ids = np.array(prompt, dtype=np.int32)
+        self.cached_tokens = 0  # of the prompt, which an earlier request had
         self.job = Job(len(prompt), sampling.max_tokens, self)
         self.finish_reason: str | None = None
         self.error: BaseException | None = None  # what ended it, if it failed
@@ -94,7 +99,7 @@ class Request:
         if self.error is not None:
             raise self.error
         text = None if self._stream is None else "".join(token.text for token in self._events)
-        return Completion(self.tokens, text, self.finish_reason, len(self.prompt), 0, self.seed)
+        return Completion(self.tokens, text, self.finish_reason, len(self.prompt), self.cached_tokens, self.seed)
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()

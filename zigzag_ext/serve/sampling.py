@@ -98,7 +98,8 @@ def _sampled(logits: Tensor, draws: Sequence[Draw], filters: bool) -> Tensor:
     def column(numbers: list) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
 
-    scores = logits.double() / column([draw.sampling.temperature for draw in draws])
+    scores = logits.double()
+    scores = (scores - scores.amax(-1, keepdim=True)) / column([draw.sampling.temperature for draw in draws])  # finite, or -inf
     order = None
     if filters:
         scores, order = scores.sort(dim=-1, descending=True, stable=True)

@@ -2,10 +2,11 @@
 
     queued -> prefilling -> decoding -> finished, and from each of these three -> cancelled or failed
 
-Every step decodes all rows that decode, then reads at most one chunk of one prompt. A request is admitted when its row and all
-bytes that it can come to need are free, so none is ever preempted.
+Every step decodes all rows that decode, then reads a chunk of one prompt, or of several short ones. A request is admitted when
+its row and all bytes that it can come to need are free, so none is ever preempted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from .pool import Pool
 QUEUED, PREFILLING, DECODING = "queued", "prefilling", "decoding"
 FINISHED, CANCELLED, FAILED = ENDED = ("finished", "cancelled", "failed")
 OVERTAKES = 16  # requests that may be admitted before an earlier one that needs more memory than is free
-PATIENCE = 8  # chunks of others that a prompt waits for, before it goes first whatever is left of it
+PATIENCE = 8  # steps that read prompts of others, before a prompt goes first whatever is left of it
 
 
 @dataclass(eq=False)
@@ -27,9 +28,10 @@ class Job:
     request: Any = None
     state: str = QUEUED
     row: int | None = None  # while it is prefilling or decoding
-    read: int = 0  # tokens of the prompt
+    room: int = 0  # tokens that its row is reserved for; more than `size` where it has taken over a longer one
+    read: int = 0  # tokens of the prompt that its row holds
     overtaken: int = 0  # later jobs admitted before it
-    waited: int = 0  # chunks of others since it was admitted, or had one itself
+    waited: int = 0  # steps that read prompts of others since it was admitted, or had a chunk itself
 
     @property
     def size(self) -> int:
@@ -68,17 +70,21 @@ class Scheduler:
             raise QueueFull(f"{len(self.queue)} requests are waiting, which is as many as may (queue={self.limit})")
         self.queue.append(job)
 
-    def admit(self) -> list[Job]:
-        """Gives rows to jobs that fit, in the order of arrival.
+    def admit(self, pick: Callable[[Job], tuple[int | None, int]] | None = None, most: int | None = None) -> list[Job]:
+        """Gives rows to jobs that fit, in the order of arrival, `most` of them at most.
 
         Jobs that find no memory are overtaken by later ones that need less than each of them, `overtakes` times at most.
+
+        pick: says which kept row a job takes, or None for an empty one, and the tokens that the row is then for. None: all take
+        empty ones.
         """
         if not self.pool.free_rows:
             return []
         admitted, waiting, least, closed = [], [], self.pool.max_len + 1, False
         for job in self.queue:
-            if not closed and job.size < least and self.pool.fits(job.size):
-                job.row, job.state = self.pool.take(job.size), PREFILLING
+            if len(admitted) != most and not closed and job.size < least and self.pool.fits(job.size):
+                row, job.room = (None, job.size) if pick is None else pick(job)
+                job.row, job.state = self.pool.take(job.room, row), PREFILLING
                 admitted.append(job)
                 for other in waiting:
                     other.overtaken += 1
@@ -90,42 +96,43 @@ class Scheduler:
         self.running += admitted
         return admitted
 
-    def next_prompt(self) -> Job | None:
-        """The job whose prompt gets the next chunk: the one with the least left, unless another has waited too long."""
-        prompts = self.in_state(PREFILLING)
-        if not prompts:
-            return None
-        chosen = max(prompts, key=lambda job: job.waited)
-        if chosen.waited < self.patience:
-            chosen = min(prompts, key=lambda job: job.left)
-        for job in prompts:
-            job.waited += 1
-        chosen.waited = 0
-        return chosen
+    def prompts(self) -> list[Job]:
+        """The jobs whose prompts get chunks, in their turn: the least left first, but behind one that has waited too long."""
+        prompts = sorted(self.in_state(PREFILLING), key=lambda job: job.left)
+        longest = max(prompts, key=lambda job: job.waited, default=None)
+        if longest is not None and longest.waited >= self.patience:
+            prompts.remove(longest)
+            prompts.insert(0, longest)
+        return prompts
+
+    def took_turns(self, read: list[Job]) -> None:
+        """A step has read a chunk of each of these."""
+        for job in self.in_state(PREFILLING):
+            job.waited = 0 if job in read else job.waited + 1
 
     def advance(self, job: Job, tokens: int) -> None:
-        """So many tokens more of its prompt were read."""
+        """So many tokens more of its prompt are in its row."""
         if job.state != PREFILLING or not 0 < tokens <= job.left:
             raise RuntimeError(f"{tokens} tokens were read of a {job.state} request with {job.left} left")
         job.read += tokens
         if not job.left:
             job.state = DECODING
 
-    def end(self, job: Job, state: str) -> None:
-        """A job that has not ended ends so; its row and bytes are free, and the row is to be emptied before the next `admit`."""
+    def end(self, job: Job, state: str, keep: bool = False) -> None:
+        """A job that has not ended ends so; its row and bytes are free. One that is not kept is empty before the next `admit`."""
         if state not in ENDED or job.state in ENDED:
             raise RuntimeError(f"a {job.state} request cannot become {state}")
         if job.state == QUEUED:
             self.queue.remove(job)
         else:
             self.running.remove(job)
-            self.pool.give_back(job.row)
+            self.pool.give_back(job.row, keep)
         job.state, job.row = state, None
         self.ended[state] += 1
 
     def check(self) -> None:
         """Raises RuntimeError unless jobs, rows and reservations agree."""
-        rows = {job.row: self.pool.row_memory(job.size) for job in self.running}
+        rows = {job.row: self.pool.row_memory(job.room) for job in self.running}
         known = [job.state == QUEUED for job in self.queue] + [job.state in (PREFILLING, DECODING) for job in self.running]
         if rows != self.pool.reserved or len(rows) != len(self.running) or not all(known):
             raise RuntimeError(f"the scheduler runs {rows}, the pool has reserved {self.pool.reserved}")

@@ -7,33 +7,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache.slots import Slots
 from ..cache.tokens import to_device
 from ..hf.session import Session
 from .pace import Pace
+from .prefixes import MARK_EVERY, Prefixes
 from .sampling import choose
 from .scheduler import CANCELLED, DECODING, FAILED, FINISHED, Job, Scheduler
 
 
 class Steps:
-    """Runs the jobs of a scheduler on the rows of `slots`.
+    """Runs the jobs of a scheduler on the rows of `prefixes`' slots.
 
     lock: a condition, of the scheduler, which other threads submit to. chunk: tokens of a prompt that are read at once; None: as
-    many as `pace` says. eos: tokens that end a request.
+    many as `pace` says. eos: tokens that end a request. sizes: of the batches that decode steps are compiled for, ascending, the
+    last one for all rows; none: they run as they are.
     """
 
     def __init__(
-        self, session: Session, slots: Slots, scheduler: Scheduler, pace: Pace, lock, chunk: int | None, eos: frozenset[int]
+        self,
+        session: Session,
+        prefixes: Prefixes,
+        scheduler: Scheduler,
+        pace: Pace,
+        lock,
+        chunk: int | None,
+        eos: frozenset[int],
+        sizes: Sequence[int] = (),
     ):
-        self.session, self.slots, self.scheduler, self.pace, self.lock = session, slots, scheduler, pace, lock
-        self.chunk, self.eos, self.device = chunk, eos, slots.cache.attention_layers[0].device
+        self.session, self.prefixes, self.scheduler, self.pace, self.lock = session, prefixes, scheduler, pace, lock
+        self.slots = prefixes.slots
+        self.chunk, self.eos, self.sizes, self.device = chunk, eos, sizes, self.slots.cache.attention_layers[0].device
         self.constant = {"use_cache": True, "return_dict": True}
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in session.parameters else {}
         self.has_body = session.model.base_model is not session.model
-        self.steps = self.prompt_tokens = self.tokens = 0  # done so far
+        self.steps = self.prompt_tokens = self.cached_tokens = self.tokens = 0  # done so far
 
     def step(self) -> None:
-        """One token for every row that decodes, then at most one chunk of one prompt.
+        """One token for every row that decodes, then a chunk of one prompt, or of several that are short together.
 
         What fails in either ends the requests that took part in it. Raises only where their rows cannot be emptied.
         """
@@ -41,46 +51,72 @@ class Steps:
             cancelled = [job for job in self.scheduler.jobs if job.request.is_cancelled]
         for job in cancelled:
             self._end(job, CANCELLED, "cancelled")
+        while self._admit():
+            pass
         with self.lock:
-            admitted, decoding = self.scheduler.admit(), self.scheduler.in_state(DECODING)
-        for job in admitted:
-            self.slots.take(job.row, job.size)
+            decoding = self.scheduler.in_state(DECODING)
         if decoding:
             self._decode(decoding)
-        with self.lock:
-            job = self.scheduler.next_prompt()
-        if job is not None:
-            self._read(job)
+        self._read_prompts()
         self.steps += 1
 
     def try_once(self) -> None:
-        """One token in row 0. Raises what a model raises that cannot be served."""
+        """Tokens in row 0, one by one, in steps of every size. Raises what a model raises that cannot be served, or compiled."""
         with torch.no_grad():
-            self.slots.take(0, 1)
-            self._forward([0], [[0]])
-            self.slots.release(0)
+            for size in self.sizes or (None,):
+                self.slots.take(0, 1)
+                self._forward([0], [[0]], batch=size)
+                self.slots.release(0)
 
     def check(self) -> None:
         """Raises RuntimeError unless jobs, rows, reservations and memory agree."""
         with self.lock:
             self.scheduler.check()
-            sizes = {job.row: job.size for job in self.scheduler.running}
-        if sizes != {row: limit for row, limit in enumerate(self.slots.limits.tolist()) if limit}:
-            raise RuntimeError(f"the scheduler runs rows of {sizes} tokens, the slots have {self.slots.limits.tolist()}")
+            rooms = {job.row: job.room for job in self.scheduler.running}
+        kept = self.prefixes.pool.kept
+        if rooms != {row: limit for row, limit in enumerate(self.slots.limits.tolist()) if limit and row not in kept}:
+            raise RuntimeError(f"the scheduler runs rows of {rooms} tokens, the slots have {self.slots.limits.tolist()}")
+        self.prefixes.check()
         self.slots.check()
+
+    def _admit(self) -> bool:
+        """Gives a row to the next job that can have one, with what others have read of its prompt already."""
+        with self.lock:
+            admitted = self.scheduler.admit(self.prefixes.pick, most=1)
+        for job in admitted:
+            self._spare(job, self.prefixes.begin(job))
+            self._resume(job)
+        return bool(admitted)
+
+    def _resume(self, job: Job) -> None:
+        try:
+            self._spare(job, self.prefixes.resume(job))
+        except Exception as error:
+            self._fail(job, error)
+
+    def _spare(self, job: Job, tokens: int) -> None:
+        """So many tokens more of its prompt are in its row, and were not read for it."""
+        if tokens:
+            job.request.cached_tokens += tokens
+            self.cached_tokens += tokens
+            with self.lock:
+                self.scheduler.advance(job, tokens)
 
     def _decode(self, jobs: list[Job]) -> None:
         jobs = [job for job in jobs if self._has_memory(job)]
         if not jobs:
             return
         try:
-            logits = self._forward([job.row for job in jobs], [[job.request.latest] for job in jobs])
+            size = next((size for size in self.sizes if size >= len(jobs)), None)
+            logits = self._forward([job.row for job in jobs], [[job.request.latest] for job in jobs], batch=size)
             tokens = choose(logits, [job.request.draw for job in jobs])
         except Exception as error:
             for job in jobs:
                 self._fail(job, error)
             return
         for job, token in zip(jobs, tokens, strict=True):
+            if self.slots.held[job.row] % MARK_EVERY == 0:
+                self.prefixes.mark(job)
             self._emit(job, token)
 
     def _has_memory(self, job: Job) -> bool:
@@ -92,9 +128,27 @@ class Steps:
             return False
         return True
 
-    def _read(self, job: Job) -> None:
+    def _read_prompts(self) -> None:
+        """A chunk of the prompt whose turn it is, and one of each behind it while they are to take no longer than one may."""
+        with self.lock:
+            prompts = self.scheduler.prompts()
+        read, until = [], time.perf_counter() + self.pace.limit_ms / 1e3
+        for job in prompts:
+            self._resume(job)
+            if job.row is None:
+                continue
+            stop = self.prefixes.next_mark(job)
+            count = min(self.chunk or self.pace.chunk(job.left, job.read), job.left, stop - job.read)
+            if read and time.perf_counter() + self.pace.predict(count, job.read) / 1e3 > until:
+                break
+            read.append(job)
+            self._read(job, count, stop)
+        with self.lock:
+            self.scheduler.took_turns(read)
+
+    def _read(self, job: Job, count: int, stop: int) -> None:
+        """The next `count` tokens of a prompt. stop: where the next mark is to be made."""
         before, started = job.read, time.perf_counter()
-        count = min(job.left, self.chunk or self.pace.chunk(job.left, before))
         ids, is_last = job.request.prompt[before : before + count], count == job.left
         token = None
         try:
@@ -109,18 +163,27 @@ class Steps:
         self.prompt_tokens += count
         with self.lock:
             self.scheduler.advance(job, count)
+        if is_last or job.read == stop:
+            self.prefixes.mark(job)
         if is_last:
             self._emit(job, token)
 
-    def _forward(self, rows: list[int], ids: Sequence[Sequence[int]], head: bool = True) -> Tensor | None:
-        """Runs ids [rows, n] behind what the rows hold. Returns logits [rows, vocab] of the last ones; without `head` nothing."""
+    def _forward(
+        self, rows: list[int], ids: Sequence[Sequence[int]], head: bool = True, batch: int | None = None
+    ) -> Tensor | None:
+        """Runs ids [rows, n] behind what the rows hold. Returns logits [rows, vocab] of the last ones; without `head` nothing.
+
+        batch: as in `Slots.forward`.
+        """
         tokens = np.asarray(ids, dtype=np.int64)
         positions = self.slots.held[rows][:, None] + np.arange(tokens.shape[1])
+        if batch is not None:
+            tokens, positions = (np.pad(t, ((0, batch - len(rows)), (0, 0))) for t in (tokens, positions))
         inputs = {"input_ids": to_device(tokens, self.device), "position_ids": to_device(positions, self.device)}
         head = head or not self.has_body
         inputs |= self.constant | (self.last_only if head else {})
-        output = self.session.run(self.slots.forward(rows, tokens.shape[1]), inputs, head)
-        return output.logits[:, -1] if head else None
+        output = self.session.run(self.slots.forward(rows, tokens.shape[1], batch), inputs, head)
+        return output.logits[: len(rows), -1] if head else None
 
     def _emit(self, job: Job, token: int | None) -> None:
         if token is None:
@@ -137,8 +200,12 @@ class Steps:
         self._end(job, FAILED, "failed", error)
 
     def _end(self, job: Job, state: str, reason: str, error: Exception | None = None) -> None:
+        keep = False
         if job.row is not None:
-            self.slots.release(job.row)
+            keep = state != FAILED and self.prefixes.keep(job)
+            if not keep:
+                self.prefixes.drop(job.row)
+                self.slots.release(job.row)
         with self.lock:
-            self.scheduler.end(job, state)
+            self.scheduler.end(job, state, keep)
         job.request.end(reason, error)

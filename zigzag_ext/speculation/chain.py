@@ -100,7 +100,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of a plain tensor, or of the parts of a quantised one."""
+    """Of a plain tensor, of the parts of a quantised one, or of what this process holds of one that is shared out."""
+    if hasattr(tensor, "to_local"):
+        return _bytes(tensor.to_local())
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.nbytes

@@ -106,7 +106,10 @@ class Decoding:
                 self.cache.crop([min(0, 1 - n) for n in counts])
             raise
         shape = (sum(n > 0 for n in counts), tokens.shape[1])
-        self._account((time.perf_counter() - started) * 1e3, shape, looked_up, streamed, kept)
+        ms = (time.perf_counter() - started) * 1e3
+        if self.session.ranks is not None and self.options.draft == "auto":  # what is drafted next follows from it
+            ms = float(self.session.ranks.of_first(torch.tensor(ms)))
+        self._account(ms, shape, looked_up, streamed, kept)
 
     def _hold_last_tokens(self) -> None:
         """Rows that ended before the longest one hold their last token, too, since the next turn begins behind the longest."""

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..attention import ops
-from ..attention.store import Chunk, LayerStore, attend
+from ..attention.chunk import Chunk
+from ..attention.store import LayerStore, attend
 from ..planning.origin import origin_of
 
 _SETS = 8  # most layers of every kind, in turn: none finds its keys in a cache of the processor from the call before
@@ -36,7 +38,8 @@ def measure_costs(
     geometry, device = origin_of(model.config), model.device
     kv_heads = geometry["kv_heads"]
     shape = (geometry["query_heads"], kv_heads, geometry["head_dim"])
-    one_each = (kv_heads + 1) * kv_heads * geometry["head_dim"] * model.dtype.itemsize * context  # half of the heads, K and V
+    retrieving = sum(range(kv_heads + 1))  # heads of one layer of each kind
+    one_each = _C.kv_bytes(context, retrieving, geometry["head_dim"], model.dtype.itemsize)
     sets = min(max(_SETS_BYTES // one_each, 1), _SETS)
     kinds = [_layers(count, sets, shape, sink, window, context, model.dtype, device) for count in range(kv_heads + 1)]
     samples: list[list[float]] = [[] for _ in kinds]

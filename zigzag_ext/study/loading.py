@@ -1,6 +1,8 @@
 """Loading a model of transformers from a folder, a .gguf file or a name."""
 
 import importlib.util
+import inspect
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,12 +11,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from ..hf.served import auto_class
+from ..planning.layers import geometries, text_config
 
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def load_model(source: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None):
+def load_model(source: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None, tp: bool = False):
     """Model and tokenizer from a folder (safetensors or one .gguf file), a .gguf file, or a Hugging Face model name.
 
     Args:
@@ -22,13 +25,19 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto", device_ma
         dtype: "auto" (float32 on the CPU; on a GPU the dtype of the file, or bfloat16 for float32), bfloat16, float16 or float32.
         device_map: "auto", "balanced", "balanced_low_0" or "sequential": spread the layers over all GPUs, and where these are
             full over the CPU, as accelerate does; `device` is then left "auto".
+        tp: tensor parallelism: share the heads and weights out over the processes that torchrun has started; likewise.
 
     Raises:
-        ValueError: the folder holds no model, several .gguf files or an unreadable one, or the device or dtype is unknown.
+        ValueError: the folder holds no model, several .gguf files or an unreadable one, or the device or dtype is unknown; or the
+            processes cannot share the model out, see `check_tensor_parallel`.
             OSError: not found.
     """
-    device, placed = check_device(device, device_map), {} if device_map is None else {"device_map": device_map}
+    device_name, device = device, check_device(device, device_map)
+    placed = {} if device_map is None else {"device_map": device_map}
     check_dtype(dtype)
+    if tp:
+        check_tensor_parallel(source, device_name, device_map)
+        placed = shared_out()
     folder, options = _locate(source)
     with _named(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -83,6 +92,31 @@ def check_device(name: str, device_map: str | None = None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device '{name}' was asked for, but torch {torch.__version__} sees no CUDA GPU")
     return device
+
+
+def check_tensor_parallel(source: str, device: str = "auto", device_map: str | None = None) -> None:
+    """Raises ValueError unless torchrun has started this process, and all of its processes can share the model out."""
+    if device != "auto" or device_map is not None:
+        raise ValueError("tensor parallelism gives each process a device: leave the device auto and the device map out")
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise ValueError("tensor parallelism needs a process for each GPU: torchrun --nproc-per-node 2 -m zigzag_ext ... --tp")
+    if _locate(source)[1]:
+        raise ValueError(f"{source} is a .gguf file, which cannot be shared out: take a folder of safetensors")
+    config, processes = load_config(source), int(os.environ["WORLD_SIZE"])
+    if not getattr(text_config(config), "base_model_tp_plan", None):
+        raise ValueError(f"transformers has no tensor parallel plan for {config.model_type}")
+    for size in geometries(config):
+        if size.kv_heads % processes:
+            raise ValueError(f"{processes} processes cannot share out {size.kv_heads} KV heads: their number has to divide them")
+
+
+def shared_out() -> dict:
+    """What `from_pretrained` takes for tensor parallelism; newer releases of transformers no longer take the plan by itself."""
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    return {"tp_plan": "auto"}
 
 
 def check_dtype(name: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..attention.store import NO_TERMS, LogitTerms
+from ..attention.chunk import NO_TERMS, LogitTerms
 from ..cache.attending import attending
 from ..hf.attention import NAME
 from ..hf.cache_argument import split_cache

@@ -20,8 +20,8 @@ struct PipelineBlock {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = 1;
   static constexpr int kParts = 1, kPartDim = kHeadDim;  // as of MmaBlock
-  static constexpr int kThreads = 256;    // that own rows: two warpgroups of 64 each
-  static constexpr int kProducers = 128;  // of the third warpgroup, which brings keys and values
+  static constexpr int kThreads = 256;                   // that own rows: two warpgroups of 64 each
+  static constexpr int kProducers = 128;                 // of the third warpgroup, which brings keys and values
   static constexpr int kBlockThreads = kThreads + kProducers;
   static constexpr int kRows = kPipelineRows;
   static constexpr int kKeys = kPipelineKeys;
