@@ -14,9 +14,7 @@ enum class Env {
   kWarps,
   kBlocks,
   kPrefillKernel,
-  kPrefillSplits,
-  kRowsKernel,
-  kOneToken
+  kPrefillSplits
 };
 
 struct EnvVariable {
@@ -45,10 +43,6 @@ inline constexpr EnvVariable kEnvVariables[] = {
      "tiles: chunks of prompts never take the pipeline kernel of sm_90a; auto: wherever it serves"},
     {Env::kPrefillSplits, "ZIGZAG_PREFILL_SPLITS", "0 to 160",
      "blocks of the pipeline kernel that share the keys of a tile of query rows; 0: as many as fill the GPU"},
-    {Env::kRowsKernel, "ZIGZAG_ROWS_KERNEL", "auto, tiles",
-     "tiles: 17 to 256 query rows of a KV head never take the pipeline kernel of sm_90a; auto: wherever it serves"},
-    {Env::kOneToken, "ZIGZAG_ONE_TOKEN", "auto, any",
-     "any: a decode step of one token never takes the kernel for calls without padding, slack and the like"},
 };
 
 // The value, or "" where the variable is unset or empty. Throws zigzag::Error, naming the variable, its value and the

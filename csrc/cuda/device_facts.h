@@ -24,7 +24,6 @@ struct LaunchOptions {
   int cluster = 0, spread = 0, warps = 0, blocks = 0;
   bool prefill_tiles = false;
   int prefill_splits = 0;
-  bool rows_in_step = false, one_token_any = false;
 
   static LaunchOptions from_environment() {
     return {env_integer(Env::kForcePlain) != 0,
@@ -34,9 +33,7 @@ struct LaunchOptions {
             env_integer(Env::kWarps),
             env_integer(Env::kBlocks),
             env_text(Env::kPrefillKernel) == "tiles",
-            env_integer(Env::kPrefillSplits),
-            env_text(Env::kRowsKernel) == "tiles",
-            env_text(Env::kOneToken) == "any"};
+            env_integer(Env::kPrefillSplits)};
   }
 };
 

@@ -18,7 +18,7 @@ void launch_planned(const AttentionParams& a, void (*any)(Params), void (*one_to
   device.arch = cuda::code_arch(reinterpret_cast<const void*>(any));
   const cuda::LaunchOptions& options = cuda::launch_options();
 
-  const bool takes_bare = bare != nullptr && is_bare(a) && !options.one_token_any;
+  const bool takes_bare = bare != nullptr && is_bare(a);
   const auto kernel_of = [&](const DecodePlan& plan) {
     if (!plan.one_token) return any;
     return takes_bare && plan.cluster > 1 ? bare : one_token;

@@ -126,8 +126,8 @@ DecodePlan plan_rows(const DecodeRequest& request, int tile_rows, int shared_byt
   const int groups = request.batch * request.num_kv_heads * row_tiles;
   DecodePlan best;
   // The products of many rows want all SMs. Of equally many blocks the largest clusters merge least through memory.
-  for (const int cluster : {8, 4, 2, 16}) {
-    if (options.cluster > 0 ? options.cluster != cluster : cluster > 8) continue;
+  for (const int cluster : {8, 4, 2}) {
+    if (options.cluster > 0 && options.cluster != cluster) continue;
     const int spread = options.spread > 0 ? options.spread : kMaxSpread;
     DecodePlan plan;
     plan.row_blocks = row_tiles, plan.warps = kMaxWarps, plan.cluster = cluster;

@@ -1,12 +1,12 @@
-// The kernel of rows.cuh with tasks of their own for its warpgroups: one brings keys and values, as boxes by the tensor
-// copy engine, two multiply and weigh. A warpgroup starts S = Q K^T of a tile and O += P V of the tile before it
-// together, and weighs S while the values are multiplied; nobody waits for the other warpgroup. (Loads, products and
-// softmax in turns, all warps in step, took 1.8 to 2.2 us for a tile of each warpgroup, where the memory brings one in
-// 1.8 and the products take 0.6.)
+// The kernel of many query rows (rows.cuh), whose warpgroups have tasks of their own: one brings keys and values, as
+// boxes by the tensor copy engine, two multiply and weigh. A warpgroup starts S = Q K^T of a tile and O += P V of the
+// tile before it together, and weighs S while the values are multiplied; nobody waits for the other warpgroup. (Loads,
+// products and softmax in turns, all warps in step, took 1.8 to 2.2 us for a tile of each warpgroup, where the memory
+// brings one in 1.8 and the products take 0.6.)
 //
-// Tile t of 64 keys belongs to worker t mod workers, whatever the length: the first tile of each is asked for before
-// the length is known, where there is memory (readable_slots). One that turns out not to lie in the cache as a whole is
-// passed over, and its keys come again, row by row with zeros behind the last key.
+// Tile t of 64 keys belongs to worker t mod workers: the first tile of each is the same whatever the length, and is
+// asked for before that is known, where there is memory (readable_slots). One that turns out not to lie in the cache as
+// a whole is passed over, and its keys come again, row by row with zeros behind the last key.
 //
 //   up to 64 rows    a worker is a warpgroup, with half of the block's stages
 //   up to 128        a worker is a block, whose warpgroups serve 64 rows each
@@ -124,7 +124,7 @@ struct RowOwner {
   }
 };
 
-// Grid: as of decode_rows_kernel.
+// Grid: (team, KV heads x row tiles, batch).
 template <class Block>
 __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(const __grid_constant__ RowsParams p) {
   using Barriers = prefill::PipelineBarriers<Block::kStages>;
@@ -133,8 +133,17 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
   __shared__ Barriers barriers[Block::kKeyGroups];
   const int kv_head = blockIdx.y / p.row_blocks, row_tile = blockIdx.y - kv_head * p.row_blocks;
   const int first_row = row_tile * Block::kRows;
+  const int rows = min(Block::kRows, p.group * p.q_len - first_row);
   unsigned char* stages = shared + Block::kQueryBytes;
-  const auto meet_all = [] { cuda::named_barrier_sync(Block::kBlockBarrier, Block::kBlockThreads); };
+  __shared__ uint64_t tile_written;
+  const auto wait_for_tile = [&] { cuda::barrier_wait(cuda::shared_address(&tile_written), 0); };
+  if (threadIdx.x == Block::kThreads) {
+#pragma unroll
+    for (int i = 0; i < Block::kKeyGroups; ++i) barriers[i].init(Block::kThreads / 32 / Block::kKeyGroups);
+    cuda::barrier_init(cuda::shared_address(&tile_written), 1);
+    cuda::barrier_init_fence();
+  }
+  __syncthreads();
   cuda::grid_dependency_wait();
   cuda::grid_dependency_launch();
 
@@ -142,9 +151,6 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
     cuda::give_registers<Block::kProducerRegisters>();
     const int producer = threadIdx.x - Block::kThreads;
     if (producer == 0) {
-#pragma unroll
-      for (int i = 0; i < Block::kKeyGroups; ++i) barriers[i].init(Block::kThreads / 32 / Block::kKeyGroups);
-      Block::publish();
 #pragma unroll
       for (int i = 0; i < Block::kKeyGroups; ++i) {
         const TileWalk walk = TileWalk::begin<Block>(p, i);
@@ -156,14 +162,16 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
       }
     } else if (producer == 32) {
       tile = prefill::QueryTile::of(p, blockIdx.z, kv_head, first_row, Block::kRows);
+      cuda::barrier_arrive(cuda::shared_address(&tile_written));
     }
     __syncwarp();
-    meet_all();
+    wait_for_tile();
     const int key_group = producer / Block::kGroupProducers;
     TileWalk walk = TileWalk::begin<Block>(p, key_group);
-    walk.settle<Block>(tile);
+    walk.settle<Block>(p, tile, rows);
     bring_tiles<Block>(p, tile, walk, barriers[key_group], stages + key_group * Block::kStages * Block::kTileBytes,
                        key_group);
+    if (walk.idle) return;
     __syncwarp();
     cuda::cluster_arrive();  // the barriers of the merge, which need all threads
     cuda::cluster_wait();
@@ -175,18 +183,17 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
     const uint32_t q_tile = cuda::shared_address(shared);
     {
       using Rows = RowsOnTheWay<Block>;
-      Rows rows;
-      rows.load(p, head, first_row, 0);
+      Rows on_the_way;
+      on_the_way.load(p, head, first_row, 0);
       TokensOnTheWay<Block> tokens;
       const bool appends = blockIdx.x == gridDim.x - 1 && row_tile == 0;
       if (appends) tokens.load(p, head);
-      __syncwarp();
-      meet_all();
-      rows.store(p, tile, 0, shared);
+      wait_for_tile();
+      on_the_way.store(p, tile, 0, shared);
 #pragma unroll 1
       for (int item = Rows::kBatch; item < Rows::kItems; item += Rows::kBatch) {
-        rows.load(p, head, first_row, item);
-        rows.store(p, tile, item, shared);
+        on_the_way.load(p, head, first_row, item);
+        on_the_way.store(p, tile, item, shared);
       }
       Block::publish();
       Block::meet();
@@ -195,7 +202,7 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
     prefill::PrefillState<Block> state = {};
     state.top[0][0] = state.top[0][1] = -INFINITY;
     TileWalk walk = TileWalk::begin<Block>(p, key_group);
-    walk.settle<Block>(tile);
+    walk.settle<Block>(p, tile, rows);
     // As in the prefill kernel.
     const float scale = fmaxf(fabsf(p.scale) * kLog2e, 1e-30f);
     RowOwner<Block, Barriers> owner = {
@@ -203,12 +210,13 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
         scale, q_tile, q_tile + Block::kQueryBytes + key_group * Block::kStages * Block::kTileBytes,
         {},    {},     {}};
     owner.run(walk);
+    if (walk.idle) return;
     Block::meet();  // nobody reads a stage any more
     store_rows<Block>(state, shared);
     __syncwarp();
     cuda::cluster_arrive();
     cuda::cluster_wait();
-    merge_rows<Block>(p, tile, q_tile, min(Block::kRows, p.group * p.q_len - first_row));
+    merge_rows<Block>(p, tile, q_tile, rows, walk.clusters);
   }
 }
 
@@ -249,9 +257,7 @@ bool launch_decode_rows(const AttentionParams& a, void* stream) {
     if constexpr (kHeadDim == 64 || kHeadDim == 128) {
       dispatch_bool(rows <= 64, [&](auto few) {
         constexpr int kRowGroups = decltype(few)::value ? 1 : 2;
-        launched = options.rows_in_step
-                       ? launch_rows_block<RowsBlock<Element, kHeadDim, kRowGroups>>(a, stream)
-                       : launch_rows_pipeline<RowsPipelineBlock<Element, kHeadDim, kRowGroups>>(a, stream);
+        launched = launch_rows_pipeline<RowsPipelineBlock<Element, kHeadDim, kRowGroups>>(a, stream);
       });
     }
   });
