@@ -80,8 +80,7 @@ __device__ __forceinline__ void write_row(const Params& p, const prefill::QueryT
 // Every block of the cluster merges every cluster-th row of what all of them have; of several clusters the one that
 // comes last merges what they have left in the workspace.
 template <class Block>
-__device__ __forceinline__ void merge_rows(const Params& p, const prefill::QueryTile& tile, uint32_t base, int rows,
-                                           int clusters) {
+__device__ __forceinline__ void merge_rows(const Params& p, const prefill::QueryTile& tile, uint32_t base, int rows) {
   constexpr int kQuads = Block::kQuads;
   const uint32_t parts = base + Block::kQueryBytes, norms = base + Block::kNorms;
   const int rank = cuda::cluster_rank(), mask = p.cluster() - 1, sources = Block::kKeyGroups << p.cluster_log2;
@@ -101,7 +100,7 @@ __device__ __forceinline__ void merge_rows(const Params& p, const prefill::Query
           return cuda::cluster_load4(cuda::cluster_address(at, k & mask));
         },
         [&](int k) { return cuda::cluster_load2(cuda::cluster_address(norms + source(k) * 8, k & mask)); });
-    if (clusters == 1) {
+    if (p.spread == 1) {
       write_row<Block>(p, tile, row, quad, part);
     } else {
       const int at = place(row, blockIdx.x >> p.cluster_log2);
@@ -111,11 +110,11 @@ __device__ __forceinline__ void merge_rows(const Params& p, const prefill::Query
   }
   __syncwarp();
   cuda::cluster_arrive_relaxed();  // the other blocks' memory is no longer needed: what it held has been used
-  if (clusters > 1) {
+  if (p.spread > 1) {
     __shared__ bool is_last;
     Block::meet();
     if (threadIdx.x == 0) {  // its release covers what the barrier has shown it of the other threads' writes
-      const unsigned others = clusters - 1;
+      const unsigned others = p.spread - 1;
       unsigned* counter = static_cast<unsigned*>(p.workspace) + (group << p.cluster_log2) + rank;
       is_last = cuda::atomic_inc_acq_rel(counter, others) == others;
     }
@@ -124,7 +123,7 @@ __device__ __forceinline__ void merge_rows(const Params& p, const prefill::Query
       const int row = rank + (i / kQuads << p.cluster_log2), quad = i % kQuads;
       write_row<Block>(p, tile, row, quad,
                        merge_partials<false, 8>(
-                           clusters, [&](int k) { return __ldcg(shared_out + place(row, k) * kQuads + quad); },
+                           p.spread, [&](int k) { return __ldcg(shared_out + place(row, k) * kQuads + quad); },
                            [&](int k) { return __ldcg(shared_norm + place(row, k)); }));
     }
     __syncwarp();

@@ -74,37 +74,22 @@ struct RowsParams : Params {
   CUtensorMap boxes[2];  // of the cache: keys, values
 };
 
-// The clusters of a head that share out `tiles` of keys: half of them where what a merge through the workspace costs is
-// more than what the other SMs bring. On an H200, 32/8 heads, one cluster of 8 against two: 8 new tokens (32 rows) 12.6
-// against 15.1 us at 4K keys, 41.3 against 41.9 at 32K, 135.8 against 129.2 at 128K; 16 tokens 16.0 against 21.0, 45.1
-// against 50.0, 140.3 against 137.7. So both take as long where a block of two has 1.4 tiles a row.
-template <class Block>
-__device__ __forceinline__ int clusters_of(const RowsParams& p, int tiles, int rows) {
-  const bool few = Block::kKeyGroups > 1 && 5 * tiles < 7 * rows * static_cast<int>(gridDim.x);
-  return few ? (p.spread + 1) / 2 : p.spread;
-}
-
 // The tiles of a worker.
 struct TileWalk {
   int first, step, end;
   bool early, wasted;  // the first was asked for before the length was known; it does not lie in the cache as a whole
-  int clusters;        // that have tiles
-  bool idle;           // this block's cluster is none of them
 
   // Geometry only.
   template <class Block>
   static __device__ __forceinline__ TileWalk begin(const RowsParams& p, int key_group) {
     const int first = blockIdx.x * Block::kKeyGroups + key_group;
-    return {first, 0, 0, (first + 1) * Block::kKeys <= p.early_slots, false, 0, false};
+    return {first, static_cast<int>(gridDim.x) * Block::kKeyGroups, 0, (first + 1) * Block::kKeys <= p.early_slots,
+            false};
   }
 
   template <class Block>
-  __device__ __forceinline__ void settle(const RowsParams& p, const prefill::QueryTile& tile, int rows) {
-    const int tiles = (tile.keys.count + Block::kKeys - 1) / Block::kKeys;
-    clusters = clusters_of<Block>(p, tiles, rows);
-    idle = (blockIdx.x >> p.cluster_log2) >= clusters;
-    step = (clusters << p.cluster_log2) * Block::kKeyGroups;
-    end = idle ? 0 : tiles;
+  __device__ __forceinline__ void settle(const prefill::QueryTile& tile) {
+    end = (tile.keys.count + Block::kKeys - 1) / Block::kKeys;
     wasted = early && (first >= end || (first + 1) * Block::kKeys > tile.length);
   }
 };

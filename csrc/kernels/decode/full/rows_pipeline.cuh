@@ -133,7 +133,6 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
   __shared__ Barriers barriers[Block::kKeyGroups];
   const int kv_head = blockIdx.y / p.row_blocks, row_tile = blockIdx.y - kv_head * p.row_blocks;
   const int first_row = row_tile * Block::kRows;
-  const int rows = min(Block::kRows, p.group * p.q_len - first_row);
   unsigned char* stages = shared + Block::kQueryBytes;
   __shared__ uint64_t tile_written;
   const auto wait_for_tile = [&] { cuda::barrier_wait(cuda::shared_address(&tile_written), 0); };
@@ -168,10 +167,9 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
     wait_for_tile();
     const int key_group = producer / Block::kGroupProducers;
     TileWalk walk = TileWalk::begin<Block>(p, key_group);
-    walk.settle<Block>(p, tile, rows);
+    walk.settle<Block>(tile);
     bring_tiles<Block>(p, tile, walk, barriers[key_group], stages + key_group * Block::kStages * Block::kTileBytes,
                        key_group);
-    if (walk.idle) return;
     __syncwarp();
     cuda::cluster_arrive();  // the barriers of the merge, which need all threads
     cuda::cluster_wait();
@@ -183,17 +181,17 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
     const uint32_t q_tile = cuda::shared_address(shared);
     {
       using Rows = RowsOnTheWay<Block>;
-      Rows on_the_way;
-      on_the_way.load(p, head, first_row, 0);
+      Rows rows;
+      rows.load(p, head, first_row, 0);
       TokensOnTheWay<Block> tokens;
       const bool appends = blockIdx.x == gridDim.x - 1 && row_tile == 0;
       if (appends) tokens.load(p, head);
       wait_for_tile();
-      on_the_way.store(p, tile, 0, shared);
+      rows.store(p, tile, 0, shared);
 #pragma unroll 1
       for (int item = Rows::kBatch; item < Rows::kItems; item += Rows::kBatch) {
-        on_the_way.load(p, head, first_row, item);
-        on_the_way.store(p, tile, item, shared);
+        rows.load(p, head, first_row, item);
+        rows.store(p, tile, item, shared);
       }
       Block::publish();
       Block::meet();
@@ -202,7 +200,7 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
     prefill::PrefillState<Block> state = {};
     state.top[0][0] = state.top[0][1] = -INFINITY;
     TileWalk walk = TileWalk::begin<Block>(p, key_group);
-    walk.settle<Block>(p, tile, rows);
+    walk.settle<Block>(tile);
     // As in the prefill kernel.
     const float scale = fmaxf(fabsf(p.scale) * kLog2e, 1e-30f);
     RowOwner<Block, Barriers> owner = {
@@ -210,13 +208,12 @@ __global__ void __launch_bounds__(Block::kBlockThreads, 1) rows_pipeline_kernel(
         scale, q_tile, q_tile + Block::kQueryBytes + key_group * Block::kStages * Block::kTileBytes,
         {},    {},     {}};
     owner.run(walk);
-    if (walk.idle) return;
     Block::meet();  // nobody reads a stage any more
     store_rows<Block>(state, shared);
     __syncwarp();
     cuda::cluster_arrive();
     cuda::cluster_wait();
-    merge_rows<Block>(p, tile, q_tile, rows, walk.clusters);
+    merge_rows<Block>(p, tile, q_tile, min(Block::kRows, p.group * p.q_len - first_row));
   }
 }
 
