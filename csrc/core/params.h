@@ -167,7 +167,7 @@ struct ChunkRow {
 template <class Params>
 ZZ_HOST_DEVICE ChunkRow chunk_row(const Params& p, int b) {
   const int row = p.cache_rows(b);
-  if (row < 0) return {-1, 0, p.columns()};
+  if (p.cache_rows.of != nullptr && row < 0) return {-1, 0, p.columns()};
   const int length = read_only(p.seq_lens + row), pad = p.pad == nullptr ? 0 : read_only(p.pad + b);
   return {row, length < 0 ? 0 : length, clamp_padding(pad, p.columns())};
 }

@@ -23,6 +23,9 @@ struct DecodeCase {
   std::vector<int32_t> seq_lens, pad;  // pad may be empty
   int rotary_dim = 0;                  // 0: no RoPE
   bool float_table = false;            // cos and sin in float32
+  bool negative = false;               // the scale is -1 / sqrt(head_dim)
+
+  double scale() const { return (negative ? -1.0 : 1.0) / std::sqrt(head_dim); }
 };
 
 inline std::string describe(const DecodeCase& c) {
@@ -30,6 +33,7 @@ inline std::string describe(const DecodeCase& c) {
                             " slots ", c.slots, " sink ", c.sink, " window ", c.window, " lengths");
   for (const int32_t length : c.seq_lens) text += concat(" ", length);
   if (c.rotary_dim > 0) text += concat(" rotary_dim ", c.rotary_dim, c.float_table ? " float32" : "");
+  if (c.negative) text += " negative scale";
   return text;
 }
 
@@ -136,7 +140,7 @@ struct Tensors {
       p.k_cache_stride = p.v_cache_stride = strides(c.num_kv_heads, c.slots);
       p.batch = batch, p.num_q_heads = num_q_heads, p.num_kv_heads = c.num_kv_heads, p.q_len = c.q_len;
       p.head_dim = c.head_dim, p.slots = c.slots, p.sink = c.sink, p.window = c.window;
-      p.scale = static_cast<float>(1.0 / std::sqrt(c.head_dim));
+      p.scale = static_cast<float>(c.scale());
       p.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
       if (c.rotary_dim > 0) {
         Rotary& r = p.rotary;
@@ -176,7 +180,7 @@ Expected attend(const Tensors<T>& t, int b, int kv_head, int query_row, int quer
     double dot = 0;
     for (int d = 0; d < c.head_dim; ++d)
       dot += to_double(t.q[static_cast<size_t>(query_row) * t.row + d]) * to_double(key[d]);
-    logits.push_back(dot / std::sqrt(c.head_dim));
+    logits.push_back(dot * c.scale());
     values.push_back(value);
   };
   for (int slot = 0; slot < c.slots; ++slot) {

@@ -106,8 +106,14 @@ TEST_CASE("decode_full: from 17 to 256 query rows over one read of the keys") {
       {1, 8, 4, 128, 34, 0, 0, {32}, {}, 128, true},         // the last tokens find no slot
       {1, 8, 4, 128, 34, 0, 0, {34}, {}, 32, false},
       {2, 4, 6, 128, 0, 0, 0, {0}, {}, 128, true},
+      {8, 4, 8, 128, 4096, 0, 0, {2048}, {}, 128, false, true},  // of the first tiles all lie in the cache
+      {8, 4, 16, 128, 4100, 0, 0, {4085}, {1}, 128, false},
+      {4, 8, 16, 64, 4096, 0, 0, {4096}, {}, 0, false, true},  // no free slot, 128 rows
+      {8, 4, 8, 128, 64, 0, 0, {64}, {}, 128, false},          // one tile, all of it cached
+      {8, 4, 8, 128, 2048, 0, 0, {1500}, {8}},                 // nothing but padding behind first tiles
       {32, 4, 8, 64, 100, 0, 0, {77}, {}},
-      {64, 4, 8, 64, 100, 0, 0, {77}, {}},  // more heads than clusters find a place
+      {64, 4, 8, 64, 100, 0, 0, {77}, {}},          // more heads than clusters find a place
+      {8, 2, 9, 64, 26000, 0, 0, {25500}, {}, 64},  // hundreds of tiles
   });
 }
 

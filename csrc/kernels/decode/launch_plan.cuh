@@ -8,15 +8,21 @@
 namespace zigzag::attend {
 
 // Launches `one_token` or `any`, as the plan has it. (Where there is no kernel for one token they are the same.)
+// `bare`, if there is one, takes the place of `one_token` where it serves: in clusters, for calls that are bare.
 template <class S>
-void launch_planned(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream) {
+void launch_planned(const AttentionParams& a, void (*any)(Params), void (*one_token)(Params), void* stream,
+                    void (*bare)(Params) = nullptr) {
   DecodeRequest request = decode_request(a);
   request.block = S::kBlock;
   cuda::DeviceFacts device = cuda::device_facts();
   device.arch = cuda::code_arch(reinterpret_cast<const void*>(any));
   const cuda::LaunchOptions& options = cuda::launch_options();
 
-  const auto kernel_of = [&](const DecodePlan& plan) { return plan.one_token ? one_token : any; };
+  const bool takes_bare = bare != nullptr && is_bare(a);
+  const auto kernel_of = [&](const DecodePlan& plan) {
+    if (!plan.one_token) return any;
+    return takes_bare && plan.cluster > 1 ? bare : one_token;
+  };
   const auto config_of = [](const DecodePlan& plan) {
     cuda::LaunchConfig config = {};
     config.grid = dim3(static_cast<unsigned>(plan.grid[0]), static_cast<unsigned>(plan.grid[1]),

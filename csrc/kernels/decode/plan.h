@@ -68,8 +68,8 @@ DecodePlan plan_full(const DecodeRequest& request, const cuda::DeviceFacts& devi
 DecodePlan plan_ring(const DecodeRequest& request, const cuda::DeviceFacts& device, const cuda::LaunchOptions& options,
                      const ClusterPlaces& places);
 
-// Of the kernel for many query rows over one read of the keys (full/rows.cuh), whose blocks serve `tile_rows` of them
-// and need `shared_bytes`; cluster 1 where there is no place for it.
+// Of the kernel for many query rows over one read of the keys (full/rows_pipeline.cuh), whose blocks serve `tile_rows`
+// of them and need `shared_bytes`; cluster 1 where there is no place for it.
 DecodePlan plan_rows(const DecodeRequest& request, int tile_rows, int shared_bytes, const cuda::DeviceFacts& device,
                      const cuda::LaunchOptions& options, const ClusterPlaces& places);
 

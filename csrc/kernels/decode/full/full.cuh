@@ -177,12 +177,17 @@ struct Job {
 };
 
 template <class S>
+__device__ __forceinline__ void run_one_token(const Params& p) {
+  run_single<S>(p, [&](const Segment& segment, State<S>& state) {
+    if (in_cluster<S>(p)) return finish_in_cluster<S>(p, segment, state, false);
+    finish_team<S>(p, segment, state, min(p.team, count_items<S>(p, segment.keys)));
+  });
+}
+
+template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __grid_constant__ Params p) {
   if constexpr (S::kSingle) {
-    run_single<S>(p, [&](const Segment& segment, State<S>& state) {
-      if (in_cluster<S>(p)) return finish_in_cluster<S>(p, segment, state, false);
-      finish_team<S>(p, segment, state, min(p.team, count_items<S>(p, segment.keys)));
-    });
+    run_one_token<S>(p);
   } else {
     if (in_cluster<S>(p)) cuda::cluster_arrive_relaxed();
     Segment segment;
@@ -191,15 +196,21 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_kernel(const __
   }
 }
 
+// For one new token: see bare_params.
+template <class S>
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_full_bare_kernel(const __grid_constant__ Params p) {
+  run_one_token<S>(bare_params<S>(p));
+}
+
 template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
   using S = Shape<Element, kHeadDim, kRowTiles, false, false>;
   using Single = Shape<Element, kHeadDim, kRowTiles, false, true>;
-  launch_planned<S>(a, decode_full_kernel<S>, decode_full_kernel<Single>, stream);
+  launch_planned<S>(a, decode_full_kernel<S>, decode_full_kernel<Single>, stream, decode_full_bare_kernel<Single>);
 }
 
-// Several new tokens on the warpgroup products of sm_90a (rows.cuh); false, and nothing launched, where that kernel
-// does not serve the call. Compiled where ZIGZAG_SM90A is 1.
+// Several new tokens on the warpgroup products of sm_90a (rows_pipeline.cuh); false, and nothing launched, where that
+// kernel does not serve the call. Compiled where ZIGZAG_SM90A is 1.
 template <class Element>
 bool launch_decode_rows(const AttentionParams& a, void* stream);
 
@@ -209,7 +220,7 @@ void launch_decode_full(const AttentionParams& a, void* stream) {
            " bytes is too small; needed: ", workspace_bytes(a.head_dim));
   check_strides(a);
 #if ZIGZAG_SM90A
-  const bool plain = a.softcap == 0.0f && a.sink_logits == nullptr;  // what rows.cuh computes
+  const bool plain = a.softcap == 0.0f && a.sink_logits == nullptr;  // what that computes
   if (plain && launch_decode_rows<Element>(a, stream)) return;
 #endif
   dispatch_head_dim(a.head_dim, [&](auto head_dim) {

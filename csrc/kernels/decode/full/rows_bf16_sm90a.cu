@@ -1,4 +1,4 @@
-#include "kernels/decode/full/rows.cuh"
+#include "kernels/decode/full/rows_pipeline.cuh"
 
 namespace zigzag::decode_full {
 

@@ -46,16 +46,22 @@ struct Job {
   }
 };
 
+// One new token over a list of all slots.
+template <class S>
+__device__ __forceinline__ void run_one_token(const Params& p) {
+  run_single<S>(p, [&](const Segment& segment, State<S>& state) {
+    if (in_cluster<S>(p)) {
+      finish_in_cluster<S>(p, segment, state, false);
+    } else {
+      finish_in_block<S>(p, segment, state);
+    }
+  });
+}
+
 template <class S>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_kernel(const __grid_constant__ Params p) {
   if constexpr (S::kSingle) {
-    run_single<S>(p, [&](const Segment& segment, State<S>& state) {
-      if (in_cluster<S>(p)) {
-        finish_in_cluster<S>(p, segment, state, false);
-      } else {
-        finish_in_block<S>(p, segment, state);
-      }
-    });
+    run_one_token<S>(p);
   } else {
     if (in_cluster<S>(p)) cuda::cluster_arrive_relaxed();
     Job<S> job = {p, in_cluster<S>(p) ? cuda::cluster_rank() : 0};
@@ -63,11 +69,18 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_kernel(const 
   }
 }
 
+// For one new token: see bare_params.
+template <class S>
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) decode_stream_bare_kernel(const __grid_constant__ Params p) {
+  run_one_token<S>(bare_params<S>(p));
+}
+
 template <class Element, int kHeadDim, int kRowTiles>
 void launch_shape(const AttentionParams& a, void* stream) {
   using S = Shape<Element, kHeadDim, kRowTiles, true, false>;
   using Single = Shape<Element, kHeadDim, kRowTiles, true, true>;
-  launch_planned<S>(a, decode_stream_kernel<S>, decode_stream_kernel<Single>, stream);
+  launch_planned<S>(a, decode_stream_kernel<S>, decode_stream_kernel<Single>, stream,
+                    decode_stream_bare_kernel<Single>);
 }
 
 template <class Element>
