@@ -52,38 +52,29 @@ def _check_linear(model: nn.Module, source: str) -> None:
 
 def quantise(model: nn.Module, name: str, device: torch.device) -> None:
     """Quantises the linear layers in place, one after the other on `device`, where the whole model is then."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import quantize_
 
-    def takes_int4(module: nn.Module, path: str) -> bool:
-        if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
-            return False
-        return module.in_features % GROUP == 0 and module.out_features % 16 == 0
-
-    def is_left(module: nn.Module, path: str) -> bool:
-        return isinstance(module, nn.Linear) and not _is_quantised(module.weight)
-
-    # Its own settings of the compiler would be left behind for every other model of the process.
-    if name == "int4":
-        quantize_(model, _int4(device.type), takes_int4, device=device)
-    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), is_left, device=device)
+    head = model.get_output_embeddings()
+    for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+        quantize_(layer, codes_of(layer, name, layer is head, device.type), device=device)
     model.to(device)
+
+
+def codes_of(layer: nn.Linear, name: str, is_head: bool, device_type: str):
+    """torchao's config for one layer."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    common = {"set_inductor_config": False}  # torchao's settings of the compiler would stay for all models of the process
+    if name == "int8" or is_head or layer.in_features % GROUP or layer.out_features % 16:
+        return Int8WeightOnlyConfig(**common)
+    if device_type == "cpu":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        return PrototypeInt4WeightOnlyConfig(group_size=GROUP, **common)
+    return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", **common)
 
 
 def weights_of(model: nn.Module) -> str:
     """What the weights of linear layers are where they are no plain tensors, such as ", Int8Tensor", behind the model's dtype."""
     weights = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
-    return "".join(f", {name}" for name in sorted({type(weight).__name__ for weight in weights if _is_quantised(weight)}))
-
-
-def _is_quantised(weight: torch.Tensor) -> bool:
-    return type(weight) not in (nn.Parameter, torch.Tensor)
-
-
-def _int4(device_type: str):
-    if device_type == "cpu":
-        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-
-        return PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
-    from torchao.quantization import Int4WeightOnlyConfig
-
-    return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    return "".join(f", {name}" for name in sorted({type(weight).__name__ for weight in weights} - {"Parameter", "Tensor"}))
