@@ -1,7 +1,7 @@
 """Weights of linear layers as int8 or int4 codes, by torchao.
 
-int8 is symmetric with one scale per output; int4 has a scale and a zero point per 64 inputs. The output head, and layers whose
-shapes the int4 kernels do not take, are int8 in both. Embeddings, norms and biases stay as they are.
+int8 is symmetric with one scale per output; int4 has a scale and a zero point per 64 inputs, fitted by HQQ. The output head, and
+layers whose shapes the int4 kernels do not take, are int8 in both. Embeddings, norms and biases stay as they are.
 Source: https://github.com/pytorch/ao (Int8WeightOnlyConfig; Int4WeightOnlyConfig as tile_packed_to_4d on CUDA, on a CPU
 torchao.prototype's Int4OpaqueTensor: torch has the kernels of both, other formats of int4 need more packages).
 """
@@ -67,11 +67,12 @@ def codes_of(layer: nn.Linear, name: str, is_head: bool, device_type: str):
     common = {"set_inductor_config": False}  # torchao's settings of the compiler would stay for all models of the process
     if name == "int8" or is_head or layer.in_features % GROUP or layer.out_features % 16:
         return Int8WeightOnlyConfig(**common)
+    common |= {"group_size": GROUP, "int4_choose_qparams_algorithm": "hqq"}
     if device_type == "cpu":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
-        return PrototypeInt4WeightOnlyConfig(group_size=GROUP, **common)
-    return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", **common)
+        return PrototypeInt4WeightOnlyConfig(**common)
+    return Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d", **common)
 
 
 def weights_of(model: nn.Module) -> str:
