@@ -1,13 +1,16 @@
 """Models whose linear layers are quantised, under a plan: the logits of that model under a mask, eager and compiled.
 
-Loaded as the `zigzag` command does, by torchao, and by transformers with bitsandbytes.
+Loaded as the `zigzag` command does, by torchao, and by transformers with bitsandbytes or from MXFP4.
 """
+
+import json
 
 import pytest
 import torch
-from dense_oracle import dense_oracle, logits_of, next_logits
+from dense_oracle import dense_oracle, logits_of, next_logits, stock
 from gpu import needs_cuda
-from tiny_models import new_model, padded_prompt
+from safetensors.torch import save_file
+from tiny_models import new_model, padded_prompt, windowed_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
@@ -111,3 +114,26 @@ def test_a_missing_torchao_is_named(monkeypatch):
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="need the package torchao:  pip install torchao"):
         weights.check_weights("int8", "a model", None, "auto")
+
+
+def test_mxfp4_checkpoints_come_as_bfloat16_on_the_cpu(tmp_path):
+    """transformers has kernels for them on GPUs, with a package of its own; elsewhere it reads experts of gpt-oss as bfloat16."""
+    model, state = windowed_model("gpt_oss", 8, num_hidden_layers=2), {}
+    model.save_pretrained(tmp_path)
+    for name, weight in model.state_dict().items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = weight.shape  # blocks of 32 codes share an exponent, here of 1/32
+            state[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+            state[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 127 - 5, dtype=torch.uint8)
+        else:
+            state[name] = weight
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head", "model.embed_tokens"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    with zz.zigzag(model):
+        answer, logits = logits_of(model, TOKENS, **BATCH)
+    with stock(model):
+        expected = next_logits(model, answer, **BATCH)
+    assert ((logits.float() - expected).norm() / expected.norm()).item() < 0.06
