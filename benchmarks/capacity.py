@@ -23,8 +23,8 @@ from zigzag_ext.attention import ops, reference
 
 from .cells.arguments import check_names, model_parser, names, token_count
 from .cells.fake_context import fake_zigzag
-from .cells.int8_weights import build_int8
 from .cells.models import MODELS, PLANS, build_model, even_plan
+from .cells.quantised_weights import build_quantised
 from .report.records import CapacityRecord, held, writer
 from .step import Decoder, busy, time_generate, time_steps
 from .timing import clock, machine
@@ -136,9 +136,8 @@ def build(name: str, weights: str, device: str, most_tokens: int):
     if weights == "plain":
         return build_model(name, device)
     config = deepcopy(MODELS[name])
-    config.pad_token_id, config.eos_token_id = 0, None
     config.max_position_embeddings = most_tokens
-    return build_int8(config, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return build_quantised(config, weights, device)
 
 
 def cells(text: str) -> list[tuple[str, int]]:

@@ -21,11 +21,13 @@ from transformers import CompileConfig
 
 import zigzag_ext as zz
 from zigzag_ext.hf.cache_argument import cache_argument
+from zigzag_ext.study.weights import FORMATS
 
 from .cells import step_prefill
 from .cells.arguments import check_names, model_parser, names, token_counts
 from .cells.fake_context import MARGIN, fake_dynamic, fake_static, fake_zigzag
-from .cells.models import PLANS, K, build_model, make_plan
+from .cells.models import MODELS, PLANS, K, build_model, make_plan
+from .cells.quantised_weights import build_quantised
 from .peers.duo_recreation import duo_weights, fake_duo
 from .report import comparisons
 from .report.records import StepRecord, held, writer
@@ -152,6 +154,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plan", type=names, help=f"of {', '.join(PLANS)}; default all; prompts {', '.join(step_prefill.PLANS)}")
     parser.add_argument("--impl", type=names, help=f"of {', '.join(IMPLS)}; default all; prompts zigzag_eager")
+    parser.add_argument("--weights", choices=FORMATS, help="of linear layers (needs torchao); rows name the model MODEL-int4")
     parser.add_argument("--chunk", type=int, default=step_prefill.CHUNK, help="tokens of a prompt that are computed at once")
     args = parser.parse_args(argv)
     prompts = args.phase == "prefill"
@@ -162,6 +165,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for given, known in ((args.plan, PLANS), (args.impl, step_prefill.IMPLS if prompts else IMPLS)):
         check_names(parser, given, known)
     return args
+
+
+def build(name: str, weights: str | None, device: str):
+    return build_quantised(MODELS[name], weights, device) if weights else build_model(name, device)
 
 
 def all_cells(args: argparse.Namespace, model) -> Iterator[tuple[str, str, int, Callable]]:
@@ -178,10 +185,11 @@ def all_cells(args: argparse.Namespace, model) -> Iterator[tuple[str, str, int, 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     origin = {"commit": args.commit, "gpu": machine.processor(args.device), "driver": machine.driver(args.device)}
-    origin |= {"torch": torch.__version__, "transformers": transformers.__version__, "model": args.model}
+    origin |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    origin |= {"model": f"{args.model}-{args.weights}" if args.weights else args.model}
     kept, failed = held(args.csv, StepRecord, origin), []
     done = {(row.impl, row.plan, row.context, row.phase) for row in kept}
-    model = build_model(args.model, args.device)
+    model = build(args.model, args.weights, args.device)
     with torch.no_grad(), writer(args.csv, StepRecord, go_on=True) as add:
         for impl, plan, context, rows in all_cells(args, model):
             name, start = f"{impl:22} {plan:14} {context:7}", time.perf_counter()

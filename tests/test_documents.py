@@ -23,6 +23,20 @@ def test_every_link_has_a_target():
     assert not missing
 
 
+def test_every_file_that_is_named_is_there():
+    """Paths in code style, from the repository's root; not patterns such as `csrc/kernels/<op>/`."""
+    named = re.compile(r"`((?:benchmarks|csrc|docs|examples|release|tests|zigzag_ext)/[\w/.]*)`")
+    missing = {
+        name
+        for path in (*DOCUMENTS, ROOT / "CONTRIBUTING.md")
+        for name in named.findall(path.read_text())
+        if not (ROOT / name).exists()
+    }
+    assert not missing
+    folders = re.search(r"\| `csrc/` \| .*?: (.*); `bindings`", (ROOT / "README.md").read_text()).group(1)
+    assert {*re.findall(r"`(\w+)`", folders), "bindings"} == {path.name for path in (ROOT / "csrc").iterdir()}
+
+
 def test_every_figure_and_every_result_is_shown():
     committed = [*(ROOT / "docs" / "figures").glob("*.png"), *RESULTS.glob("*.csv")]
     shown = targets()

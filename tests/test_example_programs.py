@@ -39,6 +39,9 @@ def test_a_program_prints_what_it_should(name, demo_place, monkeypatch, capsys):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert re.match(PRINTED[name], printed), printed
+    if name == "save_and_load_cache":
+        read, loaded = map(float, re.findall(r"in (.*) s", printed))
+        assert loaded < read, "a saved cache is there to save time"
 
 
 @pytest.mark.slow

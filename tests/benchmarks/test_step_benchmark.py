@@ -84,6 +84,20 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys):
     assert step.main([*arguments, "--commit", "other"]) == 0 and len(read(path, StepRecord)) == 8
 
 
+@pytest.mark.parametrize("weights, least", [("int8", 1), ("int4", 0.5)])
+def test_steps_with_quantised_weights(tmp_path, weights, least):
+    pytest.importorskip("torchao")
+    path = tmp_path / "step.csv"
+    arguments = [*CPU, "--plan", "exclusive_50", "--context", "300", "--impl", "zigzag_eager", "--weights", weights]
+    assert step.main([*arguments, "--csv", str(path)]) == 0
+    rows = read(path, StepRecord)
+    assert [(row.model, row.phase) for row in rows] == [(f"tiny-{weights}", "step"), (f"tiny-{weights}", "generate")]
+    model = models.build_model("tiny", "cpu")
+    layers = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    rest = rows[0].weight_bytes - least * layers  # the head in a byte, embeddings and norms; scales
+    assert 256 * 128 * (1 + 2) < rest < 256 * 128 * (1 + 4) + 0.12 * layers
+
+
 def test_slow_steps_are_timed_less_often():
     class Counter:
         steps = generated = 0
@@ -251,10 +265,10 @@ def test_capacity(tmp_path, monkeypatch, capsys, weights, wrong):
 
 def test_int8_weights_are_the_model_with_rounded_linear_layers():
     pytest.importorskip("torchao")
-    from benchmarks.cells.int8_weights import build_int8
+    from benchmarks.cells.quantised_weights import build_quantised
 
     plain = models.build_model("tiny", "cpu")
-    model = build_int8(models.MODELS["tiny"], torch.float32, "cpu")
+    model = build_quantised(models.MODELS["tiny"], "int8", "cpu")
     with torch.no_grad():
         state = {name: p.dequantize() if hasattr(p, "dequantize") and "Int8" in type(p).__name__ else p
                  for name, p in model.named_parameters()}  # fmt: skip

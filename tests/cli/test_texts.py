@@ -209,3 +209,14 @@ def test_eval_compiles_decode_steps_of_speculation(model_folder, plan_file, monk
         report = acceptance.accepted(model, [sample], zz.Plan.load(plan_file), "lookup", 4, compile=compile)
         assert report.tokens == 4
     assert asked == [False, True]
+
+
+def test_quantised_weights_reach_the_model(model_folder, tmp_path):  # noqa: F811
+    rows = tmp_path / "rows.csv"
+    evaluate = ["eval", model_folder, *CPU, "--length", 100, "--depth", 0.5, "--prompts", 1, "-o", rows]
+    for name in ("int8", "int4"):
+        assert len(text_of("generate", model_folder, *CPU, "--weights", name, "-p", " ".join(WORDS[:30]), "-n", 4)) == 4
+        assert zigzag(*evaluate, "--task", "perplexity", "--weights", name).exit_code == 0
+    assert [row.dtype for row in results.read(rows)] == ["float32, Int8Tensor", "bfloat16, Int4OpaqueTensor, Int8Tensor"]
+    for command in (["generate", "-p", "w1"], ["chat"], ["eval"], ["serve", "--port", 0]):
+        assert "unsupported weights 'int3'" in failure(command[0], model_folder, *command[1:], *CPU, "--weights", "int3")

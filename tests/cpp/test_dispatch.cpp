@@ -5,12 +5,14 @@
 #include <vector>
 
 #include "core/dispatch.h"
+#include "error_text.h"
 #include "kernels/attention.h"
 #include "kernels/decode/full/workspace.h"
 
 namespace {
 
 using namespace zigzag;
+using zigzag::testing::error_of;
 
 AttentionParams good_attention() {
   AttentionParams params{};
@@ -38,16 +40,6 @@ AppendParams good_append() {
   params.window = 256;
   params.dtype = DType::kFloat32;
   return params;
-}
-
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 void check_mentions(const std::string& message, const std::vector<std::string>& parts) {

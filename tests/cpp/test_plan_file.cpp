@@ -10,23 +10,15 @@
 #include "engine/json.h"
 #include "engine/plan_file.h"
 #include "engine/scheduler.h"
+#include "error_text.h"
 
 namespace {
 
 using namespace zigzag;
+using zigzag::testing::error_of;
 
 constexpr LayerKind R = LayerKind::kRetrieval;
 constexpr LayerKind S = LayerKind::kStreaming;
-
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 std::string plan_with(const std::string& fields) {
   return "{\"format\": \"zigzag-plan\", \"version\": 4, \"sink\": 4, \"window\": 8, " + fields + "}";

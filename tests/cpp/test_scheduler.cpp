@@ -11,25 +11,17 @@
 
 #include "engine/captured_step.h"
 #include "engine/scheduler.h"
+#include "error_text.h"
 #include "kv/formats.h"
 #include "kv/ring.h"
 
 namespace {
 
 using namespace zigzag;
+using zigzag::testing::error_of;
 
 constexpr LayerKind R = LayerKind::kRetrieval;
 constexpr LayerKind S = LayerKind::kStreaming;
-
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 Strides contiguous(int heads, int tokens, int head_dim) {
   return {int64_t{heads} * tokens * head_dim, int64_t{tokens} * head_dim, head_dim};

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cuda_testing.h"
+#include "error_text.h"
 
 namespace zigzag {
 namespace {
@@ -26,6 +27,7 @@ constexpr DType kDType = DType::kBFloat16;
 constexpr LayerKind R = LayerKind::kRetrieval;
 constexpr LayerKind S = LayerKind::kStreaming;
 
+using testing::error_of;
 using Bits = std::vector<uint16_t>;
 
 template <class T>
@@ -227,16 +229,6 @@ struct TestStream {
   ~TestStream() { cudaStreamDestroy(handle); }
   void wait() const { CHECK_CUDA(cudaStreamSynchronize(handle)); }
 };
-
-template <class Call>
-std::string error_of(Call&& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 }  // namespace
 

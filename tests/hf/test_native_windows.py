@@ -23,8 +23,8 @@ from zigzag_ext.hf.cache_argument import cache_argument
 from zigzag_ext.planning.native import whole_plan
 
 WINDOW = 8
-# Gates, interleaved RoPE, norms and layers without RoPE, a soft cap, learned sinks, mixed RoPE.
-TRACED = ["afmoe", "cohere2", "exaone4", "gemma2", "gpt_oss", "smollm3"]
+# Gates, interleaved RoPE, norms and layers without RoPE, a soft cap, learned sinks, queries scaled by position, mixed RoPE.
+TRACED = ["afmoe", "cohere2", "exaone4", "gemma2", "gpt_oss", "ministral3", "smollm3"]
 
 
 def pytest_generate_tests(metafunc):

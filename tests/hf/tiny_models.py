@@ -103,7 +103,17 @@ WINDOWED: dict[str, dict] = {
     "laguna": {"layer_types": ["full_attention", "sliding_attention"] * 2, **_EXPERTS},
     "mellum": {"layer_types": ["sliding_attention", "full_attention"] * 2, **_EXPERTS},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "ministral3": {},
+    "ministral3": {  # queries grow with the number of times that 16 positions, those that it was trained on first, have passed
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "mistral": {},
     "mixtral": _EXPERTS,
     "modernbert-decoder": {"local_attention": 16, "global_attn_every_n_layers": 2},

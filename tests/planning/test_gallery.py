@@ -206,6 +206,7 @@ def test_the_message_gives_the_prompts_and_times_of_identify():
     with pytest.raises(ValueError) as raised:
         zz.load_plan("org/new")
     text = str(raised.value)
+    assert text.endswith("windows of its own needs no plan to keep just those: zigzag_ext.enable(model)")
     assert f"{METHOD.PROMPTS} prompts of {METHOD.TOKENS} tokens" in text
     evidence = " ".join((ROOT / "docs" / "evidence.md").read_text().split())
     assert "*retrieval* 146" in evidence and "146 s on two CPU cores" in text

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from .. import __version__
 from ..planning import env
-from ..planning.kv_format import FORMATS
 from ..planning.reading import one_line
 from .progress import want
 
@@ -29,33 +28,6 @@ app = typer.Typer(
         "and a plan from them with `zigzag solve`. Measure the plan with `zigzag eval`, use it with `zigzag generate`."
     ),
 )
-_FORMAT_HELP = f"How retrieval layers hold keys and values: {', '.join(FORMATS)}, or keys/values: int8/int4."
-KvFormat = Annotated[str | None, typer.Option("--kv-format", help=_FORMAT_HELP)]
-RingKvFormat = Annotated[str | None, typer.Option("--ring-kv-format", help="The same for streaming layers.")]
-KeySmoothing = Annotated[
-    bool | None, typer.Option("--key-smoothing/--no-key-smoothing", help="Quantise keys less the mean of the first ones.")
-]
-Compress = Annotated[
-    str | None,
-    typer.Option("--compress", help="What retrieval layers keep of a prompt once it is read: a share, 0.12, or tokens."),
-]
-CompressMethod = Annotated[
-    str | None, typer.Option("--compress-method", help="Which tokens: windows (default), snapkv, pyramidkv, chunkkv or recent.")
-]
-CompressWindow = Annotated[
-    int | None, typer.Option("--compress-window", help="Of windows and chunkkv: tokens that stay or go together; default 8, 10.")
-]
-CompressObserve = Annotated[
-    int | None, typer.Option("--compress-observe", help="Last tokens of a prompt, whose attention decides; default 32.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="Spread the layers over all GPUs: auto, balanced or sequential (needs accelerate).")
-]
-TensorParallel = Annotated[
-    bool, typer.Option("--tp", help="Share heads and weights out over the processes that torchrun has started, a GPU for each.")
-]
 # A long path stays one line, whatever the width of the terminal, and what a file's name or content says is never markup.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 

@@ -6,25 +6,27 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, DeviceMap, Dtype, KeySmoothing, KvFormat, RingKvFormat, app, one_line_errors, quiet_transformers
+from . import arguments
+from .app import app, one_line_errors, quiet_transformers
 from .progress import load, show
 
 
 @app.command()
 @one_line_errors
 def chat(
-    model: Annotated[str, typer.Argument(help="Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name.")],
+    model: arguments.Model,
     plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of an answer.")] = 512,
-    kv_format: KvFormat = None,
-    ring_kv_format: RingKvFormat = None,
-    key_smoothing: KeySmoothing = None,
+    kv_format: arguments.KvFormat = None,
+    ring_kv_format: arguments.RingKvFormat = None,
+    key_smoothing: arguments.KeySmoothing = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
     compile: Annotated[bool, typer.Option("--compile", help="Run decode steps as one compiled graph.")] = False,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    dtype: Dtype = "auto",
+    weights: arguments.Weights = None,
+    device: arguments.Device = "auto",
+    device_map: arguments.DeviceMap = None,
+    dtype: arguments.Dtype = "auto",
 ) -> None:
     """Talk to a model with a plan. Lines are questions; /reset begins anew, /exit or the end of input ends.
 
@@ -37,7 +39,7 @@ def chat(
 
     check_options(device, dtype, device_map)
     chosen = plans_for(model, {"": plan}, (kv_format, ring_kv_format, key_smoothing))[""]
-    network, tokenizer = load(model, device, dtype, device_map)
+    network, tokenizer = load(model, device, dtype, device_map, weights=weights)
     options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with zigzag(network, chosen, compile=compile):
         talk = Conversation(network, tokenizer, chosen, system, max_new_tokens=max_new_tokens, **options)

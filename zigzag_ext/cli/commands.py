@@ -11,23 +11,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..planning.solve import objectives
-from .app import (
-    Compress,
-    CompressMethod,
-    CompressObserve,
-    CompressWindow,
-    Device,
-    DeviceMap,
-    Dtype,
-    KeySmoothing,
-    KvFormat,
-    RingKvFormat,
-    TensorParallel,
-    app,
-    console,
-    one_line_errors,
-    quiet_transformers,
-)  # fmt: skip
+from . import arguments
+from .app import app, console, one_line_errors, quiet_transformers
 from .explain import launch_table
 from .progress import load, screen, show, waiting
 
@@ -112,8 +97,8 @@ def solve(
     head_dim: Annotated[
         int | None, typer.Option(help="Head size for the memory; default the model's or the scores', or 128.")
     ] = None,
-    kv_format: KvFormat = None,
-    ring_kv_format: RingKvFormat = None,
+    kv_format: arguments.KvFormat = None,
+    ring_kv_format: arguments.RingKvFormat = None,
 ) -> None:
     """Choose which layers retrieve and which stream, from head scores alone: no weights, no GPU."""
     from ..planning.scores import load_scores
@@ -153,22 +138,22 @@ def solve(
 @app.command()
 @one_line_errors
 def generate(
-    model: Annotated[str, typer.Argument(help="Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name.")],
+    model: arguments.Model,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue. Without it, standard input is read.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Most tokens to generate.")] = 128,
-    kv_format: KvFormat = None,
-    ring_kv_format: RingKvFormat = None,
-    key_smoothing: KeySmoothing = None,
+    kv_format: arguments.KvFormat = None,
+    ring_kv_format: arguments.RingKvFormat = None,
+    key_smoothing: arguments.KeySmoothing = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens: less memory.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above: sampling.")] = 0.0,
-    compress: Compress = None,
-    compress_method: CompressMethod = None,
-    compress_window: CompressWindow = None,
-    compress_observe: CompressObserve = None,
+    compress: arguments.Compress = None,
+    compress_method: arguments.CompressMethod = None,
+    compress_window: arguments.CompressWindow = None,
+    compress_observe: arguments.CompressObserve = None,
     speculate: Annotated[
         str | None, typer.Option(help="Draft tokens and verify several at once: auto, lookup, streaming.")
     ] = None,
@@ -181,10 +166,11 @@ def generate(
     compile: Annotated[
         bool, typer.Option("--compile", help="Run decode steps as one compiled graph: pays for long texts.")
     ] = False,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    tp: TensorParallel = False,
-    dtype: Dtype = "auto",
+    weights: arguments.Weights = None,
+    device: arguments.Device = "auto",
+    device_map: arguments.DeviceMap = None,
+    tp: arguments.TensorParallel = False,
+    dtype: arguments.Dtype = "auto",
 ) -> None:
     """Continue a prompt with a plan; prints the text, then tokens per second and KV memory."""
     quiet_transformers()
@@ -206,7 +192,7 @@ def generate(
         check_saved(load_cache, model, dict(zip(names, (plan, *formats, chunk, compress), strict=True)))
     else:
         chosen = plans_for(model, {"": plan}, formats)[""]
-    network, tokenizer = load(model, device, dtype, device_map, tp)
+    network, tokenizer = load(model, device, dtype, device_map, tp, weights)
     cache = ZigzagCache.load(load_cache, network) if load_cache else None
     chosen = cache.state.made_for[0] if cache else chosen
     if chat:

@@ -8,9 +8,10 @@ import typer
 from rich.table import Column, Table
 
 from ..study.identify import METHODS
-from .app import Device, Dtype, app, console, one_line_errors, quiet_transformers
+from . import arguments
+from .app import app, console, one_line_errors, quiet_transformers
 from .progress import load, waiting
-from .study import MODEL, RULER_NAMES, TASK_NAMES, task_named
+from .study import RULER_NAMES, TASK_NAMES, task_named
 
 _METHODS = f"{', '.join(METHODS)}; even (no scores); package.module:function; a score file. May be repeated."
 
@@ -18,7 +19,7 @@ _METHODS = f"{', '.join(METHODS)}; even (no scores); package.module:function; a 
 @app.command()
 @one_line_errors
 def compare(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: arguments.Model,
     method: Annotated[list[str] | None, typer.Option(help=f"{_METHODS} Default retrieval, lazy, even.")] = None,
     ratio: Annotated[
         list[float] | None,
@@ -52,8 +53,8 @@ def compare(
     identify_prompts: Annotated[int | None, typer.Option(help="Prompts of the methods; default: the method's.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the comparison.")] = Path("comparison"),
     figures: Annotated[bool, typer.Option(help="Draw figures into the folder (needs matplotlib).")] = True,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: arguments.Device = "auto",
+    dtype: arguments.Dtype = "auto",
 ) -> None:
     """Compare methods x ratios x tasks at equal KV bytes and at equal milliseconds, and how much their plans have in common.
 

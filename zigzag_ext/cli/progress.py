@@ -95,12 +95,12 @@ def show(text: str) -> None:
     _is_mid_line = not text.endswith("\n") if text else _is_mid_line
 
 
-def load(model: str, device: str, dtype: str, device_map: str | None = None, tp: bool = False):
+def load(model: str, device: str, dtype: str, device_map: str | None = None, tp: bool = False, weights: str | None = None):
     """As `load_model`, with a line while it lasts."""
     from ..study.loading import load_model
 
     with waiting(f"loading {model}"):
-        return load_model(model, device, dtype, device_map, tp)
+        return load_model(model, device, dtype, device_map, tp, weights)
 
 
 def _clock(seconds: float) -> str:

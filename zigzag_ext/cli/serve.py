@@ -9,7 +9,8 @@ import typer
 
 from ..planning import env
 from ..planning.layers import text_config
-from .app import Device, Dtype, KeySmoothing, KvFormat, RingKvFormat, app, one_line_errors, quiet_transformers
+from . import arguments
+from .app import app, one_line_errors, quiet_transformers
 from .progress import load
 
 _GIB = 1024**3
@@ -18,7 +19,7 @@ _GIB = 1024**3
 @app.command()
 @one_line_errors
 def serve(
-    model: Annotated[str, typer.Argument(help="Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name.")],
+    model: arguments.Model,
     plan: Annotated[Path | None, typer.Option(help="Plan file; without it every layer keeps every token.")] = None,
     host: Annotated[str, typer.Option(help="Address to serve at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
@@ -34,9 +35,9 @@ def serve(
         bool | None, typer.Option("--compile/--no-compile", help="Run decode steps as compiled graphs; default on a GPU.")
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Most requests that wait until others have ended.")] = 256,
-    kv_format: KvFormat = None,
-    ring_kv_format: RingKvFormat = None,
-    key_smoothing: KeySmoothing = None,
+    kv_format: arguments.KvFormat = None,
+    ring_kv_format: arguments.RingKvFormat = None,
+    key_smoothing: arguments.KeySmoothing = None,
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Read prompts in chunks of this many tokens, whatever --max-stall-ms says.")
     ] = None,
@@ -45,8 +46,9 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="Name of the model in requests; default MODEL.")] = None,
     drain_seconds: Annotated[float, typer.Option(min=0.0, help="How long what runs may go on after Ctrl-C or SIGTERM.")] = 30.0,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line for each request on standard output.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    weights: arguments.Weights = None,
+    device: arguments.Device = "auto",
+    dtype: arguments.Dtype = "auto",
 ) -> None:
     """Serve a model with a plan over HTTP, for many requests at once, with OpenAI's API.
 
@@ -65,7 +67,7 @@ def serve(
     chosen = plans_for(model, {"": plan}, formats)[""]
     max_len = max_len or _context_of(model)
     with bind(host, port) as socket:
-        network, tokenizer = load(model, device, dtype)
+        network, tokenizer = load(model, device, dtype, weights=weights)
         engine = Engine(
             network, chosen, max_len=max_len, max_rows=max_rows, memory=memory if memory <= 1 else int(memory), queue=queue,
             max_stall_ms=max_stall_ms, prefix_cache=prefix_cache, compile=compile, prefill_chunk=chunk or "auto",

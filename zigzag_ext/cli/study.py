@@ -9,25 +9,10 @@ import typer
 from rich.table import Column, Table
 
 from ..study.identify import METHODS
-from .app import (
-    Compress,
-    CompressMethod,
-    CompressObserve,
-    CompressWindow,
-    Device,
-    DeviceMap,
-    Dtype,
-    KeySmoothing,
-    KvFormat,
-    RingKvFormat,
-    app,
-    console,
-    one_line_errors,
-    quiet_transformers,
-)  # fmt: skip
+from . import arguments
+from .app import app, console, one_line_errors, quiet_transformers
 from .progress import load, waiting
 
-MODEL = "Model folder (safetensors or GGUF), a .gguf file, or a Hugging Face model name."
 TASK_NAMES = "passkey, multikey, multivalue, second_question, quotation, perplexity"
 RULER_NAMES = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe, ruler_fwe"
 
@@ -35,7 +20,7 @@ RULER_NAMES = "niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_
 @app.command()
 @one_line_errors
 def identify(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: arguments.Model,
     method: Annotated[
         str,
         typer.Option(
@@ -52,8 +37,8 @@ def identify(
     window: Annotated[int, typer.Option(help="Last tokens that a streaming layer would keep.")] = 256,
     tokens: Annotated[int | None, typer.Option(help="Length of a prompt; default: the method's.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts, or training steps of gates; default: the method's.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: arguments.Device = "auto",
+    dtype: arguments.Dtype = "auto",
 ) -> None:
     """Score every KV head of a model: how much it needs the whole context. Give the scores to `zigzag solve`.
 
@@ -90,7 +75,7 @@ def identify(
 @app.command("eval")
 @one_line_errors
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: arguments.Model,
     plan: Annotated[list[Path] | None, typer.Option(help="Plan file. May be repeated.")] = None,
     task: Annotated[
         list[str] | None,
@@ -101,13 +86,13 @@ def evaluate(
     prompts: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     full: Annotated[bool, typer.Option(help="Also evaluate full attention.")] = True,
-    kv_format: KvFormat = None,
-    ring_kv_format: RingKvFormat = None,
-    key_smoothing: KeySmoothing = None,
-    compress: Compress = None,
-    compress_method: CompressMethod = None,
-    compress_window: CompressWindow = None,
-    compress_observe: CompressObserve = None,
+    kv_format: arguments.KvFormat = None,
+    ring_kv_format: arguments.RingKvFormat = None,
+    key_smoothing: arguments.KeySmoothing = None,
+    compress: arguments.Compress = None,
+    compress_method: arguments.CompressMethod = None,
+    compress_window: arguments.CompressWindow = None,
+    compress_observe: arguments.CompressObserve = None,
     speculate: Annotated[
         str | None, typer.Option(help="Also continue each prompt by speculative decoding: auto, lookup or streaming drafts.")
     ] = None,
@@ -117,9 +102,10 @@ def evaluate(
         bool,
         typer.Option("--compile", help="Of tasks of RULER and --speculate: compile decode steps; the other tasks have none."),
     ] = False,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    dtype: Dtype = "auto",
+    weights: arguments.Weights = None,
+    device: arguments.Device = "auto",
+    device_map: arguments.DeviceMap = None,
+    dtype: arguments.Dtype = "auto",
 ) -> None:
     """Measure what plans keep of a model's quality: needles over lengths and depths, perplexity of long text. Offline.
 
@@ -144,7 +130,7 @@ def evaluate(
         raise ValueError(f"--compile is for decode steps, and {', '.join(each.name for each in chosen)} have none: leave it out")
     if output is not None:
         tasks.append(output, [])
-    network, tokenizer = load(model, device, dtype, device_map)
+    network, tokenizer = load(model, device, dtype, device_map, weights=weights)
     with waiting("evaluating prompts") as line:
         total = sum(prompts * (len(depths) if each.has_depth else 1) for each in chosen) * len(plans) * len(lengths)
         rows = []

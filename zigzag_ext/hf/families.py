@@ -100,7 +100,8 @@ def _learned_sinks(model, config):
 
 def _latent_attention(model, config):
     if getattr(config, "kv_lora_rank", None):
-        return f"it uses multi-head latent attention (config.kv_lora_rank = {config.kv_lora_rank}): k and v differ in size"
+        given = f"config.kv_lora_rank = {config.kv_lora_rank}"
+        return f"it uses multi-head latent attention ({given}): k and v differ in size (docs/latent_attention.md)"
 
 
 def _shared_caches(model, config):

@@ -12,12 +12,20 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..hf.served import auto_class
 from ..planning.layers import geometries, text_config
+from .weights import check_weights, quantise
 
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def load_model(source: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None, tp: bool = False):
+def load_model(
+    source: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    tp: bool = False,
+    weights: str | None = None,
+):
     """Model and tokenizer from a folder (safetensors or one .gguf file), a .gguf file, or a Hugging Face model name.
 
     Args:
@@ -26,12 +34,15 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto", device_ma
         device_map: "auto", "balanced", "balanced_low_0" or "sequential": spread the layers over all GPUs, and where these are
             full over the CPU, as accelerate does; `device` is then left "auto".
         tp: tensor parallelism: share the heads and weights out over the processes that torchrun has started; likewise.
+        weights: "int8" or "int4": quantise linear layers once they are read, see `weights.py`. Needs torchao, and one device.
 
     Raises:
         ValueError: the folder holds no model, several .gguf files or an unreadable one, or the device or dtype is unknown; or the
-            processes cannot share the model out, see `check_tensor_parallel`.
-            OSError: not found.
+            processes cannot share the model out, see `check_tensor_parallel`; or its weights cannot be quantised.
+        OSError: not found. ModuleNotFoundError: a package for `device_map` or `weights` is not installed.
     """
+    if weights is not None and (tp or device_map is not None):
+        raise ValueError("weights are quantised on one device: leave the device map and tensor parallelism out")
     device_name, device = device, check_device(device, device_map)
     placed = {} if device_map is None else {"device_map": device_map}
     check_dtype(dtype)
@@ -39,12 +50,16 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto", device_ma
         check_tensor_parallel(source, device_name, device_map)
         placed = shared_out()
     folder, options = _locate(source)
+    if weights is not None:
+        check_weights(weights, source, load_config(source), dtype)
     with _named(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     with _named(f"the model {source}"):
-        dtype = _dtype(dtype, device, folder, options)
+        dtype = torch.bfloat16 if weights == "int4" else _dtype(dtype, device, folder, options)
         auto = auto_class(AutoConfig.from_pretrained(folder, **options))
         model = auto.from_pretrained(folder, dtype=dtype, **options, **placed)
+    if weights is not None:
+        quantise(model, weights, device)
     return (model if placed else model.to(device)).eval(), tokenizer
 
 

@@ -171,5 +171,6 @@ def _unknown(model: str) -> str:
         f"the gallery has no plan for {shown(model)}{f' (it has one for {near[0]})' if near else ''}; `zigzag plans` lists its "
         f"models. To make scores: zigzag identify {shlex.quote(model)} -o scores.tsv, then zigzag solve scores.tsv -o plan.json. "
         "That reads 16 prompts of 2048 tokens: for a model of 135M parameters 146 s on two CPU cores or seconds on a GPU, for "
-        "others about in proportion to their parameters"
+        "others about in proportion to their parameters. A model with sliding windows of its own needs no plan to keep just "
+        "those: zigzag_ext.enable(model)"
     )

@@ -10,6 +10,7 @@ from torch import nn
 from ...cache.compression import PromptCompression
 from ...planning.native import native_windows, whole_plan
 from ...planning.plan import Plan
+from ..weights import weights_of
 from .haystack import Sample
 from .results import Row, kinds_of, statistics
 from .scoring import check_length, score
@@ -98,9 +99,10 @@ def _samples(task: Task, tokenizer, length: int, depths: tuple, prompts: int, se
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """The columns that name a model: the last part of where it was loaded from, its device and its dtype."""
+    """The columns that name a model: the last part of where it was loaded from, its device, its dtype and quantised weights."""
     source = str(model.config._name_or_path).rstrip("/").rpartition("/")[2]
-    return {"model": source or model.config.model_type, "device": model.device.type, "dtype": str(model.dtype)[6:]}
+    dtype = str(model.dtype)[6:] + weights_of(model)
+    return {"model": source or model.config.model_type, "device": model.device.type, "dtype": dtype}
 
 
 def describe_plan(
