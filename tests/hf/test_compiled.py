@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt
 from torch._dynamo.utils import counters
 
 import zigzag_ext as zz
+from zigzag_ext.hf.compiled import _LentStream
 from zigzag_ext.planning import waiting
 
 SINK, WINDOW = 4, 16
@@ -286,3 +288,17 @@ def test_an_interrupt_within_a_compiled_step(request):
                 continue
             assert any(torch.allclose(found, logits, atol=1e-5, rtol=1e-5) for logits in (before, done)), at
         assert marked >= 3
+
+
+def test_captures_take_the_streams_of_caches_that_are_gone(monkeypatch):
+    """Libraries keep memory for each stream that they have seen."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(object()) or made[-1])
+    monkeypatch.setattr(_LentStream, "spare", {})
+    device = torch.device("cuda", 0)
+    first, second = _LentStream(device), _LentStream(device)
+    assert [first.stream, second.stream] == made
+    del first
+    gc.collect()
+    third, fourth = _LentStream(device), _LentStream(device)
+    assert [third.stream, second.stream, fourth.stream] == made

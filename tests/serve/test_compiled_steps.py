@@ -39,14 +39,16 @@ def alone(model, plan, watched) -> list[Choices]:
 
 def shapes_of(driver) -> list[list[int]]:
     """The rows of the caches in every decode step to come, -1 for those that are skipped."""
-    compiled, shapes = driver.steps.session.compiled, []
+    forward, shapes = driver.slots.forward, []
 
-    def run(forward, inputs):
-        shapes.append(forward.rows_on(driver.steps.device).tolist())
-        assert len(shapes[-1]) == inputs["input_ids"].shape[0]
-        return compiled(forward, inputs)
+    def watched(rows, columns, batch=None):
+        made = forward(rows, columns, batch)
+        if batch is not None:
+            shapes.append(made.rows_on(driver.steps.device).tolist())
+            assert len(shapes[-1]) == batch
+        return made
 
-    driver.steps.session.compiled = run
+    driver.slots.forward = watched
     return shapes
 
 

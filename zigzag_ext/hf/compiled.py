@@ -9,6 +9,7 @@ import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,7 @@ class _Step:
             if isinstance(value, Tensor)
         }
         self.inputs = inputs | self.tensors | cache_argument(model, self.view)
-        self.graph = self.output = self.captured_on = self.stream = None
+        self.graph = self.output = self.captured_on = self.lent = None
         self.has_run = False
 
     @torch.no_grad()
@@ -194,8 +195,8 @@ class _Step:
         """Into the memory that the graphs beside it have: a graph needs nothing between its replays but where its output is."""
         self.graph = self.output = self.captured_on = None
         device, other = self.view.device, next((step for step in beside if step.graph is not None), None)
-        self.stream, pool = (torch.cuda.Stream(device), None) if other is None else (other.stream, other.graph.pool())
-        graph, stream, caller = torch.cuda.CUDAGraph(), self.stream, torch.cuda.current_stream(device)
+        self.lent, pool = (_LentStream(device), None) if other is None else (other.lent, other.graph.pool())
+        graph, stream, caller = torch.cuda.CUDAGraph(), self.lent.stream, torch.cuda.current_stream(device)
         # Compiles and loads what a capture must not. Running the step twice is harmless: it appends at the lengths it is given.
         stream.wait_stream(caller)
         with torch.cuda.stream(stream), self.view.states_kept():
@@ -204,6 +205,23 @@ class _Step:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.output = self._run()
         self.graph = graph
+
+
+class _LentStream:
+    """A stream for the captures on one cache, which goes to another cache when the last step with it is gone.
+
+    Libraries keep memory for every stream that they have seen: cuBLAS 32 MiB on Hopper.
+    """
+
+    spare: ClassVar[dict[torch.device, list[torch.cuda.Stream]]] = {}
+
+    def __init__(self, device: torch.device):
+        spare = self.spare.setdefault(device, [])
+        try:
+            self.stream = spare.pop()  # in one step: other threads capture, too
+        except IndexError:
+            self.stream = torch.cuda.Stream(device)
+        weakref.finalize(self, spare.append, self.stream).atexit = False
 
 
 def check_compilable(model: nn.Module) -> None:
