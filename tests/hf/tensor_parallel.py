@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_models import generate, new_model, padded_prompt, prompt, windowed_model
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
@@ -259,9 +258,9 @@ def check_captures(models: Models) -> None:
         assert captures() == [1, 1]
         assert captures() == [0, 0]
         if rank == 1:
-            weight = shared.model.layers[1].self_attn.o_proj.weight
-            moved = DTensor.from_local(weight.to_local().detach().clone(), weight.device_mesh, weight.placements, run_check=False)
-            shared.model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(moved, requires_grad=False)
+            projection = shared.model.layers[1].self_attn.o_proj
+            moved = projection.weight.detach().clone()  # a DTensor, or with older transformers a plain tensor
+            projection.weight = torch.nn.Parameter(moved, requires_grad=False)
         assert captures() == [1, 1]
         assert captures() == [0, 0]
 
