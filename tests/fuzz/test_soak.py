@@ -25,7 +25,7 @@ def failing():
     with contextlib.suppress(IndexError), torch.no_grad():
         model(prompt(40), logits_to_keep=torch.tensor([40]))
 
-lookup = {{"prompt_lookup_num_tokens": 3, "eos_token_id": 10**6}}  # of no vocabulary; lookups of transformers 5.4 fail without one
+lookup = {{"prompt_lookup_num_tokens": 3, "eos_token_id": 10**6}}  # of no vocabulary; transformers 5.4 needs one
 ways = [
     lambda n: generate(model, 2, prompt(5 + n % 50)),
     lambda n: generate(model, 2, **padded_prompt([9, 5, 30])),
