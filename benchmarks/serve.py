@@ -23,6 +23,7 @@ import zigzag_ext as zz
 
 from .cells.arguments import check_names, counts, model_parser, names, token_count
 from .cells.models import PLANS, K, build_model, make_plan
+from .cells.problem import Unsupported
 from .cells.serve_scenarios import CHUNK, LONG, SCENARIOS, Job, filled, steps_of_prompts
 from .peers import generate_batch, servers
 from .report.records import ServeRecord, held, writer
@@ -34,6 +35,7 @@ IMPLS = {  # by scenario
     "whole": ("engine", "generate_batch"),
     "server": tuple(servers.COMMANDS),
 }
+PEERS = ("generate_batch", "transformers_server")  # know no plans
 SIZES = {"cuda": Job(16, 32 * K, 256), "cpu": Job(4, 512, 32)}
 MANY_ROWS = 512  # more than fit, in the scenario "capacity"
 
@@ -110,8 +112,7 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, str, Job]]:
     for scenario in args.scenario:
         for rows in args.rows:
             for impl in [impl for impl in IMPLS[scenario] if args.impl is None or impl in args.impl]:
-                knows_plans = impl not in ("generate_batch", "transformers_server")
-                for plan in args.plan if knows_plans else ["full"]:
+                for plan in ["full"] if impl in PEERS else args.plan:
                     if impl != "generate" or rows == 1:
                         yield scenario, plan, impl, Job(rows, args.prompt, args.new)
 
@@ -154,6 +155,11 @@ def main(argv: list[str] | None = None) -> int:
             except (torch.OutOfMemoryError, MemoryError) as error:
                 print(f"{scenario} {name} {impl}: out of memory: {str(error).splitlines()[0]}", flush=True)
                 failed = failed or impl == "engine"
+            except Exception as error:  # a peer's failure must not end the run
+                if impl not in PEERS:
+                    raise
+                kind = "unsupported" if isinstance(error, Unsupported) else f"failed: {type(error).__name__}"
+                print(f"{scenario} {name} {impl}: {kind}: {error}", flush=True)
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()

@@ -2,15 +2,27 @@
 
 import gc
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import zigzag_ext as zz
 
+from ..cells.problem import Unsupported
 from ..cells.serve_scenarios import Job
 from ..timing.token_times import Times, all_decode, summary
+
+
+def check_batching() -> None:
+    """Raises Unsupported where transformers' continuous batching fails by itself: its metrics look for what requests have not."""
+    if Version(transformers.__version__) < Version("5.6") and find_spec("opentelemetry"):
+        raise Unsupported(
+            f"continuous batching of transformers {transformers.__version__} fails where OpenTelemetry is installed; 5.6 does not"
+        )
 
 
 def sizes_of(model, job: Job) -> dict[str, int]:
@@ -53,6 +65,7 @@ def generate_batch(model, plan: zz.Plan, job: Job) -> Iterator[tuple[str, dict]]
 
     Where new tokens are few, the first rows end before the last ones begin, and there are no such steps.
     """
+    check_batching()
     config = GenerationConfig(max_new_tokens=job.new, do_sample=False, eos_token_id=-1, pad_token_id=0)
     batching = ContinuousBatchingConfig(**sizes_of(model, job))
     ids = torch.randint(0, model.config.vocab_size, (job.rows, job.prompt)).tolist()

@@ -18,7 +18,7 @@ import zigzag_ext as zz
 
 from ..cells.http_clients import WORDS, clients
 from ..cells.serve_scenarios import Job
-from .generate_batch import sizes_of
+from .generate_batch import check_batching, sizes_of
 
 _SECONDS = 600  # until a server answers
 COMMANDS = {
@@ -29,6 +29,8 @@ COMMANDS = {
 
 def measure(impl: str, model, plan: zz.Plan | None, job: Job) -> Iterator[tuple[str, dict]]:
     """The scenario "server": that model in a folder with a tokenizer of words, served, and its clients."""
+    if impl == "transformers_server":
+        check_batching()
     with tempfile.TemporaryDirectory() as folder:
         words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.Whitespace()

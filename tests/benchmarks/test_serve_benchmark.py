@@ -1,12 +1,19 @@
 """The benchmark of many requests, over a tiny model on the CPU: every scenario, and what its numbers are made of."""
 
+from contextlib import nullcontext
+from importlib.util import find_spec
+
 import pytest
+import transformers
+from packaging.version import Version
 
 import zigzag_ext as zz
 from benchmarks import serve
 from benchmarks.cells import http_clients, serve_scenarios
 from benchmarks.cells.models import build_model, make_plan
+from benchmarks.cells.problem import Unsupported
 from benchmarks.cells.serve_scenarios import Job
+from benchmarks.peers import generate_batch
 from benchmarks.report.records import ServeRecord, read
 from benchmarks.timing.token_times import Times, all_decode, summary
 
@@ -76,11 +83,41 @@ def test_capacity_is_as_many_rows_as_have_memory(tmp_path, monkeypatch):
     assert (row.scenario, row.rows) == ("capacity", found.rows) and row.kv_bytes > 0 and row.new_tokens >= 5 * found.rows
 
 
-def test_transformers_own_batching_is_measured(tmp_path):
+def test_transformers_own_batching_is_measured_or_refused_by_name(tmp_path, capsys):
     path = tmp_path / "serve.csv"
     assert serve.main([*CPU, "--scenario", "whole", "--impl", "generate_batch", "--rows", "2", "--csv", str(path)]) == 0
     rows = read(path, ServeRecord)
-    assert [(row.scenario, row.plan, row.new_tokens) for row in rows][0] == ("whole", "full", 10) and rows[0].first_p50_s > 0
+    if Version(transformers.__version__) < Version("5.6") and find_spec("opentelemetry"):
+        message = f"whole full generate_batch: unsupported: continuous batching of transformers {transformers.__version__} fails"
+        assert not rows and message in capsys.readouterr().out
+    else:
+        assert [(row.scenario, row.plan, row.new_tokens) for row in rows][0] == ("whole", "full", 10)
+        assert rows[0].first_p50_s > 0
+
+
+@pytest.mark.parametrize("version, telemetry, works", [("5.4.0", True, False), ("5.4.0", False, True), ("5.6.0", True, True)])
+def test_versions_whose_own_batching_fails(monkeypatch, version, telemetry, works):
+    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(generate_batch, "find_spec", lambda name: telemetry)
+    with nullcontext() if works else pytest.raises(Unsupported, match="transformers 5.4.0 fails .*; 5.6 does not"):
+        generate_batch.check_batching()
+
+
+@pytest.mark.parametrize("error, kind", [(RuntimeError, "failed: RuntimeError"), (Unsupported, "unsupported")])
+def test_a_peer_that_fails_is_reported_and_the_others_are_measured(tmp_path, capsys, monkeypatch, error, kind):
+    def fails(*args):
+        raise error("no such thing")
+
+    path = tmp_path / "serve.csv"
+    arguments = [*CPU, "--scenario", "whole", "--rows", "1,2", "--csv", str(path)]
+    monkeypatch.setattr(serve.generate_batch, "generate_batch", fails)
+    assert serve.main(arguments) == 0
+    assert [(row.impl, row.rows) for row in read(path, ServeRecord)] == [("engine", 1), ("engine", 2)]
+    assert capsys.readouterr().out.count(f"whole full generate_batch: {kind}: no such thing\n") == 2
+    path.unlink()
+    monkeypatch.setattr(serve, "on_engine", fails)
+    with pytest.raises(error, match="no such thing"):
+        serve.main(arguments)
 
 
 @pytest.mark.slow

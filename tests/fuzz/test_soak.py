@@ -25,13 +25,14 @@ def failing():
     with contextlib.suppress(IndexError), torch.no_grad():
         model(prompt(40), logits_to_keep=torch.tensor([40]))
 
+lookup = {{"prompt_lookup_num_tokens": 3, "eos_token_id": 10**6}}  # of no vocabulary; transformers 5.4 needs one
 ways = [
     lambda n: generate(model, 2, prompt(5 + n % 50)),
     lambda n: generate(model, 2, **padded_prompt([9, 5, 30])),
     lambda n: generate(model, 2, prompt(12), num_beams=3),
     lambda n: kept(),
     lambda n: failing(),
-    lambda n: generate(model, 3, prompt(6).repeat(1, 3), prompt_lookup_num_tokens=3),
+    lambda n: generate(model, 3, prompt(6).repeat(1, 3), **lookup),
     lambda n: generate(model, 2, prompt(600)),
 ]
 
