@@ -110,9 +110,12 @@ def sections(sources: dict[Path, list[Record]], target: Path, shows: Callable[[R
 
 
 def model_sections(kind: str, sources: dict[Path, list], target: Path, complete: bool) -> str:
-    """What layers, step, prefill, capacity and speculate files say. The short form of steps shows one model at one context."""
+    """What layers, step, prefill, capacity and speculate files say. The short form of steps is one model of `step.csv`, at
+    one context."""
     parts = []
     for path, rows in sources.items():
+        if kind == "step" and not complete and path.stem != kind:
+            continue
         link = Path(os.path.relpath(path, target.parent)).as_posix()
         title = origin(rows, path.name, link)
         if kind == "prefill":

@@ -12,6 +12,7 @@ from benchmarks.report import comparisons
 from benchmarks.report.records import CapacityRecord, StepRecord, read
 from benchmarks.timing import clock
 from zigzag_ext.attention import ops, reference
+from zigzag_ext.hf.cache_argument import cache_argument
 
 CPU = ["--device", "cpu", "--model", "tiny", "--commit", "abc"]
 PER_TOKEN = 2 * 2 * 64 * 4  # bytes of K and V: 2 heads of 64, float32
@@ -65,7 +66,7 @@ def test_faked_stock_caches_continue_native_windows():
     for fake in (fake_context.fake_dynamic, fake_context.fake_static):
         cache, ids = fake(model, 500), torch.zeros(1, 1, dtype=torch.long)
         with torch.no_grad():
-            logits = model(ids, past_key_values=cache, position_ids=torch.tensor([[500]])).logits
+            logits = model(ids, **cache_argument(model, cache), position_ids=torch.tensor([[500]])).logits
         assert logits.isfinite().all() and [int(cache.get_seq_length(i)) for i in range(6)] == [501] * 6
         assert {layer.keys.shape[2] for layer in cache.layers if layer.is_sliding} <= {31, 32}
 
@@ -166,14 +167,14 @@ def test_a_faked_context_decodes_like_a_real_one():
     with torch.no_grad(), step.zz.zigzag(model, plan):
         cache = step.fake_zigzag(model, plan, 500)
         twin = step.zz.ZigzagCache(model.config, plan, max_len=500 + step.MARGIN)
-        model(torch.zeros(1, 500, dtype=torch.long), past_key_values=twin)
+        model(torch.zeros(1, 500, dtype=torch.long), **cache_argument(model, twin))
         for layer, other in zip(cache.layers, twin.layers, strict=True):
             held = min(layer.slots, other.slots)  # only committed slots may be touched
             caches = layer.stores[0].caches, other.stores[0].caches
             for here, there in zip(*(c[:2] for c in caches), strict=True):
                 there[:, :, :held] = here[:, :, :held]
         token = torch.ones(1, 1, dtype=torch.long)
-        assert model(token, past_key_values=cache).logits.equal(model(token, past_key_values=twin).logits)
+        assert model(token, **cache_argument(model, cache)).logits.equal(model(token, **cache_argument(model, twin)).logits)
         assert cache.get_seq_length() == twin.get_seq_length() == 501
 
 
@@ -190,10 +191,14 @@ def test_the_recreation_of_duo_attention_computes_the_same_step(name):
             duo = step.fake_duo(model, plan, context, step.MARGIN)
             for layer, theirs, order in zip(cache.layers, duo.layers, duo_recreation.orders(plan, 2), strict=True):
                 copy_to_duo(layer, theirs, order, plan, context)
-            logits = [model(token, past_key_values=duo, position_ids=torch.tensor([[context + i]])).logits for i in range(3)]
+            logits = [
+                model(token, **cache_argument(model, duo), position_ids=torch.tensor([[context + i]])).logits for i in range(3)
+            ]
         assert torch.equal(weights, model.model.layers[1].self_attn.q_proj.weight), "weights are not as before"
         with step.zz.zigzag(model, plan):
-            expected = [model(token, past_key_values=cache, position_ids=torch.tensor([[context + i]])).logits for i in range(3)]
+            expected = [
+                model(token, **cache_argument(model, cache), position_ids=torch.tensor([[context + i]])).logits for i in range(3)
+            ]
     torch.testing.assert_close(torch.cat(logits), torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
