@@ -192,7 +192,7 @@ def test_a_row_goes_on_from_the_beginning_of_another(session, slots, length, tok
     if source != 1:
         slots.take(1, 500)
         run(session, slots, [1], ids[:, :2])
-    slots.resume(1, source, tokens, None if length <= 40 and source != 1 else rings)
+    slots.resume(1, source, tokens, min(length, 40), None if length <= 40 and source != 1 else rings)
     slots.check()
     assert slots.held[[1, source]].tolist() == [tokens, tokens if source == 1 else length]
     on = [run(session, slots, [1], new), run(session, slots, [1], prompt(1))]
@@ -209,9 +209,9 @@ def test_where_rings_cannot_go_back_to_is_no_place(slots, session):
     read(session, slots, 0, 40)
     slots.take(1, 30)
     with pytest.raises(RuntimeError, match="row 1 was taken for 30 tokens, this forward needs 40"):
-        slots.resume(1, 0, 40)
+        slots.resume(1, 0, 40, 40)
     with pytest.raises(ValueError, match="row 0 holds 40 tokens, 41 are to be those of row 1"):
-        slots.resume(1, 0, 41)
+        slots.resume(1, 0, 41, 41)
     with pytest.raises(ValueError, match="row 0 is for 256 to 600 tokens, got 255"):
         slots.extend(0, 255)
     assert slots.held.tolist() == [40, 0, 0, 0]

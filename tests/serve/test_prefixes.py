@@ -57,6 +57,22 @@ def test_a_hit_equals_cold_at_every_border(kv_format, rows, watched, record_prop
     assert ties <= len(borders) // 8
 
 
+@pytest.mark.parametrize("rows", [2, 3], ids=["taken over", "copied"])
+def test_rings_go_back_by_one_token_and_not_again(rows, watched):
+    """Of prompts that come together, the second must not go back from where the first one has gone back to."""
+    with sharing(max_rows=rows) as driver:
+        whole = TEXT[:GIVEN] + run(driver, TEXT[:GIVEN]).token_ids
+        prompts = [whole[: GIVEN + NEW - 2] + TEXT[100:105], whole[: GIVEN + NEW - 3] + TEXT[110:115]]
+        wanted = [cold(driver, watched, ids) for ids in prompts]
+        run(driver, TEXT[:GIVEN])
+        requests = [driver.submit(ids, zz.Sampling(NEW, ignore_eos=True)) for ids in prompts]
+        driver.finish()
+        assert [request.cached_tokens for request in requests] == [GIVEN + NEW - 2, GIVEN]
+        for request, choices in zip(requests, wanted, strict=True):
+            assert not near_ties(request.result(0).token_ids, choices, GAPS["none"])
+        driver.drain()
+
+
 @pytest.mark.parametrize("length", [2, SINK, SINK + WINDOW, SINK + WINDOW + 1, EVERY, 50])
 def test_a_prompt_that_comes_again_reads_its_last_token(length, watched):
     with sharing() as driver:

@@ -44,6 +44,7 @@ class Slots:
             layer.lazy_initialization(keys, keys)
             layer.release()  # of what a GPU needs to know addresses by
         self.limits, self.committed = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        self.went_back = np.zeros(count, dtype=np.int64)  # tokens that the rings of a row had taken in when it was resumed
         self.void: set[int] = set()  # rows that a forward has failed on: their contents are unknown
         self.latest: tuple[list[int], Copies] = [], {}  # rows of the latest forward, -1 for those to skip, and on devices
 
@@ -89,6 +90,11 @@ class Slots:
             raise ValueError(f"row {row} is for {self.committed[row]} to {self.state.max_len} tokens, got {tokens}")
         self.limits[row] = tokens
 
+    @property
+    def ringed(self) -> np.ndarray:
+        """[count] tokens as of which the rings of each row are: those held, or more of them where it was resumed, until they come."""
+        return np.maximum(self.held, self.went_back)
+
     def reach(self, tokens: int, wanted: int) -> int:
         """Where a text can go on whose first `wanted` tokens are those of a row, with its rings as of its first `tokens` ones.
 
@@ -107,11 +113,11 @@ class Slots:
 
     @locked
     @in_normal_mode
-    def resume(self, row: int, source: int, tokens: int, rings: list[Tensor] | None = None) -> None:
+    def resume(self, row: int, source: int, tokens: int, ringed: int, rings: list[Tensor] | None = None) -> None:
         """Row `row`, which is taken, holds the first `tokens` tokens of row `source`, which may be itself, and nothing else.
 
-        rings: `rings_of(source)` at a time from which it can `reach` them; None: as they are now. Waits for nothing. Raises
-        ValueError if the source does not hold so many, and what `grow` raises; the row is as it was then.
+        rings: `rings_of(source)` as of its first `ringed` tokens, from which it can `reach` them; None: as they are now. Waits
+        for nothing. Raises ValueError if the source does not hold so many, and what `grow` raises; the row is as it was then.
         """
         self.state.check()
         if not 0 < tokens <= self.held[source] or self.void.intersection((row, source)):
@@ -128,6 +134,7 @@ class Slots:
             own = [buffer for store in self._rings for buffer in store.plain.values()]
             for buffer, held in zip(own, rings or [buffer[source] for buffer in own], strict=True):
                 buffer[row].copy_(held)
+        self.went_back[row] = ringed
         for lengths in self.state.seq_lens.values():
             lengths[:, row].fill_(tokens)
         self.state.rows = self.state.rows.without(row).grown_by(np.where(np.arange(self.state.batch) == row, tokens, 0))
@@ -154,7 +161,7 @@ class Slots:
         for lengths in state.seq_lens.values():
             lengths[:, row].zero_()
         state.rows = state.rows.without(row)
-        self.limits[row] = self.committed[row] = 0
+        self.limits[row] = self.committed[row] = self.went_back[row] = 0
         for store in self.cache.stores:
             store.release_row(row)
         self.void.discard(row)

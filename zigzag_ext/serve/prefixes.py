@@ -44,10 +44,11 @@ class Held:
 
 
 class Hit(NamedTuple):
-    """The first `tokens` tokens of `row`. rings: which go with them; None: those that the row has now."""
+    """The first `tokens` tokens of `row`. rings: which go with them, as of `ringed` tokens; None: those that the row has now."""
 
     row: int
     tokens: int
+    ringed: int
     rings: list[Tensor] | None
 
 
@@ -129,7 +130,9 @@ class Prefixes:
     def mark(self, job: Job) -> None:
         """Copies the rings of a job's row, for prompts that go on from here; unless there is no memory for it."""
         held, tokens, size = self.rows.get(job.row), int(self.slots.held[job.row]), self.slots.ring_row_bytes
-        if held is None or not (held.gives and size) or tokens < self.least or tokens in held.marks or not self._make_room(size):
+        if held is None or not (held.gives and size) or tokens < self.least or tokens in held.marks:
+            return
+        if self.slots.ringed[job.row] != tokens or not self._make_room(size):
             return
         try:
             held.marks[tokens] = self.slots.rings_of(job.row)
@@ -190,9 +193,9 @@ class Prefixes:
                 continue
             common = _common(held.ids, ids[:-1])
             longest = max(longest, common)
-            for tokens, rings in [(int(self.slots.held[row]), None), *held.marks.items()] if common > most else ():
-                if (length := self.slots.reach(tokens, common)) > most:
-                    best, most = Hit(row, length, rings), length
+            for ringed, rings in [(int(self.slots.ringed[row]), None), *held.marks.items()] if common > most else ():
+                if (length := self.slots.reach(ringed, min(common, int(self.slots.held[row])))) > most:
+                    best, most = Hit(row, length, ringed, rings), length
         if best is not None and self.rows[best.row].model != self.model_number():
             return None, 0
         return best, longest
