@@ -92,7 +92,7 @@ class Slots:
 
     @property
     def ringed(self) -> np.ndarray:
-        """[count] tokens as of which the rings of each row are: those held, or more of them where it was resumed, until they come."""
+        """[count] tokens as of which the rings of each row are: those held, or more where it was resumed, until so many come."""
         return np.maximum(self.held, self.went_back)
 
     def reach(self, tokens: int, wanted: int) -> int:
