@@ -25,7 +25,7 @@ PRINTED = {
     "quantised_kv": r"none  19,077,120 bytes  ' Paris.*\nint8   5,067,360 bytes  ' Paris.*\n",
     "save_and_load_cache": r"read 265 tokens in .*\nloaded 265 tokens in .*\n 71432\n",
     "speculation": r"The grass is green\.(.|\n)*same tokens: True\ndraft=lookup: 20 tokens in \d+ rounds(.|\n)*",
-    "streaming_output": rf"{PARIS}(.|\n)*'Paris\.\\n'\n(.|\n)*",
+    "streaming_output": rf"{PARIS}(.|\n)*' ?Paris(.|\n)*",  # 5.24 hands single tokens on
 }
 
 
