@@ -1,5 +1,8 @@
 import collections
+import tempfile
+from pathlib import Path
 
+import filelock
 import pages
 import pytest
 import torch
@@ -43,6 +46,13 @@ def demo_place(demo_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     return pages.prepare(tmp_path, demo_folder)
+
+
+@pytest.fixture
+def gpu_memory():
+    """One test at a time, of all processes, takes much of a GPU's memory or measures how much is free."""
+    with filelock.FileLock(Path(tempfile.gettempdir()) / "zigzag_ext_gpu_memory.lock"):
+        yield
 
 
 def pytest_addoption(parser):

@@ -352,7 +352,7 @@ def test_a_captured_graph_survives_growth():
 
 
 @needs_cuda
-def test_memory_that_torch_keeps_is_asked_back():
+def test_memory_that_torch_keeps_is_asked_back(gpu_memory):
     free = torch.cuda.mem_get_info()[0]
     kept = torch.empty(free * 3 // 4, dtype=torch.uint8, device="cuda")
     del kept  # freed, but still torch's
@@ -364,11 +364,14 @@ def test_memory_that_torch_keeps_is_asked_back():
 
 @needs_cuda
 @pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
-def test_a_capture_survives_that_buffers_go(mode):
-    """Giving memory back waits for the device, which would invalidate the capture: it happens later."""
+def test_a_capture_survives_that_buffers_go(mode, gpu_memory):
+    """Giving memory back waits for the device, which would invalidate the capture: it happens later.
+
+    Of gigabytes: other tests take less meanwhile.
+    """
     dying, live, shown = growing("cuda"), growing("cuda"), torch.zeros(4, device="cuda")
-    dying.commit(100_000)
-    live.commit(100_000)
+    dying.commit(8 << 20)
+    live.commit(8 << 20)
     taken, free = dying.memory_bytes, torch.cuda.mem_get_info()[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode=mode):
@@ -379,13 +382,13 @@ def test_a_capture_survives_that_buffers_go(mode):
         live.commit(8)
     assert live.memory_bytes >= taken - 2 * live._buffer.page_bytes, "the memory is kept while the capture is under way"
     live.release()
-    assert torch.cuda.mem_get_info()[0] >= free + 2 * taken - 4 * live._buffer.page_bytes
+    assert torch.cuda.mem_get_info()[0] >= free + 2 * taken - taken // 2
     graph.replay()
     assert shown.eq(1).all()
 
 
 @needs_cuda
-def test_an_extended_buffer_takes_no_memory_twice():
+def test_an_extended_buffer_takes_no_memory_twice(gpu_memory):
     buffer = growing("cuda", batch=1, max_slots=1 << 22)
     slots = torch.cuda.mem_get_info()[0] * 6 // 10 // 256
     buffer.extend(slots)
