@@ -106,6 +106,11 @@ TEST_CASE("decode_full: from 17 to 256 query rows over one read of the keys") {
       {1, 8, 4, 128, 34, 0, 0, {32}, {}, 128, true},         // the last tokens find no slot
       {1, 8, 4, 128, 34, 0, 0, {34}, {}, 32, false},
       {2, 4, 6, 128, 0, 0, 0, {0}, {}, 128, true},
+  });
+}
+
+TEST_CASE("decode_full: from 17 to 256 query rows, tiles that the cache holds, more heads than clusters") {
+  check_both_dtypes({
       {8, 4, 8, 128, 4096, 0, 0, {2048}, {}, 128, false, true},  // of the first tiles all lie in the cache
       {8, 4, 16, 128, 4100, 0, 0, {4085}, {1}, 128, false},
       {4, 8, 16, 64, 4096, 0, 0, {4096}, {}, 0, false, true},  // no free slot, 128 rows
