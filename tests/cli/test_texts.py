@@ -212,6 +212,7 @@ def test_eval_compiles_decode_steps_of_speculation(model_folder, plan_file, monk
 
 
 def test_quantised_weights_reach_the_model(model_folder, tmp_path):  # noqa: F811
+    pytest.importorskip("torchao")
     rows = tmp_path / "rows.csv"
     evaluate = ["eval", model_folder, *CPU, "--length", 100, "--depth", 0.5, "--prompts", 1, "-o", rows]
     for name in ("int8", "int4"):

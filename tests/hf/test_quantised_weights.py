@@ -52,6 +52,7 @@ def kinds_of_linear(model) -> dict[str, str]:
     ("int4", "Int4OpaqueTensor", torch.bfloat16, 0.06),
 ])  # fmt: skip
 def test_codes_of_torchao_on_the_cpu(folder, name, linear, dtype, most, compile):
+    pytest.importorskip("torchao")
     model, _ = loading.load_model(str(folder), "cpu", weights=name)
     kinds = kinds_of_linear(model)
     assert kinds.pop("lm_head") == "Int8Tensor" and set(kinds.values()) == {linear}
@@ -63,6 +64,7 @@ def test_codes_of_torchao_on_the_cpu(folder, name, linear, dtype, most, compile)
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name, linear", [("int8", "Int8Tensor"), ("int4", "Int4TilePackedTo4dTensor")])
 def test_codes_of_torchao_on_a_gpu(folder, name, linear, compile):
+    pytest.importorskip("torchao")
     model, _ = loading.load_model(str(folder), "cuda", weights=name)
     kinds = kinds_of_linear(model)
     assert kinds.pop("lm_head") == "Int8Tensor" and set(kinds.values()) == {linear}
@@ -89,6 +91,7 @@ def test_codes_of_bitsandbytes(folder, name, compile):
 
 
 def test_results_name_the_codes(folder):
+    pytest.importorskip("torchao")
     model, _ = loading.load_model(str(folder), "cpu", weights="int4")
     assert zz.evaluate.task.describe(model)["dtype"] == "bfloat16, Int4OpaqueTensor, Int8Tensor"
     assert zz.evaluate.task.describe(new_model("llama"))["dtype"] == "float32"
@@ -104,6 +107,7 @@ def test_results_name_the_codes(folder):
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "are quantised already"),
 ])  # fmt: skip
 def test_what_cannot_be_quantised_is_refused_before_weights_are_read(tmp_path, options, given, message):
+    pytest.importorskip("torchao")
     options = dict(options)
     new_model(options.pop("family", "llama"), num_hidden_layers=1, **options).config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
