@@ -6,7 +6,11 @@ import filelock
 import pages
 import pytest
 import torch
+from hypothesis import settings
 from op_cases import DTYPES
+
+settings.register_profile("machine", deadline=None)  # how long an example takes is up to the machine and what else runs on it
+settings.load_profile("machine")
 
 
 def pytest_generate_tests(metafunc):

@@ -33,7 +33,7 @@ def filled(plan, kv_heads, head_dim, context, batch):
     return cache
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     data=st.data(),
     shape=st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4])),

@@ -362,7 +362,6 @@ def test_any_sequence_of_uses_and_failures(models, record_property):
         stateful_step_count=40 if seconds else 20,
         derandomize=not seconds,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate,) if seconds else (Phase.generate, Phase.shrink),  # shrinking may take five minutes
         report_multiple_bugs=False,

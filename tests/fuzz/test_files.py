@@ -200,7 +200,7 @@ def test_a_reader_refuses_by_one_line_or_reads(name, tmp_path):
         check(change(good))
     assert counts.total() == len(FOUND.get(name, []))
 
-    options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    options = {"database": None, "suppress_health_check": list(HealthCheck)}
     phases = (Phase.explicit, Phase.generate, Phase.shrink)
     end = time.monotonic() + SECONDS / len(READERS)
     while True:

@@ -29,7 +29,7 @@ def choices(layers: int, count: int):
     return itertools.combinations(range(layers), count)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(scores=score_matrices(), data=st.data())
 def test_mean_equals_brute_force(scores, data):
     layers = len(scores)
@@ -44,7 +44,7 @@ def test_mean_equals_brute_force(scores, data):
     np.testing.assert_allclose(plan.provenance["layer_values"], scores.mean(1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores=score_matrices(max_layers=9), data=st.data())
 def test_mean_is_the_nearest_exclusive_mask(scores, data):
     """In L1 and in squared L2 distance between the scores and a mask with whole layers of 0 or 1."""
@@ -81,7 +81,6 @@ def test_even_equals_brute_force(layers):
 
 @pytest.mark.parametrize("objective", list(objectives()))
 @given(layers=st.integers(1, 130), ratio=st.floats(0, 1))
-@settings(deadline=None)
 def test_exact_count(objective, layers, ratio):
     plan = solve(np.full((layers, 2), 0.5), ratio, objective)
     product = ratio * layers
@@ -97,7 +96,7 @@ def test_halves_round_up(layers, ratio, count):
     assert len(solve(np.zeros((layers, 1)), ratio).retrieval_layers) == count
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(scores=score_matrices(max_layers=40))
 def test_mean_sets_are_nested_over_budgets(scores):
     sets = [set(solve(scores, count / len(scores)).retrieval_layers) for count in range(len(scores) + 1)]
@@ -106,7 +105,7 @@ def test_mean_sets_are_nested_over_budgets(scores):
 
 @pytest.mark.parametrize("objective", sorted(objectives().keys() - {"transport", "even"}))
 @pytest.mark.parametrize("budget", ["retrieval_ratio", "kv_bytes"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), layers=st.integers(1, 30))
 def test_permuting_layers_commutes_with_objectives_without_depth(objective, budget, data, layers):
     cells = data.draw(st.lists(st.integers(0, 1 << 20), min_size=2 * layers, max_size=2 * layers, unique=True))  # hardly any ties

@@ -59,7 +59,7 @@ def test_any_schedule_gives_what_each_request_gives_alone(served, watched, recor
             alone[spec] = watched(driver, TEXT[:length], zz.Sampling(new, **options))
     counts, before = {"tokens": 0, "ties": 0}, driver.steps.cached_tokens
 
-    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, suppress_health_check=list(HealthCheck))
     @given(st.lists(ACTIONS, min_size=6, max_size=24))
     def run(actions):
         requests = []
