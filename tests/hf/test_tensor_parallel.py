@@ -19,7 +19,7 @@ def written(request, tmp_path_factory) -> Path:
     kind, folder = request.param, tmp_path_factory.mktemp("ranks")
     worker = [str(Path(__file__).with_name("tensor_parallel.py")), kind, str(folder)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONFAULTHANDLER": "1"}  # says where one crashed
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {}  # transformers would give each process a GPU
     done = subprocess.run(torchrun + worker, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
