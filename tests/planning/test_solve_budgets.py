@@ -114,9 +114,9 @@ def test_126_layers_take_less_than_50_ms(objective, options):
     scores = np.random.default_rng(1).random((126, 8))
 
     def seconds():
-        start = time.perf_counter()
+        start = time.process_time()  # of this process: others may have the cores
         solve(scores, objective=objective, **options)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(seconds() for _ in range(5)) < 0.05
 
