@@ -79,6 +79,19 @@ def test_a_full_layer_raises_before_anything_is_written():
     layer(*tokens(1, 1, 2))
 
 
+def test_what_another_thread_compiles_changes_nothing_here(monkeypatch):
+    """torch's flag is one for all threads. As seen from eager code, this layer would not grow and its tokens not be counted."""
+    calls = [new_layer("retrieval", grow=True)(*tokens(1, 9, 0))]
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    layer = new_layer("retrieval", grow=True)
+    calls.append(layer(*tokens(1, 9, 0)))
+    assert calls[0].equal(calls[1])
+    full = new_layer("retrieval", max_len=10)
+    full(*tokens(1, 9, 0))
+    with pytest.raises(RuntimeError, match="9 are held and 2 more"):
+        full(*tokens(1, 2, 1))
+
+
 def test_check_room_sees_steps_that_the_host_did_not_count():
     layer = new_layer("retrieval", max_len=10)
     layer.seq_lens.fill_(8)  # as compiled steps leave it

@@ -153,3 +153,11 @@ def test_a_config_that_does_not_say_what_the_model_does():
 )
 def test_masks_that_are_sliding_windows(function, window):
     assert attention.window_of(function) == window
+
+
+def test_masks_of_eager_code_are_looked_into_while_another_thread_compiles(monkeypatch):
+    """torch's flag is one for all threads."""
+    windows = sliding_window_causal_mask_function(5)
+    expected = vars(attention.mask(mask_function=windows))
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert vars(attention.mask(mask_function=windows)) == expected and expected["window"] == 5

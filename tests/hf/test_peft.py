@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from gpu import needs_cuda
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from tensor_parallel import captures_counted
 from tiny_models import NUM_LAYERS, generate, new_model, padded_prompt, prompt
 
 import zigzag_ext as zz
 from zigzag_ext.hf.cache_argument import cache_argument
+from zigzag_ext.hf.compiled import fingerprint
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 WHOLE = zz.Plan(["retrieval"] * NUM_LAYERS, sink=0, window=1)
@@ -79,6 +82,66 @@ def test_a_cache_and_several_turns_through_the_wrapper():
         fresh, kept = generate(model, 5, ids), cache_argument(model.get_base_model(), cache)
         assert model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, **kept)[:, ids.shape[1] :].equal(fresh)
         ids = torch.cat([ids, fresh, prompt(4, seed=3)], 1)
+
+
+def with_two_adapters():
+    model = with_adapter(new_model("llama"))
+    model.add_adapter("other", LoraConfig(target_modules=["o_proj", "up_proj"], init_lora_weights=False))
+    return model.eval()
+
+
+def rescaled(model):
+    model.base_model.model.model.layers[1].self_attn.q_proj.set_scale("default", 0.5)
+
+
+SWITCHES = {
+    "other": lambda model: model.set_adapter("other"),
+    "back": lambda model: model.set_adapter("default"),
+    "off": lambda model: model.base_model.disable_adapter_layers(),
+    "on": lambda model: model.base_model.enable_adapter_layers(),
+    "merged": lambda model: model.merge_adapter(),
+    "unmerged": lambda model: model.unmerge_adapter(),
+    "rescaled": rescaled,
+}
+
+
+def test_every_switch_of_adapters_captures_again():
+    """And nothing else does: what generate() leaves in a model is not taken for a switch."""
+    model = with_two_adapters()
+    with zz.zigzag(model, PLAN, compile=True, max_len=100), captures_counted(model.get_base_model(), "cpu") as counted:
+        for turn, switch in enumerate([lambda model: None, *SWITCHES.values()]):
+            switch(model)
+            for _ in range(2):
+                generate(model, 4, prompt(20))
+            assert len(counted) == turn + 1
+
+
+@needs_cuda
+def test_a_captured_step_is_of_the_adapters_that_are_active():
+    model, stock = with_two_adapters(), with_two_adapters()
+    stock.load_state_dict(model.state_dict())
+    model.cuda(), stock.cuda()
+    with zz.zigzag(model, WHOLE, compile=True, max_len=100):
+        for name, switch in {"before": lambda model: None, **SWITCHES}.items():
+            found = []
+            for each in (model, stock):
+                switch(each)
+                out = each.generate(prompt(30).cuda(), max_new_tokens=6, output_logits=True, return_dict_in_generate=True)
+                found.append(torch.stack(out.logits))
+            torch.testing.assert_close(*found, atol=2e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("change", [
+    lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 0.5),
+    lambda layer: setattr(layer.self_attn, "scaling", 0.5),
+    lambda layer: setattr(layer, "forward", lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)),
+], ids=["epsilon", "scaling", "forward"])  # fmt: skip
+def test_the_fingerprint_notices_what_is_set_in_a_module(change):
+    model = new_model("llama")
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    change(model.model.layers[2])
+    assert fingerprint(model) != before
 
 
 def test_copies_and_configs_through_the_wrapper():

@@ -117,7 +117,7 @@ class ZigzagAttention(nn.Module):
             cos = sin = None
         seq_lens = self.seq_lens if batch == self.seq_lens.shape[0] else self.seq_lens[:batch]
         chunk = Chunk((seq_lens,), pad, self.workspace, cos=cos, sin=sin)
-        if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if ops.is_captured(q):
             if self.grow:
                 raise RuntimeError("a layer with grow=True cannot be compiled or captured: make it with grow=False")
             if self._open is not None:

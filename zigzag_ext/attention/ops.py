@@ -232,6 +232,18 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return torch.ops.zigzag.merge_states(out_a, lse_a, out_b, lse_b)
 
 
+def is_traced() -> bool:
+    """Whether the caller is being traced. torch.compiler.is_compiling() is one flag for all threads: what one of them compiles
+    would be seen by eager code of the others."""
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
+def is_captured(q: Tensor) -> bool:
+    """Whether a call with q is traced or captured: the graph must serve every length, so nothing may depend on what the host
+    knows now."""
+    return is_traced() or (q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def refuse_autograd(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError("zigzag_ext attention has no backward pass: call it under torch.inference_mode() or torch.no_grad()")

@@ -130,7 +130,7 @@ def attend(
     name = "zigzag"
     simple = past is not None and not softcap and all(t is None for t in (pad, heads, out, sink_logits))
     simple = simple and (cache_rows is None or row is not None)
-    if q_len > ops.MAX_DECODE_QUERIES and (whole_chunk or not window) and simple and not _is_captured(q):
+    if q_len > ops.MAX_DECODE_QUERIES and (whole_chunk or not window) and simple and not ops.is_captured(q):
         name = choose(q, k_new, min(past, slots), caches.is_quantised) if _is_regular(q, k_new, v_new) else name
     if name != "zigzag":
         if cache_rows is not None:
@@ -284,11 +284,6 @@ def _is_regular(q: Tensor, k_new: Tensor, v_new: Tensor) -> bool:
 def _is_aligned(t: Tensor) -> bool:
     """Whether every row of head_dim elements starts at a multiple of 16 bytes."""
     return t.data_ptr() % 16 == 0 and not any(t.stride(i) * t.itemsize % 16 for i in range(3) if t.shape[i] > 1)
-
-
-def _is_captured(q: Tensor) -> bool:
-    """A graph must serve every length, so nothing may depend on what the host knows now."""
-    return torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _known(name: str, origin: str) -> None:

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
+from ..attention import ops
 from ..attention.chunk import LogitTerms
 from ..cache.attending import current
 from .cache_argument import tested_range
@@ -99,7 +100,7 @@ def mask(*args, mask_function=causal_mask_function, local_size: int | None = Non
     """
     if mask_function is causal_mask_function:
         return None
-    if torch.compiler.is_compiling():
+    if ops.is_traced():
         return MaskNote("of a compiled step", local_size or 0)
     if _simplified(mask_function) is causal_mask_function:
         return None

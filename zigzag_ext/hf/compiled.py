@@ -258,6 +258,27 @@ def _signature(inputs: dict, device: str) -> tuple:
 
 
 def fingerprint(model: nn.Module) -> tuple:
-    """Changes when weights move or modules are exchanged, which a captured graph would not notice."""
+    """Changes when weights move, modules are exchanged or something is set in one, which a captured graph would not notice."""
     tensors = tuple(local.data_ptr() for _, local in local_tensors(model))
-    return tensors, tuple((id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in model.modules())
+    modules = tuple((id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks, _set_in(m)) for m in model.modules())
+    return tensors, modules
+
+
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, type(None))
+
+
+def _set_in(module: nn.Module) -> frozenset:
+    """Numbers, names and functions among the attributes of a module: scales, PEFT's active and merged adapters."""
+    attributes = vars(module)
+    return frozenset((name, _plain(attributes[name])) for name in attributes.keys() - _OF_ALL_MODULES)
+
+
+def _plain(value) -> Hashable:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return tuple((_plain(key), _plain(each)) for key, each in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return tuple(map(_plain, value))
+    return id(value) if isinstance(value, (types.FunctionType, types.MethodType)) else None

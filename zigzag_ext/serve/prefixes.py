@@ -232,12 +232,10 @@ class Prefixes:
 
 
 def model_state(model: nn.Module) -> Hashable:
-    """Changes with weights, modules and PEFT's adapters. torch does not count what is written through `.data`."""
+    """Changes with weights, modules and what is set in them. torch does not count what is written through `.data`."""
     tensors = (t for pair in local_tensors(model) for t in pair)
     versions = tuple(0 if t.is_inference() else t._version for t in tensors)
-    layers = (m for m in model.modules() if hasattr(m, "merged_adapters"))
-    adapters = tuple((*m.active_adapters, m.disable_adapters, *m.merged_adapters) for m in layers)
-    return fingerprint(model), versions, adapters
+    return fingerprint(model), versions
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
