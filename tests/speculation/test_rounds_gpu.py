@@ -12,18 +12,12 @@ from zigzag_ext.hf.session import session_of
 
 PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=4, window=16)
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+GAP = 2**-5  # of the two best logits, relative to the best: two steps of bfloat16 between forwards of one and several tokens
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["eager", "compiled"])
 def model(request):
     with zz.zigzag(new_model("llama").to("cuda", torch.bfloat16), PLAN, max_len=1024, compile=request.param) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """The same weights, computed with in float32."""
-    with zz.zigzag(new_model("llama").to(torch.bfloat16).float().cuda(), PLAN, max_len=1024) as model:
         yield model
 
 
@@ -34,18 +28,18 @@ def given(lengths):
 @needs_cuda
 @pytest.mark.parametrize("draft", ["lookup", "streaming", "auto"])
 @pytest.mark.parametrize("lengths", [[70], [5, 30, 17, 9, 22]])
-def test_every_token_is_the_best_of_a_fresh_forward(model, exact, draft, lengths):
-    """Or as near to the best as bfloat16 is to float32, since it rounds forwards of one and of several tokens differently."""
+def test_every_token_is_the_best_of_a_fresh_forward(model, draft, lengths):
+    """Or within the rounding of it: bfloat16 rounds forwards of one and of several tokens differently."""
     inputs, width = given(lengths), max(lengths)
     speculation = zz.speculate(draft, window=24)
     ids = model.generate(**inputs, **GREEDY, max_new_tokens=60, custom_generate=speculation)
     assert speculation.report.tokens == 60 * len(lengths)
     with torch.no_grad():
         for row, length in enumerate(lengths):
-            rounded, logits = (each(ids[row : row + 1, width - length :]).logits[0, length - 1 : -1] for each in (model, exact))
-            gaps = logits.max(1).values - logits.gather(1, ids[row, width:, None])[:, 0]
-            error = (rounded - logits).abs().max()
-            assert gaps.max() <= error < 0.1 * logits.abs().max(), (gaps, error)
+            logits = model(ids[row : row + 1, width - length :]).logits[0, length - 1 : -1].float()
+            chosen = logits.gather(1, ids[row, width:, None])[:, 0]
+            best = logits.max(1).values
+            assert (best - chosen <= GAP * best.abs()).all()
 
 
 @needs_cuda

@@ -17,6 +17,7 @@ class TextStream:
         self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
         self.ids: list[int] = []
         self.start = self.end = 0  # the text of ids[:end] is known; decoding starts at `start`, since words depend on neighbours
+        self.ahead = 0  # characters behind ids[:end] that are known, too: of tokens that end within another one
         self.held = ""
 
     def push(self, token: int) -> str:
@@ -30,12 +31,15 @@ class TextStream:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _decoded(self, whole: bool) -> str:
-        """What ids[end:] add to the text; nothing while they end within a character, unless they are the last."""
-        known, text = self._decode(self.ids[self.start : self.end]), self._decode(self.ids[self.start :])
-        if len(text) <= len(known) or (text.endswith(_INCOMPLETE) and not whole):
-            return ""
-        self.start, self.end = self.end, len(self.ids)
-        return text[len(known) :]
+        """What the tokens behind ids[:end] add to the text; while more may come, without an end that is no whole character."""
+        known, text = len(self._decode(self.ids[self.start : self.end])) + self.ahead, self._decode(self.ids[self.start :])
+        certain = text if whole else text.rstrip(_INCOMPLETE)
+        new = certain[known:]
+        if certain != text:
+            self.ahead += len(new)
+        elif new:
+            self.start, self.end, self.ahead = self.end, len(self.ids), 0
+        return new
 
     def _release(self, new: str, last: bool) -> str:
         text = self.held + new
