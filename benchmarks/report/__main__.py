@@ -1,7 +1,8 @@
 """Results to tables and figures:  python -m benchmarks.report
 
-Reads benchmarks/results/*.csv, puts tables between the results markers (decode, layers, step, prefill, capacity, speculate) of
-documents, and draws docs/figures/*.png. benchmarks/results/README.md shows every row, README.md and docs/performance.md a few.
+Reads benchmarks/results/*.csv, puts tables between the results markers (decode, layers, step, prefill, capacity, speculate,
+compressed) of documents, and draws docs/figures/*.png. benchmarks/results/README.md shows every row, README.md and
+docs/performance.md a few.
 Speed-ups compare rows of one file only, because one file is one run.
 """
 
@@ -12,13 +13,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..cells.scenarios import BY_DEVICE
-from . import figures, lead, rounds, steps
+from . import compressed, figures, lead, rounds, steps
 from .documents import insert, markers, table
-from .records import CapacityRecord, PrefillRecord, Record, SpeculateRecord, StepRecord, read
+from .records import CapacityRecord, CompressedRecord, PrefillRecord, Record, SpeculateRecord, StepRecord, read
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {  # files that begin so; all others: Record
     "step": StepRecord, "prefill": PrefillRecord, "capacity": CapacityRecord, "speculate": SpeculateRecord,
+    "compressed": CompressedRecord,
 }  # fmt: skip
 QUICK = {cell.scenario for cells in BY_DEVICE.values() for cell in cells if cell.quick}
 TEN = {  # what docs/performance.md shows of a GPU: one token at three lengths, and one cell of every other kind
@@ -110,8 +112,7 @@ def sections(sources: dict[Path, list[Record]], target: Path, shows: Callable[[R
 
 
 def model_sections(kind: str, sources: dict[Path, list], target: Path, complete: bool) -> str:
-    """What layers, step, prefill, capacity and speculate files say. The short form of steps is one model of `step.csv`, at
-    one context."""
+    """What files of other kinds than decode say. The short form of steps is one model of `step.csv`, at one context."""
     parts = []
     for path, rows in sources.items():
         if kind == "step" and not complete and path.stem != kind:
@@ -124,6 +125,8 @@ def model_sections(kind: str, sources: dict[Path, list], target: Path, complete:
             parts += [title, steps.capacity_table(rows)]
         elif kind == "speculate":
             parts += [title, rounds.table_of(rows)]
+        elif kind == "compressed":
+            parts += [title, compressed.table_of(rows)]
         elif kind == "layers":
             parts += [title, steps.layers_table(rows)]
         else:

@@ -106,6 +106,25 @@ class StartRecord(ModelRecord):
 
 
 @dataclass(frozen=True)
+class CompressedRecord(ModelRecord):
+    """Steps behind a compressed prompt. Written by compressed_steps.py; its files are named compressed*.csv."""
+
+    plan: str
+    method: str  # of the choice, with its budget
+    context: int  # tokens of the prompt
+    batch: int
+    kept: int  # tokens of a row that each retrieval layer keeps
+    prompt_s: float  # of reading the prompt
+    choice_s: float  # of choosing, and of giving memory back
+    step_ms: float  # per token of generate() behind it
+    kept_ms: float  # the same on a cache that never held more than `kept` tokens
+    kv_bytes: int  # by the cache's own report
+    driver_bytes: int  # by the driver, with all else that the prompt has left behind; 0 on a CPU
+    budget_bytes: int  # of the kept tokens, of rings, and of a page more for each buffer of each row
+    new_captures: int  # steps that were captured again for a second prompt on the same cache
+
+
+@dataclass(frozen=True)
 class ServeRecord(ModelRecord):
     """Many requests at once. Written by serve.py, which has the scenarios; its files are named serve*.csv. 0: not measured."""
 
