@@ -4,6 +4,7 @@ import pytest
 
 from zigzag_ext.cli import demo, timing
 from zigzag_ext.cli.commands import _verdict
+from zigzag_ext.study import loading
 from zigzag_ext.study.evaluate.passkey import build_prompt, is_hit
 
 TOKENS = 2000
@@ -53,6 +54,14 @@ def test_both_bundled_plans_take_the_same_memory():
     assert full.retrieval_ratio == 1
     assert len(good.streaming_layers) == len(bad.streaming_layers) > 0 and good.kinds != bad.kinds
     assert (good.sink, good.window, good.num_layers) == (bad.sink, bad.window, bad.num_layers)
+
+
+def test_special_tokens_are_those_of_the_file(demo_folder):
+    """In the .gguf file, and in what it is converted into; some releases of transformers mix them up."""
+    for source in (demo._installed_gguf(), demo_folder):
+        tokenizer = loading._tokenizer(*loading._locate(str(source)))
+        named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token)
+        assert named == ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>") and len(tokenizer) == 49152
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def started(*arguments, **environment):
     process = subprocess.Popen(
         [sys.executable, "-m", "zigzag_ext", "serve", *map(str, arguments), "--port", "0", "--device", "cpu"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        env=os.environ | {"PYTHONPATH": str(FOLDERS[0]), "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
     said = ""
     while found := process.stderr.readline():

@@ -116,19 +116,32 @@ def test_every_switch_of_adapters_captures_again():
             assert len(counted) == turn + 1
 
 
+def forced_logits(model, ids) -> torch.Tensor:
+    """[6, vocab]: of a prompt and of steps whose tokens are given, whatever the model says."""
+    forced = prompt(6, seed=5)[0].tolist()
+    how = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    following = lambda _, so_far: [forced[len(so_far) - ids.shape[1]]]  # noqa: E731
+    return torch.cat(model.generate(ids, prefix_allowed_tokens_fn=following, **how).logits).float()
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
 @needs_cuda
 def test_a_captured_step_is_of_the_adapters_that_are_active():
-    model, stock = with_two_adapters(), with_two_adapters()
+    model, stock = (with_two_adapters().to("cuda", torch.bfloat16) for _ in range(2))
     stock.load_state_dict(model.state_dict())
-    model.cuda(), stock.cuda()
+    ids, before = prompt(30).cuda(), None
     with zz.zigzag(model, WHOLE, compile=True, max_len=100):
         for name, switch in {"before": lambda model: None, **SWITCHES}.items():
-            found = []
-            for each in (model, stock):
-                switch(each)
-                out = each.generate(prompt(30).cuda(), max_new_tokens=6, output_logits=True, return_dict_in_generate=True)
-                found.append(torch.stack(out.logits))
-            torch.testing.assert_close(*found, atol=2e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+            switch(model)
+            switch(stock)
+            expected = forced_logits(stock, ids)
+            assert distance(forced_logits(model, ids), expected) < 0.05, name
+            if name in ("other", "back", "off", "on", "rescaled"):
+                assert distance(before, expected) > 0.08, f"{name} changes nothing that could be seen"
+            before = expected
 
 
 @pytest.mark.parametrize("change", [

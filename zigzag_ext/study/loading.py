@@ -53,7 +53,7 @@ def load_model(
     if weights is not None:
         check_weights(weights, source, load_config(source), dtype)
     with _named(f"the tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = _tokenizer(folder, options)
     with _named(f"the model {source}"):
         dtype = torch.bfloat16 if weights == "int4" else _dtype(dtype, device, folder, options)
         auto = auto_class(AutoConfig.from_pretrained(folder, **options))
@@ -74,6 +74,16 @@ def load_config(source: str):
             if options:  # of a damaged .gguf file transformers says that it is no JSON
                 raise ValueError(f"damaged or incomplete ({error})") from error
             raise
+
+
+def _tokenizer(folder: str, options: dict):
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if options:  # of a .gguf file transformers 5.17 takes the first token for the last one, and knows none for padding
+        config = AutoConfig.from_pretrained(folder, **options)
+        numbers = {f"{name}_token": getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad")}
+        tokens = {name: tokenizer.convert_ids_to_tokens(number) for name, number in numbers.items() if number is not None}
+        tokenizer.add_special_tokens(tokens)
+    return tokenizer
 
 
 @contextmanager
