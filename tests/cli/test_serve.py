@@ -10,7 +10,6 @@ import httpx2
 import pytest
 import torch
 from character_model import model, model_folder, one_thread, tokenizer  # noqa: F401
-from processes import FOLDERS
 from serving import Raw
 from typer.testing import CliRunner
 
