@@ -142,8 +142,10 @@ def main(argv: list[str] | None = None) -> int:
     plan = make_plan(args.plan, model.config)
     exact = zz.zigzag(model, even_plan(model.config.num_hidden_layers, 1.0), compile=not args.eager)
     with torch.no_grad(), exact, writer(args.csv, CompressedRecord, go_on=True) as add:
-        warm = zz.ZigzagCache(model.config, plan, max_len=WARM_UP)
-        model(random_ids(model, 1, WARM_UP - 1), **cache_argument(model, warm), use_cache=True, logits_to_keep=1)
+        warm = Rows(model, zz.ZigzagCache(model.config, plan, max_len=WARM_UP, compress=method), None)
+        warm.read(random_ids(model, 1, WARM_UP))
+        warm.cache.compress()
+        del warm
         for batch in args.batch:
             row = measure(model, plan, method, args.context, batch)
             add(CompressedRecord(**origin, plan=args.plan, method=str(method), context=args.context, batch=batch, **row))

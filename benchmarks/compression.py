@@ -38,8 +38,8 @@ WHOLE = zz.PromptWindows(budget=1.0, sink=SINK, observe=OBSERVE)  # changes no b
 
 
 def methods_of(budgets: list[float]) -> list[PromptCompression]:
-    """`WHOLE`, then every method at every budget; windows also the same for all heads, as ChunkKV has its chunks."""
-    kinds = [*((name, {}) for name in METHODS), ("windows", {"per_head": False})]
+    """`WHOLE`, then every method at every budget; windows also with heads that choose alone."""
+    kinds = [*((name, {}) for name in METHODS), ("windows", {"per_head": True})]
     same = {"sink": SINK, "observe": OBSERVE}
     return [WHOLE, *(METHODS[name](budget=b, **same, **options) for b, (name, options) in product(budgets, kinds))]
 

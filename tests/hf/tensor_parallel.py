@@ -192,18 +192,21 @@ def check_speculation(models: Models) -> None:
 
 
 def check_compression(models: Models) -> None:
-    """Heads that choose for themselves choose what they do in one process; others are refused, for new and for given caches."""
+    """Heads choose what they do in one process, each for itself or all together, for new and for given caches."""
     shared, alone = models["llama"]
-    ids, found = prompt(150).to(shared.device), []
-    for model in (shared, alone):
-        with zz.zigzag(model, PLAN, compress=zz.PromptWindows(budget=60, window=4, observe=8)):
-            found.append(generate(model, 20, ids))
-    assert models.device == "cuda" or found[0].equal(found[1])
-    method, message = zz.PromptWindows(budget=60, per_head=False), "choose for their own: give per_head=True"
-    refused(message, lambda: zz.enable(shared, PLAN, compress=method))
-    with zz.zigzag(shared, PLAN):
-        cache = zz.ZigzagCache(shared.config, PLAN, compress=method)
-        refused(message, lambda: generate(shared, 2, ids, past_key_values=cache))
+    ids, kept = prompt(150).to(shared.device), {}
+    for per_head in (True, False):
+        method, found = zz.PromptWindows(budget=60, window=4, observe=8, per_head=per_head), []
+        for model in (shared, alone):
+            with zz.zigzag(model, PLAN, compress=method):
+                found.append(generate(model, 20, ids))
+            with zz.zigzag(model, PLAN):
+                cache = zz.ZigzagCache(model.config, PLAN, compress=method)
+                given = generate(model, 20, ids, past_key_values=cache)
+                assert given.equal(found[-1]) and len(cache.compressed) == 1
+        assert models.device == "cuda" or found[0].equal(found[1])
+        kept[per_head] = found[0]
+    assert not kept[True].equal(kept[False])
 
 
 def check_engine(models: Models) -> None:

@@ -18,7 +18,7 @@ PLANS = {
     "int4": zz.Plan(KINDS, sink=SINK, window=WINDOW, kv_format="int4"),
 }
 PLAN = PLANS["layers"]
-METHOD = zz.PromptWindows(budget=BUDGET, window=4, observe=8)
+METHOD = zz.PromptWindows(budget=BUDGET, window=4, observe=8, per_head=True)
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 
 

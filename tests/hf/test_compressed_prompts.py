@@ -13,7 +13,7 @@ PLAN = zz.Plan(["streaming", "retrieval"] * 2, sink=SINK, window=WINDOW)
 HEADS = zz.Plan([("retrieval", "streaming"), "streaming", "retrieval", "streaming"], sink=SINK, window=WINDOW)
 FORMATS = zz.Plan(PLAN.kinds, sink=SINK, window=WINDOW, kv_format="int8", key_smoothing=True)
 PLANS = {"plain": PLAN, "heads": HEADS, "formats": FORMATS}
-METHOD = zz.PromptWindows(budget=60, window=4, observe=8)
+METHOD = zz.PromptWindows(budget=60, window=4, observe=8, per_head=True)
 
 
 def cache_of(model, plan=PLAN, method=METHOD, **options):
@@ -170,7 +170,7 @@ def test_enable_refuses_what_is_no_method():
         zz.enable(new_model("llama"), PLAN, compress=0.12)
     with pytest.raises(ValueError, match="at least sink"):
         zz.enable(new_model("llama"), PLAN, compress=zz.PromptWindows(budget=20, observe=16))
-    mixed_groups = zz.PromptWindows(budget=60, observe=8, group=2)
+    mixed_groups = zz.PromptWindows(budget=60, observe=8, group=2, per_head=True)
     with pytest.raises(ValueError, match="group=1"):
         zz.ZigzagCache(tiny_model().config, HEADS, compress=mixed_groups)
 

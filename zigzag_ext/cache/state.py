@@ -3,7 +3,7 @@
 import copy
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -45,7 +45,7 @@ class CacheState:
     batch: rows, None before the first forward. rows: what the host knows of each. capacity: tokens that retrieval layers have
     memory for, behind a compressed prompt those that came later, see `Rows.grown`. tokens: which tokens are held. observed: by
     layer, the last queries of a prompt that is to be compressed. left_out: [num_lengths, batch] int64, tokens by which `seq_lens`
-    count less than their first row.
+    count less than their first row. mean_of_heads: of processes that share the heads of a layer out, the mean of what they have.
     """
 
     def __init__(
@@ -65,14 +65,15 @@ class CacheState:
         self.made_for = None  # plan, name and geometry of the model, and geometries of its layers
         self.num_forwards = 0
         self.prompt_end = 0  # columns of a prompt that comes in several forwards
+        self.mean_of_heads: Callable[[Tensor], Tensor] | None = None
         self.lock = threading.RLock()
         self.start(None)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "mean_of_heads")}
 
     def __setstate__(self, values: dict) -> None:
-        vars(self).update(values, lock=threading.RLock())
+        vars(self).update(values, lock=threading.RLock(), mean_of_heads=None)
 
     def check_open(self, forward) -> None:
         """Raises RuntimeError unless `forward` is the one under way."""

@@ -23,7 +23,6 @@ from .chunking import check_chunk
 from .compiled import check_compilable
 from .families import check_family, check_smoothing
 from .own_config import exchange_configs, use_former, use_zigzag
-from .ranks import Ranks
 from .session import Session, session_of
 
 
@@ -88,8 +87,7 @@ def enable(
         ValueError: layer counts or native windows differ, or layers, KV heads or head_dim from those that the plan was made for;
             `max_len` or `prefill_chunk` < 1, the dtype or a format is not supported, `key_smoothing` without quantised keys, or
             the family cannot be computed exactly (chunked or latent attention, states in caches of the family's own, encoders,
-            unsupported head_dim or group size, key_smoothing with soft caps or learned sinks). Under tensor
-            parallelism: `compress` with per_head=False. With `compile`: several devices,
+            unsupported head_dim or group size, key_smoothing with soft caps or learned sinks). With `compile`: several devices,
             or RoPE whose frequencies follow the length ("dynamic", "longrope").
         RuntimeError: already enabled, or the model does not take its attention from transformers' AttentionInterface, or its
             forward takes no cache. From the first forward: its layers do not get the cache. With `compile`, from the first step:
@@ -115,8 +113,6 @@ def enable(
         check_compilable(model)
     plan = plan_for(model.config, plan).with_formats(kv_format, ring_kv_format, key_smoothing)
     check_smoothing(model, plan)
-    if (ranks := Ranks.of(model)) is not None:
-        ranks.check_compression(compress)
     cache_options = {"max_len": max_len, "rollback": rollback, "compress": compress}
     ZigzagCache(model.config, plan, **cache_options)
     if other_model(plan.origin, origin := origin_of(model.config)):

@@ -88,10 +88,12 @@ class Ranks:
                 ) from error
             raise
 
-    def check_compression(self, method) -> None:
-        """Raises ValueError for a choice of tokens that takes all heads of a layer."""
-        if method is not None and not method.per_head:
-            raise ValueError("compress: processes that share the heads of a model out choose for their own: give per_head=True")
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Of the ranks' tensors, which have one shape, on the device of this one's."""
+        sent = tensor.to(self.device, copy=True).contiguous()
+        with self.together():
+            dist.all_reduce(sent, group=self.group)
+            return sent.div_(self.group.size()).to(tensor.device)
 
     def _reduced(self, value: int, how) -> int:
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)

@@ -269,7 +269,7 @@ class Session:
                 f"{self.cache_name}=zz.ZigzagCache(model.config, plan), or the one that the first forward returns"
             )
         if self.ranks is not None:
-            self.ranks.check_compression(given.state.compression)
+            given.state.mean_of_heads = self.ranks.mean
         layers = len(given.state.sources)
         if layers != config.num_hidden_layers:
             raise ValueError(f"the ZigzagCache is for {layers} layers, the model has {config.num_hidden_layers}")

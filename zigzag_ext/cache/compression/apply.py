@@ -55,7 +55,7 @@ def compress(cache: "ZigzagCache", method: PromptCompression) -> bool:
         else:
             held = state.lengths_on(store.device)[0]
             mass = _mass(store, observed[layer].last(method.observe), held, max(lengths), method)
-            chosen.append(select(method, mass, lengths, [row[number] for row in by_row]))
+            chosen.append(select(method, mass, lengths, [row[number] for row in by_row], state.mean_of_heads))
     if all(kept == lengths for _, kept in chosen):
         state.observed = {}
         return False

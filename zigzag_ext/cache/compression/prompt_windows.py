@@ -18,15 +18,16 @@ class PromptWindows(PromptCompression):
         window: tokens per window.
         score: of a window from its tokens': "max", the mean of the larger half of them, for answers that stand in one place;
             "mean" of all of them, for answers that are put together from many.
-        budget, observe, sink, group, slope, per_head: see `PromptCompression`.
+        per_head: see `PromptCompression`; heads that choose alone lost more on a small model (docs/evidence.md).
+        budget, observe, sink, group, slope: see `PromptCompression`.
 
     Raises:
         TypeError, ValueError: an argument is no number of the range that it has to be in, or `score` is unknown.
 
-    Source: WindowKV (https://arxiv.org/abs/2503.17922). Deviations: every row of a batch, and by default every KV head, chooses
-    for itself; layers have equal budgets and choose alone unless `slope` and `group` say otherwise (there: 14, and 7 or 8);
-    windows stay in the order of the prompt; first tokens are kept; `score` is the caller's choice instead of a classifier's,
-    whose weights were not published.
+    Source: WindowKV (https://arxiv.org/abs/2503.17922). Deviations: every row of a batch chooses for itself, and
+    all KV heads of a layer together; layers have equal budgets and choose alone unless `slope` and `group` say otherwise (there:
+    14, and 7 or 8); windows stay in the order of the prompt; first tokens are kept; `score` is the caller's choice instead of a
+    classifier's, whose weights were not published.
 
     Example:
         >>> zz.enable(model, plan, compress=zz.PromptWindows(budget=0.12))
@@ -34,6 +35,7 @@ class PromptWindows(PromptCompression):
 
     name: ClassVar[str] = "windows"
 
+    per_head: bool = False
     window: int = 8
     score: str = "max"
 

@@ -46,23 +46,29 @@ def attention_mass(
     return torch.cat([logits(start).sub_(total).exp_().masked_fill_(none, 0).sum(2) for start in starts], -1)
 
 
-def select(method: PromptCompression, mass: Tensor, lengths: list[int], budgets: list[int]) -> tuple[Tensor, list[int]]:
+def select(
+    method: PromptCompression,
+    mass: Tensor,
+    lengths: list[int],
+    budgets: list[int],
+    mean_of_heads: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[int]]:
     """The slots that every row keeps.
 
     Args:
         method: its `sink` set. mass: [batch, heads, longest], see `attention_mass`. lengths, budgets: tokens held and kept, of
-            each row.
+            each row. mean_of_heads: where processes share the heads of a layer out, the mean over them.
 
     Returns:
         index [batch, heads or 1, kept] int64, ascending, and the number of tokens that each row keeps of it.
     """
-    rows = [_select_row(method, mass[b], n, budgets[b]) for b, n in enumerate(lengths)]
+    rows = [_select_row(method, mass[b], n, budgets[b], mean_of_heads) for b, n in enumerate(lengths)]
     kept = [row.shape[-1] for row in rows]
     most = max(kept)
     return torch.stack([torch.nn.functional.pad(row, (0, most - row.shape[-1])) for row in rows]), kept
 
 
-def _select_row(method: PromptCompression, mass: Tensor, held: int, budget: int) -> Tensor:
+def _select_row(method: PromptCompression, mass: Tensor, held: int, budget: int, mean_of_heads) -> Tensor:
     """[heads or 1, kept] of one row."""
     heads, sink, unit = (mass.shape[0] if method.per_head else 1), method.sink, method.unit
     if budget >= held:
@@ -73,6 +79,7 @@ def _select_row(method: PromptCompression, mass: Tensor, held: int, budget: int)
     scores = method.unit_scores(mass[:, sink : sink + units * unit])
     if not method.per_head:
         scores = scores.mean(0, keepdim=True)
+        scores = scores if mean_of_heads is None else mean_of_heads(scores)
     best = scores.topk((spare - rest) // unit, dim=-1).indices.sort(-1).values
     tokens = (sink + best[..., None] * unit + torch.arange(unit, device=mass.device)).flatten(1)
     always = torch.arange(held, device=mass.device).expand(heads, held)
