@@ -1,10 +1,13 @@
 """The benchmark of compressed prompts: a row per method, runs resume, the report shows all of them."""
 
 import pytest
+import torch
 from character_model import LAYERS, one_thread  # noqa: F401
+from safetensors import safe_open
+from transformers import DynamicCache
 
 import zigzag_ext as zz
-from benchmarks import compression
+from benchmarks import compression, kvpress_agreement
 from benchmarks.report import compression as report
 from zigzag_ext.cache.compression import METHODS
 from zigzag_ext.cli import demo
@@ -41,3 +44,21 @@ def test_a_run_a_second_run_and_the_report(model, tokenizer, tmp_path, monkeypat
     assert text.count("\n| 30% |") == len(METHODS) + 1 and text.count("\n| 100% | nothing dropped |") == 1
     page.write_text("no markers")
     assert report.write(tmp_path, page) == report.write(tmp_path / "none", page) == 1
+
+
+def test_what_kvpress_is_compared_with(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "load", lambda device, dtype: (model, tokenizer))
+    monkeypatch.setattr(demo, "model_folder", lambda: tmp_path)
+    assert kvpress_agreement.main(["--write", str(tmp_path / "kept.safetensors")]) == 0
+    with safe_open(tmp_path / "kept.safetensors", "pt") as file:
+        ids, kept = file.get_tensor("ids"), [file.get_tensor(f"keys.{layer}") for layer in range(LAYERS)]
+        assert file.metadata() == {"model": str(tmp_path)}
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert ids.shape == (1, 1000) and all(keys.shape[2] == 250 for keys in kept)
+    for keys, whole in zip(kept, (layer.keys for layer in cache.layers), strict=True):
+        assert kvpress_agreement.same(keys[:, :, -20:], whole[:, :, -20:])
+        places = [(whole[0, 0] - key).abs().amax(-1).argmin().item() for key in keys[0, 0]]
+        assert places == sorted(set(places)) and all(place % 10 == index % 10 for index, place in enumerate(places))
+        assert not kvpress_agreement.same(keys, whole) and not kvpress_agreement.same(keys, keys.flip(2))
