@@ -268,8 +268,7 @@ class Session:
                 f"a model with zigzag attention takes a ZigzagCache or no cache, got a {type(given).__name__}: pass "
                 f"{self.cache_name}=zz.ZigzagCache(model.config, plan), or the one that the first forward returns"
             )
-        if self.ranks is not None:
-            given.state.mean_of_heads = self.ranks.mean
+        given.state.mean_of_heads = None if self.ranks is None else self.ranks.mean
         layers = len(given.state.sources)
         if layers != config.num_hidden_layers:
             raise ValueError(f"the ZigzagCache is for {layers} layers, the model has {config.num_hidden_layers}")
