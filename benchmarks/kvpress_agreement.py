@@ -23,6 +23,7 @@ TOLERANCE = 1e-2  # of a key in float32; another token's key is further away
 def write(path: Path) -> None:
     import zigzag_ext as zz
     from zigzag_ext.cli import demo
+    from zigzag_ext.hf.cache_argument import cache_argument
 
     model, tokenizer = demo.load("cpu", "float32")
     [prompt] = demo.passkey_prompts(tokenizer, TOKENS + 100, [0.4], [3])
@@ -31,7 +32,7 @@ def write(path: Path) -> None:
     method = zz.ChunkKV(budget=SHARE, observe=OBSERVE, chunk=CHUNK)
     cache = zz.ZigzagCache(model.config, plan, compress=method)
     with torch.no_grad(), zz.zigzag(model, plan):
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **cache_argument(model, cache), logits_to_keep=1)
     cache.compress()
     kept = {f"keys.{layer.index}": layer.keys[:, :, : int(TOKENS * SHARE)].contiguous() for layer in cache.layers}
     save_file(kept | {"ids": ids}, path, {"model": str(demo.model_folder())})

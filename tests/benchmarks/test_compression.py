@@ -11,6 +11,7 @@ from benchmarks import compression, kvpress_agreement
 from benchmarks.report import compression as report
 from zigzag_ext.cache.compression import METHODS
 from zigzag_ext.cli import demo
+from zigzag_ext.hf.cache_argument import cache_argument
 from zigzag_ext.study import evaluate
 
 
@@ -55,7 +56,7 @@ def test_what_kvpress_is_compared_with(model, tokenizer, tmp_path, monkeypatch):
         assert file.metadata() == {"model": str(tmp_path)}
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(model, cache))
     assert ids.shape == (1, 1000) and all(keys.shape[2] == 250 for keys in kept)
     for keys, whole in zip(kept, (layer.keys for layer in cache.layers), strict=True):
         assert kvpress_agreement.same(keys[:, :, -20:], whole[:, :, -20:])
